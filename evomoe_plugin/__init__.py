@@ -1,0 +1,22 @@
+"""MoE language models whose sparsity is learned, as a plugin of stock fairseq.
+
+`--user-dir evomoe_plugin` imports this package. Importing mends what is broken in the installed
+fairseq and fairscale (`compat`) and registers the models, criterions and tasks, once.
+"""
+
+__version__ = "0.1.0"
+
+# What kept fairseq from being imported, or None. Under `--user-dir` fairseq is what imports us,
+# so this can only be set for `evomoe doctor`, whose job is to explain it.
+fairseq_error: Exception | None = None
+
+try:
+    import fairseq  # noqa: F401
+except Exception as error:  # any fault of an unsuited fairseq: ImportError, ValueError, AttributeError
+    fairseq_error = error
+else:
+    from evomoe_plugin import compat
+
+    compat.apply_all()
+
+    from evomoe_plugin import criterions, models  # noqa: F401

@@ -1,0 +1,120 @@
+"""Cross-entropy plus the weighted auxiliary losses of the gates."""
+
+# No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.logging import metrics
+from torch import Tensor
+
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.routing import stats as st
+
+_STATS = "moe_stats_"
+_AUX = "moe_aux_"
+
+
+@dataclass
+class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
+    """The names and meanings of fairseq's moe branch."""
+
+    moe_gate_loss_wt: float = field(
+        default=1.0, metadata={"help": "weight of the gates' auxiliary losses in the loss"}
+    )
+    moe_gate_loss_combine_method: str = field(
+        default="average",
+        metadata={"help": "how the auxiliary losses of the MoE layers become one: average or sum"},
+    )
+
+
+@register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
+class MoECrossEntropyCriterion(CrossEntropyCriterion):
+    """loss = cross-entropy + weight * sample size * combined auxiliary loss.
+
+    In evaluation the auxiliary losses are reported, but not added. Perplexity is always that of
+    the cross-entropy alone.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        sentence_avg: bool,
+        moe_gate_loss_wt: float = 1.0,
+        moe_gate_loss_combine_method: str = "average",
+    ):
+        super().__init__(task, sentence_avg)
+        if moe_gate_loss_combine_method not in ("average", "sum"):
+            raise OptionError("moe_gate_loss_combine_method", moe_gate_loss_combine_method,
+                              "one of: average, sum")
+        if not (math.isfinite(moe_gate_loss_wt) and moe_gate_loss_wt >= 0):
+            raise OptionError("moe_gate_loss_wt", moe_gate_loss_wt, "give a weight of 0 or more")
+        self.gate_loss_weight = moe_gate_loss_wt
+        self.combine_method = moe_gate_loss_combine_method
+
+    def forward(self, model, sample, reduce: bool = True) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Loss of one batch.
+
+        Returns:
+            the loss, summed over tokens; the sample size it is to be divided by; what is logged:
+            sums that may be added over batches and ranks.
+        """
+        net_output = model(**sample["net_input"])
+        inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "inner_loss": inner_loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        loss = inner_loss
+        extra = net_output[1]
+        for name, aux_L in extra.get("moe_aux", {}).items():
+            combined = aux_L.mean() if self.combine_method == "average" else aux_L.sum()
+            if self.training and self.gate_loss_weight > 0:
+                loss = loss + self.gate_loss_weight * sample_size * combined.to(loss.dtype)
+            logging_output[_AUX + name] = combined.detach() * sample_size
+        logging_output["loss"] = loss.detach()
+        if "moe_stats" in extra:
+            logging_output.update({_STATS + k: v for k, v in extra["moe_stats"].items()})
+            logging_output["moe_flops"] = self._forward_flops(model, extra["moe_stats"])
+        return loss, sample_size, logging_output
+
+    @staticmethod
+    def _forward_flops(model, moe_stats: Dict[str, Tensor]) -> Tensor:
+        flops = model.forward_flops
+        tokens = moe_stats[st.TOKENS].max()  # every layer sees the same ones
+        return flops.per_token * tokens + flops.per_pair * moe_stats[st.PAIRS].sum()
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics."""
+
+        def total(key: str) -> Any:
+            return sum(log[key] for log in logging_outputs if key in log)
+
+        sample_size, ntokens = total("sample_size"), total("ntokens")
+        loss, inner_loss = total("loss"), total("inner_loss")
+        metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("inner_loss", inner_loss / ntokens / math.log(2), ntokens, round=3)
+        metrics.log_derived(
+            "ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg)
+        )
+        keys = {key for log in logging_outputs for key in log}
+        for key in sorted(keys):
+            if key.startswith(_AUX):
+                name = "gate_loss_" + key[len(_AUX):]
+                metrics.log_scalar(name, total(key) / sample_size, sample_size, round=4)
+        stats = {key[len(_STATS):]: total(key) for key in sorted(keys) if key.startswith(_STATS)}
+        if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
+            return
+        for name, value in st.summarize(stats).items():
+            metrics.log_scalar(name, value, ntokens, round=4)
+        flops = float(total("moe_flops"))
+        metrics.log_scalar("mflops_per_token", flops / float(ntokens) / 1e6, ntokens, round=3)

@@ -1,0 +1,5 @@
+"""Expert networks over rows sorted by expert: the grouped kernel and its loop oracle."""
+
+from evomoe_plugin.experts.ffn import ExpertFFN
+
+__all__ = ["ExpertFFN"]

@@ -1,0 +1,28 @@
+"""The loop oracle: every expert on every token, masked. Slow and obvious; for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.experts.ffn import ExpertFFN
+from evomoe_plugin.routing.plan import RoutingPlan
+
+
+def loop_moe(x_TD: Tensor, plan: RoutingPlan, experts: ExpertFFN) -> Tensor:
+    """What the layer must compute, pair by pair, with autograd's own gradients.
+
+    Args:
+        x_TD: tokens.
+        plan: where they go.
+        experts: without dropout, or in evaluation mode.
+    Returns:
+        [T, D].
+    """
+    rows = [torch.zeros_like(x_TD[0]) for _ in range(x_TD.size(0))]
+    pairs = zip(plan.token_ids_N.tolist(), plan.expert_ids_N.tolist(), strict=True)
+    for n, (t, e) in enumerate(pairs):
+        hidden = experts.activation(experts.fc1_weight[e] @ x_TD[t] + experts.fc1_bias[e])
+        out = hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]
+        rows[t] = rows[t] + plan.weights_N[n].to(out.dtype) * out
+    return torch.stack(rows)

@@ -1,0 +1,112 @@
+"""Options of the dense-to-sparse gate."""
+
+# No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Optional
+
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
+
+# Without the user's word, the share of the run that the annealing takes.
+DEFAULT_ANNEALING_SHARE = 0.3
+
+
+@dataclass
+class DenseToSparseOptions:
+    """The published code's main values are lost; these defaults are ours (docs/options.md)."""
+
+    moe_temperature_start: float = field(
+        default=2.0, metadata={"help": "temperature of the gate at update 0"}
+    )
+    moe_temperature_end: float = field(
+        default=0.3, metadata={"help": "temperature at the end of the annealing"}
+    )
+    moe_temperature_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "updates that the annealing takes (default: 30%% of --max-update)"},
+    )
+    moe_temperature_schedule: str = field(
+        default="linear",
+        metadata={"help": "course of the temperature: " + ", ".join(TEMPERATURE_SCHEDULES)},
+    )
+    moe_gate_threshold: float = field(
+        default=0.001,
+        metadata={"help": "a token goes to the experts whose gate value exceeds this, and to its "
+                          "best one always"},
+    )
+    moe_hard_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "update from which routing is hard top-1; -1 never (default: when the "
+                          "annealing ends; never with the constant schedule)"},
+    )
+    moe_gate_noise: str = field(
+        default="gumbel",
+        metadata={"help": "noise on the gate's logits in training, until routing is hard: "
+                          "gumbel or none"},
+    )
+    moe_combine_weights: str = field(
+        default="gate",
+        metadata={"help": "weights of the experts' outputs: gate (the noisy, tempered softmax) or "
+                          "softmax (of the bare logits)"},
+    )
+    moe_eval_gate: str = field(
+        default="reached",
+        metadata={"help": "routing in evaluation: reached (what training has come to), top1 or "
+                          "dense"},
+    )
+
+
+def annealing_updates(options: Any) -> int:
+    """Length of the annealing in updates, the default resolved."""
+    if options.moe_temperature_updates is not None:
+        return options.moe_temperature_updates
+    return round(DEFAULT_ANNEALING_SHARE * (options.max_update or 0))
+
+
+def hard_updates(options: Any) -> int:
+    """The update from which routing is hard, the default resolved; -1: never."""
+    if options.moe_hard_updates is not None:
+        return options.moe_hard_updates
+    return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
+
+
+def validate_dense_to_sparse(options: Any) -> Iterator[str]:
+    """Yield warnings; raise `OptionError` for what cannot work."""
+    start, end = options.moe_temperature_start, options.moe_temperature_end
+    constant = options.moe_temperature_schedule == "constant"
+    choices = {
+        "moe_temperature_schedule": TEMPERATURE_SCHEDULES,
+        "moe_gate_noise": ("gumbel", "none"),
+        "moe_combine_weights": ("gate", "softmax"),
+        "moe_eval_gate": ("reached", "top1", "dense"),
+    }
+    for option, allowed in choices.items():
+        if getattr(options, option) not in allowed:
+            raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
+    for option, value in [("moe_temperature_start", start), ("moe_temperature_end", end)]:
+        if not (math.isfinite(value) and value > 0):
+            raise OptionError(option, value, "give a temperature above 0")
+    if start < end and not constant:
+        raise OptionError("moe_temperature_start", start,
+                          f"the temperature falls: give at least --moe-temperature-end ({end})")
+    if not 0 <= options.moe_gate_threshold < 1:
+        raise OptionError("moe_gate_threshold", options.moe_gate_threshold,
+                          "gate values are probabilities: give 0 or more and less than 1")
+    if options.moe_temperature_updates is not None and options.moe_temperature_updates < 0:
+        raise OptionError("moe_temperature_updates", options.moe_temperature_updates,
+                          "give the number of updates that the annealing takes, 0 or more")
+    if options.moe_temperature_updates is None and not constant and not options.max_update:
+        raise OptionError("moe_temperature_updates", "(not given)",
+                          "give it, or --max-update, of which the annealing takes 30 % by default")
+    hard, annealing = hard_updates(options), annealing_updates(options)
+    if hard < -1:
+        raise OptionError("moe_hard_updates", hard, "give an update number, or -1 for never")
+    if 0 <= hard < annealing and not constant:
+        yield (f"--moe-hard-updates {hard}: routing turns hard before the annealing ends at "
+               f"update {annealing}")
+    last = max(hard, 0 if constant else annealing)
+    if options.max_update and last > options.max_update:
+        yield (f"--max-update {options.max_update}: the run ends before the gate has come to its "
+               f"end at update {last}")

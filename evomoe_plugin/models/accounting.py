@@ -1,0 +1,97 @@
+"""Parameters and FLOPs of a model, worked out from its options alone.
+
+Under FSDP no rank ever holds the whole model to count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.gates import gate_class
+from evomoe_plugin.options import expert_counts, moe_layer_indices
+
+
+def expert_ffn_dim(options: Any) -> int:
+    """F: hidden width of an expert."""
+    return options.moe_expert_ffn_dim or options.decoder_ffn_embed_dim
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters; shared ones count once."""
+
+    total: int
+    experts: int
+    """In expert networks, all experts."""
+    active_top1: int
+    """That work on a token when it goes to one expert in every MoE layer."""
+
+
+def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
+    """Parameters of the model that `options` build, for a dictionary of `vocabulary` symbols."""
+    width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
+    input_dim = options.decoder_input_dim or width
+    output_dim = options.decoder_output_dim or width
+    moe_layers = moe_layer_indices(options, options.decoder_layers)
+    counts = expert_counts(options, len(moe_layers))
+    gate = gate_class(options.moe_gate)
+
+    attention = 4 * (width * width + width)
+    if options.scale_heads:
+        attention += options.decoder_attention_heads
+    norms = (3 if options.scale_attn else 2) * 2 * width
+    # fairseq puts `scale_resids` on the FFN's residual of every layer.
+    layer = attention + norms + (width if options.scale_resids else 0)
+    dense_ffn = 2 * width * ffn_dim + ffn_dim + width
+    one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options))
+    experts = sum(counts) * one_expert
+    gates = sum(gate.num_parameters(options, width, count) for count in counts)
+
+    embeddings = vocabulary * input_dim
+    if not options.share_decoder_input_output_embed:
+        embeddings += vocabulary * output_dim
+    if input_dim != width:
+        embeddings += input_dim * width
+    if output_dim != width:
+        embeddings += width * output_dim
+    if options.decoder_learned_pos and not options.no_token_positional_embeddings:
+        # fairseq keeps two rows for the padding index and its offset.
+        embeddings += (options.max_target_positions + 2) * width
+    if options.layernorm_embedding:
+        embeddings += 2 * width
+    final_norm = 0 if options.no_decoder_final_norm else 2 * width
+
+    dense_layers = options.decoder_layers - len(moe_layers)
+    total = (options.decoder_layers * layer + dense_layers * dense_ffn + experts + gates
+             + embeddings + final_norm)
+    return ParameterCount(total, experts, total - experts + len(counts) * one_expert)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Floating point operations of the matrix products of one forward pass."""
+
+    per_token: int
+    """Everything but the experts: attention over a full context, dense FFNs, gates, vocabulary."""
+    per_pair: int
+    """One routed pair in one MoE layer."""
+
+
+def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
+    """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
+    (four with activation checkpointing)."""
+    width = options.decoder_embed_dim
+    moe_layers = moe_layer_indices(options, options.decoder_layers)
+    counts = expert_counts(options, len(moe_layers))
+    context = options.tokens_per_sample
+    attention = 8 * width * width + 4 * width * context
+    dense_layers = options.decoder_layers - len(moe_layers)
+    per_token = (
+        options.decoder_layers * attention
+        + dense_layers * 4 * width * options.decoder_ffn_embed_dim
+        + sum(2 * width * count for count in counts)
+        + 2 * (options.decoder_output_dim or width) * vocabulary
+    )
+    return ForwardFlops(per_token, 4 * width * expert_ffn_dim(options))

@@ -1,0 +1,73 @@
+"""The options of an MoE language model: those of fairseq's transformer_lm, ours, the gates'."""
+
+# No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from omegaconf import II
+
+from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
+from evomoe_plugin.options import MoEOptions
+
+
+@dataclass
+class MoELanguageModelConfig(DenseToSparseOptions, MoEOptions, TransformerLanguageModelConfig):
+    """Fields of every MoE architecture; the architectures differ in defaults only."""
+
+    # 0 follows the model's width, also when that is overridden; fairseq's 512 would add a
+    # projection that nobody asked for.
+    decoder_input_dim: int = field(
+        default=0, metadata={"help": "decoder input dimension; 0 takes --decoder-embed-dim"}
+    )
+    decoder_output_dim: int = field(
+        default=0, metadata={"help": "decoder output dimension; 0 takes --decoder-embed-dim"}
+    )
+    # Read from other groups: the noise of the gates is keyed by the seed, and the annealing takes
+    # a share of the run by default.
+    seed: int = II("common.seed")
+    max_update: Optional[int] = II("optimization.max_update")
+
+
+@dataclass
+class GPTTinyMoEConfig(MoELanguageModelConfig):
+    """For laptops: 4 layers, width 128."""
+
+    decoder_layers: int = 4
+    decoder_embed_dim: int = 128
+    decoder_ffn_embed_dim: int = 512
+    decoder_attention_heads: int = 4
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_fn: str = "gelu"
+
+
+@dataclass
+class GPTSmallMoEConfig(GPTTinyMoEConfig):
+    """12 layers, width 768 (EvoMoE's code)."""
+
+    decoder_layers: int = 12
+    decoder_embed_dim: int = 768
+    decoder_ffn_embed_dim: int = 3072
+    decoder_attention_heads: int = 12
+
+
+@dataclass
+class GPTMediumMoEConfig(GPTTinyMoEConfig):
+    """24 layers, width 1024 (EvoMoE's code)."""
+
+    decoder_layers: int = 24
+    decoder_embed_dim: int = 1024
+    decoder_ffn_embed_dim: int = 4096
+    decoder_attention_heads: int = 16
+
+
+@dataclass
+class GPTXLMoEConfig(GPTTinyMoEConfig):
+    """48 layers, width 1600 (EvoMoE's code)."""
+
+    decoder_layers: int = 48
+    decoder_embed_dim: int = 1600
+    decoder_ffn_embed_dim: int = 6400
+    decoder_attention_heads: int = 25

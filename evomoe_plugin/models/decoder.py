@@ -1,0 +1,170 @@
+"""A decoder that carries auxiliary losses and statistics of its MoE layers to the criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerConfig, TransformerDecoder
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
+
+from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
+from evomoe_plugin.options import expert_counts, moe_layer_indices
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.noise import sequence_keys
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity in the forward pass.
+
+    A RuntimeError, since those fairseq lets pass: for others it first saves a crash checkpoint,
+    in which under FSDP all ranks must take part, while only this one has stopped.
+    """
+
+
+class MoEDecoder(TransformerDecoder):
+    """fairseq's decoder (language model only) with MoE layers where the options put them."""
+
+    def __init__(self, args: Any, dictionary, embed_tokens: nn.Module):
+        moe_layers = moe_layer_indices(args, args.decoder_layers)
+        counts = expert_counts(args, len(moe_layers))
+        self._expert_count = dict(zip(moe_layers, counts, strict=True))
+        self._layers_built = 0
+        super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
+        # Found through whatever wraps the layers. A tuple, since these are no new submodules.
+        self.moe_layers: tuple[MoELayer, ...] = tuple(
+            module for module in self.layers.modules() if isinstance(module, MoELayer)
+        )
+        self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
+
+    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
+        """Build the next layer, wrapped as fairseq does for checkpointing and FSDP."""
+        index, self._layers_built = self._layers_built, self._layers_built + 1
+        if index not in self._expert_count:
+            return super().build_decoder_layer(args, no_encoder_attn)
+        cfg = TransformerConfig.from_namespace(args)
+        layer_id = list(self._expert_count).index(index)
+        layer = MoEDecoderLayer(cfg, self.args, self._expert_count[index], layer_id)
+        if cfg.checkpoint_activations:
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        return fsdp_wrap(
+            layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+        )
+
+    def layer_name(self, moe_layer: int) -> str:
+        """Name of the n-th MoE layer as in the checkpoint."""
+        return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
+        full_context_alignment: bool = False,
+        alignment_layer: int | None = None,
+        alignment_heads: int | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Features before the output projection.
+
+        Args:
+            prev_output_tokens: [batch, length].
+            incremental_state: for incremental decoding, in which only the last position is new.
+            full_context_alignment: attend to the future too.
+        Returns:
+            [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]) and
+            `moe_stats` (name -> [L], and `tokens_per_expert` -> [L, E] filled up with NaN).
+        """
+        padding_mask = prev_output_tokens.eq(self.padding_idx)
+        token_keys = None
+        if self.training:
+            token_keys = sequence_keys(prev_output_tokens, ~padding_mask).t()
+        positions = None
+        if self.embed_positions is not None:
+            positions = self.embed_positions(
+                prev_output_tokens, incremental_state=incremental_state
+            )
+        if incremental_state is not None:
+            prev_output_tokens = prev_output_tokens[:, -1:]
+            padding_mask = padding_mask[:, -1:]
+            positions = positions[:, -1:] if positions is not None else None
+
+        x = self.embed_scale * self.embed_tokens(prev_output_tokens)
+        if self.project_in_dim is not None:
+            x = self.project_in_dim(x)
+        if positions is not None:
+            x = x + positions
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
+
+        attention = {
+            "self_attn_mask": None,
+            "self_attn_padding_mask": padding_mask if padding_mask.any() else None,
+        }
+        if incremental_state is None and not full_context_alignment:
+            attention["self_attn_mask"] = self.buffered_future_mask(x)
+        inner_states, aux, stats = [x], {}, {}
+        for layer in self.layers:  # LayerDrop leaves some out
+            if id(layer) in self._moe_ids:
+                n = self._moe_ids[id(layer)]
+                x, aux[n], stats[n] = layer(
+                    x, incremental_state, **attention, token_keys=token_keys
+                )
+            else:
+                x, *_ = layer(x, None, None, incremental_state, **attention)
+            inner_states.append(x)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        x = x.transpose(0, 1)
+        if self.project_out_dim is not None:
+            x = self.project_out_dim(x)
+
+        moe_stats = self._stack_stats(stats)
+        if self.training:
+            self._check_finite(x, inner_states, moe_stats)
+        names = self.moe_layers[0].gate.AUX
+        moe_aux = {}
+        if names and aux:
+            moe_aux = dict(zip(names, torch.stack(list(aux.values())).unbind(1), strict=True))
+        extra = {"attn": [None], "inner_states": inner_states}
+        return x, {**extra, "moe_aux": moe_aux, "moe_stats": moe_stats}
+
+    def _stack_stats(self, flat_stats: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""
+        most = max(layer.num_experts for layer in self.moe_layers)
+        device = self.embed_tokens.weight.device
+        named = []
+        for n, layer in enumerate(self.moe_layers):
+            if n in flat_stats:
+                flat = flat_stats[n].detach()
+            else:
+                flat = torch.zeros(layer.stats_size, dtype=torch.float64, device=device)
+            stats = dict(layer.named_stats(flat))
+            fill = (0, most - layer.num_experts)
+            stats[st.LOAD_E] = nn.functional.pad(stats[st.LOAD_E], fill, value=float("nan"))
+            named.append(stats)
+        return {name: torch.stack([stats[name] for stats in named]) for name in named[0]}
+
+    def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
+        """Stop before the optimizer can spread NaN through the weights."""
+        bad_gates_L = moe_stats[st.NONFINITE]
+        if torch.isfinite(x).all() & ~bad_gates_L.any():  # one wait for the device
+            return
+        advice = "stopped before the optimizer step; lower --lr or --clip-norm, or look at the data"
+        if bad_gates_L.any():
+            n = int(bad_gates_L.nonzero()[0])
+            raise NonFiniteError(
+                f"{self.layer_name(n)}: gate logits are NaN or infinite for {int(bad_gates_L[n])} "
+                f"tokens after {int(self.moe_layers[n].num_updates)} updates; {advice}"
+            )
+        finite = [bool(torch.isfinite(state).all()) for state in inner_states]
+        if all(finite):
+            where = "the output of decoder.layer_norm"
+        else:
+            first = finite.index(False)
+            where = f"the output of decoder.layers.{first - 1}" if first else "the embedded input"
+        raise NonFiniteError(f"{where} is NaN or infinite; {advice}")

@@ -1,0 +1,108 @@
+"""A decoder layer whose feed-forward network is an MoE layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from torch import Tensor
+
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.gates import gate_class
+from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.models.accounting import expert_ffn_dim
+
+
+class MoEDecoderLayer(TransformerDecoderLayerBase):
+    """Self-attention as in fairseq, then an `MoELayer`.
+
+    Args:
+        cfg: fairseq's view of the options.
+        options: the model's options, ours among them.
+        num_experts: routed experts of this layer.
+        layer_id: which of the MoE layers this is, from 0.
+    """
+
+    def __init__(self, cfg: TransformerConfig, options: Any, num_experts: int, layer_id: int):
+        super().__init__(cfg, no_encoder_attn=True)
+        self.moe = MoELayer(
+            gate=gate_class(options.moe_gate)(self.embed_dim, num_experts, options),
+            experts=ExpertFFN(
+                num_experts,
+                self.embed_dim,
+                expert_ffn_dim(options),
+                activation=self.activation_fn,
+                dropout=self.activation_dropout_module,
+            ),
+            layer_id=layer_id,
+            seed=options.seed,
+        )
+
+    def build_fc1(self, *args, **kwargs) -> None:
+        """No dense FFN: the experts take its place."""
+
+    def build_fc2(self, *args, **kwargs) -> None:
+        """No dense FFN: the experts take its place."""
+
+    def forward(
+        self,
+        x: Tensor,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
+        self_attn_mask: Tensor | None = None,
+        self_attn_padding_mask: Tensor | None = None,
+        token_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the layer.
+
+        Args:
+            x: [length, batch, D], fairseq's order.
+            incremental_state: keys and values of earlier steps, in incremental decoding.
+            self_attn_mask: additive causal mask [length, length].
+            self_attn_padding_mask: bool [batch, length], True for padding.
+            token_keys: int64 noise keys [length, batch].
+        Returns:
+            x, and the auxiliary losses and statistics of the MoE layer.
+        """
+        x = self._attend(x, incremental_state, self_attn_mask, self_attn_padding_mask)
+
+        residual = x
+        if self.normalize_before:
+            x = self.final_layer_norm(x)
+        token_mask_T = None
+        if self_attn_padding_mask is not None:
+            token_mask_T = ~self_attn_padding_mask[:, -x.size(0):].t().reshape(-1)
+        y_TD, aux, stats = self.moe(
+            x.reshape(-1, x.size(-1)),
+            token_mask_T,
+            None if token_keys is None else token_keys.reshape(-1),
+        )
+        x = self.dropout_module(y_TD.view_as(x))
+        if self.w_resid is not None:
+            residual = torch.mul(self.w_resid, residual)
+        x = self.residual_connection(x, residual)
+        if not self.normalize_before:
+            x = self.final_layer_norm(x)
+        return x, aux, stats
+
+    def _attend(self, x, incremental_state, self_attn_mask, self_attn_padding_mask) -> Tensor:
+        residual = x
+        if self.normalize_before:
+            x = self.self_attn_layer_norm(x)
+        x, _ = self.self_attn(
+            query=x,
+            key=x,
+            value=x,
+            key_padding_mask=self_attn_padding_mask,
+            incremental_state=incremental_state,
+            need_weights=False,
+            attn_mask=self_attn_mask,
+        )
+        if self.c_attn is not None:
+            heads = x.view(*x.shape[:2], self.nh, self.head_dim)
+            x = (heads * self.c_attn.view(-1, 1)).reshape_as(x)
+        if self.attn_ln is not None:
+            x = self.attn_ln(x)
+        x = self.residual_connection(self.dropout_module(x), residual)
+        return x if self.normalize_before else self.self_attn_layer_norm(x)

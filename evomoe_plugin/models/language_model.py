@@ -1,0 +1,92 @@
+"""The MoE language model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fairseq.models.transformer_lm import (
+    DEFAULT_MAX_TARGET_POSITIONS,
+    TransformerLanguageModel,
+)
+from omegaconf import open_dict
+
+from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
+from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.options import OptionError, expert_counts, moe_layer_indices, validate
+
+logger = logging.getLogger(__name__)
+
+# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is.
+_UNSUPPORTED = (
+    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
+    "quant_noise_scalar", "base_layers", "scale_fc", "decoder_layers_to_keep",
+    "decoder_xformers_att_config",
+)
+
+
+class MoELanguageModel(TransformerLanguageModel):
+    """A GPT whose feed-forward networks are MoE layers where the options put them."""
+
+    def __init__(self, decoder: MoEDecoder, forward_flops: ForwardFlops):
+        super().__init__(decoder)
+        self.forward_flops = forward_flops
+
+    @classmethod
+    def hub_models(cls) -> dict[str, Any]:
+        """No weights are published."""
+        return {}
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> MoELanguageModel:
+        """Build the model that the options describe.
+
+        Args:
+            args: the fields of `MoELanguageModelConfig`, resolved.
+            task: gives the dictionaries.
+        Raises:
+            OptionError: an option cannot work, or does not go with MoE layers.
+        """
+        validate_model(args)
+        with open_dict(args):
+            for dim in ("decoder_input_dim", "decoder_output_dim"):
+                args[dim] = args[dim] or args.decoder_embed_dim
+            # Post-norm decoders of this depth do not train; fairseq's own LM forces it too.
+            args.decoder_normalize_before = True
+            args.checkpoint_activations |= args.offload_activations
+            if args.max_target_positions is None:
+                args.max_target_positions = args.tokens_per_sample or DEFAULT_MAX_TARGET_POSITIONS
+        vocabulary = len(task.source_dictionary)
+        embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
+        decoder = MoEDecoder(args, task.target_dictionary, embed_tokens)
+        _log_sizes(args, vocabulary)
+        return cls(decoder, count_flops(args, vocabulary))
+
+
+def validate_model(args: Any) -> None:
+    """Check all options of the model; raises `OptionError`."""
+    for option in _UNSUPPORTED:
+        if getattr(args, option, None):
+            raise OptionError(option, getattr(args, option), "does not go with MoE layers: leave "
+                                                             "it out")
+    if args.share_decoder_input_output_embed and (
+        (args.decoder_input_dim or args.decoder_embed_dim)
+        != (args.decoder_output_dim or args.decoder_embed_dim)
+    ):
+        raise OptionError("decoder_output_dim", args.decoder_output_dim,
+                          "must equal --decoder-input-dim with --share-decoder-input-output-embed")
+    validate(args, args.decoder_layers)
+
+
+def _log_sizes(args: Any, vocabulary: int) -> None:
+    layers = moe_layer_indices(args, args.decoder_layers)
+    counts = expert_counts(args, len(layers))
+    sizes = count_parameters(args, vocabulary)
+    logger.info(
+        "MoE: %d of %d layers, gate %s, experts a layer %s", len(layers), args.decoder_layers,
+        args.moe_gate, counts[0] if len(set(counts)) == 1 else counts,
+    )
+    logger.info(
+        "parameters: %s in total, %s of them in experts; %s work on a token at one expert a layer",
+        *(f"{n:,}" for n in (sizes.total, sizes.experts, sizes.active_top1)),
+    )

@@ -1,0 +1,1 @@
+"""Pure tensor functions of routing: the plan, schedules, noise, losses and statistics."""

@@ -1,0 +1,68 @@
+"""The routing plan: what a gate decided, as a value.
+
+Shape suffixes, here and everywhere in the package:
+
+    T  tokens               E  routed experts        N  routed (token, expert) pairs
+    D  model width          F  expert hidden width   S  shared experts
+    K  picks of a token     L  MoE layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Which token goes to which expert with which weight.
+
+    A token may have any number of pairs, from none to E. Every field but `weights_N`,
+    `shared_weights_TS` and the values of `aux` is detached.
+    """
+
+    token_ids_N: Tensor
+    """int64: the token of each pair; pairs are sorted by expert, stable in token order."""
+    expert_ids_N: Tensor
+    """int64: the expert of each pair, ascending."""
+    weights_N: Tensor
+    """What the expert's output is multiplied by, with gradient."""
+    tokens_per_expert_E: Tensor
+    """int64: number of pairs of each expert."""
+    priority_N: Tensor | None = None
+    """What a capacity policy orders by, larger first; None: no preference but position."""
+    shared_weights_TS: Tensor | None = None
+    """Weights of the experts that are always on; None means 1."""
+    null_mass_T: Tensor | None = None
+    """Weight each token gave to null experts."""
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+    """Auxiliary losses by name: unweighted scalars with gradient."""
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    """Sums that may be added over layers, ranks and micro-batches."""
+
+    @property
+    def num_pairs(self) -> int:
+        """N."""
+        return self.token_ids_N.numel()
+
+
+def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan:
+    """The plan that routes token t to expert e where `mask_TE`, weighted by `weights_TE`.
+
+    Args:
+        mask_TE: bool.
+        weights_TE: combine weights; those outside the mask are ignored and get no gradient.
+        fields: the plan's further fields.
+    """
+    # Row-major nonzero of the transpose is the order the plan promises: expert, then token.
+    expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)
+    return RoutingPlan(
+        token_ids_N=token_ids_N,
+        expert_ids_N=expert_ids_N,
+        weights_N=weights_TE[token_ids_N, expert_ids_N],
+        tokens_per_expert_E=mask_TE.sum(0),
+        **fields,
+    )
