@@ -12,7 +12,7 @@ fairseq_error: Exception | None = None
 
 try:
     import fairseq  # noqa: F401
-except Exception as error:  # any fault of an unsuited fairseq: ImportError, ValueError, AttributeError
+except Exception as error:  # an unsuited fairseq fails in many ways
     fairseq_error = error
 else:
     from evomoe_plugin import compat

@@ -5,9 +5,11 @@ fields. They know nothing of fairseq.
 """
 
 import logging
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def parse_bool(option: str, value: Any) -> bool:
     return text == "true"
 
 
-def moe_layer_indices(options: Any, num_layers: int) -> List[int]:
+def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
     """Indices, from 0, of the decoder layers that are MoE layers.
 
     Raises:
@@ -80,7 +82,7 @@ def moe_layer_indices(options: Any, num_layers: int) -> List[int]:
     return indices
 
 
-def expert_counts(options: Any, num_moe_layers: int) -> List[int]:
+def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
     """Routed experts of each MoE layer, `num_moe_layers` numbers.
 
     Raises:
@@ -109,20 +111,75 @@ def expert_counts(options: Any, num_moe_layers: int) -> List[int]:
     return numbers
 
 
-def validate(options: Any, num_layers: int) -> None:
-    """Check every option of the MoE layers of a model with `num_layers` decoder layers.
+# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
+# and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
+_UNSUPPORTED = (
+    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
+    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
+    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
+)
 
-    `options` has the fields of `MoEOptions` and of the chosen gate's own options.
 
+def validate(options: Any) -> None:
+    """Check every option of an MoE model; log a warning for what is doubtful.
+
+    Args:
+        options: the fields of `MoEOptions`, of the chosen gate's options and of fairseq's
+            transformer_lm.
     Raises:
         OptionError: naming the option, its value and what would be right.
     """
     from evomoe_plugin.gates import gate_class
 
-    counts = expert_counts(options, len(moe_layer_indices(options, num_layers)))
+    for option in _UNSUPPORTED:
+        if getattr(options, option, None):
+            raise OptionError(option, getattr(options, option),
+                              "not supported by the MoE architectures: leave it out")
+    width = options.decoder_embed_dim
+    input_dim, output_dim = options.decoder_input_dim or width, options.decoder_output_dim or width
+    if options.share_decoder_input_output_embed and input_dim != output_dim:
+        raise OptionError("decoder_output_dim", output_dim,
+                          f"with --share-decoder-input-output-embed it must be {input_dim}, the "
+                          "decoder's input dimension")
+    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
     if options.moe_expert_ffn_dim < 0:
         raise OptionError("moe_expert_ffn_dim", options.moe_expert_ffn_dim,
                           "give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     for warning in gate_class(options.moe_gate).validate(options, counts) or ():
         logger.warning(warning)
+
+
+def validate_run(cfg: Any) -> None:
+    """Check a whole fairseq run before any process is started.
+
+    Args:
+        cfg: fairseq's configuration; `cfg.model` is None for runs that take it from a checkpoint.
+    Raises:
+        OptionError: as `validate`, and for data that is not there.
+    """
+    _check_data(cfg)
+    model = cfg.model
+    # A hand-written yaml may leave fields to the architecture's defaults; then the check waits
+    # for `build_model`, which knows them.
+    if model is None or any(f.name not in model for f in fields(MoEOptions)):
+        return
+    validate(model)
+    if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
+        logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
+                       "logged; --criterion moe_cross_entropy does both")
+
+
+def _check_data(cfg: Any) -> None:
+    task = cfg.task
+    if task is None or getattr(task, "_name", None) != "language_modeling":
+        return
+    folder = Path(str(task.data).split(os.pathsep)[0])
+    remedy = "give a folder made by `evomoe prepare` or fairseq-preprocess"
+    if not folder.is_dir():
+        raise OptionError("DATA", task.data, f"no such folder; {remedy}")
+    if not (folder / "dict.txt").is_file():
+        raise OptionError("DATA", task.data, f"has no dict.txt; {remedy}")
+    if cfg.model is not None and not list(folder.glob(f"{cfg.dataset.train_subset}*.idx")):
+        raise OptionError("DATA", task.data,
+                          f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}")

@@ -4,7 +4,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 from fairseq import utils
@@ -57,7 +57,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine_method = moe_gate_loss_combine_method
 
-    def forward(self, model, sample, reduce: bool = True) -> Tuple[Tensor, Any, Dict[str, Any]]:
+    def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss of one batch.
 
         Returns:
@@ -87,13 +87,13 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     @staticmethod
-    def _forward_flops(model, moe_stats: Dict[str, Tensor]) -> Tensor:
+    def _forward_flops(model, moe_stats: dict[str, Tensor]) -> Tensor:
         flops = model.forward_flops
         tokens = moe_stats[st.TOKENS].max()  # every layer sees the same ones
         return flops.per_token * tokens + flops.per_pair * moe_stats[st.PAIRS].sum()
 
     @staticmethod
-    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics."""
 
         def total(key: str) -> Any:

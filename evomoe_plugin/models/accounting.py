@@ -38,12 +38,7 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
     counts = expert_counts(options, len(moe_layers))
     gate = gate_class(options.moe_gate)
 
-    attention = 4 * (width * width + width)
-    if options.scale_heads:
-        attention += options.decoder_attention_heads
-    norms = (3 if options.scale_attn else 2) * 2 * width
-    # fairseq puts `scale_resids` on the FFN's residual of every layer.
-    layer = attention + norms + (width if options.scale_resids else 0)
+    attention_and_norms = 4 * (width * width + width) + 2 * 2 * width
     dense_ffn = 2 * width * ffn_dim + ffn_dim + width
     one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options))
     experts = sum(counts) * one_expert
@@ -64,8 +59,8 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
     final_norm = 0 if options.no_decoder_final_norm else 2 * width
 
     dense_layers = options.decoder_layers - len(moe_layers)
-    total = (options.decoder_layers * layer + dense_layers * dense_ffn + experts + gates
-             + embeddings + final_norm)
+    layers = options.decoder_layers * attention_and_norms + dense_layers * dense_ffn
+    total = layers + experts + gates + embeddings + final_norm
     return ParameterCount(total, experts, total - experts + len(counts) * one_expert)
 
 

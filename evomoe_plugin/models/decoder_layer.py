@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
@@ -78,10 +77,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             token_mask_T,
             None if token_keys is None else token_keys.reshape(-1),
         )
-        x = self.dropout_module(y_TD.view_as(x))
-        if self.w_resid is not None:
-            residual = torch.mul(self.w_resid, residual)
-        x = self.residual_connection(x, residual)
+        x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
         if not self.normalize_before:
             x = self.final_layer_norm(x)
         return x, aux, stats
@@ -99,10 +95,5 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             need_weights=False,
             attn_mask=self_attn_mask,
         )
-        if self.c_attn is not None:
-            heads = x.view(*x.shape[:2], self.nh, self.head_dim)
-            x = (heads * self.c_attn.view(-1, 1)).reshape_as(x)
-        if self.attn_ln is not None:
-            x = self.attn_ln(x)
         x = self.residual_connection(self.dropout_module(x), residual)
         return x if self.normalize_before else self.self_attn_layer_norm(x)

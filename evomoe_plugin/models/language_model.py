@@ -17,14 +17,6 @@ from evomoe_plugin.options import OptionError, expert_counts, moe_layer_indices,
 
 logger = logging.getLogger(__name__)
 
-# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is.
-_UNSUPPORTED = (
-    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
-    "quant_noise_scalar", "base_layers", "scale_fc", "decoder_layers_to_keep",
-    "decoder_xformers_att_config",
-)
-
-
 class MoELanguageModel(TransformerLanguageModel):
     """A GPT whose feed-forward networks are MoE layers where the options put them."""
 
@@ -47,7 +39,7 @@ class MoELanguageModel(TransformerLanguageModel):
         Raises:
             OptionError: an option cannot work, or does not go with MoE layers.
         """
-        validate_model(args)
+        validate(args)
         with open_dict(args):
             for dim in ("decoder_input_dim", "decoder_output_dim"):
                 args[dim] = args[dim] or args.decoder_embed_dim
@@ -62,20 +54,20 @@ class MoELanguageModel(TransformerLanguageModel):
         _log_sizes(args, vocabulary)
         return cls(decoder, count_flops(args, vocabulary))
 
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Refuse a checkpoint that another dictionary was used for; otherwise as fairseq does.
 
-def validate_model(args: Any) -> None:
-    """Check all options of the model; raises `OptionError`."""
-    for option in _UNSUPPORTED:
-        if getattr(args, option, None):
-            raise OptionError(option, getattr(args, option), "does not go with MoE layers: leave "
-                                                             "it out")
-    if args.share_decoder_input_output_embed and (
-        (args.decoder_input_dim or args.decoder_embed_dim)
-        != (args.decoder_output_dim or args.decoder_embed_dim)
-    ):
-        raise OptionError("decoder_output_dim", args.decoder_output_dim,
-                          "must equal --decoder-input-dim with --share-decoder-input-output-embed")
-    validate(args, args.decoder_layers)
+        Raises:
+            OptionError: the sizes of the vocabularies differ.
+        """
+        prefix = f"{name}." if name else ""
+        saved = state_dict.get(f"{prefix}decoder.embed_tokens.weight")
+        vocabulary = self.decoder.embed_tokens.num_embeddings
+        if saved is not None and saved.size(0) != vocabulary:
+            raise OptionError("DATA", "dict.txt",
+                              f"has {vocabulary} symbols, the checkpoint was trained with "
+                              f"{saved.size(0)}: give the data that belongs to the checkpoint")
+        super().upgrade_state_dict_named(state_dict, name)
 
 
 def _log_sizes(args: Any, vocabulary: int) -> None:

@@ -6,8 +6,11 @@ import math
 TEMPERATURE_SCHEDULES = ("linear", "exp", "cosine", "constant")
 
 
-def temperature(num_updates: int, *, start: float, end: float, updates: int, schedule: str) -> float:
-    """Temperature of the dense-to-sparse gate after `num_updates` updates (EvoMoE, section 3.2).
+def temperature(
+    num_updates: int, *, start: float, end: float, updates: int, schedule: str
+) -> float:
+    """Temperature of the dense-to-sparse gate after `num_updates` updates
+    (EvoMoE, arXiv 2112.14397; linear in the paper, exp in its code).
 
     Args:
         num_updates: completed updates, from 0.

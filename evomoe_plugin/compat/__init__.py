@@ -1,0 +1,66 @@
+"""Mends of fairseq, fairscale and what they stand on: one file each, applied on import.
+
+Each says what is broken, where upstream, and when it can go.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from evomoe_plugin.compat import (
+    bf16_flag,
+    checkpoint_reading,
+    checkpoint_writing,
+    crash,
+    fsdp_cpu,
+    fsdp_fp16,
+    fsdp_optimizer_state,
+    launch,
+    num_updates,
+    numpy_compat,
+    object_broadcast,
+    symlink,
+    trainer_cpu,
+    user_module,
+)
+from evomoe_plugin.compat.mend import Mend, MendStatus
+
+__all__ = ["MENDS", "Mend", "MendStatus", "apply_all", "report"]
+
+logger = logging.getLogger(__name__)
+
+MENDS: tuple[Mend, ...] = (
+    numpy_compat.MEND,
+    object_broadcast.MEND,
+    user_module.MEND,
+    launch.MEND,
+    bf16_flag.MEND,
+    trainer_cpu.MEND,
+    fsdp_cpu.MEND,
+    fsdp_fp16.MEND,
+    fsdp_optimizer_state.MEND,
+    num_updates.MEND,
+    symlink.MEND,
+    checkpoint_writing.MEND,
+    checkpoint_reading.MEND,
+    crash.MEND,
+)
+
+_statuses: dict[str, MendStatus] = {}
+
+
+def apply_all() -> None:
+    """Apply every mend that this environment needs; again, it does nothing."""
+    for mend in MENDS:
+        if mend.name in _statuses:
+            continue
+        reason = mend.needed()
+        if reason is not None:
+            mend.apply()
+            logger.debug("mended %s: %s", mend.name, reason)
+        _statuses[mend.name] = MendStatus(mend.name, reason is not None, reason or "not needed")
+
+
+def report() -> list[MendStatus]:
+    """What `apply_all` did, in the order of `MENDS`; empty before it ran."""
+    return list(_statuses.values())

@@ -1,0 +1,174 @@
+"""Saving a checkpoint: whole or not at all, in the foreground or behind the training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.data import data_utils
+from fairseq.file_io import PathManager
+
+from evomoe_plugin.compat import background, checkpoint_files
+from evomoe_plugin.compat.checkpoint_files import CheckpointFiles
+from evomoe_plugin.compat.mend import Mend, ModuleView, always
+from evomoe_plugin.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+upstream_save = checkpoint_utils.save_checkpoint
+upstream_load = checkpoint_utils.load_checkpoint
+upstream_verify = checkpoint_utils.verify_checkpoint_directory
+
+# What upstream draws the last digit of checkpoint.best_* from: numpy's own generator belongs to
+# the training, which may draw from it while we save.
+_dice = np.random.RandomState()
+
+
+@contextlib.contextmanager
+def _seed_dice(*seeds: float) -> Iterator[None]:
+    _dice.seed(int(hash(seeds) % 1e6))  # the same digit on every rank
+    yield
+
+
+class _TakenState:
+    """The trainer at the moment of saving, as upstream's `save_checkpoint` asks for it.
+
+    Upstream decides names, what is best, and what is no longer kept. Given this in place of the
+    trainer it can do so in another thread, while the trainer trains on. The collectives of FSDP
+    have taken place by then, on all ranks, even where no file turns out to be due.
+    """
+
+    def __init__(self, trainer: Any, for_later: bool):
+        trainer.consolidate_optimizer()
+        self._state = utils.move_to_cpu(trainer.state_dict())
+        if for_later:
+            self._state = _own_copy(self._state, {})
+        self._num_updates = trainer.get_num_updates()
+        self.task = trainer.task
+        self.checkpoint_suffix = trainer.checkpoint_suffix
+        self.data_parallel_rank = trainer.data_parallel_rank
+        self.should_save_checkpoint_on_current_rank = True
+
+    def consolidate_optimizer(self) -> None:
+        """It was done when the state was taken."""
+
+    def get_num_updates(self) -> int:
+        return self._num_updates
+
+    def save_checkpoint(self, filename: str, extra_state: dict) -> str:
+        self._state["extra_state"].update(extra_state)
+        checkpoint_files.save(self._state, filename)
+        return os.path.abspath(filename)
+
+
+class _TakenIterator:
+    """The epoch iterator at the moment of saving."""
+
+    def __init__(self, epoch_itr: Any):
+        self.epoch = epoch_itr.epoch
+        self._end_of_epoch = epoch_itr.end_of_epoch()
+        self._state = epoch_itr.state_dict()
+
+    def end_of_epoch(self) -> bool:
+        return self._end_of_epoch
+
+    def state_dict(self) -> dict:
+        return self._state
+
+
+def _own_copy(value: Any, copies: dict) -> Any:
+    """`value` with tensors of its own; tensors that share memory keep sharing theirs."""
+    if torch.is_tensor(value):
+        key = (value.data_ptr(), value.dtype, value.storage_offset(), value.shape, value.stride())
+        if value.numel() == 0 or key not in copies:
+            copies[key] = value.detach().clone()
+        return copies[key]
+    if isinstance(value, dict):
+        taken = copy.copy(value)  # an OrderedDict keeps its kind and its metadata
+        for name, item in value.items():
+            taken[name] = _own_copy(item, copies)
+        return taken
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_own_copy(item, copies) for item in value)
+    return copy.deepcopy(value)
+
+
+def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> str | None:
+    """In place of `checkpoint_utils.save_checkpoint`, with the same results.
+
+    Raises:
+        RunFailed: this checkpoint, or the one before that was written in the background, could
+            not be written.
+    """
+    background.wait()
+    if cfg.no_save or not trainer.should_save_checkpoint_on_current_rank:
+        return upstream_save(cfg, trainer, epoch_itr, val_loss)
+    # A task that asks to see each file gets it at once.
+    later = cfg.write_checkpoints_asynchronously and not hasattr(trainer.task, "post_save")
+    in_turn = copy.deepcopy(cfg)
+    in_turn.write_checkpoints_asynchronously = False
+    job = functools.partial(
+        _save, in_turn, _TakenState(trainer, later), _TakenIterator(epoch_itr), val_loss
+    )
+    if not later:
+        return job()
+    background.submit(job)
+    return None
+
+
+def _save(cfg: Any, state: _TakenState, iterator: _TakenIterator, val_loss: Any) -> str | None:
+    with checkpoint_files.linking(getattr(cfg, "symlink", False)):
+        return upstream_save(cfg, state, iterator, val_loss)
+
+
+def _wait_for_background() -> bool:
+    """In place of iopath's `async_close`, at the end of fairseq's `main`."""
+    background.wait()
+    return True
+
+
+def load_checkpoint(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+    """As upstream, after removing what a killed run left half-written."""
+    if trainer.data_parallel_rank == 0 and not cfg.no_save:
+        checkpoint_files.remove_leftovers(cfg.save_dir)
+    return upstream_load(cfg, trainer, **kwargs)
+
+
+def verify_checkpoint_directory(save_dir: str) -> None:
+    try:
+        upstream_verify(save_dir)
+    except OSError as error:
+        raise OptionError("save_dir", save_dir, f"cannot be written: {error.strerror}") from error
+
+
+def apply() -> None:
+    checkpoint_utils.save_checkpoint = save_checkpoint
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    checkpoint_utils.torch_persistent_save = checkpoint_files.save
+    checkpoint_utils.verify_checkpoint_directory = verify_checkpoint_directory
+    checkpoint_utils.PathManager = CheckpointFiles
+    checkpoint_utils.os = ModuleView(os, remove=checkpoint_files.remove)
+    checkpoint_utils.np = ModuleView(np, random=_dice)
+    checkpoint_utils.data_utils = ModuleView(data_utils, numpy_seed=_seed_dice)
+    PathManager.async_close = staticmethod(_wait_for_background)
+
+
+MEND = Mend(
+    name="checkpoint-writing",
+    broken="checkpoint_last.pt is overwritten in place, so a kill at the wrong moment loses it; "
+           "--write-checkpoints-asynchronously writes no checkpoint_last.pt and loses errors; a "
+           "full disk is retried into the same file; with FSDP and no file due, ranks wait for "
+           "each other for ever",
+    upstream="fairseq/checkpoint_utils.py: save_checkpoint, torch_persistent_save",
+    remove_when="fairseq writes every name through a temporary file and waits for its writers",
+    needed=always("checkpoints are whole or absent"),
+    apply=apply,
+)

@@ -1,0 +1,38 @@
+"""Adding a field to one of fairseq's option dataclasses, for the command line and for Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fairseq.dataclass.configs import FairseqConfig
+from hydra.core.config_store import ConfigStore
+
+
+def add_field(options: type, name: str, kind: type, default: Any, help: str) -> None:
+    """Give the dataclass `options` one more field; again, it does nothing.
+
+    Parsers made afterwards have the flag, and Hydra configurations composed afterwards the
+    field, if `options` is one of the groups of `FairseqConfig`. Do this before either is made.
+
+    Args:
+        kind: a type that fairseq can parse: bool, int, float, str, or Optional of one.
+    """
+    if name in options.__dataclass_fields__:
+        return
+    extra = dataclasses.make_dataclass(
+        "Extra", [(name, kind, dataclasses.field(default=default, metadata={"help": help}))]
+    )
+    # The generated __init__ does not take the new field; a class attribute gives it its default.
+    options.__dataclass_fields__[name] = extra.__dataclass_fields__[name]
+    options.__annotations__[name] = kind
+    setattr(options, name, default)
+    store_schemas()
+
+
+def store_schemas() -> None:
+    """Tell Hydra the schemas anew that fairseq stored when it was imported."""
+    store = ConfigStore.instance()
+    store.store(name="config", node=FairseqConfig)
+    for group, field in FairseqConfig.__dataclass_fields__.items():
+        store.store(name=group, node=field.default)

@@ -1,0 +1,37 @@
+"""How a run ends when it cannot go on: one line for the user, and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from evomoe_plugin.options import OptionError
+
+BAD_OPTION = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, for a reason that one line explains (a full disk, a dead rank)."""
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status of an error whose message is all that the user needs, else None."""
+    if isinstance(error, OptionError):
+        return BAD_OPTION
+    return FAILED if isinstance(error, RunFailed) else None
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn errors that explain themselves into `error: …` and an exit status, no traceback."""
+    try:
+        yield
+    except (OptionError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_status(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)

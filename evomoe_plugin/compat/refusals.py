@@ -1,0 +1,72 @@
+"""Combinations of options that cannot work, refused before the first step.
+
+Each check takes the run's configuration and raises `OptionError`, or returns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from evomoe_plugin import options as moe_options
+from evomoe_plugin.options import OptionError
+
+
+def check_run(cfg: Any) -> None:
+    """Refuse what cannot work; the plugin's own options are checked too, if they offer that."""
+    on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+    if cfg.model is not None:
+        _check_training(cfg, on_gpu)
+    if hasattr(moe_options, "validate_run"):
+        moe_options.validate_run(cfg)
+
+
+def _check_training(cfg: Any, on_gpu: bool) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    if not on_gpu and common.amp:
+        raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
+    if common.fp16 and common.bf16:
+        raise OptionError("fp16", "with --bf16", "give one of them")
+    if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
+        raise OptionError("write_checkpoints_asynchronously", "without iopath",
+                          "fairseq asks for it: pip install iopath")
+    if parallel.ddp_backend == "fully_sharded":
+        _check_fully_sharded(cfg, on_gpu)
+    elif parallel.use_sharded_state:
+        raise OptionError("use_sharded_state", f"with --ddp-backend {parallel.ddp_backend}",
+                          "needs --ddp-backend fully_sharded")
+    elif parallel.ddp_backend == "slowmo" and not on_gpu:
+        raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
+
+
+def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    combined = "with --ddp-backend fully_sharded"
+    if not importlib.util.find_spec("fairscale"):
+        raise OptionError("ddp_backend", "fully_sharded", "needs fairscale: pip install fairscale")
+    if common.cpu and torch.cuda.is_available():
+        raise OptionError("cpu", combined,
+                          "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
+    if common.bf16 or common.memory_efficient_bf16:
+        raise OptionError("memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
+                          combined, "give --fp16, full precision, or --ddp-backend legacy_ddp")
+    if common.amp:
+        raise OptionError("amp", combined, "give --fp16")
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
+                          "leave it out, fully_sharded does that already")
+    if parallel.cpu_offload and not on_gpu:
+        raise OptionError("cpu_offload", "without a GPU",
+                          "leave it out, everything is on the CPU already")
+    if parallel.fp32_reduce_scatter and (not common.fp16 or common.memory_efficient_fp16):
+        raise OptionError("fp32_reduce_scatter", "without plain --fp16", "leave it out")
+    if parallel.not_fsdp_flatten_parameters and not (
+        parallel.use_sharded_state or cfg.checkpoint.no_save_optimizer_state
+        or cfg.checkpoint.no_save
+    ):
+        raise OptionError("not_fsdp_flatten_parameters", "with one file for all ranks",
+                          "add --use-sharded-state, or --no-save-optimizer-state")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", combined, "leave it out")

@@ -1,0 +1,123 @@
+"""What `prepare` is told, and what makes it valid."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from evomoe_plugin.options import OptionError
+
+DOCUMENTS_BY = ("file", "line", "blank-line")
+ENCODING_ERRORS = ("strict", "replace")
+DEFAULT_VOCAB_SIZE = 8192
+
+# The options that say where and how to work, not what comes out of it. The inputs and the
+# tokenizer files are recorded by their content.
+_NOT_RECORDED = ("inputs", "valid", "test", "sentencepiece_model", "gpt2_bpe", "out", "workers",
+                 "overwrite")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Text, where it goes, and how it is divided and tokenised. Sizes are bytes of UTF-8."""
+
+    inputs: tuple[str, ...]
+    out: str
+    valid: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    text_suffix: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_field: str = "text"
+    documents_by: str = "file"
+    document_start: str | None = None
+    encoding_errors: str = "strict"
+    max_bytes: int | None = None
+    valid_fraction: float = 0.05
+    test_fraction: float = 0.05
+    seed: int = 1
+    vocab_size: int | None = None
+    sample_bytes: int = 10_000_000
+    sentencepiece_model: str | None = None
+    gpt2_bpe: tuple[str, str] | None = None
+    source: str = ""
+    workers: int | None = None
+    overwrite: bool = False
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.sentencepiece_model is None and self.gpt2_bpe is None
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of the documents of the inputs that each held-out split takes by hash."""
+        wanted = {"valid": self.valid_fraction, "test": self.test_fraction}
+        given = {"valid": self.valid, "test": self.test}
+        return {split: share for split, share in wanted.items() if not given[split]}
+
+    @property
+    def processes(self) -> int:
+        """`--workers`, or the cores that this process may use."""
+        if self.workers is not None:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that the result depends on, as JSON holds them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)
+                  if f.name not in _NOT_RECORDED}
+        if self.trains_tokenizer:
+            values["vocab_size"] = self.vocab_size or DEFAULT_VOCAB_SIZE
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def validate(self) -> None:
+        """Raise `OptionError` for the first value that cannot work."""
+        if not self.inputs:
+            raise OptionError("INPUT", "(none)", "name the files or folders that hold the text")
+        if not self.out:
+            raise OptionError("out", "''", "name the folder to write")
+        _choice("documents_by", self.documents_by, DOCUMENTS_BY)
+        _choice("encoding_errors", self.encoding_errors, ENCODING_ERRORS)
+        self._validate_document_start()
+        for suffix in self.text_suffix:
+            if not re.fullmatch(r"\.[^./\s]+", suffix):
+                raise OptionError("text_suffix", repr(suffix), "a suffix such as .py or .md")
+        for split, share in self.fractions.items():
+            if not 0 < share < 1:
+                raise OptionError(f"{split}_fraction", share, "a number between 0 and 1")
+        if sum(self.fractions.values()) >= 1:
+            raise OptionError("valid_fraction", self.valid_fraction,
+                              f"with --test-fraction {self.test_fraction} nothing is left to "
+                              "train on; their sum must be below 1")
+        for name in ("max_bytes", "sample_bytes", "vocab_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(name, value, "a positive number")
+        self._validate_tokenizer()
+
+    def _validate_document_start(self) -> None:
+        if self.document_start is None:
+            return
+        if self.documents_by != "file":
+            raise OptionError("document_start", self.document_start,
+                              f"divides text by itself; leave out --documents-by "
+                              f"{self.documents_by}")
+        try:
+            re.compile(self.document_start)
+        except re.error as error:
+            raise OptionError("document_start", self.document_start,
+                              f"not a regular expression: {error}") from None
+
+    def _validate_tokenizer(self) -> None:
+        if self.sentencepiece_model is not None and self.gpt2_bpe is not None:
+            raise OptionError("sentencepiece_model", self.sentencepiece_model,
+                              "choose this or --gpt2-bpe, not both")
+        if self.vocab_size is not None and not self.trains_tokenizer:
+            raise OptionError("vocab_size", self.vocab_size,
+                              "only for a tokenizer that is trained here; leave it out")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(name, value, f"choose from {', '.join(choices)}")

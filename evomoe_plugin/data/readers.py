@@ -1,0 +1,183 @@
+"""The formats: each reader streams a file as fragments of records, in bounded memory.
+
+A record is what the format divides a file into: the whole file or a line of plain text, a row of
+JSON lines or Parquet. A record longer than a block of plain text comes as several fragments.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from evomoe_plugin.data.sources import SourceFile
+from evomoe_plugin.options import OptionError
+
+BLOCK_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 28
+BATCH_ROWS = 128
+
+# Told the number of bytes of the file that a reader has gone through.
+Advance = Callable[[int], None]
+
+
+class Fragment(NamedTuple):
+    text: str
+    ends_record: bool
+
+
+def read_records(
+    source: SourceFile, *, lines: bool, text_field: str, errors: str, advance: Advance
+) -> Iterator[Fragment]:
+    """The records of a file: `lines` says whether a line or the whole of plain text is one.
+
+    Raises OptionError, naming the place, for what cannot be read.
+    """
+    if source.path.suffix == ".parquet":
+        return _parquet_rows(source.path, text_field, errors, advance)
+    if source.path.suffix == ".jsonl":
+        return _jsonl_rows(source.path, text_field, errors, advance)
+    blocks = _text_blocks(source.path, errors, advance)
+    return _lines(blocks) if lines else _whole(blocks)
+
+
+def _text_blocks(path: Path, errors: str, advance: Advance) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
+    read = 0
+    with open(path, "rb") as stream:
+        for block in itertools.chain(iter(lambda: stream.read(BLOCK_BYTES), b""), [b""]):
+            read += len(block)
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise _undecodable(path, read - len(error.object) + error.start, error) from None
+            advance(len(block))
+
+
+def _whole(blocks: Iterator[str]) -> Iterator[Fragment]:
+    for block in blocks:
+        yield Fragment(block, False)
+    yield Fragment("", True)
+
+
+def _lines(blocks: Iterator[str]) -> Iterator[Fragment]:
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    rest, cut = "", False
+    for block in blocks:
+        *ended, rest = (rest + newlines.decode(block)).split("\n")
+        for line in ended:
+            yield Fragment(line, True)
+            cut = False
+        if len(rest) > BLOCK_BYTES:
+            yield Fragment(rest, False)
+            rest, cut = "", True
+    rest += newlines.decode("", final=True).rstrip("\n")
+    if rest or cut:
+        yield Fragment(rest, True)
+
+
+def _jsonl_rows(path: Path, text_field: str, errors: str, advance: Advance) -> Iterator[Fragment]:
+    offset = 0
+    with open(path, "rb") as stream:
+        for number in itertools.count(1):
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_ROW_BYTES:
+                raise OptionError("INPUT", path, f"line {number} is longer than "
+                                  f"{MAX_ROW_BYTES >> 20} MiB; JSON lines has one row a line")
+            try:
+                row = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+            except UnicodeDecodeError as error:
+                start = offset + len(line) - len(error.object) + error.start
+                raise _undecodable(path, start, error) from None
+            offset += len(line)
+            advance(len(line))
+            if row.strip():
+                text = _field_of(row, text_field, path, number)
+                yield Fragment(_encodable(text, errors, f"{path} line {number}"), True)
+
+
+def _field_of(row: str, text_field: str, path: Path, number: int) -> str:
+    try:
+        fields = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise OptionError("INPUT", path, f"line {number} is not JSON: {error}") from None
+    if not isinstance(fields, dict) or text_field not in fields:
+        has = f"its fields are {', '.join(fields)}" if isinstance(fields, dict) else "it has none"
+        raise OptionError("text_field", text_field,
+                          f"no such field in line {number} of {path}; {has}")
+    text = fields[text_field]
+    if text is not None and not isinstance(text, str):
+        raise OptionError("text_field", text_field,
+                          f"holds a {type(text).__name__} in line {number} of {path}; "
+                          "choose a field of text")
+    return text or ""
+
+
+def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) -> Iterator[Fragment]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        # Without a buffer size a whole column chunk, often the whole file, is read at once.
+        file = parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        _check_column(file.schema_arrow, text_field, path)
+        number, size, told = 0, path.stat().st_size, 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for value in column.cast(pa.large_binary()).to_pylist():
+                number += 1
+                try:
+                    yield Fragment((value or b"").decode("utf-8", errors), True)
+                except UnicodeDecodeError as error:
+                    raise _undecodable(f"{path} row {number}", error.start, error) from None
+            passed = size * number // file.metadata.num_rows
+            advance(passed - told)
+            told = passed
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise OptionError("INPUT", path, f"cannot be read as Parquet: {reason}") from None
+
+
+def _check_column(schema, text_field: str, path: Path) -> None:
+    import pyarrow as pa
+
+    if text_field not in schema.names:
+        raise OptionError("text_field", text_field,
+                          f"no such column in {path}; its columns are {', '.join(schema.names)}")
+    kind = schema.field(text_field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+               pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    if not any(check(kind) for check in is_text):
+        raise OptionError("text_field", text_field,
+                          f"holds {kind} in {path}; choose a column of text")
+
+
+def _undecodable(place: Path | str, offset: int, error: UnicodeDecodeError) -> OptionError:
+    return OptionError(
+        "INPUT", place,
+        f"byte 0x{error.object[error.start]:02x} at offset {offset} is not UTF-8 "
+        f"({error.reason}); convert the file, --exclude it, or pass --encoding-errors replace",
+    )
+
+
+def _encodable(text: str, errors: str, place: str) -> str:
+    """`text`, if UTF-8 can hold it: JSON can spell lone surrogates, which are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise OptionError("INPUT", place, f"character {error.start} of the text is a lone "
+                              "surrogate; pass --encoding-errors replace") from None
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

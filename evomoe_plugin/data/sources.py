@@ -1,0 +1,117 @@
+"""Which files are read, and in which order."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomoe_plugin.data.card import CARD
+from evomoe_plugin.data.options import PrepareOptions
+from evomoe_plugin.options import OptionError
+
+ROW_SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (*ROW_SUFFIXES, ".txt")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read. `name` is what the data card calls it: it starts at the INPUT's own name."""
+
+    path: Path
+    name: str
+    bytes: int
+    split: str | None  # the split that all of it goes to; None: each document by its hash
+
+    @property
+    def is_text(self) -> bool:
+        return self.path.suffix not in ROW_SUFFIXES
+
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_sources(options: PrepareOptions) -> list[SourceFile]:
+    """The files of all inputs: in the order given, each folder sorted by path, none twice.
+
+    A file named by `--valid` or `--test` is left out of the INPUTs, which may hold it. Folders that
+    `prepare` wrote and hidden ones are passed over. Raises OptionError for an input that is
+    missing, unreadable by any reader, or holds nothing to read.
+    """
+    held_out = {}
+    for split in ("valid", "test"):
+        for source in _find(getattr(options, split), split, options):
+            if held_out.setdefault(source.path.resolve(), source).split != split:
+                raise OptionError("test", source.path, "the same file is given by --valid")
+    found = {}
+    for source in _find(options.inputs, None, options):
+        if source.path.resolve() not in held_out:
+            found.setdefault(source.path.resolve(), source)
+    if not found:
+        raise OptionError("INPUT", " ".join(options.inputs),
+                          "every file of it is given by --valid or --test; none is left to train on")
+    return [*found.values(), *held_out.values()]
+
+
+def _find(
+    inputs: Iterable[str], split: str | None, options: PrepareOptions
+) -> Iterator[SourceFile]:
+    name = split or "INPUT"
+    suffixes = {*SUFFIXES, *options.text_suffix}
+    for given in inputs:
+        root = Path(given)
+        if root.is_file():
+            if root.suffix not in suffixes:
+                raise OptionError(name, given, _unknown(Counter([root.suffix]), suffixes))
+            yield SourceFile(root, root.name, root.stat().st_size, split)
+        elif root.is_dir():
+            label = Path(os.path.abspath(root)).name
+            files = sorted(_walk(root, options.exclude), key=lambda file: file.as_posix())
+            chosen = [file for file in files if file.suffix in suffixes]
+            if not chosen:
+                raise OptionError(name, given,
+                                  _unknown(Counter(file.suffix for file in files), suffixes))
+            for file in chosen:
+                yield SourceFile(root / file, f"{label}/{file.as_posix()}",
+                                 (root / file).stat().st_size, split)
+        else:
+            raise OptionError(name, given, "no such file or folder")
+
+
+def _walk(root: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
+    """The files under `root`, relative to it."""
+    for folder, folders, files in os.walk(root):
+        here = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders
+                      if _wanted(here / name, exclude)
+                      and not os.path.exists(os.path.join(folder, name, CARD))]
+        for name in files:
+            if _wanted(here / name, exclude) and os.path.isfile(os.path.join(folder, name)):
+                yield here / name
+
+
+def _wanted(path: Path, exclude: tuple[str, ...]) -> bool:
+    return not path.name.startswith(".") and not any(
+        fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(path.as_posix(), pattern)
+        for pattern in exclude
+    )
+
+
+def _unknown(found: Counter[str], known: Iterable[str]) -> str:
+    known = ", ".join(sorted(known))
+    if not found:
+        return f"no files in it; {known} files are read"
+    common = [suffix for suffix, _ in found.most_common(5)]
+    listed = ", ".join(f"{found[suffix]} {suffix or 'without suffix'}" for suffix in common)
+    remedy = next((f"; --text-suffix {suffix} reads those as plain text"
+                   for suffix in common if suffix), "")
+    return f"holds {listed}; {known} files are read{remedy}"

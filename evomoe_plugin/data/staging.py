@@ -1,0 +1,190 @@
+"""Staging: the text of all inputs, divided into splits and into shards that can be worked apart.
+
+A shard is a file of lines, a passage each: the JSON list [text, ends_document] in ASCII, so that
+fairseq's line reader cannot mistake any character of the text for the end of a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from evomoe_plugin.data.documents import Passage, read_documents
+from evomoe_plugin.data.files import write_atomically
+from evomoe_plugin.data.options import PrepareOptions
+from evomoe_plugin.data.readers import Advance
+from evomoe_plugin.data.sources import SourceFile
+from evomoe_plugin.data.splits import SPLITS, Splitter
+from evomoe_plugin.options import OptionError
+
+SHARD_BYTES = 4 << 20
+STAGED = "staged.json"
+
+
+@dataclass
+class StagedSplit:
+    documents: int = 0
+    passages: int = 0
+    bytes: int = 0  # of UTF-8
+    shards: int = 0
+
+
+@dataclass
+class Staged:
+    """What was staged, from what: enough to tell whether an interrupted run can go on from it."""
+
+    options: dict
+    inputs: list[dict] = field(default_factory=list)  # name, split, bytes, sha256 of files read
+    files_not_read: int = 0
+    empty_documents: int = 0
+    splits: dict[str, StagedSplit] = field(
+        default_factory=lambda: {split: StagedSplit() for split in SPLITS}
+    )
+
+    def save(self, work: Path) -> None:
+        write_atomically(work / STAGED, json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, work: Path) -> Staged | None:
+        try:
+            values = json.loads((work / STAGED).read_text())
+        except FileNotFoundError:
+            return None
+        values["splits"] = {name: StagedSplit(**v) for name, v in values["splits"].items()}
+        return cls(**values)
+
+
+def shard_prefix(work: Path, split: str, number: int) -> Path:
+    return work / f"{split}-{number:06d}"
+
+
+def passages_path(prefix: Path) -> Path:
+    return prefix.with_suffix(".passages")
+
+
+def shard_prefixes(work: Path, split: str, staged: Staged) -> list[Path]:
+    return [shard_prefix(work, split, number) for number in range(staged.splits[split].shards)]
+
+
+def read_passages(prefix: Path) -> Iterator[Passage]:
+    with open(passages_path(prefix), encoding="ascii") as lines:
+        for line in lines:
+            yield Passage(*json.loads(line))
+
+
+def stage(
+    sources: list[SourceFile], options: PrepareOptions, work: Path, advance: Advance
+) -> Staged:
+    """Write the shards of every split under `work`, none of them empty, or raise OptionError."""
+    splitter = Splitter(options.seed, options.fractions)
+    staged = _Stager(options, splitter, work, advance).run(sources)
+    if any(not staged.splits[split].documents for split in ("train", *options.fractions)):
+        ranked = splitter.ranked()
+        if ranked is not None:
+            staged = _Stager(options, ranked, work, lambda _: None).run(sources)
+    _check_no_split_is_empty(staged, options)
+    staged.save(work)
+    return staged
+
+
+class _Stager:
+    def __init__(
+        self, options: PrepareOptions, splitter: Splitter, work: Path, advance: Advance
+    ):
+        self.options, self.splitter, self.advance = options, splitter, advance
+        self.left = options.max_bytes  # of the INPUTs
+        self.staged = Staged(options.recorded())
+        self.shards = {split: _ShardWriter(work, split, self.staged.splits[split])
+                       for split in SPLITS}
+
+    def run(self, sources: list[SourceFile]) -> Staged:
+        try:
+            for source in sources:
+                if source.split is None and self.left == 0:
+                    self.staged.files_not_read += 1
+                    continue
+                self.staged.inputs.append({"name": source.name, "split": source.split,
+                                           "bytes": source.bytes, "sha256": source.sha256()})
+                self._stage_documents(source)
+        finally:
+            for shard in self.shards.values():
+                shard.close()
+        return self.staged
+
+    def _stage_documents(self, source: SourceFile) -> None:
+        split = None  # of the document that is being read
+        for passage in read_documents(source, self.options, self.advance):
+            if split is None and passage.ends_document and not passage.text.strip():
+                self.staged.empty_documents += 1
+                continue
+            starts = split is None
+            if starts:
+                split = source.split or self.splitter.split_of(passage.text)
+            if source.split is None and self.left is not None:
+                passage = self._within_limit(passage)
+                if starts and not passage.text.strip():
+                    return
+            self.shards[split].write(passage, starts)
+            if source.split is None and self.left == 0:
+                return
+            if passage.ends_document:
+                split = None
+
+    def _within_limit(self, passage: Passage) -> Passage:
+        """The passage, or what `--max-bytes` leaves of it, which then ends its document."""
+        text = passage.text.encode()
+        if len(text) < self.left:
+            self.left -= len(text)
+            return passage
+        limit = text.rfind(b"\n", 0, self.left) + 1 or self.left
+        if len(text) == self.left:
+            limit = self.left
+        self.left = 0
+        return Passage(text[:limit].decode("utf-8", "ignore"), True)
+
+
+class _ShardWriter:
+    def __init__(self, work: Path, split: str, counts: StagedSplit):
+        self.work, self.split, self.counts = work, split, counts
+        self.stream = None
+
+    def write(self, passage: Passage, starts_document: bool) -> None:
+        if self.stream is None:
+            prefix = shard_prefix(self.work, self.split, self.counts.shards)
+            self.stream = open(passages_path(prefix), "w", encoding="ascii")
+            self.counts.shards += 1
+        self.stream.write(json.dumps(passage) + "\n")
+        self.counts.passages += 1
+        self.counts.documents += starts_document
+        self.counts.bytes += len(passage.text.encode())
+        if self.stream.tell() >= SHARD_BYTES:
+            self.close()
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+
+def _check_no_split_is_empty(staged: Staged, options: PrepareOptions) -> None:
+    counts = {split: staged.splits[split].documents for split in SPLITS}
+    for split in SPLITS:
+        if counts[split]:
+            continue
+        if split != "train" and getattr(options, split):
+            raise OptionError(split, " ".join(getattr(options, split)), "holds no text")
+        total = sum(counts[name] for name in ("train", *options.fractions))
+        if not total:
+            raise OptionError("INPUT", " ".join(options.inputs), "holds no text")
+        wanted = ", ".join(("train", *options.fractions))
+        if total <= 1000:
+            raise OptionError(
+                "INPUT", " ".join(options.inputs),
+                f"holds too few different documents ({total}) to fill {wanted}; "
+                "--documents-by blank-line divides text files further, --valid and --test "
+                "name files of their own",
+            )
+        raise OptionError(f"{split}_fraction", options.fractions.get(split),
+                          f"none of {total} documents fell into {split}; choose a larger fraction")

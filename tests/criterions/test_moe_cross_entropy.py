@@ -1,0 +1,122 @@
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.logging import metrics
+
+from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from evomoe_plugin.models.accounting import ForwardFlops
+from evomoe_plugin.options import OptionError
+
+PAD = 1
+
+
+class FakeModel(torch.nn.Module):
+    """Three tokens of logits, an auxiliary loss and statistics of two layers."""
+
+    def __init__(self, aux=(2.0, 4.0), pairs=(6.0, 3.0)):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.randn(1, 4, 7))
+        self.aux = torch.nn.Parameter(torch.tensor(aux))
+        self.pairs = torch.tensor(pairs)
+        self.forward_flops = ForwardFlops(per_token=1_000_000, per_pair=500_000)
+
+    def forward(self):
+        stats = {
+            "tokens": torch.tensor([3.0, 3.0]), "pairs": self.pairs,
+            "tokens_per_expert": torch.stack([self.pairs, torch.zeros(2)], 1),
+            "entropy": torch.tensor([3.0, 6.0]), "nonfinite": torch.zeros(2),
+            "temperature": torch.tensor([4.5, 4.5]),
+        }
+        return self.logits, {"moe_aux": {"balance": self.aux}, "moe_stats": stats}
+
+    def get_normalized_probs(self, net_output, log_probs):
+        return F.log_softmax(net_output[0], -1)
+
+    def get_targets(self, sample, net_output):
+        return sample["target"]
+
+
+SAMPLE = {"net_input": {}, "target": torch.tensor([[3, 4, 5, PAD]]), "ntokens": 3}
+TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
+
+
+def make(weight=0.5, method="average", sentence_avg=False):
+    return MoECrossEntropyCriterion(TASK, sentence_avg, weight, method)
+
+
+@pytest.mark.parametrize("method, combined", [("average", 3.0), ("sum", 6.0)])
+def test_loss_is_cross_entropy_plus_the_weighted_gate_loss(method, combined):
+    model = FakeModel()
+    loss, sample_size, log = make(method=method)(model, SAMPLE)
+    nll = F.cross_entropy(model.logits[0, :3], SAMPLE["target"][0, :3], reduction="sum")
+    assert sample_size == 3
+    assert loss.item() == pytest.approx(nll.item() + 0.5 * 3 * combined)
+    assert log["inner_loss"].item() == pytest.approx(nll.item())
+    loss.backward()
+    assert torch.allclose(model.aux.grad, torch.full((2,), 0.5 * 3 * combined / 6))
+
+
+def test_weight_zero_changes_nothing():
+    model = FakeModel()
+    loss, *_ = make(weight=0.0)(model, SAMPLE)
+    plain, *_ = CrossEntropyCriterion(TASK, False)(model, SAMPLE)
+    assert torch.equal(loss, plain)
+    loss.backward()
+    assert model.aux.grad is None
+
+
+def test_evaluation_adds_no_gate_loss_but_reports_it():
+    loss, _, log = make().eval()(FakeModel(), SAMPLE)
+    assert torch.equal(loss.detach(), log["inner_loss"])
+    assert log["moe_aux_balance"].item() == 9
+
+
+def reduced(logs):
+    metrics.reset()
+    with metrics.aggregate("train"):
+        MoECrossEntropyCriterion.reduce_metrics(logs)
+    return metrics.get_smoothed_values("train")
+
+
+def test_what_is_logged():
+    logs = [make()(FakeModel(), SAMPLE)[2] for _ in range(2)]
+    inner = sum(log["inner_loss"].item() for log in logs) / 6 / math.log(2)
+    values = reduced(logs)
+    assert values["inner_loss"] == pytest.approx(inner, abs=1e-3)
+    assert values["ppl"] == pytest.approx(2**inner, rel=1e-2)
+    assert values["loss"] == pytest.approx(inner + 0.5 * 3 / math.log(2), abs=1e-3)
+    assert values["gate_loss_balance"] == 3
+    assert values["temperature"] == 1.5
+    assert values["experts_per_token"] == 1.5
+    assert values["dead_experts"] == 0.5
+    assert values["load_max"] == 2
+    assert values["gate_entropy"] == 1.5
+    assert values["mflops_per_token"] == pytest.approx(1 + 9 * 0.5 / 3)
+
+
+def test_sums_over_ranks_give_the_same_numbers():
+    logs = [make()(FakeModel(pairs=p), SAMPLE)[2] for p in [(6.0, 3.0), (5.0, 4.0)]]
+    summed = {key: logs[0][key] + logs[1][key] for key in logs[0]}
+    assert reduced([summed]) == reduced(logs)
+    assert MoECrossEntropyCriterion.logging_outputs_can_be_summed()
+
+
+def test_perplexity_is_of_the_tokens_also_with_sentence_avg():
+    model = FakeModel()
+    values = reduced([make(sentence_avg=True)(model, SAMPLE)[2]])
+    nll = F.cross_entropy(model.logits[0, :3], SAMPLE["target"][0, :3])
+    assert values["ppl"] == pytest.approx(nll.exp().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [((-1.0, "sum"), "--moe-gate-loss-wt -1.0"), ((float("nan"), "sum"), "--moe-gate-loss-wt nan"),
+     ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum")],
+)
+def test_bad_options(given, message):
+    with pytest.raises(OptionError, match=message):
+        make(*given)

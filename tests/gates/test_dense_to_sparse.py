@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from evomoe_plugin.gates import DenseToSparseGate
+from evomoe_plugin.gates.base import GateContext
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.noise import gumbel, sequence_keys
+
+T, D, E = 40, 8, 6
+
+
+@pytest.fixture
+def make_gate(moe_options):
+    def make(**given):
+        return DenseToSparseGate(D, E, moe_options(**given))
+
+    return make
+
+
+def dense_weights(plan, tokens=T):
+    weights_TE = torch.zeros(tokens, E, dtype=plan.weights_N.dtype)
+    weights_TE[plan.token_ids_N, plan.expert_ids_N] = plan.weights_N.detach()
+    return weights_TE
+
+
+def context(num_updates=0, noise=True, **given):
+    keys = sequence_keys(torch.arange(T).unsqueeze(0))[0] if noise else None
+    return GateContext(num_updates, noise_keys_T=keys, **given)
+
+
+def test_the_formula(make_gate):
+    gate = make_gate(moe_temperature_start=1.5, moe_gate_threshold=0.2)
+    x = torch.randn(T, D)
+    ctx = context()
+    plan = gate(x, ctx)
+    gates = torch.softmax((x @ gate.weight.T + gumbel(ctx.noise_keys_T, E)) / 1.5, 1)
+    chosen = gates > 0.2
+    chosen[torch.arange(T), gates.argmax(1)] = True
+    assert torch.allclose(dense_weights(plan), gates * chosen, atol=1e-6)
+    balance = E * (gates * chosen).mean(0) @ chosen.float().mean(0)
+    assert plan.aux["balance"].item() == pytest.approx(balance.item(), rel=1e-5)
+
+
+def test_softmax_weights_know_no_noise_and_no_temperature(make_gate):
+    gate = make_gate(moe_combine_weights="softmax", moe_temperature_start=50.0)
+    x = torch.randn(T, D)
+    assert torch.allclose(dense_weights(gate(x, context())), (x @ gate.weight.T).softmax(1),
+                          atol=1e-6)
+
+
+def test_from_all_experts_to_one(make_gate):
+    gate = make_gate(moe_temperature_start=2.0, moe_temperature_end=0.1,
+                     moe_temperature_updates=50)
+    x = torch.randn(T, D)
+    pairs = [gate(x, context(n)).num_pairs / T for n in (0, 20, 40, 49, 50, 90)]
+    assert pairs[0] > 0.95 * E
+    assert pairs == sorted(pairs, reverse=True)
+    assert pairs[3] > 1
+    assert pairs[4:] == [1, 1]
+
+
+def test_hard_routing_is_noiseless_top1(make_gate):
+    gate = make_gate(moe_hard_updates=10)
+    x = torch.randn(T, D)
+    plan = gate(x, context(10))
+    assert torch.equal(plan.expert_ids_N[plan.token_ids_N.argsort()],
+                       (x @ gate.weight.T).argmax(1))
+
+
+def test_never_hard(make_gate):
+    gate = make_gate(moe_hard_updates=-1, moe_temperature_end=1.0)
+    assert gate(torch.randn(T, D), context(10**6)).num_pairs > T
+
+
+def test_constant_temperature_without_threshold_is_the_dense_mixture(make_gate):
+    gate = make_gate(moe_temperature_schedule="constant", moe_gate_threshold=0.0)
+    plan = gate(torch.randn(T, D), context(10**6))
+    assert plan.num_pairs == T * E
+    assert torch.allclose(dense_weights(plan).sum(1), torch.ones(T))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.99])
+def test_every_token_keeps_its_best_expert(make_gate, threshold):
+    gate = make_gate(moe_gate_threshold=threshold)
+    plan = gate(torch.randn(T, D), context())
+    assert set(plan.token_ids_N.tolist()) == set(range(T))
+
+
+@pytest.mark.parametrize("num_updates", [0, 15, 29, 30, 80])
+def test_evaluation_is_noiseless_and_follows_training(make_gate, num_updates):
+    gate = make_gate(moe_gate_threshold=0.1)
+    x = torch.randn(T, D)
+    evaluated = gate.eval()(x, context(num_updates))
+    quiet = make_gate(moe_gate_threshold=0.1, moe_gate_noise="none")
+    quiet.load_state_dict(gate.state_dict())
+    trained = quiet.train()(x, context(num_updates))
+    assert torch.equal(dense_weights(evaluated), dense_weights(trained))
+
+
+@pytest.mark.parametrize("eval_gate, pairs", [("top1", T), ("dense", T * E)])
+@pytest.mark.parametrize("num_updates", [0, 80])
+def test_evaluation_on_request(make_gate, eval_gate, pairs, num_updates):
+    gate = make_gate(moe_eval_gate=eval_gate).eval()
+    assert gate(torch.randn(T, D), context(num_updates)).num_pairs == pairs
+
+
+@pytest.mark.parametrize("weights", ["gate", "softmax"])
+@pytest.mark.parametrize("num_updates", [0, 99])
+def test_gradcheck_of_weights_and_loss(make_gate, weights, num_updates):
+    gate = make_gate(moe_combine_weights=weights, moe_gate_threshold=0.05).double()
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x, weight):
+        plan = torch.func.functional_call(gate, {"weight": weight}, (x, context(num_updates)))
+        return plan.weights_N, plan.aux["balance"]
+
+    assert torch.autograd.gradcheck(outputs, (x, gate.weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_computes_in_fp32_whatever_the_model(make_gate, dtype):
+    gate = make_gate().to(dtype)
+    x = torch.randn(T, D).to(dtype)
+    plan = gate(x, context())
+    assert plan.weights_N.dtype == torch.float32
+    exact = make_gate()
+    exact.load_state_dict({"weight": gate.weight.float()})
+    assert torch.equal(dense_weights(plan), dense_weights(exact(x.float(), context())))
+    low = make_gate(moe_gating_use_fp32="false").to(dtype)
+    assert low(x, context()).weights_N.dtype == dtype
+
+
+def test_statistics(make_gate):
+    gate = make_gate(moe_temperature_start=2.0, moe_temperature_end=1.0)
+    mask = torch.rand(T) < 0.5
+    plan = gate(torch.randn(T, D), context(15, token_mask_T=mask))
+    assert plan.stats[st.TOKENS] == mask.sum()
+    assert plan.stats[st.PAIRS] == plan.num_pairs
+    assert torch.equal(plan.stats[st.LOAD_E], plan.tokens_per_expert_E.double())
+    assert plan.stats[st.TEMPERATURE] / mask.sum() == pytest.approx(1.5)
+    assert not any(value.requires_grad for value in plan.stats.values())

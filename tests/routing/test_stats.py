@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from evomoe_plugin.routing import stats as st
+
+
+def layer_stats(mask_TE, probs_TE, token_mask_T=None):
+    return st.routing_stats(probs_TE, probs_TE.log(), mask_TE.sum(0), token_mask_T)
+
+
+def test_summary_by_hand():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    probs = torch.full((3, 4), 0.25)
+    summed = {k: v.unsqueeze(0) for k, v in layer_stats(mask, probs).items()}
+    numbers = st.summarize(summed)
+    assert numbers["experts_per_token"] == pytest.approx(4 / 3)
+    assert numbers["dead_experts"] == 0.5
+    assert numbers["load_max"] == 3  # loads 3, 1, 0, 0: mean 1
+    assert numbers["gate_entropy"] == pytest.approx(math.log(4))
+    assert "temperature" not in numbers
+
+
+def test_sums_over_parts_equal_the_whole():
+    mask, probs = torch.rand(20, 5) < 0.4, torch.rand(20, 5).softmax(1)
+    real = torch.rand(20) < 0.8
+    whole = layer_stats(mask, probs, real)
+    halves = [layer_stats(mask[i], probs[i], real[i]) for i in (slice(0, 7), slice(7, 20))]
+    for name, value in whole.items():
+        assert torch.allclose(value, halves[0][name] + halves[1][name]), name
+
+
+def test_layers_with_fewer_experts_do_not_count_as_dead():
+    nan = float("nan")
+    stats = {
+        st.TOKENS: torch.tensor([4.0, 4.0]), st.PAIRS: torch.tensor([4.0, 8.0]),
+        st.LOAD_E: torch.tensor([[4.0, 0.0, nan, nan], [2.0, 2.0, 2.0, 2.0]]),
+        st.ENTROPY: torch.zeros(2), st.NONFINITE: torch.zeros(2),
+    }
+    numbers = st.summarize(stats)
+    assert numbers["dead_experts"] == pytest.approx(1 / 6)
+    assert numbers["load_max"] == pytest.approx((2 + 1) / 2)
+
+
+def test_nonfinite_logits_are_counted_once_a_token_and_not_in_padding():
+    logits = torch.zeros(4, 3)
+    logits[1] = float("nan")
+    logits[2, 0] = float("inf")
+    logits[3, 0] = float("nan")
+    mask = torch.tensor([True, True, True, False])
+    stats = st.routing_stats(torch.full((4, 3), 1 / 3), logits, torch.zeros(3), mask)
+    assert stats[st.NONFINITE].item() == 2

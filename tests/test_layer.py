@@ -1,0 +1,160 @@
+"""Invariants 1 and 3 of the design on the whole layer, and what leaves it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts.loop import loop_moe
+from evomoe_plugin.gates import DenseToSparseGate
+from evomoe_plugin.gates.base import Gate, GateContext
+from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.routing import noise
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.plan import plan_from_mask
+
+T, D, F, E = 13, 6, 10, 5
+
+
+def make_layer(moe_options, num_experts=E, dtype=torch.float64, **given):
+    gate = DenseToSparseGate(D, num_experts, moe_options(**given))
+    with torch.no_grad():
+        gate.weight.mul_(3)  # so that thresholds bite
+    experts = ExpertFFN(num_experts, D, F, nn.functional.gelu)
+    return MoELayer(gate, experts).to(dtype)
+
+
+def keys(tokens=T):
+    return noise.sequence_keys(torch.randint(0, 99, (1, tokens)))[0]
+
+
+ROUTINGS = {
+    "dense": {"moe_temperature_start": 100.0},
+    "annealed": {"moe_temperature_start": 0.6, "moe_gate_threshold": 0.05},
+    "sparse": {"moe_temperature_start": 0.2, "moe_temperature_end": 0.1,
+               "moe_gate_threshold": 0.3},
+    "hard": {"moe_hard_updates": 0},
+    "softmax": {"moe_combine_weights": "softmax", "moe_temperature_start": 0.5},
+    "noiseless": {"moe_gate_noise": "none", "moe_gate_threshold": 0.1},
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_fast_path_equals_the_loop_oracle(moe_options, routing, padding, training):
+    layer = make_layer(moe_options, **ROUTINGS[routing]).train(training)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(T) < 0.7 if padding else None
+    key = keys() if training else None
+    y, aux, _ = layer(x, mask, key)
+
+    if key is not None:
+        for part in (layer.seed, 0, layer.layer_id):
+            key = noise.fold(key, part)
+    plan = layer.gate(x, GateContext(0, mask, key))
+    oracle = loop_moe(x, plan, layer.experts)
+    assert torch.allclose(y, oracle, atol=1e-9)
+
+    wanted = [x, *layer.parameters()]
+    seed = torch.randn_like(y)
+    got = torch.autograd.grad(y, wanted, seed, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(oracle, wanted, seed), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+class FixedGate(Gate):
+    """Routes as it is told; for the shapes that a learned gate seldom makes."""
+
+    def __init__(self, mask_TE):
+        super().__init__(D, mask_TE.size(1), None)
+        self.mask_TE = mask_TE
+
+    def forward(self, x_TD, context):
+        weights = torch.linspace(0.1, 1, self.mask_TE.numel(), dtype=x_TD.dtype)
+        probs = self.mask_TE.double()
+        stats = st.routing_stats(probs, probs, self.mask_TE.sum(0), None)
+        return plan_from_mask(self.mask_TE, weights.view(self.mask_TE.shape), stats=stats)
+
+
+def one_takes_all():
+    mask = torch.zeros(T, E, dtype=torch.bool)
+    mask[:, 2] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.zeros(T, E).bool(), torch.ones(T, E).bool(), one_takes_all(), torch.eye(T, E).bool(),
+     torch.ones(1, E).bool(), torch.zeros(0, E).bool()],
+    ids=["no pair", "all pairs", "one expert takes all", "few tokens", "one token", "no token"],
+)
+def test_any_plan_equals_the_loop_oracle(mask):
+    layer = MoELayer(FixedGate(mask), ExpertFFN(E, D, F, torch.tanh)).double()
+    x = torch.randn(mask.size(0), D, dtype=torch.float64, requires_grad=True)
+    y, aux, _ = layer(x)
+    assert aux.shape == (0,)
+    plan = layer.gate(x, GateContext())
+    if mask.size(0):
+        assert torch.allclose(y, loop_moe(x, plan, layer.experts), atol=1e-9)
+    y.sum().backward()
+    assert layer.experts.fc1_weight.grad.isfinite().all()
+    assert torch.equal(y[~mask.any(1)], torch.zeros_like(y[~mask.any(1)]))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_cost_follows_the_pairs(moe_options, routing):
+    layer = make_layer(moe_options, dtype=torch.float32, **ROUTINGS[routing])
+    x = torch.randn(T, D, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y, _, flat = layer(x, None, keys())
+        y.sum().backward()
+    pairs = int(layer.named_stats(flat)[st.PAIRS])
+    gate_flops = 3 * 2 * T * D * E
+    assert counter.get_total_flops() == 3 * 2 * (2 * pairs * D * F) + gate_flops
+
+
+def test_padding_is_routed_nowhere_and_changes_nothing(moe_options):
+    layer = make_layer(moe_options, **ROUTINGS["annealed"])
+    x = torch.randn(T, D, dtype=torch.float64)
+    mask = torch.rand(T) < 0.6
+    key = keys()
+    y, aux, flat = layer(x, mask, key)
+    y_alone, aux_alone, flat_alone = layer(x[mask], None, key[mask])
+    assert torch.allclose(y[mask], y_alone)
+    assert not y[~mask].any()
+    assert torch.allclose(aux, aux_alone)
+    assert torch.allclose(flat, flat_alone)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4, 1e30])
+def test_equal_and_huge_logits_stay_finite(moe_options, scale):
+    layer = make_layer(moe_options, dtype=torch.float32, moe_temperature_start=0.3)
+    x = torch.full((T, D), scale, requires_grad=True)
+    y, aux, _ = layer(x, None, keys())
+    (y.sum() * 1e-30 + aux.sum()).backward()
+    assert torch.isfinite(aux).all()
+    assert torch.isfinite(layer.gate.weight.grad).all()
+
+
+def test_the_update_number_is_in_the_state_and_comes_back(moe_options):
+    layer = make_layer(moe_options)
+    layer.set_num_updates(77)
+    other = make_layer(moe_options)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(T, D, dtype=torch.float64)
+    assert torch.equal(layer.eval()(x)[2], other.eval()(x)[2])
+    assert layer.gate.temperature(77) != layer.gate.temperature(0)
+
+
+def test_noise_depends_on_seed_update_and_layer(moe_options):
+    layer = make_layer(moe_options, **ROUTINGS["annealed"])
+    x, key = torch.randn(T, D, dtype=torch.float64), keys()
+    first = layer(x, None, key)[0]
+    assert torch.equal(first, layer(x, None, key)[0])
+    for change in (lambda: setattr(layer, "seed", 5), lambda: setattr(layer, "layer_id", 3)):
+        change()
+        again = layer(x, None, key)[0]
+        assert not torch.equal(first, again)
+        first = again
