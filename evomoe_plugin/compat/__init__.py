@@ -9,16 +9,20 @@ import logging
 
 from evomoe_plugin.compat import (
     bf16_flag,
+    checkpoint_fit,
     checkpoint_reading,
     checkpoint_writing,
     crash,
     fsdp_cpu,
     fsdp_fp16,
     fsdp_optimizer_state,
+    last_batch,
     launch,
+    layout_change,
     num_updates,
     numpy_compat,
     object_broadcast,
+    silent_commands,
     symlink,
     trainer_cpu,
     user_module,
@@ -30,10 +34,12 @@ __all__ = ["MENDS", "Mend", "MendStatus", "apply_all", "report"]
 logger = logging.getLogger(__name__)
 
 MENDS: tuple[Mend, ...] = (
+    silent_commands.MEND,
     numpy_compat.MEND,
     object_broadcast.MEND,
     user_module.MEND,
     launch.MEND,
+    last_batch.MEND,
     bf16_flag.MEND,
     trainer_cpu.MEND,
     fsdp_cpu.MEND,
@@ -43,6 +49,8 @@ MENDS: tuple[Mend, ...] = (
     symlink.MEND,
     checkpoint_writing.MEND,
     checkpoint_reading.MEND,
+    layout_change.MEND,
+    checkpoint_fit.MEND,
     crash.MEND,
 )
 

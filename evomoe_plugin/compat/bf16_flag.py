@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from fairseq import options
 
-from evomoe_plugin.compat.mend import Mend, always
-
-upstream_parse = options.parse_args_and_arch
+from evomoe_plugin.compat.mend import Mend, always, wrap
 
 
 def _asks_for_tpu(arguments: list[str] | None) -> bool:
@@ -18,13 +18,17 @@ def _asks_for_tpu(arguments: list[str] | None) -> bool:
     return parser.parse_known_args(arguments)[0].tpu
 
 
-def parse_args_and_arch(
-    parser: argparse.ArgumentParser, input_args: list[str] | None = None, *args: Any, **kwargs: Any
+def _parse_args_and_arch(
+    upstream: Callable,
+    parser: argparse.ArgumentParser,
+    input_args: list[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     given, _ = _precision_parser().parse_known_args(input_args)
     if (given.fp16 or given.memory_efficient_fp16) and (given.bf16 or given.memory_efficient_bf16):
         parser.error("--fp16 does not go with --bf16: give one of them")
-    parsed = upstream_parse(parser, input_args, *args, **kwargs)
+    parsed = upstream(parser, input_args, *args, **kwargs)
     # Upstream returns (known, rest) when it was asked to leave unknown arguments.
     namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     if hasattr(namespace, "tpu"):
@@ -40,8 +44,9 @@ def _precision_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.cache
 def apply() -> None:
-    options.parse_args_and_arch = parse_args_and_arch
+    wrap(options, "parse_args_and_arch", _parse_args_and_arch)
 
 
 MEND = Mend(

@@ -7,7 +7,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,10 @@ from fairseq.file_io import PathManager
 
 from evomoe_plugin.compat import background, checkpoint_files
 from evomoe_plugin.compat.checkpoint_files import CheckpointFiles
-from evomoe_plugin.compat.mend import Mend, ModuleView, always
+from evomoe_plugin.compat.mend import Mend, ModuleView, always, wrap
 from evomoe_plugin.options import OptionError
 
 logger = logging.getLogger(__name__)
-
-upstream_save = checkpoint_utils.save_checkpoint
-upstream_load = checkpoint_utils.load_checkpoint
-upstream_verify = checkpoint_utils.verify_checkpoint_directory
 
 # What upstream draws the last digit of checkpoint.best_* from: numpy's own generator belongs to
 # the training, which may draw from it while we save.
@@ -101,7 +97,9 @@ def _own_copy(value: Any, copies: dict) -> Any:
     return copy.deepcopy(value)
 
 
-def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> str | None:
+def _save_checkpoint(
+    upstream: Callable, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None
+) -> str | None:
     """In place of `checkpoint_utils.save_checkpoint`, with the same results.
 
     Raises:
@@ -110,13 +108,13 @@ def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | No
     """
     background.wait()
     if cfg.no_save or not trainer.should_save_checkpoint_on_current_rank:
-        return upstream_save(cfg, trainer, epoch_itr, val_loss)
+        return upstream(cfg, trainer, epoch_itr, val_loss)
     # A task that asks to see each file gets it at once.
     later = cfg.write_checkpoints_asynchronously and not hasattr(trainer.task, "post_save")
     in_turn = copy.deepcopy(cfg)
     in_turn.write_checkpoints_asynchronously = False
     job = functools.partial(
-        _save, in_turn, _TakenState(trainer, later), _TakenIterator(epoch_itr), val_loss
+        _save, upstream, in_turn, _TakenState(trainer, later), _TakenIterator(epoch_itr), val_loss
     )
     if not later:
         return job()
@@ -124,9 +122,11 @@ def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | No
     return None
 
 
-def _save(cfg: Any, state: _TakenState, iterator: _TakenIterator, val_loss: Any) -> str | None:
+def _save(
+    upstream: Callable, cfg: Any, state: _TakenState, iterator: _TakenIterator, val_loss: Any
+) -> str | None:
     with checkpoint_files.linking(getattr(cfg, "symlink", False)):
-        return upstream_save(cfg, state, iterator, val_loss)
+        return upstream(cfg, state, iterator, val_loss)
 
 
 def _wait_for_background() -> bool:
@@ -135,25 +135,26 @@ def _wait_for_background() -> bool:
     return True
 
 
-def load_checkpoint(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+def _load_checkpoint(upstream: Callable, cfg: Any, trainer: Any, **kwargs: Any) -> Any:
     """As upstream, after removing what a killed run left half-written."""
     if trainer.data_parallel_rank == 0 and not cfg.no_save:
         checkpoint_files.remove_leftovers(cfg.save_dir)
-    return upstream_load(cfg, trainer, **kwargs)
+    return upstream(cfg, trainer, **kwargs)
 
 
-def verify_checkpoint_directory(save_dir: str) -> None:
+def _verify_checkpoint_directory(upstream: Callable, save_dir: str) -> None:
     try:
-        upstream_verify(save_dir)
+        upstream(save_dir)
     except OSError as error:
         raise OptionError("save_dir", save_dir, f"cannot be written: {error.strerror}") from error
 
 
+@functools.cache
 def apply() -> None:
-    checkpoint_utils.save_checkpoint = save_checkpoint
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    wrap(checkpoint_utils, "save_checkpoint", _save_checkpoint)
+    wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
+    wrap(checkpoint_utils, "verify_checkpoint_directory", _verify_checkpoint_directory)
     checkpoint_utils.torch_persistent_save = checkpoint_files.save
-    checkpoint_utils.verify_checkpoint_directory = verify_checkpoint_directory
     checkpoint_utils.PathManager = CheckpointFiles
     checkpoint_utils.os = ModuleView(os, remove=checkpoint_files.remove)
     checkpoint_utils.np = ModuleView(np, random=_dice)

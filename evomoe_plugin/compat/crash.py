@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from fairseq.trainer import Trainer
 
 from evomoe_plugin.compat.errors import RunFailed
-from evomoe_plugin.compat.mend import Mend, always
+from evomoe_plugin.compat.mend import Mend, always, wrap
 
 logger = logging.getLogger(__name__)
 
-upstream_consolidate = Trainer.consolidate_optimizer
-upstream_save = Trainer.save_checkpoint
+
+def _consolidate_optimizer(upstream: Callable, trainer: Trainer) -> None:
+    """Not in the midst of an exception: the other ranks, whom it needs, may not have met it."""
+    if sys.exc_info()[0] is None or trainer.data_parallel_world_size == 1:
+        upstream(trainer)
 
 
-def consolidate_optimizer(self: Trainer) -> None:
-    """As upstream, but not in the midst of an exception that other ranks may not have met."""
-    if sys.exc_info()[0] is None or self.data_parallel_world_size == 1:
-        upstream_consolidate(self)
-
-
-def save_checkpoint(self: Trainer, filename: str, extra_state: dict) -> Any:
+def _save_checkpoint(upstream: Callable, trainer: Trainer, filename: str, extra: dict) -> Any:
     if os.path.basename(filename) != "crash.pt":
-        return upstream_save(self, filename, extra_state)
-    if self.data_parallel_world_size > 1:
+        return upstream(trainer, filename, extra)
+    if trainer.data_parallel_world_size > 1:
         logger.error("no crash.pt: with several processes it would need them all; "
                      "the last checkpoint is intact")
         return None
     try:
-        return upstream_save(self, filename, extra_state)
+        return upstream(trainer, filename, extra)
     except RunFailed as error:  # must not hide what we are crashing from
         logger.error("no crash.pt: %s", error)
         return None
 
 
+@functools.cache
 def apply() -> None:
-    Trainer.consolidate_optimizer = consolidate_optimizer
-    Trainer.save_checkpoint = save_checkpoint
+    wrap(Trainer, "consolidate_optimizer", _consolidate_optimizer)
+    wrap(Trainer, "save_checkpoint", _save_checkpoint)
 
 
 MEND = Mend(

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from fairseq.dataclass.configs import FairseqConfig
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
+from omegaconf import OmegaConf
 
 
 def add_field(options: type, name: str, kind: type, default: Any, help: str) -> None:
@@ -31,8 +32,14 @@ def add_field(options: type, name: str, kind: type, default: Any, help: str) -> 
 
 
 def store_schemas() -> None:
-    """Tell Hydra the schemas anew that fairseq stored when it was imported."""
+    """Tell Hydra anew the schemas that fairseq stored before they had the new field."""
     store = ConfigStore.instance()
-    store.store(name="config", node=FairseqConfig)
+    # fairseq stores the whole as "config", and again under the name that --config-name gives.
+    whole = [
+        name for name, kept in store.repo.items()
+        if isinstance(kept, ConfigNode) and OmegaConf.get_type(kept.node) is FairseqConfig
+    ]
+    for name in whole:
+        store.store(name=name, node=FairseqConfig)
     for group, field in FairseqConfig.__dataclass_fields__.items():
         store.store(name=group, node=field.default)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fairseq.distributed import fully_sharded_data_parallel as fairseq_fsdp
 
-from evomoe_plugin.compat.mend import Mend
+from evomoe_plugin.compat.mend import Mend, wrap
 
 
 def needed() -> str | None:
     return "fairscale wants fp16 weights before it wraps" if fairseq_fsdp.has_FSDP else None
 
 
+def _init(upstream: Callable, self: Any, module: torch.nn.Module, **kwargs: Any) -> None:
+    if kwargs.get("compute_dtype") is torch.float16 and not kwargs.get("mixed_precision"):
+        module = module.half()
+    upstream(self, module, **kwargs)
+
+
+@functools.cache
 def apply() -> None:
-    wrapper = fairseq_fsdp.FullyShardedDataParallel
-    if hasattr(wrapper, "_upstream_init"):
-        return
-    wrapper._upstream_init = upstream_init = wrapper.__init__
-
-    def __init__(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("compute_dtype") is torch.float16 and not kwargs.get("mixed_precision"):
-            module = module.half()
-        upstream_init(self, module, *args, **kwargs)
-
-    wrapper.__init__ = __init__
+    wrap(fairseq_fsdp.FullyShardedDataParallel, "__init__", _init)
 
 
 MEND = Mend(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from evomoe_plugin.compat.mend import Mend
+from evomoe_plugin.compat.mend import Mend, wrap
 
 
 def needed() -> str | None:
@@ -47,22 +49,21 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
     return gathered, scalars
 
 
+def _load_local_state_dict(upstream: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+
+    for module in get_fsdp_instances(self):
+        for parameter in module.params:
+            module._init_param_attributes(parameter)
+    return upstream(self, *args, **kwargs)
+
+
+@functools.cache
 def apply() -> None:
-    from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
 
-    if FSDP._gather_optim_state is _gather_optim_state:
-        return
-    FSDP._gather_optim_state = _gather_optim_state
-    upstream_load = FSDP.load_local_state_dict
-
-    def load_local_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for module in self.modules():
-            if isinstance(module, FSDP):
-                for parameter in module.params:
-                    module._init_param_attributes(parameter)
-        return upstream_load(self, *args, **kwargs)
-
-    FSDP.load_local_state_dict = load_local_state_dict
+    FullyShardedDataParallel._gather_optim_state = _gather_optim_state
+    wrap(FullyShardedDataParallel, "load_local_state_dict", _load_local_state_dict)
 
 
 MEND = Mend(

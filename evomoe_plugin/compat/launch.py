@@ -20,7 +20,7 @@ from omegaconf import open_dict
 
 from evomoe_plugin.compat import background
 from evomoe_plugin.compat.errors import one_line_errors
-from evomoe_plugin.compat.mend import Mend, always
+from evomoe_plugin.compat.mend import Mend, always, wrap
 from evomoe_plugin.compat.ranks import run_ranks
 from evomoe_plugin.compat.refusals import check_run
 from evomoe_plugin.options import OptionError
@@ -36,18 +36,29 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
         main(cfg, **kwargs)
 
 
-def call_main(cfg: Any, main: Callable, **kwargs: Any) -> None:
+def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
     """Run `main(cfg, **kwargs)` in as many processes as `cfg.distributed_training` asks for."""
     with one_line_errors():
         check_run(cfg)
+        _check_evaluation(cfg, main)
         main = functools.partial(run_main, main)
         if torch.cuda.is_available() and not cfg.common.cpu:
-            _launch_on_gpus(cfg, main, kwargs)
+            _launch_on_gpus(upstream, cfg, main, kwargs)
         else:
             _launch_on_cpus(cfg, main, kwargs)
 
 
-def _launch_on_gpus(cfg: Any, main: Callable, kwargs: dict) -> None:
+def _check_evaluation(cfg: Any, main: Callable) -> None:
+    count = cfg.distributed_training.distributed_world_size
+    if _started_by_torchrun():
+        count = max(count, int(os.environ["WORLD_SIZE"]))
+    if count > 1 and "eval_lm" in main.__globals__:
+        raise OptionError("distributed_world_size", count,
+                          "fairseq-eval-lm would print the perplexity of each process's share of "
+                          "the data: start one process")
+
+
+def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) -> None:
     options = cfg.distributed_training
     if _is_single_fully_sharded(options):
         _in_group_of_one("nccl", main, cfg, kwargs)
@@ -59,7 +70,7 @@ def _launch_on_gpus(cfg: Any, main: Callable, kwargs: dict) -> None:
                           f"this machine has {torch.cuda.device_count()} GPUs; give at most that "
                           "many, or --distributed-init-method for several machines")
     else:
-        upstream_call_main(cfg, main, **kwargs)
+        upstream(cfg, main, **kwargs)
 
 
 def _launch_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
@@ -154,11 +165,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-upstream_call_main = distributed_utils.call_main
-
-
+@functools.cache
 def apply() -> None:
-    distributed_utils.call_main = call_main
+    wrap(distributed_utils, "call_main", _call_main)
 
 
 MEND = Mend(

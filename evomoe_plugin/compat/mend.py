@@ -1,7 +1,8 @@
-"""What a mend is, and the one trick most of them share."""
+"""What a mend is, and the tricks that mends share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,6 +37,20 @@ class MendStatus:
     name: str
     active: bool
     reason: str
+
+
+def wrap(owner: Any, name: str, around: Callable) -> None:
+    """Have `around(original, *args, **kwargs)` called wherever `owner.name(...)` is.
+
+    Mends of the same function compose, in the order in which they are applied.
+    """
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
 
 
 class ModuleView(ModuleType):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from fairseq.trainer import Trainer
 
-from evomoe_plugin.compat.mend import Mend, always
-
-upstream_set = Trainer.set_num_updates
-upstream_load = Trainer.load_checkpoint
+from evomoe_plugin.compat.mend import Mend, always, wrap
 
 
 def _tell_model(trainer: Trainer) -> None:
@@ -19,21 +18,22 @@ def _tell_model(trainer: Trainer) -> None:
         model.set_num_updates(trainer.get_num_updates())
 
 
-def set_num_updates(self: Trainer, num_updates: int) -> None:
-    upstream_set(self, num_updates)
-    _tell_model(self)
+def _set_num_updates(upstream: Callable, trainer: Trainer, num_updates: int) -> None:
+    upstream(trainer, num_updates)
+    _tell_model(trainer)
 
 
-def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """As upstream, but with --reset-optimizer, which starts at 0 again, so does the model."""
-    extra_state = upstream_load(self, *args, **kwargs)
-    _tell_model(self)
+def _load_checkpoint(upstream: Callable, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Where --reset-optimizer makes the trainer start at 0 again, so shall the model."""
+    extra_state = upstream(trainer, *args, **kwargs)
+    _tell_model(trainer)
     return extra_state
 
 
+@functools.cache
 def apply() -> None:
-    Trainer.set_num_updates = set_num_updates
-    Trainer.load_checkpoint = load_checkpoint
+    wrap(Trainer, "set_num_updates", _set_num_updates)
+    wrap(Trainer, "load_checkpoint", _load_checkpoint)
 
 
 MEND = Mend(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from fairseq import utils
 
-from evomoe_plugin.compat.mend import Mend, always
+from evomoe_plugin.compat.mend import Mend, always, wrap
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = __name__.split(".")[0]
 
-upstream_import = utils.import_user_module
-
-
-def import_user_module(args: Any) -> None:
+def _import_user_module(upstream: Callable, args: Any) -> None:
     """As upstream, but our own package, which is imported since this runs, is left at that."""
     given = getattr(args, "user_dir", None)
     if given is None or os.path.basename(os.path.normpath(given)) != PACKAGE:
-        return upstream_import(args)
+        return upstream(args)
     folder = os.path.abspath(given)
     imported = os.path.dirname(os.path.dirname(__file__))
     if os.path.exists(folder) and not os.path.samefile(folder, imported):
@@ -29,12 +28,9 @@ def import_user_module(args: Any) -> None:
     return None
 
 
-# Upstream keeps what it has imported as an attribute of whatever the name stands for.
-import_user_module.memo = getattr(upstream_import, "memo", set())
-
-
+@functools.cache
 def apply() -> None:
-    utils.import_user_module = import_user_module
+    wrap(utils, "import_user_module", _import_user_module)
 
 
 MEND = Mend(

@@ -94,13 +94,15 @@ def _between_blank_lines(lines: Iterator[Fragment]) -> Iterator[Passage]:
 
 def _from_starts(records: Iterator[Fragment], start: re.Pattern[str]) -> Iterator[Passage]:
     """Records joined by newlines; one that `start` is found in begins a new document."""
-    document, started, newline, begins = _Document(), False, "", True
+    document, started, begins = _Document(), False, True
+    newline = ""  # between the last record and the next
     for text, ends_record in records:
         if begins:
             if started and start.search(text):
                 yield from document.end()
                 newline = ""
-            text, started, begins = newline + text, True, False
+            yield from document.add(newline)
+            started, begins = True, False
         yield from document.add(text)
         if ends_record:
             newline = "" if text.endswith("\n") else "\n"

@@ -12,6 +12,7 @@ from evomoe_plugin.options import OptionError
 DOCUMENTS_BY = ("file", "line", "blank-line")
 ENCODING_ERRORS = ("strict", "replace")
 DEFAULT_VOCAB_SIZE = 8192
+_FIXED_ROWS = 260
 
 # The options that say where and how to work, not what comes out of it. The inputs and the
 # tokenizer files are recorded by their content.
@@ -116,6 +117,10 @@ class PrepareOptions:
         if self.vocab_size is not None and not self.trains_tokenizer:
             raise OptionError("vocab_size", self.vocab_size,
                               "only for a tokenizer that is trained here; leave it out")
+        if self.vocab_size is not None and self.vocab_size <= _FIXED_ROWS:
+            raise OptionError("vocab_size", self.vocab_size,
+                              f"choose more than {_FIXED_ROWS}: the 256 bytes and fairseq's own "
+                              "4 symbols come first")
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -58,7 +58,8 @@ def find_sources(options: PrepareOptions) -> list[SourceFile]:
             found.setdefault(source.path.resolve(), source)
     if not found:
         raise OptionError("INPUT", " ".join(options.inputs),
-                          "every file of it is given by --valid or --test; none is left to train on")
+                          "every file of it is given by --valid or --test; none is left to "
+                          "train on")
     return [*found.values(), *held_out.values()]
 
 
@@ -72,7 +73,7 @@ def _find(
         if root.is_file():
             if root.suffix not in suffixes:
                 raise OptionError(name, given, _unknown(Counter([root.suffix]), suffixes))
-            yield SourceFile(root, root.name, root.stat().st_size, split)
+            yield SourceFile(root, _printable(root.name), root.stat().st_size, split)
         elif root.is_dir():
             label = Path(os.path.abspath(root)).name
             files = sorted(_walk(root, options.exclude), key=lambda file: file.as_posix())
@@ -81,10 +82,14 @@ def _find(
                 raise OptionError(name, given,
                                   _unknown(Counter(file.suffix for file in files), suffixes))
             for file in chosen:
-                yield SourceFile(root / file, f"{label}/{file.as_posix()}",
+                yield SourceFile(root / file, _printable(f"{label}/{file.as_posix()}"),
                                  (root / file).stat().st_size, split)
         else:
             raise OptionError(name, given, "no such file or folder")
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _walk(root: Path, exclude: tuple[str, ...]) -> Iterator[Path]:

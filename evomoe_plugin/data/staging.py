@@ -19,7 +19,7 @@ from evomoe_plugin.data.sources import SourceFile
 from evomoe_plugin.data.splits import SPLITS, Splitter
 from evomoe_plugin.options import OptionError
 
-SHARD_BYTES = 4 << 20
+SHARD_BYTES = 2 << 20
 STAGED = "staged.json"
 
 
@@ -33,9 +33,9 @@ class StagedSplit:
 
 @dataclass
 class Staged:
-    """What was staged, from what: enough to tell whether an interrupted run can go on from it."""
+    """What was staged, from what, under which options: whether a later run can go on from it."""
 
-    options: dict
+    options: dict = field(default_factory=dict)
     inputs: list[dict] = field(default_factory=list)  # name, split, bytes, sha256 of files read
     files_not_read: int = 0
     empty_documents: int = 0
@@ -49,7 +49,7 @@ class Staged:
     @classmethod
     def load(cls, work: Path) -> Staged | None:
         try:
-            values = json.loads((work / STAGED).read_text())
+            values = json.loads((work / STAGED).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         values["splits"] = {name: StagedSplit(**v) for name, v in values["splits"].items()}
@@ -77,7 +77,10 @@ def read_passages(prefix: Path) -> Iterator[Passage]:
 def stage(
     sources: list[SourceFile], options: PrepareOptions, work: Path, advance: Advance
 ) -> Staged:
-    """Write the shards of every split under `work`, none of them empty, or raise OptionError."""
+    """Write the shards of every split under `work`, none of them empty, or raise OptionError.
+
+    `advance` is told the bytes of the files that have been gone through.
+    """
     splitter = Splitter(options.seed, options.fractions)
     staged = _Stager(options, splitter, work, advance).run(sources)
     if any(not staged.splits[split].documents for split in ("train", *options.fractions)):
@@ -85,7 +88,6 @@ def stage(
         if ranked is not None:
             staged = _Stager(options, ranked, work, lambda _: None).run(sources)
     _check_no_split_is_empty(staged, options)
-    staged.save(work)
     return staged
 
 
@@ -95,7 +97,7 @@ class _Stager:
     ):
         self.options, self.splitter, self.advance = options, splitter, advance
         self.left = options.max_bytes  # of the INPUTs
-        self.staged = Staged(options.recorded())
+        self.staged = Staged()
         self.shards = {split: _ShardWriter(work, split, self.staged.splits[split])
                        for split in SPLITS}
 
@@ -124,7 +126,7 @@ class _Stager:
                 split = source.split or self.splitter.split_of(passage.text)
             if source.split is None and self.left is not None:
                 passage = self._within_limit(passage)
-                if starts and not passage.text.strip():
+                if self.left == 0 and starts and not passage.text.strip():
                     return
             self.shards[split].write(passage, starts)
             if source.split is None and self.left == 0:
@@ -135,14 +137,12 @@ class _Stager:
     def _within_limit(self, passage: Passage) -> Passage:
         """The passage, or what `--max-bytes` leaves of it, which then ends its document."""
         text = passage.text.encode()
-        if len(text) < self.left:
+        if len(text) > self.left:
+            text = text[:text.rfind(b"\n", 0, self.left) + 1 or self.left]
+            self.left = 0
+        else:
             self.left -= len(text)
-            return passage
-        limit = text.rfind(b"\n", 0, self.left) + 1 or self.left
-        if len(text) == self.left:
-            limit = self.left
-        self.left = 0
-        return Passage(text[:limit].decode("utf-8", "ignore"), True)
+        return Passage(text.decode("utf-8", "ignore"), passage.ends_document or self.left == 0)
 
 
 class _ShardWriter:

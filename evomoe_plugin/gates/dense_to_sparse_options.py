@@ -5,7 +5,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
@@ -24,7 +24,7 @@ class DenseToSparseOptions:
     moe_temperature_end: float = field(
         default=0.3, metadata={"help": "temperature at the end of the annealing"}
     )
-    moe_temperature_updates: int | None = field(
+    moe_temperature_updates: Optional[int] = field(
         default=None,
         metadata={"help": "updates that the annealing takes (default: 30%% of --max-update)"},
     )
@@ -37,7 +37,7 @@ class DenseToSparseOptions:
         metadata={"help": "a token goes to the experts whose gate value exceeds this, and to its "
                           "best one always"},
     )
-    moe_hard_updates: int | None = field(
+    moe_hard_updates: Optional[int] = field(
         default=None,
         metadata={"help": "update from which routing is hard top-1; -1 never (default: when the "
                           "annealing ends; never with the constant schedule)"},

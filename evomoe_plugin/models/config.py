@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
@@ -26,7 +27,7 @@ class MoELanguageModelConfig(DenseToSparseOptions, MoEOptions, TransformerLangua
     # Read from other groups: the noise of the gates is keyed by the seed, and the annealing takes
     # a share of the run by default.
     seed: int = II("common.seed")
-    max_update: int | None = II("optimization.max_update")
+    max_update: Optional[int] = II("optimization.max_update")
 
 
 @dataclass

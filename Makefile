@@ -1,0 +1,142 @@
+# One word does one thing; each sets up what it needs. `make` alone lists them.
+#
+# The environment lies in $(VENV). It is thrown away and built anew when the lock or a choice below
+# changes, and when an installation was interrupted: what runs is what the lock says. The package is
+# installed into it, not linked, as users have it, and again whenever its files change.
+
+VENV ?= .venv
+LOCK := requirements/lock.txt
+LOG := $(VENV)/setup.log
+# Both are written last, so that what was interrupted is done again.
+ENVIRONMENT := $(VENV)/environment
+PACKAGE := $(VENV)/package
+
+# The choices, each remembered once made.
+BUILT := $(shell cat $(ENVIRONMENT) 2>/dev/null)
+PYTHON ?= $(or $(word 1,$(BUILT)),python3.11)
+TORCH ?= $(or $(word 2,$(BUILT)),any)
+ARGS ?=
+
+ifeq ($(filter any cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): give cuda, or any (the first build that pip finds))
+endif
+ifneq ($(BUILT),$(PYTHON) $(TORCH))
+$(ENVIRONMENT): FORCE
+endif
+
+# By name as well as by age: a file that is gone changes the package too.
+SOURCES := $(sort $(shell find evomoe_plugin hydra_configs -name '*.py' -o -name '*.yaml' 2>/dev/null))
+ifneq ($(shell cat $(PACKAGE) 2>/dev/null),$(SOURCES))
+$(PACKAGE): FORCE
+endif
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --progress-bar off
+# Some packages are built here; what builds them is of the lock too, not what is newest today.
+SETUPTOOLS = sed -n '/^setuptools==/,/[^\]$$/p' $(LOCK)
+TORCH_VERSION = $(shell sed -n 's/^torch==//p' requirements/torch.txt)
+
+# After a command: what it prints goes to the log, whose end is shown should it fail.
+LOGGED = >>$(LOG) 2>&1 || { tail -n 25 $(LOG); echo 'error: that failed; the whole log is $(LOG)'; \
+	exit 1; } >&2
+
+define CHECK_PYTHON
+import platform, sys
+found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+if not ((3, 11) <= sys.version_info < (3, 13) and found.endswith("Linux x86_64")):
+    sys.exit(f"error: PYTHON=$(PYTHON) is {found}; the lock is for 3.11 and 3.12 on Linux x86_64. "
+             "Name one of these: make venv PYTHON=python3.12. Elsewhere, pip install '.[tests,plots]' "
+             "into an environment of your own.")
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit(f"error: PYTHON=$(PYTHON) cannot make environments ({error}); Debian and Ubuntu have "
+             f"this in the package python{sys.version_info[0]}.{sys.version_info[1]}-venv.")
+endef
+export CHECK_PYTHON
+
+define CHECK_TORCH
+import platform, torch
+cuda = torch.version.cuda
+print(f"Ready: $(VENV), Python {platform.python_version()}, torch {torch.__version__} "
+      f"({'CUDA ' + cuda if cuda else 'CPU'} build)")
+if "$(TORCH)" == "cuda" and not cuda:
+    raise SystemExit("error: TORCH=cuda, yet pip found no CUDA build of torch for this machine.")
+endef
+export CHECK_TORCH
+
+help:  ## list these targets
+	@echo 'make TARGET [VARIABLE=value]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@echo
+	@echo '  TORCH=cuda    the CUDA build of torch, for machines with a GPU; otherwise the first build'
+	@echo '                that pip finds: a CPU wheel it was pointed to (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL),'
+	@echo '                or else the package index'"'"'s own, which on Linux is the CUDA build (about 3 GB)'
+	@echo '  PYTHON=...    the Python of a new environment (python3.11; 3.12 will do)'
+	@echo '  ARGS=...      more arguments for quickstart, test, test-slow or bench: make test ARGS="-k gate"'
+
+quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on it, evaluate it
+	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
+
+# One process: most of the time goes to tests that start two ranks themselves, and two ranks of a
+# test on each of several workers would fight for the cores that one of them needs.
+test: venv  ## run the tests, but for the slow ones
+	@$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: venv  ## run the slow tests
+	@$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+bench: venv  ## measure speed and memory
+	@$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+lint: venv  ## check the code's style
+	@$(VENV)/bin/python -m ruff check .
+
+venv: $(PACKAGE)  ## build the environment alone
+
+$(ENVIRONMENT): requirements/torch.txt $(LOCK)
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/made-by-make ]; then \
+	echo 'error: $(VENV) is there already, and not of our making; move it, or give VENV=folder.' >&2; \
+	exit 1; fi
+	@command -v $(PYTHON) >/dev/null || { \
+	echo 'error: PYTHON=$(PYTHON) is not a command here; give that of a Python 3.11.' >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/made-by-make
+	@echo 'Creating $(VENV) with $(PYTHON)'; $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) $(LOGGED)
+	@echo 'Installing the packages of $(LOCK)'; { $(SETUPTOOLS) >$(VENV)/setuptools.txt && \
+	$(INSTALL) --no-deps --require-hashes -r $(VENV)/setuptools.txt && \
+	$(INSTALL) --no-deps --require-hashes --no-build-isolation -r $(LOCK); } $(LOGGED)
+	@echo 'Installing torch $(TORCH_VERSION) ($(TORCH) build)'; $(INSTALL) -r requirements/torch.txt \
+	$(if $(filter cuda,$(TORCH)),'torch!=$(TORCH_VERSION)+cpu') $(LOGGED)
+	@echo 'Checking that they fit'; $(PIP) check $(LOGGED)
+	@$(VENV)/bin/python -c "$$CHECK_TORCH"
+	@echo '$(PYTHON) $(TORCH)' >$@
+
+$(PACKAGE): $(ENVIRONMENT) setup.py pyproject.toml $(SOURCES)
+	@rm -rf build evomoe_plugin.egg-info
+	@echo 'Installing evomoe_plugin'; \
+	$(INSTALL) --no-deps --no-build-isolation --force-reinstall . $(LOGGED)
+	@rm -rf build evomoe_plugin.egg-info
+	@echo '$(SOURCES)' >$@
+
+# With hashes of every file of each release, so that one lock serves all Pythons and libcs; without
+# torch, whose build differs by machine, but with what torch's CPU build needs.
+lock:  ## resolve the locked packages anew (UPGRADE=1: newest releases); needs torch's CPU wheel
+	@set -e; new=$$(mktemp -d); trap 'rm -rf $$new' EXIT; \
+	echo 'Resolving $(LOCK); hashes not yet known are computed from each file, which takes minutes'; \
+	$(PYTHON) -m venv $$new/venv; $$new/venv/bin/python -m pip install -q pip-tools==7.6.2; \
+	sed '/^torch==/s/$$/+cpu/' requirements/torch.txt >$$new/torch.txt; \
+	cp $(LOCK) $$new/lock.txt; \
+	CUSTOM_COMPILE_COMMAND='make lock' $$new/venv/bin/pip-compile -q --generate-hashes \
+	$(if $(UPGRADE),--upgrade) --strip-extras --unsafe-package torch \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	$(addprefix --extra ,benchmarks lint plots tensorboard tests) \
+	-o $$new/lock.txt setup.py $$new/torch.txt; \
+	sed '/^# WARNING: /,$$d' $$new/lock.txt >$(LOCK); rm -rf evomoe_plugin.egg-info
+
+clean:  ## remove the environment and the tools' caches, never a run
+	rm -rf $(if $(wildcard $(VENV)/made-by-make),$(VENV)) build dist evomoe_plugin.egg-info .pytest_cache .ruff_cache .hypothesis
+	find evomoe_plugin tests -name __pycache__ -prune -exec rm -rf {} +
+
+FORCE:
+.PHONY: help quickstart test test-slow bench lint venv lock clean FORCE

@@ -1,0 +1,43 @@
+"""`evomoe plot`: the picture of a training run from its log."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+HELP = "draw loss, temperature, experts per token and step time of a run from its log"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logs", nargs="+", metavar="LOG",
+                        help="what fairseq-train --log-format json printed, saved to a file; "
+                             "several are drawn into one picture")
+    parser.add_argument("--out", required=True, metavar="FILE.png",
+                        help="the picture to write; .svg and .pdf work too")
+    parser.add_argument("--smoothing", type=float, default=0.6, metavar="W",
+                        help="weight of the loss's moving average, 0 for none "
+                             "(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from evomoe_plugin.observe import read_log
+    from evomoe_plugin.observe.plot import plot
+
+    logs = [read_log(path) for path in args.logs]
+    for log, name in zip(logs, names(args.logs), strict=True):
+        log.name = name
+    plot(logs, args.out, args.smoothing)
+    print(f"{args.out}: {len(logs[0].intervals)} intervals up to update "
+          f"{logs[0].intervals[-1].update}" if len(logs) == 1 else f"{args.out}: {len(logs)} runs")
+    return 0
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """What to call each run: the file's name, with as many folders as tell it from the others."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(p[-depth:]) for p in parts]
+        if len(set(short)) == len(short):
+            return short
+    return list(paths)

@@ -1,0 +1,36 @@
+"""What makes fairseq's Hydra commands know this package before they compose a configuration.
+
+`common.user_dir` is imported after composition: too late for our models to be fields of the
+configuration, and for the mends to have a say in how the run starts. Every Hydra program of the
+environment loads this; those that are not fairseq's are left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+PACKAGE = "evomoe_plugin"
+
+
+class EvoMoESearchPath(SearchPathPlugin):
+    """Imports the package, and adds its `hydra_configs` to where configurations are sought."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if "fairseq" not in sys.modules:
+            return
+        folder = configurations(importlib.import_module(PACKAGE).__path__[0])
+        if folder is not None:
+            search_path.append(provider=PACKAGE, path=f"file://{folder}")
+
+
+def configurations(package: str) -> Path | None:
+    """Where the `hydra_configs` of the package in this folder are: inside it, or beside it."""
+    for folder in (Path(package) / "hydra_configs", Path(package).parent / "hydra_configs"):
+        if folder.is_dir():
+            return folder
+    return None

@@ -1,0 +1,196 @@
+"""Resuming with another parallelism than the checkpoint was written with."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
+
+from evomoe_plugin.compat import shards
+from evomoe_plugin.compat.mend import Mend, always, wrap
+from evomoe_plugin.compat.optimizer_layout import fsdp_layout, model_layout, plain_layout
+from evomoe_plugin.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+# Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
+HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
+
+# The trainer that is loading a checkpoint in this thread; evaluation has none.
+_trainer: ContextVar[Trainer | None] = ContextVar("trainer", default=None)
+
+
+def _load_checkpoint(
+    upstream: Callable, trainer: Trainer, filename: str, *args: Any, **kwargs: Any
+) -> Any:
+    """In place of `Trainer.load_checkpoint`: find the files, convert what is in them."""
+    token = _trainer.set(trainer)
+    try:
+        extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
+    finally:
+        _trainer.reset(token)
+    if extra_state is not None and _reads_own_shard(trainer):
+        _check_same_update(trainer, filename)
+    return extra_state
+
+
+def _reads_own_shard(trainer: Trainer) -> bool:
+    return trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state
+
+
+def _existing(trainer: Trainer, filename: str) -> str:
+    """The file to read for `filename`: itself, or else the shards of the same checkpoint."""
+    if os.path.exists(filename):
+        return filename
+    first_shard = shards.shard_path(filename, 0)
+    whole = shards.SHARD.sub(".pt", filename)
+    if _reads_own_shard(trainer):
+        if os.path.exists(first_shard):
+            raise _shard_missing(trainer, filename)
+        if os.path.exists(whole):
+            raise OptionError("use_sharded_state", "", f"{whole} is one file for all ranks: "
+                                                       "resume without --use-sharded-state")
+    elif os.path.exists(first_shard):
+        logger.info("%s was written with --use-sharded-state: putting it together", filename)
+        return first_shard
+    _check_is_default(trainer, filename)
+    return filename
+
+
+def _shard_missing(trainer: Trainer, filename: str) -> OptionError:
+    token = _trainer.set(None)
+    try:  # names the shard that is missing, unless this run only has more ranks than there are
+        state = checkpoint_utils.load_checkpoint_to_cpu(filename)
+    finally:
+        _trainer.reset(token)
+    return _other_world_size(shards.world_size(state), trainer)
+
+
+def _other_world_size(count: int, trainer: Trainer) -> OptionError:
+    return OptionError(
+        "distributed_world_size", trainer.data_parallel_world_size,
+        f"the checkpoint has {count} shards: give {count}, or leave --use-sharded-state out, "
+        "which puts them together",
+    )
+
+
+def _check_is_default(trainer: Trainer, filename: str) -> None:
+    given = trainer.cfg.checkpoint.restore_file
+    if given != "checkpoint_last.pt":
+        raise OptionError("restore_file", given, f"there is no {filename}")
+
+
+def _check_same_update(trainer: Trainer, filename: str) -> None:
+    """Shards that a killed run left at different updates must not train on together."""
+    own = trainer._optim_history[-1]["num_updates"]
+    updates: list[int] = [own] * trainer.data_parallel_world_size
+    dist.all_gather_object(updates, own, group=trainer.data_parallel_process_group)
+    if len(set(updates)) > 1:
+        raise OptionError("checkpoint", shards.SHARD.sub(".pt", filename),
+                          f"its shards are of different updates ({', '.join(map(str, updates))}):"
+                          " take an earlier one with --restore-file")
+
+
+def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> dict:
+    """In place of `load_checkpoint_to_cpu`: one state for all ranks, as this run keeps it."""
+    trainer = _trainer.get()
+
+    def read(path: str) -> dict:
+        return upstream(path, *args, **kwargs)
+
+    if not shards.SHARD.search(path):
+        state = read(path)
+        return state if trainer is None else _adapt(state, trainer)
+    if trainer is None:
+        state = shards.consolidated(path, read)
+        del state["fsdp_metadata"]  # makes upstream look for shards
+        return state
+    if not _reads_own_shard(trainer):
+        return _adapt(shards.consolidated(path, read), trainer)
+    state = read(path)
+    if shards.world_size(state) != trainer.data_parallel_world_size:
+        raise _other_world_size(shards.world_size(state), trainer)
+    return state
+
+
+def _adapt(state: dict, trainer: Trainer) -> dict:
+    """Change `state` to what a run like `trainer`'s would have written."""
+    _adapt_iterator(state, trainer)
+    if not state.get("last_optimizer_state"):
+        return state
+    was_fsdp = "param_id_map" in state["last_optimizer_state"]
+    if not was_fsdp and not trainer.is_fsdp:
+        return state
+    new = model_layout(trainer)
+    old = fsdp_layout(state) if was_fsdp else plain_layout(state, new)
+    if old == new:
+        return state
+    logger.info("converting the optimizer's state from %s to %s",
+                "fully sharded" if was_fsdp else "plain",
+                "fully sharded" if trainer.is_fsdp else "plain")
+    optimizer = state["last_optimizer_state"]
+    state["last_optimizer_state"] = new.state(old.by_name(optimizer), optimizer)
+    history = state["optimizer_history"][-1]
+    if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
+        efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
+        history["optimizer_name"] = HALF_PRECISION[efficient]
+    return state
+
+
+def _adapt_iterator(state: dict, trainer: Trainer) -> None:
+    """Count batches of this many processes: each takes every N-th batch of the epoch."""
+    iterator = state.get("extra_state", {}).get("train_iterator")
+    cfg = state.get("cfg")
+    if not iterator or not cfg:
+        return
+    before, now = shards.world_size(state), trainer.data_parallel_world_size
+    position = iterator.get("iterations_in_epoch", 0)
+    if before == now or position == 0:
+        return
+    iterator["iterations_in_epoch"] = position * before // now
+    again = position * before % now
+    logger.info("resuming at batch %d of each of %d processes, which was %d of each of %d%s",
+                iterator["iterations_in_epoch"], now, position, before,
+                f"; {again} batches are seen again" if again else "")
+
+
+def _file_to_evaluate(
+    upstream: Callable, filename: str, suffix: str, shard_idx: int, num_shards: int
+) -> str:
+    """Upstream prefers shards, however old, to the file that was named."""
+    named = filename.replace(".pt", suffix + ".pt")
+    if num_shards == 1 and os.path.exists(named):
+        return named
+    found = upstream(filename, suffix, shard_idx, num_shards)
+    if not checkpoint_utils.PathManager.exists(found):
+        raise OptionError("path", filename, "there is no such checkpoint")
+    return found
+
+
+@functools.cache
+def apply() -> None:
+    wrap(checkpoint_utils, "get_maybe_sharded_checkpoint_filename", _file_to_evaluate)
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_to_cpu)
+    wrap(Trainer, "load_checkpoint", _load_checkpoint)
+
+
+MEND = Mend(
+    name="layout-change",
+    broken="a plain checkpoint resumed fully sharded, and the reverse, ends in KeyError: "
+           "param_id_map or an assertion; shards without --use-sharded-state are not seen and "
+           "training starts anew, as it does with a --restore-file that does not exist; "
+           "fairseq-eval-lm cannot read shards; with another number of processes the wrong "
+           "number of batches is skipped",
+    upstream="fairseq/trainer.py: load_checkpoint; fairseq/checkpoint_utils.py; "
+             "fairseq/data/iterators.py: EpochBatchIterator.load_state_dict",
+    remove_when="training moves to torch's own distributed checkpoints",
+    needed=always("checkpoints outlive the number of processes"),
+    apply=apply,
+)

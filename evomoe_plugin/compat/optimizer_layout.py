@@ -1,0 +1,149 @@
+"""The optimizer's state by parameter name, whichever way the run that saved it kept it.
+
+Three layouts exist: one entry a parameter; one entry for all of them, end to end (plain --fp16);
+and fairscale's, one entry a parameter in the order of the FSDP modules, with a map to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evomoe_plugin.compat.shards import flat_parameters
+from evomoe_plugin.options import OptionError
+
+
+@dataclass(frozen=True)
+class OptimizerLayout:
+    """Which parameters an optimizer's state is of.
+
+    Attributes:
+        names: of the parameters, in the order of the state.
+        shapes: theirs.
+        modules: the FSDP module of each, by number; None without FSDP.
+        is_flat: whether one entry holds all parameters end to end.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    modules: tuple[int, ...] | None = None
+    is_flat: bool = False
+
+    def by_name(self, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """`state["state"]` by name, every tensor with the parameter's shape.
+
+        Raises:
+            OptionError: the state is not of these parameters.
+        """
+        entries = state["state"]
+        if self.is_flat:
+            return self._by_name_from_flat(entries.get(0, {}))
+        named = {self.names[i]: values for i, values in entries.items() if i < len(self.names)}
+        if len(named) != len(entries) or len(state["param_groups"]) != 1:
+            raise _does_not_fit(f"{len(entries)} entries for {len(self.names)} parameters")
+        for name, values in named.items():
+            shape = self.shapes[self.names.index(name)]
+            for key, value in values.items():
+                if _is_moment(value) and value.shape != shape:
+                    raise _does_not_fit(f"{key} of {name} has shape {tuple(value.shape)}, the "
+                                        f"parameter {tuple(shape)}")
+        return named
+
+    def _by_name_from_flat(self, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        named: dict[str, dict[str, Any]] = {name: {} for name in self.names if values}
+        sizes = [math.prod(shape) for shape in self.shapes]
+        for key, value in values.items():
+            parts: Iterable[Any] = [value] * len(sizes)
+            if _is_moment(value):
+                if value.numel() != sum(sizes):
+                    raise _does_not_fit(f"{key} has {value.numel()} numbers, the parameters "
+                                        f"{sum(sizes)}")
+                parts = (p.view(s) for p, s in zip(value.split(sizes), self.shapes, strict=True))
+            for name, part in zip(self.names, parts, strict=True):
+                named[name][key] = part
+        return named
+
+    def state(self, named: dict[str, dict[str, Any]], old: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state in this layout; what is no parameter's (lr, loss scale) is `old`'s.
+
+        Parameters without an entry, which were never updated, get moments of zero.
+        """
+        old = {k: v for k, v in old.items() if k not in ("param_id_map", "uncollected_local_ids")}
+        count = 1 if self.is_flat else len(self.names)
+        groups = [dict(old["param_groups"][0], params=list(range(count)))]
+        new = dict(old, state={}, param_groups=groups)
+        if self.modules is not None:
+            new["param_id_map"] = dict(enumerate(self.modules))
+            new["uncollected_local_ids"] = []
+        if not named:
+            return new
+        like = next(iter(named.values()))
+        entries = [
+            named.get(name) or {
+                k: v.new_zeros(shape) if _is_moment(v) else v for k, v in like.items()
+            }
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        ]
+        if self.is_flat:
+            entries = [{
+                k: torch.cat([e[k].reshape(-1) for e in entries]) if _is_moment(v) else v
+                for k, v in like.items()
+            }]
+        new["state"] = dict(enumerate(entries))
+        return new
+
+
+def fsdp_layout(state: dict) -> OptimizerLayout:
+    """The layout that `fsdp_metadata` describes, of a checkpoint or of a model."""
+    names, shapes, modules = [], [], []
+    for module, (path, _, parameter) in enumerate(flat_parameters(state)):
+        prefix = f"{path}." if path else ""
+        names += [prefix + name for name in parameter["names"]]
+        shapes += [torch.Size(shape) for shape in parameter["shapes"]]
+        modules += [module] * len(parameter["names"])
+    return OptimizerLayout(tuple(names), tuple(shapes), tuple(modules))
+
+
+def model_layout(trainer: Any) -> OptimizerLayout:
+    """The layout of the optimizer that `trainer` builds."""
+    if trainer.is_fsdp:
+        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
+    parameters = [
+        *trainer.get_model().named_parameters(),
+        *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
+    ]
+    parameters = [(name, p) for name, p in parameters if p.requires_grad]
+    common = trainer.cfg.common
+    return OptimizerLayout(
+        tuple(name for name, _ in parameters),
+        tuple(p.shape for _, p in parameters),
+        is_flat=common.fp16 and not common.memory_efficient_fp16
+        and not common.fp16_no_flatten_grads,
+    )
+
+
+def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:
+    """The layout of a checkpoint without FSDP, whose parameters `model` names in another order.
+
+    A state dict lists parameters in the order of the optimizer, among buffers and second names.
+    """
+    shapes = dict(zip(model.names, model.shapes, strict=True))
+    names = tuple(name for name in state["model"] if name in shapes)
+    entries = state["last_optimizer_state"]["param_groups"][0]["params"]
+    return OptimizerLayout(
+        names, tuple(shapes[name] for name in names),
+        is_flat=len(entries) == 1 and len(names) > 1,
+    )
+
+
+def _is_moment(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0
+
+
+def _does_not_fit(why: str) -> OptionError:
+    return OptionError("checkpoint", "with another parallelism",
+                       f"its optimizer state does not fit ({why}): give --reset-optimizer")

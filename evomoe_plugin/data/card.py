@@ -1,0 +1,156 @@
+"""The data card: what a prepared folder holds, from what, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomoe_plugin.data.files import write_atomically
+
+if TYPE_CHECKING:
+    from evomoe_plugin.data.sources import SourceFile
+
+CARD = "DATA_CARD.json"
+CARD_TEXT = "DATA_CARD.md"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """The record of a prepared folder. Equal inputs and options give equal cards."""
+
+    options: dict[str, Any]
+    tokenizer: dict[str, Any]  # kind, rows of the dictionary, lossless, interactive flags
+    splits: dict[str, dict[str, int]]  # documents, items, tokens (eos included), bytes of text, …
+    empty_documents: int
+    inputs: list[dict[str, Any]]  # name, split, bytes, sha256 of every file read
+    files_not_read: int  # because --max-bytes was reached
+    files: dict[str, dict[str, Any]]  # bytes, sha256 of every file written
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / CARD_TEXT, self.as_markdown())
+        write_atomically(folder / CARD, json.dumps(asdict(self), indent=1, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> DataCard | None:
+        """The card of a folder; None if it has none that this version wrote."""
+        try:
+            values = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            return cls(**values) if values.get("format") == FORMAT else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError, AttributeError):
+            return None
+
+    def damage(self, folder: Path) -> str | None:
+        """The first file of the folder that is not as long as the card says."""
+        for name, file in self.files.items():
+            path = folder / name
+            if not path.exists() or path.stat().st_size != file["bytes"]:
+                return name
+        return None
+
+    def as_markdown(self) -> str:
+        rows = "\n".join(
+            f"| {name} | {s['documents']:,} | {s['tokens']:,} | {s['bytes']:,} "
+            f"| {s['bytes'] / max(s['tokens'], 1):.2f} | {s['unknown_tokens']:,} |"
+            for name, s in self.splits.items()
+        )
+        options = "\n".join(f"| `--{name.replace('_', '-')}` | {value} |"
+                            for name, value in self.options.items() if name != "source")
+        inputs = "\n".join(f"| {i['name']} | {i['bytes']:,} | `{i['sha256'][:16]}` |"
+                           for i in self.inputs[:20])
+        more = len(self.inputs) - 20
+        files = "\n".join(f"| {name} | {f['bytes']:,} | `{f['sha256']}` |"
+                          for name, f in self.files.items())
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return _MARKDOWN.format(
+            source=self.options["source"] or "Not stated (`--source` records origin and licence).",
+            splits=rows, rows=self.tokenizer["rows"], kind=self.tokenizer["kind"],
+            exact=("Decoding gives exactly the text back." if self.tokenizer["lossless"]
+                   else "The tokenizer normalises: decoding does not give exactly the text back."),
+            flags=" ".join(self.tokenizer["flags"]), options=options, inputs=inputs,
+            more=f"\n… and {more:,} more, listed in {CARD}.\n" if more > 0 else "",
+            not_read=(f"\n{self.files_not_read:,} further files were not read: "
+                      "`--max-bytes` was reached.\n" if self.files_not_read else ""),
+            empty=self.empty_documents, files=files, versions=versions,
+        )
+
+
+def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str | None:
+    """The first option that differs, in words."""
+    for name in sorted(recorded.keys() | options.keys()):
+        before, now = recorded.get(name), options.get(name)
+        if before != now:
+            return f"--{name.replace('_', '-')} was {before}, and is now {now}"
+    return None
+
+
+def inputs_difference(
+    recorded: list[dict[str, Any]], not_read: int, sources: Sequence[SourceFile]
+) -> str | None:
+    """The first way in which the files differ from the recorded ones, in words."""
+    read = 0
+    for source in sources:
+        entry = recorded[read] if read < len(recorded) else None
+        if entry is None or (entry["split"], entry["name"]) != (source.split, source.name):
+            continue
+        if entry["bytes"] != source.bytes or entry["sha256"] != source.sha256():
+            return f"{source.name} has changed"
+        read += 1
+    if read < len(recorded):
+        return f"{recorded[read]['name']} is missing or stands elsewhere"
+    if len(sources) != len(recorded) + not_read:
+        return f"there were {len(recorded) + not_read} files, and now there are {len(sources)}"
+    return None
+
+
+_MARKDOWN = """\
+# Data card
+
+{source}
+
+| Split | Documents | Tokens (one end-of-sentence each document) | Bytes of text | Bytes a token \
+| Unknown tokens |
+|---|---|---|---|---|---|
+{splits}
+
+{empty:,} empty documents were left out.
+
+## Use
+
+With DATA this folder:
+
+    fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
+    fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
+    fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
+        {flags}
+
+Tokenizer: {kind}; the dictionary has {rows:,} rows. {exact} \
+`evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
+
+## Made with
+
+| Option | Value |
+|---|---|
+{options}
+
+{versions}
+
+## Inputs
+
+| File | Bytes | SHA-256 |
+|---|---|---|
+{inputs}
+{more}{not_read}
+## Files
+
+| File | Bytes | SHA-256 |
+|---|---|---|
+{files}
+"""

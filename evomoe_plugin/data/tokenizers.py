@@ -1,0 +1,162 @@
+"""The tokenizers: text to ids and back, and the symbol that each id has in fairseq's dictionary."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from evomoe_plugin.options import OptionError
+
+SENTENCEPIECE_MODEL = "sentencepiece.model"
+GPT2_ENCODER, GPT2_MERGES = "encoder.json", "vocab.bpe"
+GPT2_SHA256 = {
+    GPT2_ENCODER: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    GPT2_MERGES: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+
+# SentencePiece writes a space as this character, and cannot tell the two apart.
+SPACE = "\u2581"
+_PROBE = f" a  b\n\n\tc {SPACE} é \u3000😀\r\n "
+_GPT2_CACHED_WORDS = 200_000
+
+
+class Tokenizer(Protocol):
+    kind: str
+    files: tuple[str, ...]
+    flags: tuple[str, ...]  # of fairseq-interactive and fairseq-generate; DATA is the folder
+    symbols: list[str | None]  # by id; None: an id that text never gets
+    lossless: bool  # decoding the ids of any text gives exactly that text
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer whose files lie in a prepared folder. Raises OptionError if they are unfit."""
+    folder = Path(folder)
+    if (folder / SENTENCEPIECE_MODEL).exists():
+        return SentencePieceTokenizer(folder / SENTENCEPIECE_MODEL)
+    return GPT2Tokenizer(folder / GPT2_ENCODER, folder / GPT2_MERGES)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Symbols are its pieces, as fairseq's own `--bpe sentencepiece` has it.
+
+    Whitespace inside a piece, which would break fairseq's dictionary and its line tokenizer, is
+    spelt as bytes: `<0x0A>`. Those that `prepare` trains have none (see train_sentencepiece.py).
+    """
+
+    kind = "sentencepiece"
+    files = (SENTENCEPIECE_MODEL,)
+    flags = ("--bpe", "sentencepiece", "--sentencepiece-model", f"DATA/{SENTENCEPIECE_MODEL}")
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError:
+            raise OptionError("sentencepiece_model", path, "not a SentencePiece model") from None
+        self.symbols = [self._symbol(i) for i in range(self._model.get_piece_size())]
+        _check_symbols("sentencepiece_model", path, self.symbols)
+        self._apart = self._encoded_apart()
+        self._divider = re.compile(f"([{''.join(self._apart)}])") if self._apart else None
+        self.lossless = self.decode(self.encode(_PROBE)) == _PROBE
+
+    def _symbol(self, piece_id: int) -> str | None:
+        model = self._model
+        if model.is_control(piece_id) or model.is_unknown(piece_id) or model.is_unused(piece_id):
+            return None
+        return "".join(_as_bytes(c) if c.isspace() else c for c in model.id_to_piece(piece_id))
+
+    def _encoded_apart(self) -> dict[str, list[int]]:
+        """Characters whose ids are bytes, whatever stands beside them: text is divided there.
+
+        The space symbol, else taken for a space, and, for speed (the encoder takes longer than in
+        proportion to the length), the newline. None if the model adds or drops spaces at the ends.
+        """
+        model = self._model
+        if model.encode("a", out_type=str)[0].startswith(SPACE):
+            return {}
+        if model.decode(model.encode(" a ")) != " a ":
+            return {}
+        apart = {SPACE: [model.piece_to_id(_as_bytes(SPACE)[i:i + 6]) for i in (0, 6, 12)]}
+        if not any("\n" in model.id_to_piece(i) for i in range(len(self.symbols))):
+            apart["\n"] = model.encode("\n")
+        return {c: ids for c, ids in apart.items() if all(model.is_byte(i) for i in ids)}
+
+    def encode(self, text: str) -> list[int]:
+        if self._divider is None:
+            return self._model.encode(text)
+        ids = []
+        for part in self._divider.split(text):
+            ids += self._apart.get(part) or self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode(list(ids))
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE, by fairseq's encoder. Symbols are the ids in decimal, as fairseq's
+    own `--bpe gpt2` has it."""
+
+    kind = "gpt2"
+    files = (GPT2_ENCODER, GPT2_MERGES)
+    flags = ("--bpe", "gpt2", "--gpt2-encoder-json", f"DATA/{GPT2_ENCODER}",
+             "--gpt2-vocab-bpe", f"DATA/{GPT2_MERGES}")
+    lossless: ClassVar[bool] = True
+
+    def __init__(self, encoder: Path, merges: Path):
+        from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
+
+        try:
+            self._bpe = get_encoder(str(encoder), str(merges))
+            ids = set(self._bpe.encoder.values())
+            self.symbols = [str(i) if i in ids else None for i in range(max(ids) + 1)]
+            missing = [symbol for symbol in self._needed() if symbol not in self._bpe.encoder]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise OptionError("gpt2_bpe", encoder, f"not GPT-2's encoder.json and vocab.bpe "
+                              f"(in this order): {error}") from None
+        if missing:
+            raise OptionError("gpt2_bpe", encoder,
+                              f"has no entry {missing[0]!r}, which {merges} needs; the two files "
+                              "must belong together")
+
+    def _needed(self) -> list[str]:
+        """Every symbol that the encoder can come to: the bytes and the results of the merges."""
+        return [*self._bpe.byte_encoder.values(), *map("".join, self._bpe.bpe_ranks)]
+
+    def encode(self, text: str) -> list[int]:
+        if len(self._bpe.cache) > _GPT2_CACHED_WORDS:  # fairseq never empties it
+            self._bpe.cache.clear()
+        return self._bpe.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._bpe.decode(ids)
+
+
+def _as_bytes(character: str) -> str:
+    return "".join(f"<0x{byte:02X}>" for byte in character.encode())
+
+
+def _check_symbols(option: str, path: Path, symbols: list[str | None]) -> None:
+    seen = set()
+    for symbol in filter(None, symbols):
+        if symbol in FAIRSEQ_SYMBOLS:
+            raise OptionError(option, path, f"its piece {symbol!r} can stand for text, and is one "
+                              "of fairseq's own symbols; make it a control symbol of the model")
+        if symbol in seen:
+            raise OptionError(option, path, f"two of its pieces would be written {symbol!r}")
+        seen.add(symbol)
+
+
+@functools.lru_cache(maxsize=1)
+def tokenizer_of_process(folder: str) -> Tokenizer:
+    """The tokenizer of `folder`, loaded once in a worker process."""
+    return load_tokenizer(folder)

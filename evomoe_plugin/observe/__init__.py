@@ -1,0 +1,16 @@
+"""Looking at runs: fairseq's JSON log as numbers, as a picture, as a table."""
+
+from evomoe_plugin.observe.log import Record, TrainingLog, parse_log, read_log
+from evomoe_plugin.observe.phases import Phase, dense_start, sparse_end
+from evomoe_plugin.observe.steps import seconds_per_update
+
+__all__ = [
+    "Phase",
+    "Record",
+    "TrainingLog",
+    "dense_start",
+    "parse_log",
+    "read_log",
+    "seconds_per_update",
+    "sparse_end",
+]

@@ -1,0 +1,105 @@
+"""What the quickstart trains, on what, and for how long."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+
+UPDATES = 1000
+QUICK_UPDATES = 12
+
+# The standard library without tests, tables of characters and what distributions add to it.
+STANDARD_LIBRARY_LEAVES_OUT = (
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
+    "turtledemo", "encodings", "pydoc_data", "ensurepip", "config-*",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to run the quickstart.
+
+    Options are written as the commands' own flags; a flag without a value has None.
+    """
+
+    updates: int = UPDATES
+    quick: bool = False
+    text: tuple[str, ...] = ()
+    """Files and folders; none: the Python standard library's source."""
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """What the user chose, by the quickstart's own options."""
+        return {"--updates": self.updates, "--quick": self.quick,
+                "--text": list(self.text) or "the Python standard library"}
+
+    @property
+    def inputs(self) -> list[str]:
+        """What `evomoe prepare` reads."""
+        return list(self.text) or [sysconfig.get_paths()["stdlib"]]
+
+    @property
+    def prepare(self) -> list[tuple[str, str | None]]:
+        """Options of `evomoe prepare`: enough text for the run to see little of it twice."""
+        reading = [("--text-suffix", ".py"), ("--encoding-errors", "replace")]
+        if not self.text:
+            reading += [("--exclude", name) for name in STANDARD_LIBRARY_LEAVES_OUT]
+            reading += [("--source", "Python standard library (PSF licence)")]
+        return [
+            *reading,
+            ("--max-bytes", "300K" if self.quick else "8M"),
+            ("--vocab-size", "512" if self.quick else "4096"),
+            ("--valid-fraction", "0.05" if self.quick else "0.02"),
+            ("--test-fraction", "0.05" if self.quick else "0.02"),
+        ]
+
+    def given(self, option: str) -> tuple[str, ...]:
+        """The values that `evomoe prepare` gets of a repeatable option."""
+        return tuple(value for name, value in self.prepare if name == option)
+
+    @property
+    def train(self) -> list[tuple[str, str | None]]:
+        """Options of `fairseq-train` that stay the same from the first update to the last.
+
+        Schedules are told in updates, none as a share of --max-update: the first update is
+        trained by a command of its own, and must be the same one.
+        """
+        width, ffn_dim = ("32", "64") if self.quick else ("128", "1024")
+        interval = max(1, self.updates // 40)
+        return [
+            ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
+            ("--arch", "transformer_lm_gpttiny_moe"), ("--share-decoder-input-output-embed", None),
+            ("--decoder-embed-dim", width), ("--moe-expert-ffn-dim", ffn_dim),
+            ("--moe-expert-count", "8"), ("--moe-freq", "2"),
+            ("--dropout", "0"), ("--attention-dropout", "0"),
+            # Equal ratios of temperature make the experts fall away evenly. The annealing takes
+            # half of the run; the other half trains what has become of it.
+            ("--moe-temperature-start", "2"), ("--moe-temperature-end", "0.1"),
+            ("--moe-temperature-schedule", "exp"),
+            ("--moe-temperature-updates", str(self.updates // 2)),
+            ("--moe-hard-updates", str(self.updates // 2)),
+            ("--criterion", "moe_cross_entropy"), ("--moe-gate-loss-wt", "0.01"),
+            ("--tokens-per-sample", "128"), ("--batch-size", "8"),
+            ("--optimizer", "adam"), ("--adam-betas", "(0.9, 0.98)"), ("--clip-norm", "1.0"),
+            ("--lr", "0.003"), ("--lr-scheduler", "polynomial_decay"),
+            ("--warmup-updates", str(self.updates // 20)),
+            ("--total-num-update", str(self.updates)),
+            ("--seed", "1"), ("--num-workers", "0"),
+            ("--save-interval-updates", str(4 * interval)), ("--keep-interval-updates", "1"),
+            ("--no-epoch-checkpoints", None), ("--best-checkpoint-metric", "ppl"),
+            ("--max-valid-steps", "20"),
+            ("--log-format", "json"), ("--log-interval", str(interval)),
+        ]
+
+    @property
+    def evaluate(self) -> list[tuple[str, str | None]]:
+        """Options of `fairseq-eval-lm`."""
+        return [
+            ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
+            ("--gen-subset", "test"), ("--tokens-per-sample", "128"), ("--batch-size", "8"),
+        ]
+
+
+def flags(options: list[tuple[str, str | None]]) -> list[str]:
+    """Options as a command takes them."""
+    return [word for option in options for word in option if word is not None]

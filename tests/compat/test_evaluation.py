@@ -1,0 +1,144 @@
+"""Evaluation reads every layout; what cannot be read or does not fit is said in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FSDP = ("--ddp-backend", "fully_sharded")
+SHARDED = (*FSDP, "--use-sharded-state", "--min-params-to-wrap", "0")
+
+
+@pytest.fixture(scope="module")
+def trained(module_runs):
+    whole = module_runs.train("whole", "--update-freq", "2", validate=True)
+    sharded = module_runs.train("sharded", *SHARDED, world=2, validate=True)
+    assert whole.status == sharded.status == 0
+    return whole, sharded
+
+
+def evaluate(runs, caplog, path, *more):
+    caplog.clear()
+    status = runs.run("eval_lm", runs.data, "--path", path, "--gen-subset", "valid",
+                      "--batch-size", "4", "--tokens-per-sample", "32", *more)
+    found = re.search(r"Loss \(base 2\): ([\d.]+)", caplog.text)
+    return status, found and float(found[1])
+
+
+def test_shards_evaluate_as_one_file_and_as_in_training(trained, module_runs, caplog):
+    whole, sharded = trained
+    caplog.set_level("INFO")
+    status, one = evaluate(module_runs, caplog, whole.folder / "checkpoint_last.pt")
+    assert status == 0
+    status, other = evaluate(module_runs, caplog, sharded.folder / "checkpoint_last.pt")
+    assert status == 0
+    assert other == pytest.approx(one, abs=2e-3)
+    validated = [line["valid_loss"] for line in whole.log if "valid_loss" in line]
+    assert float(validated[-1]) == pytest.approx(one, abs=2e-3)
+
+
+def test_a_missing_shard_is_named(trained, module_runs, caplog, capsys):
+    _, sharded = trained
+    shard = sharded.folder / "checkpoint_last-shard1.pt"
+    shard.rename(shard.with_suffix(".away"))
+    try:
+        status, _ = evaluate(module_runs, caplog, sharded.folder / "checkpoint_last.pt")
+    finally:
+        shard.with_suffix(".away").rename(shard)
+    assert status == 2
+    assert f"shard 1 of 2 is missing: {shard}" in capsys.readouterr().err
+
+
+def test_a_path_that_does_not_exist_is_named(module_runs, caplog, capsys):
+    status, _ = evaluate(module_runs, caplog, "nowhere.pt")
+    assert status == 2
+    assert capsys.readouterr().err.endswith(
+        "error: --path nowhere.pt: there is no such checkpoint\n"
+    )
+
+
+def test_a_restore_file_that_does_not_exist_is_named(module_runs, capsys):
+    assert module_runs.train("none", "--restore-file", "nowhere.pt").status == 2
+    assert "error: --restore-file nowhere.pt: there is no" in capsys.readouterr().err
+
+
+def test_another_number_of_shards_is_refused_with_the_remedy(trained, runs, capsys):
+    _, sharded = trained
+    result = runs.train(
+        "one", *SHARDED, "--restore-file", sharded.folder / "checkpoint_last.pt", updates=8
+    )
+    assert result.status == 2
+    assert ("error: --distributed-world-size 1: the checkpoint has 2 shards: give 2, or leave "
+            "--use-sharded-state out") in capsys.readouterr().err
+
+
+def test_one_file_is_refused_where_shards_are_asked_for(trained, runs, capsys):
+    whole, _ = trained
+    result = runs.train(
+        "one", *SHARDED, "--restore-file", whole.folder / "checkpoint_last.pt", updates=8
+    )
+    assert result.status == 2
+    assert "is one file for all ranks: resume without --use-sharded-state" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_model_of_another_size_is_refused(trained, runs, capsys):
+    whole, _ = trained
+    result = runs.train("wide", "--decoder-ffn-embed-dim", "128", "--restore-file",
+                        whole.folder / "checkpoint_last.pt")
+    error = capsys.readouterr().err
+    assert result.status == 2
+    assert "does not fit the model: size mismatch for decoder.layers.0.fc1.weight" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command, more", [
+    ("validate", ("--task", "language_modeling", "--valid-subset", "valid")),
+    ("generate", ("--task", "language_modeling", "--gen-subset", "valid", "--beam", "1",
+                  "--prefix-size", "4", "--max-len-b", "40",
+                  "--skip-invalid-size-inputs-valid-test", "--sample-break-mode", "eos")),
+])
+def test_the_other_commands_read_shards(trained, module_runs, command, more):
+    _, sharded = trained
+    path = sharded.folder / "checkpoint_last.pt"
+    assert module_runs.run(
+        command, module_runs.data, "--path", path, "--batch-size", "4", *more
+    ) == 0
+
+
+def test_the_perplexity_is_printed(trained, module_runs):
+    """iopath keeps upstream's command silent, which only a process of its own shows."""
+    whole, _ = trained
+    status, out, err = module_runs.output(
+        "eval_lm", module_runs.data, "--user-dir", "evomoe_plugin", "--gen-subset", "valid",
+        "--path", whole.folder / "checkpoint_last.pt", "--batch-size", "4", cwd=ROOT,
+    )
+    assert status == 0, err
+    assert len(re.findall(r"Perplexity: [\d.]+", out + err)) == 1
+
+
+def test_evaluation_by_shares_is_refused(trained, module_runs, caplog, capsys):
+    whole, _ = trained
+    status, _ = evaluate(module_runs, caplog, whole.folder / "checkpoint_last.pt",
+                         "--distributed-world-size", "2")
+    assert status == 2
+    assert "error: --distributed-world-size 2: fairseq-eval-lm would" in capsys.readouterr().err
+
+
+def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_path, tmp_path):
+    """An MoE checkpoint, in a folder where there is no evomoe_plugin."""
+    model = ("--arch", "transformer_lm_gpttiny_moe", "--decoder-layers", "2", "--moe-freq", "2",
+             "--moe-expert-count", "2", "--criterion", "moe_cross_entropy")
+    trained = module_runs.train("moe", *model, updates=2)
+    assert trained.status == 0
+    status, out, err = module_runs.output(
+        "eval_lm", module_runs.data, "--gen-subset", "valid", "--batch-size", "4",
+        "--path", trained.folder / "checkpoint_last.pt",
+        env={"PYTHONPATH": hydra_path}, cwd=tmp_path,
+    )
+    assert status == 0, err
+    assert "Perplexity" in out

@@ -1,0 +1,71 @@
+"""fairseq-hydra-train with the search-path plugin, from a folder that is not the clone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SHORT = (
+    "optimization.max_update=2", "dataset.batch_size=4", "task.tokens_per_sample=32",
+    "dataset.disable_validation=true", "common.log_interval=1",
+)
+
+
+def hydra_train(runs, hydra_path, folder, *arguments):
+    return runs.output(
+        "hydra_train", "--config-name", "small/evomoe_dts", f"task.data={runs.data}", *SHORT,
+        f"checkpoint.save_dir={folder}/checkpoints", *arguments,
+        env={"PYTHONPATH": hydra_path}, cwd=folder,
+    )
+
+
+def test_a_program_without_fairseq_is_left_alone(tmp_path, hydra_path):
+    """The plugin is loaded by every Hydra program of the environment."""
+    (tmp_path / "config.yaml").write_text("a: 1")
+    code = f"""
+import sys
+from hydra import compose, initialize_config_dir
+with initialize_config_dir(config_dir={str(tmp_path)!r}, version_base=None):
+    assert compose("config").a == 1
+assert "hydra_plugins.evomoe_searchpath" in sys.modules
+assert not any(name.startswith(("evomoe_plugin", "fairseq", "torch")) for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": hydra_path})
+    assert done.returncode == 0
+
+
+def test_two_processes_fully_sharded_in_another_folder(runs, tmp_path, hydra_path):
+    """A relative user_dir, Hydra's change of folder, and fields that the yaml does not list."""
+    status, out, err = hydra_train(
+        runs, hydra_path, tmp_path, "hydra.job.chdir=true", "common.user_dir=evomoe_plugin",
+        "distributed_training.distributed_world_size=2", "checkpoint.symlink=true",
+        "distributed_training.ddp_backend=fully_sharded", "model.moe_temperature_end=0.2",
+    )
+    assert status == 0, err
+    assert (tmp_path / "checkpoints/checkpoint_last.pt").exists()
+    assert "num_updates" in out or "done training" in out
+
+
+@pytest.mark.slow
+def test_a_sweep_over_models_by_name(runs, tmp_path, hydra_path):
+    status, out, err = hydra_train(
+        runs, hydra_path, tmp_path, "-m", "model=transformer_lm_gpttiny_moe",
+        "model.moe_temperature_end=0.2,0.3", "checkpoint.no_save=true",
+        "distributed_training.ddp_backend=fully_sharded",
+    )
+    assert status == 0, err
+    assert out.count("done training") == 2
+
+
+def test_a_bad_option_is_one_line(runs, tmp_path, hydra_path):
+    status, _, err = hydra_train(
+        runs, hydra_path, tmp_path, "distributed_training.use_sharded_state=true"
+    )
+    assert status == 2
+    assert [line for line in err.splitlines() if line.startswith("error:")] == [
+        "error: --use-sharded-state with --ddp-backend legacy_ddp: needs --ddp-backend "
+        "fully_sharded"
+    ]
+    assert "Traceback" not in err

@@ -1,0 +1,71 @@
+"""The list of mends, and the small ones that need no run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fairseq.dataclass.configs import CheckpointConfig, CommonConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from evomoe_plugin import compat
+from evomoe_plugin.compat.dataclass_fields import add_field
+from evomoe_plugin.compat.mend import wrap
+
+
+def test_every_mend_says_what_why_and_until_when():
+    assert len({mend.name for mend in compat.MENDS}) == len(compat.MENDS)
+    for mend in compat.MENDS:
+        assert mend.broken and mend.upstream and mend.remove_when
+        assert mend.needed() is None or isinstance(mend.needed(), str)
+
+
+def test_the_report_names_each_mend_once():
+    assert [status.name for status in compat.report()] == [mend.name for mend in compat.MENDS]
+    assert all(status.reason for status in compat.report())
+
+
+def test_applying_again_changes_nothing():
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    before = [Trainer.load_checkpoint, Trainer.set_num_updates, checkpoint_utils.save_checkpoint]
+    compat.apply_all()
+    for mend in compat.MENDS:
+        if mend.needed():
+            mend.apply()
+    after = [Trainer.load_checkpoint, Trainer.set_num_updates, checkpoint_utils.save_checkpoint]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_wrapping_twice_composes():
+    class Owner:
+        def word(self):
+            return "a"
+
+    wrap(Owner, "word", lambda inner, self: inner(self) + "b")
+    wrap(Owner, "word", lambda inner, self: inner(self) + "c")
+    assert Owner().word() == "abc"
+
+
+def test_numpy_has_what_fairseq_asks_for():
+    assert np.zeros(1, dtype=np.compat.long).dtype == np.dtype(int)
+
+
+def test_an_added_field_is_an_option_and_a_hydra_field():
+    add_field(CommonConfig, "test_only_field", int, default=3, help="for this test")
+    add_field(CommonConfig, "test_only_field", int, default=4, help="ignored")
+    try:
+        assert CommonConfig()._get_default("test_only_field") == 3
+        kept = ConfigStore.instance().load("config.yaml").node
+        assert kept.common.test_only_field == 3
+        with pytest.raises(Exception, match="could not be converted to Integer"):
+            kept.common.test_only_field = "many"
+        assert ConfigStore.instance().load("common.yaml").node.test_only_field == 3
+    finally:
+        del CommonConfig.__dataclass_fields__["test_only_field"], CommonConfig.test_only_field
+        del CommonConfig.__annotations__["test_only_field"]
+
+
+def test_symlink_is_a_field():
+    assert OmegaConf.structured(CheckpointConfig).symlink is False

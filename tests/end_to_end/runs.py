@@ -1,0 +1,50 @@
+"""What a run left behind: its log and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import torch
+
+
+class Run:
+    """A finished command."""
+
+    def __init__(self, process: subprocess.CompletedProcess):
+        self.status = process.returncode
+        self.output = process.stdout
+
+    def logged(self, tag: str) -> list[dict]:
+        """The JSON records of `train_inner`, `train` or `valid`."""
+        pattern = rf"\| {tag} \| (\{{.*\}})$"
+        found = re.findall(pattern, self.output, re.M)
+        return [{k: _number(v) for k, v in json.loads(record).items()} for record in found]
+
+
+def _number(text):
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def load(path) -> dict:
+    """A checkpoint file; ours, so it may hold objects."""
+    return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def assert_same_weights(one, other, atol: float = 0.0) -> None:
+    """Equal names and values of two checkpoints' models.
+
+    With a tolerance, biases of keys are left out: the softmax of attention does not see them, so
+    their gradient is rounding noise, which Adam blows up to steps of full size.
+    """
+    one, other = load(one)["model"], load(other)["model"]
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if atol and name.endswith("k_proj.bias"):
+            continue
+        difference = (value.double() - other[name].double()).abs().max().item()
+        assert difference <= atol, f"{name} differs by {difference}"

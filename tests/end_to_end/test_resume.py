@@ -1,0 +1,43 @@
+"""Design invariant 8: stop at any update and resume, bit-equal to the unbroken run."""
+
+import pytest
+
+from tests.end_to_end.runs import assert_same_weights, load
+
+# Of 12 updates the annealing takes 6; hard from 6.
+STAGES = {"before": 1, "during": 4, "at the switch": 6, "after": 9}
+ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.05",
+          "--dropout", "0.1")
+EXACT = ("loss", "inner_loss", "ppl", "gate_loss_balance", "gnorm", "experts_per_token",
+         "temperature", "lr")
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, train(folder, *ANNEAL)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_is_bit_equal(stage, unbroken, train, tmp_path):
+    folder, whole = unbroken
+    update = STAGES[stage]
+    # The schedule does not depend on --max-update here, so a shorter run is a stopped one.
+    train(tmp_path, *ANNEAL, "--max-update", update)
+    resumed = train(tmp_path, *ANNEAL)
+    wanted = whole.logged("train_inner")[update:]
+    got = resumed.logged("train_inner")
+    assert [record["num_updates"] for record in got] == list(range(update + 1, 13))
+    for a, b in zip(got, wanted, strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
+    assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
+    assert resumed.logged("valid")[-1]["valid_loss"] == whole.logged("valid")[-1]["valid_loss"]
+
+
+def test_the_run_really_passes_through_all_stages(unbroken):
+    folder, whole = unbroken
+    experts = [record["experts_per_token"] for record in whole.logged("train_inner")]
+    assert experts[0] > 3.5
+    assert 1 < experts[5] < 3.5
+    assert experts[6:] == [1] * 6
+    assert load(folder / "checkpoint_last.pt")["model"]["decoder.layers.1.moe.num_updates"] == 12

@@ -1,0 +1,47 @@
+"""The dense start, the sparse end, and when one became the other."""
+
+import pytest
+
+from evomoe_plugin.observe import dense_start, parse_log, sparse_end
+from evomoe_plugin.observe.phases import annealing_end, top1_start
+from tests.observe.logs import evolution, interval
+
+
+def test_the_ends_of_an_evolution():
+    start, end = dense_start(evolution()), sparse_end(evolution())
+    assert (start.first_update, start.last_update) == (1, 30)
+    assert (end.first_update, end.last_update) == (61, 100)
+    assert start.experts_per_token == pytest.approx((8 + 8 + 7.9) / 3)
+    assert start.seconds_per_update == pytest.approx(0.85)  # the median, not the mean
+    assert (end.experts_per_token, end.mflops_per_token) == (1.0, 3.0)
+    assert end.seconds_per_update == pytest.approx(0.15)
+
+
+def test_one_slow_interval_does_not_count():
+    log = evolution()
+    log.add(interval(110, experts_per_token=1, wpb=1000, wps=100, train_wall=100))
+    assert sparse_end(log).seconds_per_update == pytest.approx(0.15)
+
+
+def test_a_run_without_experts_has_no_phases():
+    log = parse_log([interval(10, loss=9)])
+    assert dense_start(log) is None and sparse_end(log) is None
+    assert annealing_end(log) is None and top1_start(log) is None
+
+
+def test_marks_are_where_the_gate_changed():
+    assert annealing_end(evolution()) == 60
+    assert top1_start(evolution()) == 60
+
+
+def test_what_still_goes_on_has_no_mark():
+    # the last value is 1 expert, once: the next may be 1.2
+    log = parse_log([
+        interval(10 * i, temperature=2 - 0.1 * i, experts_per_token=8 - i) for i in range(1, 8)
+    ])
+    assert annealing_end(log) is None and top1_start(log) is None
+
+
+def test_what_never_changes_has_no_mark():
+    log = parse_log([interval(10 * i, temperature=1, experts_per_token=1) for i in range(1, 5)])
+    assert annealing_end(log) is None and top1_start(log) is None
