@@ -233,7 +233,8 @@ def gpus(torch) -> Iterator[Row]:
                   f"torch is built for CUDA {build} and cannot use it: is the driver too old, or "
                   "CUDA_VISIBLE_DEVICES empty?")
     else:
-        yield Row("devices", "GPU", "none", OFF, "training runs on the CPU")
+        yield Row("devices", "GPU", "none", OFF, "training runs on the CPU; torch is "
+                  + (f"built for CUDA {build}" if build else "a CPU build"))
 
 
 def backends(torch) -> Iterator[Row]:

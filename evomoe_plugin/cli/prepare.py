@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="origin and licence of the text, for the data card")
 
     reading = parser.add_argument_group("reading")
-    reading.add_argument("--text-suffix", action="append", metavar=".SUF",
+    reading.add_argument("--text-suffix", action="append", default=[], metavar=".SUF",
                          help="also read files with this suffix as plain text; repeatable")
-    reading.add_argument("--exclude", action="append", metavar="GLOB",
+    reading.add_argument("--exclude", action="append", default=[], metavar="GLOB",
                          help="pass over files and folders whose name, or path inside the INPUT, "
                               "matches; repeatable")
     reading.add_argument("--text-field", default=default["text_field"], metavar="NAME",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             default=default[f"{split}_fraction"],
                             help=f"share of the documents in {split}, chosen by a hash of their "
                                  "text (default: %(default)s)")
-        splits.add_argument(f"--{split}", action="append", metavar="INPUT",
+        splits.add_argument(f"--{split}", action="append", default=[], metavar="INPUT",
                             help=f"file or folder that is the {split} split instead; repeatable")
     splits.add_argument("--seed", type=int, default=default["seed"], metavar="N",
                         help="of the split and of the tokenizer's sample (default: %(default)s)")
@@ -74,20 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from evomoe_plugin.compat.errors import FAILED, INTERRUPTED, RunFailed
     from evomoe_plugin.data import PrepareOptions, prepare
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareOptions)}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
-        elif value is None and isinstance(PrepareOptions.__dataclass_fields__[name].default, tuple):
-            given[name] = ()
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
         card = prepare(PrepareOptions(**given))
     except KeyboardInterrupt:
         print(f"interrupted: {args.out} is as it was; the same command goes on from here",
               file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     print(f"{args.out}: {card.splits['train']['tokens']:,} tokens to train on, "
           f"{card.tokenizer['rows']:,} dictionary rows; DATA_CARD.md tells more")
     print(f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "

@@ -11,6 +11,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
+from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
 from evomoe_plugin.options import expert_counts, moe_layer_indices
@@ -18,12 +19,8 @@ from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
 
 
-class NonFiniteError(RuntimeError):
-    """NaN or infinity in the forward pass.
-
-    A RuntimeError, since those fairseq lets pass: for others it first saves a crash checkpoint,
-    in which under FSDP all ranks must take part, while only this one has stopped.
-    """
+class NonFiniteError(RunFailed):
+    """NaN or infinity in the forward pass; the run ends with this one line."""
 
 
 class MoEDecoder(TransformerDecoder):

@@ -29,27 +29,25 @@ def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -
     """
     if not 0 <= smoothing < 1:
         raise OptionError("smoothing", smoothing, "give 0 (none) or more and less than 1")
-    figure = _figure()
-    out = _checked(figure, Path(out))
+    out = Path(out)
+    figure = _figure(out)
     _draw(figure, logs, smoothing)
     _save(figure, out)
 
 
-def _figure() -> Any:
+def _figure(out: Path) -> Any:
+    """An empty figure that can be saved as `out`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise OptionError("evomoe", "plot", "needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-
-
-def _checked(figure: Any, out: Path) -> Path:
+        raise OptionError("out", out, "drawing needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
     kinds = sorted(figure.canvas.get_supported_filetypes())
     if out.suffix[1:].lower() not in kinds:
         raise OptionError("out", out, "end it in one of: " + ", ".join(f".{k}" for k in kinds))
     if not out.absolute().parent.is_dir():
         raise OptionError("out", out, f"there is no folder {out.absolute().parent}; make it first")
-    return out
+    return figure
 
 
 def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:

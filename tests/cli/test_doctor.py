@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,7 @@ def diagnosed(capsys):
 def test_sound_environment(capsys):
     status, rows = diagnosed(capsys)
     assert status == 0
-    import torch
-
-    assert rows["torch"]["found"] == torch.__version__
+    assert rows["torch"]["found"] == metadata.version("torch")
     assert rows["fairseq"]["state"] == "ok"
     assert rows["gloo"]["found"] == "yes"
     mends = {mend.name: mend for mend in compat.report()}

@@ -38,7 +38,9 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("options", [(), FSDP], ids=["plain", "fully_sharded"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(FSDP, marks=pytest.mark.slow)], ids=["plain", "fully_sharded"]
+)
 def test_written_in_the_background_is_what_was_trained(runs, options):
     """Each file is of its own update, although training goes on while it is written."""
     direct = runs.train("direct", *options, "--save-interval-updates", "1", validate=True)
@@ -94,7 +96,9 @@ def test_a_full_disk_ends_the_run_in_one_line(runs, capsys, options):
     assert third.status == 0 and sorted(third.losses()) == [4, 5]
 
 
-@pytest.mark.parametrize("options", [(), ASYNC], ids=["", "async"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ASYNC], ids=["", "async"]
+)
 def test_killed_while_saving(runs, tmp_path, options):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -59,6 +59,7 @@ def test_a_sweep_over_models_by_name(runs, tmp_path, hydra_path):
     assert out.count("done training") == 2
 
 
+@pytest.mark.slow
 def test_a_bad_option_is_one_line(runs, tmp_path, hydra_path):
     status, _, err = hydra_train(
         runs, hydra_path, tmp_path, "distributed_training.use_sharded_state=true"

@@ -117,7 +117,9 @@ def test_a_killed_rank_ends_the_run(training):
     assert not is_running(ranks[0])
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+])
 def test_a_signal_to_the_parent_ends_all(training, number, status):
     process, ranks, folder = training
     process.send_signal(number)
@@ -128,6 +130,7 @@ def test_a_signal_to_the_parent_ends_all(training, number, status):
         assert err.splitlines()[-1].startswith("interrupted: the same command resumes")
 
 
+@pytest.mark.slow
 def test_the_ranks_follow_a_killed_parent(training):
     process, ranks, _ = training
     process.kill()
@@ -151,6 +154,7 @@ def test_an_error_in_one_rank_ends_all_and_is_the_one_told(runs, tmp_path):
     assert state["optimizer_history"][-1]["num_updates"] == 2
 
 
+@pytest.mark.slow
 def test_bad_options_end_before_anything_starts(runs, tmp_path):
     status, _, err = runs.output("train", *runs.arguments(
         tmp_path, *FSDP, "--bf16", world=2,

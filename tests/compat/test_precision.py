@@ -9,13 +9,17 @@ import pytest
 FSDP = ("--ddp-backend", "fully_sharded")
 
 
+@pytest.fixture(scope="module")
+def plain(module_runs):
+    return module_runs.train("plain")
+
+
 @pytest.mark.parametrize("options", [
     ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-fp16",),
     ("--bf16",), ("--memory-efficient-bf16",), (*FSDP, "--fp16"),
     (*FSDP, "--memory-efficient-fp16"), (*FSDP, "--fp16", "--fp32-reduce-scatter"),
 ], ids=" ".join)
-def test_trains_and_resumes(runs, options):
-    plain = runs.train("plain")
+def test_trains_and_resumes(plain, runs, options):
     half = runs.train("half", *options, "--save-interval-updates", "3")
     assert half.status == 0
     for update, (loss, _) in plain.losses().items():

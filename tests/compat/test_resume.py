@@ -24,6 +24,10 @@ LAYOUTS = {
 }
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def train(runs, name, layout, *more):
     processes, options = LAYOUTS[layout]
     result = runs.train(
@@ -68,7 +72,9 @@ def restore(result):
     return "--restore-file", result.folder / "checkpoint_1_3.pt"
 
 
-@pytest.mark.parametrize("layout", ["plain-1", "fsdp-1", "fsdp-2", "sharded-2"])
+@pytest.mark.parametrize("layout", [
+    "plain-1", "fsdp-1", "nested-2", "sharded-2", slow("fsdp-2"), slow("pytorch_ddp-2"),
+])
 def test_resumed_equals_unbroken(unbroken, runs, layout):
     whole = unbroken(layout)
     resumed = train(runs, "resumed", layout, *restore(whole))
@@ -79,7 +85,9 @@ def test_resumed_equals_unbroken(unbroken, runs, layout):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("layout", ["pytorch_ddp-2", "fsdp-1", "fsdp-2", "sharded-2"])
+@pytest.mark.parametrize("layout", [
+    "fsdp-1", "nested-2", "sharded-2", slow("fsdp-2"), slow("pytorch_ddp-2"),
+])
 def test_layouts_train_alike(unbroken, layout):
     one, other = unbroken("plain-1"), unbroken(layout)
     for update, (loss, norm) in one.losses().items():
@@ -89,9 +97,10 @@ def test_layouts_train_alike(unbroken, layout):
 
 
 @pytest.mark.parametrize("before, after", [
-    ("plain-1", "nested-2"), ("nested-2", "plain-1"), ("fsdp-1", "fsdp-2"), ("fsdp-2", "fsdp-1"),
-    ("fsdp-2", "nested-2"), ("sharded-2", "plain-1"), ("pytorch_ddp-2", "fsdp-1"),
-    ("sharded-2", "fsdp-1"),
+    ("plain-1", "nested-2"), ("nested-2", "plain-1"), ("nested-2", "fsdp-1"),
+    ("sharded-2", "fsdp-1"), ("fsdp-1", "plain-1"), slow("fsdp-1", "fsdp-2"),
+    slow("fsdp-2", "nested-2"), slow("sharded-2", "plain-1"), slow("pytorch_ddp-2", "fsdp-1"),
+    slow("sharded-2", "pytorch_ddp-2"),
 ])
 def test_resumed_in_another_layout(unbroken, runs, before, after):
     whole = unbroken(before)
@@ -101,3 +110,38 @@ def test_resumed_in_another_layout(unbroken, runs, before, after):
         assert float(resumed.losses()[update][0]) == pytest.approx(float(loss), abs=2e-3)
         assert float(resumed.losses()[update][1]) == pytest.approx(float(norm), abs=2e-3)
     assert_close(weights(resumed), weights(whole))
+
+
+@pytest.mark.slow
+def test_a_position_between_two_batches_is_rounded_down(unbroken, runs):
+    """Three batches of one process are one and a half of each of two: one is seen again."""
+    one = runs.train("one", updates=3)
+    two = runs.train("two", *FSDP, "--restore-file", one.folder / "checkpoint_last.pt",
+                     world=2, updates=4)
+    assert two.status == 0
+    assert two.checkpoint()["extra_state"]["train_iterator"]["iterations_in_epoch"] == 2
+
+
+def test_each_rank_keeps_half(unbroken):
+    parameters = sum(p.numel() for p in weights(unbroken("plain-1")).values() if p.dim())
+    for rank in range(2):
+        shard = unbroken("sharded-2").checkpoint(f"checkpoint_last-shard{rank}.pt")
+        kept = sum(v.numel() for k, v in shard["model"].items() if "flat_param" in k)
+        moments = sum(
+            state["exp_avg"].numel() for state in shard["last_optimizer_state"]["state"].values()
+        )
+        # The plain checkpoint lists the tied embedding twice, and has one number of version.
+        tied = 64 * 32
+        assert kept == moments == pytest.approx((parameters - tied) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("before, after", [
+    (("--fp16",), (*FSDP, "--fp16")), ((*FSDP, "--fp16"), ("--fp16",)),
+    (("--memory-efficient-fp16",), (*FSDP, "--memory-efficient-fp16")),
+])
+def test_half_precision_changes_layout(runs, before, after):
+    first = runs.train("first", *before, *SAVES)
+    resumed = runs.train("resumed", *after, *restore(first))
+    assert resumed.status == 0
+    for update, (loss, _) in first.losses(3).items():
+        assert float(resumed.losses()[update][0]) == pytest.approx(float(loss), abs=0.02)

@@ -6,7 +6,9 @@ import io
 
 import pytest
 
+from evomoe_plugin.cli import main
 from evomoe_plugin.cli import prepare as verb
+from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.data import DataCard, PrepareOptions
 from evomoe_plugin.data import options as data_options
 from evomoe_plugin.data.progress import Progress
@@ -104,6 +106,20 @@ def test_interrupted(given, capsys):
     assert capsys.readouterr().err == (
         "interrupted: c is as it was; the same command goes on from here\n"
     )
+
+
+def test_errors_are_one_line(monkeypatch, tmp_path, capsys):
+    assert main(["prepare", str(tmp_path / "no"), "--out", "c"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: INPUT {tmp_path / 'no'}: no such file or folder\n"
+    )
+
+    def fail(options):
+        raise RunFailed("the disk is full")
+
+    monkeypatch.setattr("evomoe_plugin.data.prepare", fail)
+    assert main(["prepare", "a", "--out", "c"]) == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 class Terminal(io.StringIO):

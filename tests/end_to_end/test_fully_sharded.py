@@ -1,5 +1,7 @@
 """Design invariants 7 and 8 for FSDP: one process and two give the same model."""
 
+import re
+
 import pytest
 
 from tests.end_to_end.runs import assert_same_weights
@@ -37,6 +39,14 @@ def test_two_ranks_equal_one_process_with_twice_the_update_frequency(one_process
     assert_same_course(one_process[1], two_ranks[1])
     assert_same_weights(one_process[0] / "checkpoint_last.pt",
                         two_ranks[0] / "checkpoint_last.pt", atol=1e-4)
+
+
+def test_each_rank_holds_about_half_of_the_parameters(one_process, two_ranks):
+    whole, held = (
+        int(re.search(r"num\. shared model params: ([\d,]+)", run.output)[1].replace(",", ""))
+        for _, run in (one_process, two_ranks)
+    )
+    assert whole / 2 <= held < 0.52 * whole  # padded to equal shares
 
 
 def test_one_process_fully_sharded_equals_plain(one_process, train, tmp_path):

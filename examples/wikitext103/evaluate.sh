@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Perplexity a token on the test split. Each sees at least the 256 before it, if there are as many.
+set -euo pipefail
+
+fairseq-eval-lm "${DATA:-data-bin/wikitext103}" \
+  --user-dir evomoe_plugin --task language_modeling --gen-subset test \
+  --path "${CHECKPOINTS:-checkpoints/wikitext103}/checkpoint_best.pt" \
+  --sample-break-mode none --tokens-per-sample 512 --context-window 256 --batch-size 8 \
+  "$@"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train GPT small with 16 experts in every other layer, on all GPUs of the machine.
+# What follows the script's name overrides what stands here; an empty PRECISION is fp32.
+set -euo pipefail
+
+fairseq-train "${DATA:-data-bin/wikitext103}" \
+  --user-dir evomoe_plugin --task language_modeling --arch transformer_lm_gptsmall_moe \
+  --share-decoder-input-output-embed --dropout 0.1 --attention-dropout 0.1 \
+  --sample-break-mode none --tokens-per-sample 512 --batch-size 16 --update-freq 1 \
+  --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 --best-checkpoint-metric ppl \
+  --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.1 --clip-norm 1.0 \
+  --lr 0.0005 --lr-scheduler polynomial_decay --warmup-updates 2000 \
+  --max-update 50000 --total-num-update 50000 \
+  --ddp-backend fully_sharded --checkpoint-activations ${PRECISION---fp16} \
+  --validate-interval-updates 1000 --save-interval-updates 1000 --keep-interval-updates 2 \
+  --no-epoch-checkpoints --save-dir "${CHECKPOINTS:-checkpoints/wikitext103}" \
+  --log-format json --log-interval 100 --seed 1 \
+  "$@"

@@ -1,0 +1,32 @@
+"""Half precision on a CPU: the MoE model trains close to full precision, or refuses clearly."""
+
+import math
+
+import pytest
+
+ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
+
+
+@pytest.fixture(scope="module")
+def full_precision(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("fp32"), *ANNEAL).logged("train_inner")
+
+
+def assert_close(run, wanted):
+    assert len(run) == len(wanted)
+    assert run[-1]["inner_loss"] == pytest.approx(wanted[-1]["inner_loss"], abs=0.1)
+    assert run[-1]["experts_per_token"] == 1
+    assert all(math.isfinite(record["gnorm"]) for record in run)
+
+
+@pytest.mark.parametrize("given", ["--fp16", "--bf16"])
+def test_trains_close_to_full_precision(given, full_precision, train, tmp_path):
+    assert_close(train(tmp_path, *ANNEAL, given).logged("train_inner"), full_precision)
+
+
+@pytest.mark.slow
+def test_fully_sharded_in_half_precision(train, tmp_path):
+    wanted = train(tmp_path / "fp32", *ANNEAL, "--update-freq", "2")
+    run = train(tmp_path / "fp16", *ANNEAL, "--ddp-backend", "fully_sharded", "--fp16",
+                "--distributed-world-size", "2")
+    assert_close(run.logged("train_inner"), wanted.logged("train_inner"))
