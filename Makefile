@@ -58,10 +58,10 @@ export CHECK_PYTHON
 define CHECK_TORCH
 import platform, torch
 cuda = torch.version.cuda
-print(f"Ready: $(VENV), Python {platform.python_version()}, torch {torch.__version__} "
-      f"({'CUDA ' + cuda if cuda else 'CPU'} build)")
 if "$(TORCH)" == "cuda" and not cuda:
     raise SystemExit("error: TORCH=cuda, yet pip found no CUDA build of torch for this machine.")
+print(f"Ready: $(VENV), Python {platform.python_version()}, torch {torch.__version__} "
+      f"({'CUDA ' + cuda if cuda else 'CPU'} build)")
 endef
 export CHECK_TORCH
 
@@ -99,7 +99,7 @@ $(ENVIRONMENT): requirements/torch.txt $(LOCK)
 	echo 'error: $(VENV) is there already, and not of our making; move it, or give VENV=folder.' >&2; \
 	exit 1; fi
 	@command -v $(PYTHON) >/dev/null || { \
-	echo 'error: PYTHON=$(PYTHON) is not a command here; give that of a Python 3.11.' >&2; exit 1; }
+	echo 'error: PYTHON=$(PYTHON) is not a command here; name a Python 3.11 or 3.12: PYTHON=python3' >&2; exit 1; }
 	@$(PYTHON) -c "$$CHECK_PYTHON"
 	@rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/made-by-make
 	@echo 'Creating $(VENV) with $(PYTHON)'; $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) $(LOGGED)

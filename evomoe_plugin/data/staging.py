@@ -7,7 +7,7 @@ fairseq's line reader cannot mistake any character of the text for the end of a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,10 +68,14 @@ def shard_prefixes(work: Path, split: str, staged: Staged) -> list[Path]:
     return [shard_prefix(work, split, number) for number in range(staged.splits[split].shards)]
 
 
-def read_passages(prefix: Path) -> Iterator[Passage]:
+def read_passages(
+    prefix: Path, wanted: Callable[[], bool] = lambda: True
+) -> Iterator[Passage]:
+    """The passages of a shard; `wanted` is asked before each, and spares the work for the rest."""
     with open(passages_path(prefix), encoding="ascii") as lines:
         for line in lines:
-            yield Passage(*json.loads(line))
+            if wanted():
+                yield Passage(*json.loads(line))
 
 
 def stage(

@@ -65,6 +65,7 @@ class Recipe:
         trained by a command of its own, and must be the same one.
         """
         width, ffn_dim = ("32", "64") if self.quick else ("128", "1024")
+        tokens, batch = self._batch
         interval = max(1, self.updates // 40)
         return [
             ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
@@ -79,7 +80,7 @@ class Recipe:
             ("--moe-temperature-updates", str(self.updates // 2)),
             ("--moe-hard-updates", str(self.updates // 2)),
             ("--criterion", "moe_cross_entropy"), ("--moe-gate-loss-wt", "0.01"),
-            ("--tokens-per-sample", "128"), ("--batch-size", "8"),
+            ("--tokens-per-sample", tokens), ("--batch-size", batch),
             ("--optimizer", "adam"), ("--adam-betas", "(0.9, 0.98)"), ("--clip-norm", "1.0"),
             ("--lr", "0.003"), ("--lr-scheduler", "polynomial_decay"),
             ("--warmup-updates", str(self.updates // 20)),
@@ -94,10 +95,16 @@ class Recipe:
     @property
     def evaluate(self) -> list[tuple[str, str | None]]:
         """Options of `fairseq-eval-lm`."""
+        tokens, batch = self._batch
         return [
             ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
-            ("--gen-subset", "test"), ("--tokens-per-sample", "128"), ("--batch-size", "8"),
+            ("--gen-subset", "test"), ("--tokens-per-sample", tokens), ("--batch-size", batch),
         ]
+
+    @property
+    def _batch(self) -> tuple[str, str]:
+        """Tokens of a sequence, and sequences of a batch."""
+        return ("32", "4") if self.quick else ("128", "8")
 
 
 def flags(options: list[tuple[str, str | None]]) -> list[str]:

@@ -15,8 +15,8 @@ SHORT = (
 
 def hydra_train(runs, hydra_path, folder, *arguments):
     return runs.output(
-        "hydra_train", "--config-name", "small/evomoe_dts", f"task.data={runs.data}", *SHORT,
-        f"checkpoint.save_dir={folder}/checkpoints", *arguments,
+        "hydra_train", "--config-name", "small/evomoe_dts", *arguments, *SHORT,
+        f"task.data={runs.data}", f"checkpoint.save_dir={folder}/checkpoints",
         env={"PYTHONPATH": hydra_path}, cwd=folder,
     )
 

@@ -1,5 +1,6 @@
 """Staging: limits, shards, and that neither text nor characters are lost on the way."""
 
+import json
 import random
 import tracemalloc
 
@@ -108,23 +109,26 @@ def test_a_document_of_24_mb_is_staged_in_less_than_20(tmp_path, work, held_out)
     assert (staged.splits["train"].documents, staged.splits["train"].passages) == (1, 21)
 
 
-def test_the_tokenizer_sees_a_sample_of_the_lines(monkeypatch):
+def sample(tmp_path, texts, share):
+    """The lines drawn from a shard of passages."""
+    lines = [json.dumps([text, True]) + "\n" for text in texts]
+    staging.passages_path(tmp_path / "shard").write_text("".join(lines))
+    return list(train_sentencepiece._sample([tmp_path / "shard"], share, random.Random(5)))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
+def test_the_tokenizer_sees_a_sample_of_the_lines(tmp_path, monkeypatch, share):
     monkeypatch.setattr(train_sentencepiece, "MAX_LINE_CHARS", 30)
-    passages = [staging.Passage("\n".join(f"{n} " * 30 for n in range(1000)), True)]
-    monkeypatch.setattr(train_sentencepiece, "read_passages", lambda shard: iter(passages))
-
-    def sample(share):
-        return list(train_sentencepiece._sample(["shard"], share, random.Random(5)))
-
-    assert sample(0.2) == sample(0.2)
-    assert all(len(line) <= 30 for line in sample(0.2))
-    assert 0.15 < sum(map(len, sample(0.2))) / sum(map(len, sample(1.0))) < 0.25
-    assert "".join(sample(1.0)) == passages[0].text.replace("\n", "")
+    texts = ["\n".join(f"{n} {line} " * 9 for line in range(20)) for n in range(500)]
+    every, drawn = sample(tmp_path, texts, 1.0), sample(tmp_path, texts, share)
+    assert "".join(every) == "".join(texts).replace("\n", "")
+    assert drawn == sample(tmp_path, texts, share)
+    assert all(len(line) <= 30 for line in drawn)
+    assert 0.7 * share < len(drawn) / len(every) < 1.3 * share
+    assert len({line.split()[0] for line in drawn}) > 50
 
 
-def test_the_tokenizer_sees_no_whitespace_but_spaces(monkeypatch):
-    passages = [staging.Passage(ODD, True)]
-    monkeypatch.setattr(train_sentencepiece, "read_passages", lambda shard: iter(passages))
-    lines = list(train_sentencepiece._sample(["shard"], 1.0, random.Random(5)))
+def test_the_tokenizer_sees_no_whitespace_but_spaces(tmp_path):
+    lines = sample(tmp_path, [ODD], 1.0)
     assert lines[:3] == ["def f(x):", "if x:", "        return  x  "]
     assert not any(c.isspace() and c != " " or c in "\u2581\u2585\0" for c in "".join(lines))
