@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts.gelu import gelu
 from evomoe_plugin.gates import DenseToSparseGate
 from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
 from evomoe_plugin.layer import MoELayer
@@ -36,7 +37,7 @@ def build(args: argparse.Namespace, wanted: float) -> tuple[MoELayer, torch.Tens
     if wanted == 1:
         options["moe_hard_updates"] = 0
     gate = DenseToSparseGate(args.width, args.experts, types.SimpleNamespace(**options))
-    experts = ExpertFFN(args.experts, args.width, args.ffn, torch.nn.functional.gelu)
+    experts = ExpertFFN(args.experts, args.width, args.ffn, gelu)
     layer = MoELayer(gate, experts)
     low, high = 1e-3, 1e3
     for _ in range(40):

@@ -2,79 +2,105 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
 import importlib
+import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from evomoe_plugin.data import PrepareOptions, prepare
 from evomoe_plugin.observe import read_log
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "examples/quickstart/run.py"
-UPDATES = 200
+UPDATES = 120
 TEXT = Path(email.__file__).parent  # more than the run sees once
-LIMIT = 300
 
 
-def arguments(folder: Path) -> list[str]:
-    return [sys.executable, str(RUN), "--quick", "--updates", str(UPDATES), "--text", str(TEXT),
-            "--dir", str(folder)]
+def arguments(folder: Path, text: Path = TEXT) -> list[str]:
+    return ["--quick", "--updates", str(UPDATES), "--text", str(text), "--dir", str(folder)]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
     """The clone's own commands, also where the package is not installed."""
-    commands = tmp_path_factory.mktemp("bin")
-    evomoe = commands / "evomoe"
+    folder = tmp_path_factory.mktemp("bin")
+    evomoe = folder / "evomoe"
     evomoe.write_text(f"#!{sys.executable}\nimport sys\nfrom evomoe_plugin.cli import main\n"
                       "sys.exit(main())\n")
     evomoe.chmod(0o755)
-    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
-def quickstart(environment):
-    def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*arguments(folder), *more], env=environment, text=True,
-                              capture_output=True, timeout=LIMIT, cwd=folder.parent)
+def modules(environment):
+    """The quickstart's own modules, by name."""
+    names = ("commands", "recipe", "folder", "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RUN.parent)
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
-    return run
+
+@pytest.fixture(scope="module")
+def quickstart(modules):
+    """Run the quickstart here; returns exit status, stdout and stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = modules.run.main(list(argv))
+        return status, out.getvalue(), err.getvalue()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
     """The folder, exit status and output of a run that got Ctrl-C amid its training."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    process = subprocess.Popen(arguments(folder), env=environment, text=True,
+    process = subprocess.Popen([sys.executable, str(RUN), *arguments(folder)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, deadline = "", time.monotonic() + LIMIT
+    output = ""
     for line in process.stdout:
         output += line
-        # Once the gate has begun to let go of experts, and a checkpoint is there.
-        if line.split()[:1] == ["60"]:
+        # The gate has begun to let go of experts, and there is a checkpoint.
+        if line.split()[:1] == ["30"]:
             process.send_signal(signal.SIGINT)
-        assert time.monotonic() < deadline, output
-    return folder, process.wait(LIMIT), output
+    return folder, process.wait(), output
 
 
 @pytest.fixture(scope="module")
-def resumed(interrupted, quickstart) -> tuple[Path, int, subprocess.CompletedProcess]:
-    """The folder, the update that was resumed from, and the run that resumed and finished."""
+def resumed(interrupted, quickstart) -> tuple[Path, int, str]:
+    """The folder, the update that was resumed from, and the output of the run that finished."""
     folder, _, output = interrupted
+    update = saved_updates(folder)
+    status, out, err = quickstart(*arguments(folder))
+    assert status == 0, output + out + err
+    return folder, update, out
+
+
+def saved_updates(folder: Path) -> int:
     state = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=False)
-    return folder, state["optimizer_history"][-1]["num_updates"], quickstart(folder)
+    return state["optimizer_history"][-1]["num_updates"]
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
@@ -86,21 +112,21 @@ def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
 
 
 def test_run_again_it_goes_on(resumed):
-    folder, update, run = resumed
-    assert run.returncode == 0, run.stdout + run.stderr
+    folder, update, out = resumed
     assert 0 < update < UPDATES
-    assert f"interrupted after {update} of {UPDATES} updates: going on from there" in run.stdout
+    assert f"interrupted after {update} of {UPDATES} updates: going on from there" in out
     log = read_log(folder / "train.log")
-    assert [r.update for r in log.intervals] == list(range(5, UPDATES + 1, 5))
+    assert [record.update for record in log.intervals] == list(range(3, UPDATES + 1, 3))
     assert log.intervals[0].values["experts_per_token"] > 7.9
     assert log.intervals[-1].values["experts_per_token"] == 1.0
+    assert saved_updates(folder) == UPDATES
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_tells_what_was_measured(resumed):
-    folder, _, run = resumed
-    rows = [line.split("  ") for line in run.stdout.splitlines()]
-    cells = {row[0]: row[1:] for row in ([c.strip() for c in r if c.strip()] for r in rows) if row}
+    folder, _, out = resumed
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    cells = {row[0]: row[1:] for row in rows}
     before, after = (float(cell.replace(",", "")) for cell in cells["test perplexity"])
     for perplexity, log in [(before, "eval-first.log"), (after, "eval-last.log")]:
         found = re.findall(r"Perplexity: ([\d.]+)", (folder / log).read_text())
@@ -110,16 +136,27 @@ def test_the_table_tells_what_was_measured(resumed):
     assert "time per update (median)" in cells
 
 
-def test_the_interruption_changed_nothing(resumed, environment, tmp_path):
-    """The model of a single command that trains from the first update to the last is the same."""
-    folder, _, run = resumed
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_a_finished_run_is_reported_not_retrained(resumed, quickstart):
+    folder, _, first = resumed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before.pop(folder / ".lock")
+    status, out, err = quickstart(*arguments(folder))
+    assert status == 0, out + err
+    assert "nothing is retrained" in out
+    assert "$" not in out  # no command
+    assert out.endswith(first[first.index("From dense to sparse"):])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_the_interruption_changed_nothing(resumed, tmp_path):
+    """One command that trains from the first update to the last comes to the same weights."""
+    folder, _, _ = resumed
     options = json.loads((folder / "settings.json").read_text())["train"]
     words = [word for option in options for word in option if word is not None]
     subprocess.run(
         [sys.executable, "-m", "fairseq_cli.train", str(folder / "data"), *words, "--save-dir",
-         str(tmp_path), "--max-update", str(UPDATES)],
-        env=environment, cwd=ROOT, check=True, capture_output=True, timeout=LIMIT,
+         str(tmp_path), "--max-update", str(UPDATES)], cwd=ROOT, check=True, capture_output=True,
     )
     ours, unbroken = (
         torch.load(path / "checkpoint_last.pt", weights_only=False)["model"]
@@ -130,48 +167,35 @@ def test_the_interruption_changed_nothing(resumed, environment, tmp_path):
         assert torch.equal(value, unbroken[name]), name
 
 
-def test_a_finished_run_is_reported_not_retrained(resumed, quickstart):
-    folder, _, first = resumed
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    again = quickstart(folder)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "nothing is retrained" in again.stdout
-    assert "$" not in again.stdout  # no command
-    table = first.stdout[first.stdout.index("From dense to sparse"):]
-    assert again.stdout.endswith(table)
-    before.pop(folder / ".lock")
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_a_failed_step_shows_the_end_of_its_log(quickstart, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    run = quickstart(tmp_path / "run", "--text", str(empty))
-    assert run.returncode == 1
-    assert f"error: --{empty}" not in run.stderr
+def test_a_failed_step_shows_the_end_of_its_log(modules, quickstart, tmp_path, monkeypatch):
+    failing = tmp_path / "evomoe"
+    failing.write_text("#!/bin/sh\nseq 30\necho 'error: the disk is full' >&2\nexit 3\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(modules.run, "program", lambda name: str(failing))
+    status, _, err = quickstart(*arguments(tmp_path / "run"))
+    assert status == 1
+    shown = [str(number) for number in range(17, 31)]
     log = tmp_path / "run/prepare.log"
-    assert run.stderr.endswith(f"error: evomoe failed (status 2); its whole log is {log}\n")
-    assert log.read_text().splitlines()[-1] in run.stderr
+    assert err.splitlines() == [
+        *shown, "error: the disk is full", "",
+        f"error: evomoe failed (status 3); its whole log is {log}"]
 
 
-@pytest.fixture
-def modules(monkeypatch):
-    """The quickstart's own modules, by name."""
-    monkeypatch.syspath_prepend(RUN.parent)
-    names = ("commands", "recipe", "folder")
-    yield [importlib.import_module(name) for name in names]
-    for name in names:
-        del sys.modules[name]
+def test_a_refusal_is_one_line(quickstart, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert quickstart(*arguments(tmp_path)) == (2, "", f"error: --dir {tmp_path} holds files, and "
+                                                "not those of a quickstart; name another folder\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.fixture
 def made(modules, tmp_path):
     """A folder that belongs to a run, and the recipe of that."""
-    _, recipe, folder = modules
-    owned, made_with = folder.RunFolder(tmp_path / "run"), recipe.Recipe(updates=100)
-    with owned.locked():
-        owned.claim(made_with)
-    return owned, made_with
+    folder = modules.folder.RunFolder(tmp_path / "run")
+    recipe = modules.recipe.Recipe(updates=100)
+    with folder.locked():
+        folder.claim(recipe)
+    return folder, recipe
 
 
 def test_the_same_recipe_goes_on(made):
@@ -186,49 +210,35 @@ def test_the_same_recipe_goes_on(made):
     ({"text": ("/some/text",)}, "--text the Python standard library, now /some/text"),
 ])
 def test_another_recipe_is_refused(modules, made, change, told):
-    commands, recipe, _ = modules
     folder, _ = made
-    with folder.locked(), pytest.raises(commands.Refused) as refused:
-        folder.claim(recipe.Recipe(**{"updates": 100, **change}))
+    with folder.locked(), pytest.raises(modules.commands.Refused) as refused:
+        folder.claim(modules.recipe.Recipe(**{"updates": 100, **change}))
     assert told in str(refused.value) and "--fresh" in str(refused.value)
 
 
 def test_options_that_the_clone_changed_are_named(modules, made, monkeypatch):
-    commands, recipe, _ = modules
-    folder, recipe_before = made
-    train = [(n, "0.5" if n == "--lr" else v) for n, v in recipe_before.train]
-    monkeypatch.setattr(recipe.Recipe, "train", train)
-    with folder.locked(), pytest.raises(commands.Refused, match=r"--lr 0\.003, now 0\.5"):
-        folder.claim(recipe_before)
+    folder, recipe = made
+    train = [(name, "0.5" if name == "--lr" else value) for name, value in recipe.train]
+    monkeypatch.setattr(modules.recipe.Recipe, "train", train)
+    with folder.locked(), pytest.raises(modules.commands.Refused, match=r"--lr \S+, now 0\.5"):
+        folder.claim(recipe)
 
 
-def test_a_changed_text_is_refused(modules, tmp_path, environment):
-    commands, recipe, folder = modules
+def test_a_changed_text_is_refused(modules, tmp_path):
     text = tmp_path / "text"
-    shutil.copytree(TEXT, text, ignore=shutil.ignore_patterns("__pycache__"))
-    made_with = recipe.Recipe(updates=100, quick=True, text=(str(text),))
-    owned = folder.RunFolder(tmp_path / "run")
-    with owned.locked():
-        owned.claim(made_with)
-        subprocess.run(
-            [shutil.which("evomoe", path=environment["PATH"]), "prepare", str(text), "--out",
-             str(owned.data), *recipe.flags(made_with.prepare)],
-            env=environment, check=True, capture_output=True, timeout=LIMIT,
-        )
-        owned.claim(made_with)
-        with open(text / "utils.py", "a") as file:
-            file.write("# more\n")
-        with pytest.raises(commands.Refused, match=r"text/utils\.py has changed.*--fresh"):
-            owned.claim(made_with)
-
-
-def test_a_folder_of_others_is_left_alone(modules, tmp_path):
-    commands, _, folder = modules
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(commands.Refused, match="name another folder"):
-        with folder.RunFolder(tmp_path).locked():
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    text.mkdir()
+    for number in range(9):
+        (text / f"{number}.txt").write_text(f"Document {number}: {TEXT.stem * 40}")
+    recipe = modules.recipe.Recipe(updates=100, quick=True, text=(str(text),))
+    folder = modules.folder.RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.claim(recipe)
+        prepare(PrepareOptions((str(text),), str(folder.data), text_suffix=(".py",),
+                               vocab_size=300, workers=1))
+        folder.claim(recipe)
+        (text / "3.txt").write_text("another one")
+        with pytest.raises(modules.commands.Refused, match=r"text/3\.txt has changed.*--fresh"):
+            folder.claim(recipe)
 
 
 def test_starting_anew_deletes_only_what_is_ours(made):
@@ -242,31 +252,28 @@ def test_starting_anew_deletes_only_what_is_ours(made):
 
 
 def test_two_quickstarts_do_not_share_a_folder(modules, made):
-    commands, _, folder = modules
-    owned, _ = made
-    with owned.locked(), pytest.raises(commands.Refused, match="another quickstart is at work"):
-        with folder.RunFolder(owned.path).locked():
+    folder, _ = made
+    with folder.locked(), pytest.raises(modules.commands.Refused, match="another quickstart"):
+        with modules.folder.RunFolder(folder.path).locked():
             pass
 
 
 def test_a_damaged_checkpoint_is_refused(modules, made):
-    commands, _, _ = modules
     folder, _ = made
     assert folder.trained_updates() == 0
     folder.checkpoints.mkdir()
     folder.last.write_bytes(b"PK half a file")
-    with pytest.raises(commands.Refused, match="checkpoint_last.pt cannot be read.*--fresh"):
+    with pytest.raises(modules.commands.Refused, match="last.pt cannot be read.*--fresh"):
         folder.trained_updates()
 
 
 def test_shown_commands_are_what_runs(modules, tmp_path, capfd):
     """A shell that is given what is printed calls the program with the same words."""
-    commands, _, _ = modules
     words = ["--betas", "(0.9, 0.98)", "--flag", "--path", "a b", *["--longer", "x" * 60] * 3]
     script = tmp_path / "words.py"
     script.write_text("import sys; print(sys.argv[1:])")
-    commands.run([sys.executable, str(script), *words], tmp_path / "log")
+    modules.commands.run([sys.executable, str(script), *words], tmp_path / "log")
     printed = capfd.readouterr().out
-    assert max(map(len, printed.splitlines())) <= commands.LINE
+    assert max(map(len, printed.splitlines())) <= modules.commands.LINE
     shell = subprocess.run(printed.replace("$", "", 1), shell=True, capture_output=True, text=True)
     assert shell.stdout == (tmp_path / "log").read_text() == f"{words}\n"

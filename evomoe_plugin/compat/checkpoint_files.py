@@ -62,7 +62,7 @@ def _reason(path: str, error: Exception) -> str:
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     reason = system.strerror if system else str(error).split("\n")[0]
     return (f"cannot write {path}: {reason} ({free / 2**20:.0f} MiB free); "
-            "earlier checkpoints are intact, the same command resumes from the last")
+            "earlier checkpoints are intact, a run with the same --save-dir resumes from the last")
 
 
 def _sync_folder(path: str) -> None:

@@ -9,6 +9,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
 
 from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts.gelu import gelu
 from evomoe_plugin.gates import gate_class
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.accounting import expert_ffn_dim
@@ -32,7 +33,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
                 num_experts,
                 self.embed_dim,
                 expert_ffn_dim(options),
-                activation=self.activation_fn,
+                activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
                 dropout=self.activation_dropout_module,
             ),
             layer_id=layer_id,
