@@ -7,6 +7,9 @@ import re
 import subprocess
 
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import eval_lm
 
 
 class Run:
@@ -48,3 +51,14 @@ def assert_same_weights(one, other, atol: float = 0.0) -> None:
             continue
         difference = (value.double() - other[name].double()).abs().max().item()
         assert difference <= atol, f"{name} differs by {difference}"
+
+
+def evaluate(data_bin, path, *given) -> dict:
+    """What `fairseq-eval-lm` returns, unrounded: loss in base 2 and perplexity."""
+    parser = options.get_eval_lm_parser()
+    args = options.parse_args_and_arch(parser, [
+        str(data_bin), "--user-dir", "evomoe_plugin", "--task", "language_modeling",
+        "--path", str(path), "--gen-subset", "valid", "--tokens-per-sample", "32",
+        "--num-workers", "0", *given,
+    ])
+    return eval_lm.main(convert_namespace_to_omegaconf(args))

@@ -4,11 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from fairseq import options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq_cli import eval_lm
 
-from tests.end_to_end.runs import load
+from tests.end_to_end.runs import evaluate, load
 
 STAGES = {"dense": 1, "annealing": 4, "hard": 9}
 ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
@@ -19,17 +16,6 @@ def checkpoints(train, tmp_path_factory):
     """One run, validated and saved at every update."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return folder, train(folder, *ANNEAL, "--max-update", "9", "--save-interval-updates", "1")
-
-
-def evaluate(data_bin, path, *given) -> dict:
-    """What `fairseq-eval-lm` returns, unrounded: loss in base 2 and perplexity."""
-    parser = options.get_eval_lm_parser()
-    args = options.parse_args_and_arch(parser, [
-        str(data_bin), "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-        "--path", str(path), "--gen-subset", "valid", "--tokens-per-sample", "32",
-        "--num-workers", "0", *given,
-    ])
-    return eval_lm.main(convert_namespace_to_omegaconf(args))
 
 
 @pytest.mark.parametrize("stage", STAGES)

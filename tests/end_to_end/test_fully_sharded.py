@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.end_to_end.runs import assert_same_weights
+from tests.end_to_end.runs import assert_same_weights, evaluate
 
 SHARDED = ("--ddp-backend", "fully_sharded")
 # Nested wrapping, so that each layer is gathered on its own.
@@ -49,6 +49,7 @@ def test_each_rank_holds_about_half_of_the_parameters(one_process, two_ranks):
     assert whole / 2 <= held < 0.52 * whole  # padded to equal shares
 
 
+@pytest.mark.slow
 def test_one_process_fully_sharded_equals_plain(one_process, train, tmp_path):
     run = train(tmp_path, *SAME, *SHARDED, "--update-freq", "2")
     assert_same_course(one_process[1], run)
@@ -56,20 +57,28 @@ def test_one_process_fully_sharded_equals_plain(one_process, train, tmp_path):
                         atol=1e-5)
 
 
-@pytest.mark.parametrize("sharded_state", [(), ("--use-sharded-state",)],
-                         ids=["consolidated", "sharded"])
-def test_two_ranks_resume_bit_equal(two_ranks, train, tmp_path, sharded_state):
+@pytest.mark.parametrize(
+    "sharded_state", [(), pytest.param(("--use-sharded-state",), marks=pytest.mark.slow)],
+    ids=["consolidated", "sharded"],
+)
+def test_two_ranks_resume_bit_equal(two_ranks, train, data_bin, tmp_path, sharded_state):
     given = (*SAME, *NESTED, *TWO, "--checkpoint-activations", *sharded_state)
     train(tmp_path, *given, "--max-update", "4")
     resumed = train(tmp_path, *given)
     wanted = two_ranks[1].logged("train_inner")[4:]
     for a, b in zip(resumed.logged("train_inner"), wanted, strict=True):
         assert (a["loss"], a["gnorm"]) == (b["loss"], b["gnorm"])
+    # eval-lm finds the one file, or puts the shards together.
+    result = evaluate(data_bin, tmp_path / "checkpoint_last.pt", "--batch-size", "4")
+    wanted = two_ranks[1].logged("valid")[-1]["valid_inner_loss"]
+    assert result["loss"].item() == pytest.approx(wanted, abs=6e-4)
     if not sharded_state:
         assert_same_weights(tmp_path / "checkpoint_last.pt", two_ranks[0] / "checkpoint_last.pt")
 
 
-@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "first, then", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     first, then, one_process, train, tmp_path
 ):
