@@ -106,7 +106,7 @@ def saved_updates(folder: Path) -> int:
 def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
     folder, status, output = interrupted
     assert status == 130, output
-    assert output.endswith("interrupted: run it again to go on from the last checkpoint\n")
+    assert output.endswith("interrupted: run it again to go on where it stopped\n")
     assert "Traceback" not in output
     assert read_log(folder / "train.log").intervals[-1].update < UPDATES
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LINE = 100
 TAIL = 15
+MAX_THREADS = 4
 _POLL_SECONDS = 0.1
 
 
@@ -72,14 +73,16 @@ def run(
         StepFailed: it ended with another status than 0.
         KeyboardInterrupt: ours; the command was interrupted too, and has ended.
     """
-    print(f"\n  $ {show or _wrapped(command)}\n", flush=True)
+    threads = _threads()
+    setting = "".join(f"{name}={value} " for name, value in threads.items())
+    print(f"\n  $ {setting}{show or _wrapped(command)}\n", flush=True)
     with open(log, "a" if append else "w") as output, open(log) as lines:
         lines.seek(0, os.SEEK_END)
         # In a session of its own, so that Ctrl-C reaches it once, through us.
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[] if keep_open is None else [keep_open],
-            env={"PYTHONWARNINGS": "ignore", **os.environ},
+            env={"PYTHONWARNINGS": "ignore", **threads, **os.environ},
         )
         try:
             for line in _follow(lines, process):
@@ -89,6 +92,14 @@ def run(
             raise
     if process.returncode != 0:
         raise StepFailed(command, log, f"failed (status {process.returncode})")
+
+
+def _threads() -> dict[str, str]:
+    """A limit where torch would take more threads than such a small model has work for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if "OMP_NUM_THREADS" in os.environ or (cores or 1) <= MAX_THREADS:
+        return {}
+    return {"OMP_NUM_THREADS": str(MAX_THREADS)}
 
 
 def _follow(lines: IO[str], process: subprocess.Popen) -> Iterator[str]:

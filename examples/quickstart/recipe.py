@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 UPDATES = 1000
 QUICK_UPDATES = 12
+EXPERTS = 8
 
 # The standard library without tests, tables of characters and what distributions add to it.
 STANDARD_LIBRARY_LEAVES_OUT = (
@@ -71,7 +72,7 @@ class Recipe:
             ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
             ("--arch", "transformer_lm_gpttiny_moe"), ("--share-decoder-input-output-embed", None),
             ("--decoder-embed-dim", width), ("--moe-expert-ffn-dim", ffn_dim),
-            ("--moe-expert-count", "8"), ("--moe-freq", "2"),
+            ("--moe-expert-count", str(EXPERTS)), ("--moe-freq", "2"),
             ("--dropout", "0"), ("--attention-dropout", "0"),
             # Equal ratios of temperature make the experts fall away evenly. The annealing takes
             # half of the run; the other half trains what has become of it.

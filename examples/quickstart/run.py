@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # fairscale's, of tod
 
 from commands import ROOT, Refused, StepFailed, program, run, shown  # noqa: E402
 from folder import RunFolder  # noqa: E402
-from recipe import QUICK_UPDATES, UPDATES, Recipe, flags  # noqa: E402
+from recipe import EXPERTS, QUICK_UPDATES, UPDATES, Recipe, flags  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from evomoe_plugin.data import DataCard  # noqa: E402
@@ -52,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("\ninterrupted: run it again to go on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: run it again to go on where it stopped", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        print(f"error: {error.filename or args.dir}: {error.strerror}", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
+    count = int(text) if text.isdecimal() else 0
     if count < 4:
         raise argparse.ArgumentTypeError(f"{text}: give 4 updates or more")
     return count
@@ -129,8 +132,8 @@ class Quickstart:
         part.rename(self.folder.first)
 
     def train(self) -> None:
-        self._say(f"Training to update {self.recipe.updates:,}: all 8 experts for each token at "
-                  f"first, one from update {self.recipe.updates // 2:,} on")
+        self._say(f"Training to update {self.recipe.updates:,}: at first all {EXPERTS} experts for "
+                  f"each token, from update {self.recipe.updates // 2:,} on one")
         self.folder.train_log.touch()
         with open(self.folder.train_log, errors="replace") as lines:
             progress = Progress(parse_log(lines))
@@ -164,12 +167,11 @@ class Quickstart:
 
     def report(self, before: float, after: float) -> None:
         log = read_log(self.folder.train_log)
-        updates = log.intervals[-1].update
         console = Console()
         console.print()
         console.print(closing_table(log, {
             "test perplexity": (f"{before:,.1f}", f"{after:,.1f}"),
-            "evaluated after update": ("1", f"{updates:,}"),
+            "evaluated after update": ("1", f"{self.recipe.updates:,}"),
         }))
         console.print(course_table(log))
         for name, path in [
