@@ -127,7 +127,7 @@ def test_a_signal_to_the_parent_ends_all(training, number, status):
     assert process.returncode == status
     assert not any(is_running(pid) for pid in ranks)
     if number == signal.SIGINT:
-        assert err.splitlines()[-1].startswith("interrupted: the same command resumes")
+        assert err.splitlines()[-1].startswith("interrupted: a run with the same --save-dir")
 
 
 @pytest.mark.slow
