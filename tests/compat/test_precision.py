@@ -9,15 +9,19 @@ import pytest
 FSDP = ("--ddp-backend", "fully_sharded")
 
 
+def slow(*options):
+    return pytest.param(options, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def plain(module_runs):
     return module_runs.train("plain")
 
 
 @pytest.mark.parametrize("options", [
-    ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-fp16",),
-    ("--bf16",), ("--memory-efficient-bf16",), (*FSDP, "--fp16"),
-    (*FSDP, "--memory-efficient-fp16"), (*FSDP, "--fp16", "--fp32-reduce-scatter"),
+    ("--fp16",), ("--bf16",), (*FSDP, "--fp16"), (*FSDP, "--memory-efficient-fp16"),
+    slow("--fp16", "--fp16-no-flatten-grads"), slow("--memory-efficient-fp16"),
+    slow("--memory-efficient-bf16"), slow(*FSDP, "--fp16", "--fp32-reduce-scatter"),
 ], ids=" ".join)
 def test_trains_and_resumes(plain, runs, options):
     half = runs.train("half", *options, "--save-interval-updates", "3")

@@ -18,7 +18,9 @@ def unbroken(train, tmp_path_factory):
     return folder, train(folder, *ANNEAL)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [
+    "during", "at the switch", *(pytest.param(s, marks=pytest.mark.slow) for s in ("before", "after"))
+])
 def test_resumed_run_is_bit_equal(stage, unbroken, train, tmp_path):
     folder, whole = unbroken
     update = STAGES[stage]
