@@ -19,7 +19,8 @@ def unbroken(train, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [
-    "during", "at the switch", *(pytest.param(s, marks=pytest.mark.slow) for s in ("before", "after"))
+    "during", "at the switch", pytest.param("before", marks=pytest.mark.slow),
+    pytest.param("after", marks=pytest.mark.slow),
 ])
 def test_resumed_run_is_bit_equal(stage, unbroken, train, tmp_path):
     folder, whole = unbroken
