@@ -44,3 +44,26 @@ def test_the_run_really_passes_through_all_stages(unbroken):
     assert 1 < experts[5] < 3.5
     assert experts[6:] == [1] * 6
     assert load(folder / "checkpoint_last.pt")["model"]["decoder.layers.1.moe.num_updates"] == 12
+
+
+# Seven updates are an epoch: the batches of later epochs must be those of the unbroken run too.
+EPOCHS = (*ANNEAL, "--batch-size", "56")
+
+
+@pytest.fixture(scope="module")
+def two_epochs(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-epochs")
+    return folder, train(folder, *EPOCHS)
+
+
+@pytest.mark.parametrize("update", [7, 9], ids=["at an epoch's end", "in the second epoch"])
+def test_resumed_later_epochs_are_bit_equal(update, two_epochs, train, tmp_path):
+    folder, whole = two_epochs
+    records = whole.logged("train_inner")
+    assert [record["epoch"] for record in records] == [1] * 7 + [2] * 5
+    train(tmp_path, *EPOCHS, "--max-update", update)
+    got = train(tmp_path, *EPOCHS).logged("train_inner")
+    assert len(got) == 12 - update
+    for a, b in zip(got, records[update:], strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
+    assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
