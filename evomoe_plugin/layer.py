@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.dispatch import LocalDispatcher
-from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts import ExpertFFN, SharedExperts
 from evomoe_plugin.gates.base import Gate, GateContext
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit
+from evomoe_plugin.routing.plan import RoutingPlan
 
 
 class MoELayer(nn.Module):
@@ -19,23 +22,32 @@ class MoELayer(nn.Module):
 
     Nothing is kept between forward and loss: the auxiliary losses and statistics are outputs, so
     that activation checkpointing and FSDP can neither lose nor double them. They leave as two
-    flat tensors, since neither carries gradients through containers; `aux` and `stats` name them
-    again.
+    flat tensors, since neither carries gradients through containers; `gate.aux_names` and
+    `named_stats` name them again.
 
     Args:
         gate: routes.
         experts: answer.
-        layer_id: which of the model's MoE layers this is; part of the key of its noise.
-        seed: the run's seed; likewise.
+        shared: experts that answer every token.
+        capacity: what an expert takes in training.
+        eval_capacity: what it takes in evaluation.
     """
 
-    def __init__(self, gate: Gate, experts: ExpertFFN, layer_id: int = 0, seed: int = 1):
+    def __init__(
+        self,
+        gate: Gate,
+        experts: ExpertFFN,
+        shared: SharedExperts | None = None,
+        capacity: CapacityRule = UNLIMITED,
+        eval_capacity: CapacityRule = UNLIMITED,
+    ):
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.shared = shared
+        self.capacity = capacity
+        self.eval_capacity = eval_capacity
         self.dispatcher = LocalDispatcher()
-        self.layer_id = layer_id
-        self.seed = seed
         # In the checkpoint, since evaluation routes as training did when it was written.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._num_updates = 0
@@ -52,11 +64,28 @@ class MoELayer(nn.Module):
             self._num_updates = num_updates
             self.num_updates.fill_(num_updates)
 
+    def context(
+        self,
+        token_mask_T: Tensor | None = None,
+        token_keys_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        token_weights_T: Tensor | None = None,
+    ) -> GateContext:
+        """What the gate is told: the noise keys are those of this run, update and layer."""
+        keys_T = token_keys_T
+        if keys_T is not None:
+            for part in (self.gate.info.seed, self._num_updates, self.gate.info.layer_id):
+                keys_T = noise.fold(keys_T, part)
+        return GateContext(
+            self._num_updates, token_mask_T, keys_T, token_ids_T, token_weights_T)
+
     def forward(
         self,
         x_TD: Tensor,
         token_mask_T: Tensor | None = None,
         token_keys_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        token_weights_T: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the layer.
 
@@ -64,25 +93,53 @@ class MoELayer(nn.Module):
             x_TD: tokens.
             token_mask_T: bool, False for padding, which is routed nowhere and counted nowhere.
             token_keys_T: int64 keys of the tokens (`routing.noise.sequence_keys`); None: no noise.
+            token_ids_T: int64 symbols of the vocabulary, for gates that look at them.
+            token_weights_T: weight of each token in the auxiliary losses; None: 1.
         Returns:
-            y_TD, zeros for tokens without an expert; the auxiliary losses, [A] with gradient; the
-            statistics, detached fp64.
+            y_TD, zeros for tokens without any expert; the auxiliary losses, [A] with gradient;
+            the statistics, detached fp64.
         """
-        keys_T = token_keys_T
-        if keys_T is not None:
-            for part in (self.seed, self._num_updates, self.layer_id):
-                keys_T = noise.fold(keys_T, part)
-        plan = self.gate(x_TD, GateContext(self._num_updates, token_mask_T, keys_T))
+        context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
+        plan = self._within_capacity(self.gate(x_TD, context))
         dispatched = self.dispatcher.dispatch(x_TD, plan)
         rows_ND = self.experts(dispatched.rows_ND, dispatched.counts)
         y_TD = self.dispatcher.combine(rows_ND, dispatched)
-        aux = torch.stack([plan.aux[name] for name in self.gate.AUX]) if self.gate.AUX else (
-            x_TD.new_zeros(0, dtype=torch.float32))
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, plan.shared_weights_TS)
+        aux = x_TD.new_zeros(0, dtype=torch.float32)
+        if plan.aux:
+            aux = torch.stack(list(plan.aux.values()))
         return y_TD, aux, torch.cat([plan.stats[name].reshape(-1) for name in self._stat_sizes()])
 
+    def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
+        rule = self.capacity if self.training else self.eval_capacity
+        dropped = torch.zeros((), dtype=torch.float64, device=plan.token_ids_N.device)
+        if rule:
+            capacity = rule.capacity(
+                num_pairs=plan.num_pairs,
+                num_tokens=int(plan.stats[st.TOKENS]),
+                num_experts=self.num_experts,
+            )
+            plan, dropped_E = limit(plan, capacity, renormalize=rule.renormalize)
+            dropped = dropped_E.sum().double()
+        if not self._has_capacity:
+            return plan
+        load_E = plan.tokens_per_expert_E.double()
+        stats = {**plan.stats, st.LOAD_E: load_E, st.PAIRS: load_E.sum(), st.DROPPED: dropped}
+        return dataclasses.replace(plan, stats=stats)
+
+    @property
+    def _has_capacity(self) -> bool:
+        return bool(self.capacity or self.eval_capacity)
+
     def _stat_sizes(self) -> dict[str, int]:
-        scalars = (st.TOKENS, st.PAIRS, st.ENTROPY, st.NONFINITE, *self.gate.STATS)
-        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts}
+        scalars = [st.TOKENS, st.PAIRS, st.EXPERTS, st.ENTROPY, st.NONFINITE, *self.gate.STATS]
+        if self._has_capacity:
+            scalars.append(st.DROPPED)
+        if self.gate.info.num_null:
+            scalars.append(st.NULL_PAIRS)
+        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts,
+                **self.gate.record_sizes()}
 
     @property
     def stats_size(self) -> int:
@@ -90,11 +147,13 @@ class MoELayer(nn.Module):
         return sum(self._stat_sizes().values())
 
     def named_stats(self, flat: Tensor) -> Mapping[str, Tensor]:
-        """Name the statistics `forward` returned: scalars, and [E] for `tokens_per_expert`."""
+        """Name the statistics `forward` returned: scalars, and vectors for `tokens_per_expert`
+        and the gate's records."""
         sizes = self._stat_sizes()
+        vectors = {st.LOAD_E, *self.gate.record_sizes()}
         parts = flat.split(list(sizes.values()))
         return {
-            name: part if name == st.LOAD_E else part.squeeze(0)
+            name: part if name in vectors else part.squeeze(0)
             for name, part in zip(sizes, parts, strict=True)
         }
 

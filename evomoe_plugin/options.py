@@ -5,11 +5,13 @@ fields. They know nothing of fairseq.
 """
 
 import logging
+import math
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,16 @@ class MoEOptions:
 
     moe_freq: int = field(
         default=2,
-        metadata={"help": "every N-th decoder layer is an MoE layer (layer i, from 0, when N "
-                          "divides i + 1); 1 makes every layer one"},
+        metadata={"help": "every N-th decoder layer is an MoE layer; 1 makes every layer one"},
+    )
+    moe_start_layer: Optional[int] = field(
+        default=None,
+        metadata={"help": "the first MoE layer, from 0 (default: layer N-1 of --moe-freq N)"},
+    )
+    moe_layers: Optional[str] = field(
+        default=None,
+        metadata={"help": "the MoE layers, from 0, one by one (5,8,11), instead of --moe-freq and "
+                          "--moe-start-layer"},
     )
     moe_expert_count: str = field(
         default="16",
@@ -44,6 +54,15 @@ class MoEOptions:
         default=0,
         metadata={"help": "hidden width of an expert; 0 takes --decoder-ffn-embed-dim"},
     )
+    moe_expert_size_factor: int = field(
+        default=1,
+        metadata={"help": "an expert's hidden width is --decoder-ffn-embed-dim divided by this"},
+    )
+    moe_expert_gated: bool = field(
+        default=False,
+        metadata={"help": "experts are gated: W2 (act(W1 x) * W3 x), without biases; SwiGLU with "
+                          "--activation-fn swish, GEGLU with gelu"},
+    )
     moe_gate: str = field(
         default="dense_to_sparse",
         metadata={"help": "the gate that routes tokens to experts, by its registered name"},
@@ -53,6 +72,58 @@ class MoEOptions:
         default="true",
         metadata={"help": "compute the gate in fp32 whatever the model's precision (true|false)",
                   "argparse_const": "true"},
+    )
+    moe_aux: Optional[str] = field(
+        default=None,
+        metadata={"help": "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none "
+                          "(default: what belongs to the gate); all are multiplied by "
+                          "--moe-gate-loss-wt"},
+    )
+    moe_shared_experts: int = field(
+        default=0, metadata={"help": "experts that every token goes to, beside the routed ones"}
+    )
+    moe_shared_ffn_dim: int = field(
+        default=0,
+        metadata={"help": "hidden width of a shared expert; 0 takes that of the routed ones"},
+    )
+    moe_shared_combine: str = field(
+        default="add",
+        metadata={"help": "weights of shared experts: add (1), softmax (together with the chosen "
+                          "routed ones, as DCMoE), mix (a learned share for all of them, as "
+                          "residual MoE)"},
+    )
+    moe_null_experts: int = field(
+        default=0,
+        metadata={"help": "candidates of the gate that stand for no computation at all"},
+    )
+    moe_null_rate_target: Optional[float] = field(
+        default=None,
+        metadata={"help": "mean probability of null experts that the loss `null` aims at"},
+    )
+    moe_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={"help": "in training an expert takes at most ceil(factor * pairs / experts) "
+                          "tokens (default: no limit)"},
+    )
+    moe_eval_capacity_factor: Optional[float] = field(
+        default=None, metadata={"help": "the same in evaluation (default: no limit)"}
+    )
+    moe_eval_capacity_token_fraction: float = field(
+        default=-1.0,
+        metadata={"help": "in evaluation an expert takes at most this fraction of the batch's "
+                          "tokens; -1: no limit"},
+    )
+    moe_min_capacity: Optional[int] = field(
+        default=None, metadata={"help": "a capacity is at least so many tokens (default: 0)"}
+    )
+    moe_drop_policy: Optional[str] = field(
+        default=None,
+        metadata={"help": "whom an expert at its capacity keeps: position (the first; the "
+                          "default), probs (the most probable) or random"},
+    )
+    moe_renormalize_after_drop: bool = field(
+        default=False,
+        metadata={"help": "what a token keeps after dropping gets the weight of what it had"},
     )
 
 
@@ -68,17 +139,39 @@ def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
     """Indices, from 0, of the decoder layers that are MoE layers.
 
     Raises:
-        OptionError: no layer would be one.
+        OptionError: no layer would be one, or one that is asked for does not exist.
     """
-    if options.moe_freq < 1:
-        raise OptionError("moe_freq", options.moe_freq,
+    last = num_layers - 1
+    if options.moe_layers is not None:
+        return _listed_layers(options, last)
+    freq, start = options.moe_freq, options.moe_start_layer
+    if freq < 1:
+        raise OptionError("moe_freq", freq,
                           "give 1 or more; for a model without MoE layers use a stock "
                           "transformer_lm architecture")
-    indices = list(range(options.moe_freq - 1, num_layers, options.moe_freq))
-    if not indices:
-        raise OptionError("moe_freq", options.moe_freq,
+    if start is None and freq > num_layers:
+        raise OptionError("moe_freq", freq,
                           f"gives no MoE layer in {num_layers} decoder layers; "
                           f"give at most {num_layers}")
+    if start is not None and not 0 <= start <= last:
+        raise OptionError("moe_start_layer", start,
+                          f"the {num_layers} decoder layers are 0 to {last}")
+    return list(range(freq - 1 if start is None else start, num_layers, freq))
+
+
+def _listed_layers(options: Any, last: int) -> list[int]:
+    text = str(options.moe_layers).replace(" ", "")
+    for option in ("moe_freq", "moe_start_layer"):
+        if getattr(options, option) != getattr(MoEOptions, option):
+            raise OptionError(option, getattr(options, option),
+                              f"--moe-layers {text} says which layers: leave one of them out")
+    try:
+        indices = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError("moe_layers", text, "give layer numbers from 0: 5,8,11") from None
+    if indices != sorted(set(indices)) or not (0 <= indices[0] and indices[-1] <= last):
+        raise OptionError("moe_layers", text,
+                          f"give layer numbers from 0 to {last}, ascending, each once")
     return indices
 
 
@@ -111,6 +204,17 @@ def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
     return numbers
 
 
+def expert_ffn_dim(options: Any) -> int:
+    """F: hidden width of a routed expert."""
+    return options.moe_expert_ffn_dim or (
+        options.decoder_ffn_embed_dim // options.moe_expert_size_factor)
+
+
+def shared_ffn_dim(options: Any) -> int:
+    """Hidden width of a shared expert."""
+    return options.moe_shared_ffn_dim or expert_ffn_dim(options)
+
+
 # Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
 # and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
 _UNSUPPORTED = (
@@ -119,17 +223,20 @@ _UNSUPPORTED = (
     "scale_fc", "scale_attn", "scale_heads", "scale_resids",
 )
 
+SHARED_COMBINE = ("add", "softmax", "mix")
+DROP_POLICIES = ("position", "probs", "random")
+
 
 def validate(options: Any) -> None:
     """Check every option of an MoE model; log a warning for what is doubtful.
 
     Args:
-        options: the fields of `MoEOptions`, of the chosen gate's options and of fairseq's
+        options: the fields of `MoEOptions`, of the gates' options and of fairseq's
             transformer_lm.
     Raises:
         OptionError: naming the option, its value and what would be right.
     """
-    from evomoe_plugin.gates import gate_class
+    from evomoe_plugin.gates.base import gate_class, validate_gate
 
     for option in _UNSUPPORTED:
         if getattr(options, option, None):
@@ -142,12 +249,116 @@ def validate(options: Any) -> None:
                           f"with --share-decoder-input-output-embed it must be {input_dim}, the "
                           "decoder's input dimension")
     counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
-    if options.moe_expert_ffn_dim < 0:
-        raise OptionError("moe_expert_ffn_dim", options.moe_expert_ffn_dim,
-                          "give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
-    for warning in gate_class(options.moe_gate).validate(options, counts) or ():
+    gate = gate_class(options.moe_gate)
+    _check_experts(options)
+    _check_capacity(options, gate)
+    warnings = [*_capacity_warnings(options), *validate_gate(options, counts)]
+    _check_null(options)
+    for warning in warnings:
         logger.warning(warning)
+
+
+def check_choice(options: Any, option: str, allowed: Sequence[str]) -> None:
+    """Raise `OptionError` unless the option's value is one of `allowed`."""
+    if getattr(options, option) not in allowed:
+        raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
+
+
+def check_number(
+    options: Any, option: str, remedy: str, *, least: float | None = None,
+    above: float | None = None, most: float | None = None, below: float | None = None,
+) -> None:
+    """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.
+
+    None, the value of an option that was not given, passes.
+    """
+    value = getattr(options, option)
+    if value is None:
+        return
+    fits = math.isfinite(value) and (least is None or value >= least) and (
+        above is None or value > above) and (most is None or value <= most) and (
+        below is None or value < below)
+    if not fits:
+        raise OptionError(option, value, remedy)
+
+
+def _check_experts(options: Any) -> None:
+    check_number(options, "moe_expert_ffn_dim", least=0,
+                 remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
+    factor, dense = options.moe_expert_size_factor, options.decoder_ffn_embed_dim
+    check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
+    if factor > 1 and options.moe_expert_ffn_dim:
+        raise OptionError("moe_expert_size_factor", factor,
+                          "--moe-expert-ffn-dim gives the width already: leave one of them out")
+    if dense % factor:
+        raise OptionError("moe_expert_size_factor", factor,
+                          f"give a divisor of --decoder-ffn-embed-dim ({dense})")
+    check_number(options, "moe_shared_experts", least=0, remedy="give 0 or more")
+    check_number(options, "moe_shared_ffn_dim", least=0,
+                 remedy="give a width of at least 1, or 0 for that of the routed experts")
+    check_choice(options, "moe_shared_combine", SHARED_COMBINE)
+    for option in ("moe_shared_ffn_dim", "moe_shared_combine"):
+        value = getattr(options, option)
+        if not options.moe_shared_experts and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "there are no shared experts: leave it out, or give "
+                                             "--moe-shared-experts")
+
+
+def _check_null(options: Any) -> None:
+    from evomoe_plugin.gates.auxiliary import coefficients
+    from evomoe_plugin.gates.base import gate_class
+
+    check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
+    target = options.moe_null_rate_target
+    check_number(options, "moe_null_rate_target", least=0, most=1,
+                 remedy="it is a probability: give a number from 0 to 1")
+    wanted = "null" in coefficients(options, gate_class(options.moe_gate))
+    if wanted and target is None:
+        raise OptionError("moe_aux", options.moe_aux,
+                          "the loss null has nothing to aim at: give --moe-null-rate-target")
+    if target is not None and not wanted:
+        raise OptionError("moe_null_rate_target", target,
+                          "only the loss null uses it: leave it out, or add null=… to --moe-aux")
+
+
+def _check_capacity(options: Any, gate: Any) -> None:
+    for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
+        check_number(options, option, above=0,
+                     remedy="give a number above 0, or leave it out for no limit")
+    fraction = options.moe_eval_capacity_token_fraction
+    if fraction != -1:
+        check_number(options, "moe_eval_capacity_token_fraction", above=0, most=1,
+                     remedy="give a fraction above 0 and at most 1, or -1 for no limit")
+        if options.moe_eval_capacity_factor is not None:
+            raise OptionError("moe_eval_capacity_token_fraction", fraction,
+                              "--moe-eval-capacity-factor gives the capacity already: leave one "
+                              "of them out")
+    check_number(options, "moe_min_capacity", least=0, remedy="give 0 or more")
+    if options.moe_drop_policy is not None:
+        check_choice(options, "moe_drop_policy", DROP_POLICIES)
+    limits = [option for option in ("moe_capacity_factor", "moe_eval_capacity_factor",
+                                    "moe_eval_capacity_token_fraction")
+              if getattr(options, option) != getattr(MoEOptions, option)]
+    if limits and not gate.TAKES_CAPACITY:
+        raise OptionError(limits[0], getattr(options, limits[0]),
+                          f"the gate {options.moe_gate} sets the load of experts itself: leave "
+                          "it out")
+    for option in ("moe_min_capacity", "moe_drop_policy", "moe_renormalize_after_drop"):
+        value = getattr(options, option)
+        if not limits and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "no expert has a capacity: leave it out, or give "
+                                             "--moe-capacity-factor")
+
+
+def _capacity_warnings(options: Any) -> Iterator[str]:
+    if options.moe_eval_capacity_factor is not None or (
+            options.moe_eval_capacity_token_fraction != -1):
+        yield ("a capacity in evaluation: what a token gets depends on the tokens beside it, and "
+               "perplexity on the batch size")
+    if options.moe_capacity_factor is not None and options.moe_drop_policy in ("probs", "random"):
+        yield (f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can push "
+               "out earlier ones, which is not causal; evaluation has no capacity by default")
 
 
 def validate_run(cfg: Any) -> None:

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
+from evomoe_plugin.gates.base import option_fields
 from evomoe_plugin.options import MoEOptions
 
 
@@ -20,8 +20,10 @@ def moe_options():
 
     def make(**given):
         fields = {
-            **vars(MoEOptions()), **vars(DenseToSparseOptions()),
+            **vars(MoEOptions()),
+            **{name: option.default for name, option in option_fields().items()},
             "max_update": 100, "decoder_layers": 4, "decoder_embed_dim": 8,
+            "decoder_ffn_embed_dim": 32, "activation_fn": "gelu",
             "decoder_input_dim": 0, "decoder_output_dim": 0,
             "share_decoder_input_output_embed": False,
         }

@@ -1,5 +1,7 @@
 """Invariants 1 and 3 of the design on the whole layer, and what leaves it."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,20 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.loop import loop_moe
-from evomoe_plugin.gates import DenseToSparseGate
-from evomoe_plugin.gates.base import Gate, GateContext
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo
+from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.options import MoEOptions
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing.plan import plan_from_mask
+from evomoe_plugin.routing.choice import Choice
 
 T, D, F, E = 13, 6, 10, 5
 
 
 def make_layer(moe_options, num_experts=E, dtype=torch.float64, **given):
-    gate = DenseToSparseGate(D, num_experts, moe_options(**given))
+    gate = DenseToSparseGate(LayerInfo(D, num_experts), moe_options(**given))
     with torch.no_grad():
-        gate.weight.mul_(3)  # so that thresholds bite
+        gate.scorer.weight.mul_(3)  # so that thresholds bite
     experts = ExpertFFN(num_experts, D, F, nn.functional.gelu)
     return MoELayer(gate, experts).to(dtype)
 
@@ -50,10 +53,7 @@ def test_fast_path_equals_the_loop_oracle(moe_options, routing, padding, trainin
     key = keys() if training else None
     y, aux, _ = layer(x, mask, key)
 
-    if key is not None:
-        for part in (layer.seed, 0, layer.layer_id):
-            key = noise.fold(key, part)
-    plan = layer.gate(x, GateContext(0, mask, key))
+    plan = layer.gate(x, layer.context(mask, key))
     oracle = loop_moe(x, plan, layer.experts)
     assert torch.allclose(y, oracle, atol=1e-9)
 
@@ -67,15 +67,16 @@ def test_fast_path_equals_the_loop_oracle(moe_options, routing, padding, trainin
 class FixedGate(Gate):
     """Routes as it is told; for the shapes that a learned gate seldom makes."""
 
+    Options = MoEOptions
+    DEFAULT_AUX = "none"
+
     def __init__(self, mask_TE):
-        super().__init__(D, mask_TE.size(1), None)
+        super().__init__(LayerInfo(D, mask_TE.size(1)), MoEOptions())
         self.mask_TE = mask_TE
 
-    def forward(self, x_TD, context):
+    def route(self, x_TD, context):
         weights = torch.linspace(0.1, 1, self.mask_TE.numel(), dtype=x_TD.dtype)
-        probs = self.mask_TE.double()
-        stats = st.routing_stats(probs, probs, self.mask_TE.sum(0), None)
-        return plan_from_mask(self.mask_TE, weights.view(self.mask_TE.shape), stats=stats)
+        return Choice(self.mask_TE, weights.view(self.mask_TE.shape), self.mask_TE.double())
 
 
 def one_takes_all():
@@ -135,7 +136,7 @@ def test_equal_and_huge_logits_stay_finite(moe_options, scale):
     y, aux, _ = layer(x, None, keys())
     (y.sum() * 1e-30 + aux.sum()).backward()
     assert torch.isfinite(aux).all()
-    assert torch.isfinite(layer.gate.weight.grad).all()
+    assert torch.isfinite(layer.gate.scorer.weight.grad).all()
 
 
 def test_the_update_number_is_in_the_state_and_comes_back(moe_options):
@@ -153,8 +154,8 @@ def test_noise_depends_on_seed_update_and_layer(moe_options):
     x, key = torch.randn(T, D, dtype=torch.float64), keys()
     first = layer(x, None, key)[0]
     assert torch.equal(first, layer(x, None, key)[0])
-    for change in (lambda: setattr(layer, "seed", 5), lambda: setattr(layer, "layer_id", 3)):
-        change()
+    for part in ({"seed": 5}, {"layer_id": 3}):
+        layer.gate.info = dataclasses.replace(layer.gate.info, **part)
         again = layer(x, None, key)[0]
         assert not torch.equal(first, again)
         first = again

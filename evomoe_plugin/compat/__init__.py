@@ -26,6 +26,7 @@ from evomoe_plugin.compat import (
     silent_commands,
     symlink,
     trainer_cpu,
+    update_end,
     user_module,
 )
 from evomoe_plugin.compat.mend import Mend, MendStatus
@@ -48,6 +49,7 @@ MENDS: tuple[Mend, ...] = (
     fsdp_fp16.MEND,
     fsdp_optimizer_state.MEND,
     num_updates.MEND,
+    update_end.MEND,
     symlink.MEND,
     checkpoint_writing.MEND,
     checkpoint_reading.MEND,

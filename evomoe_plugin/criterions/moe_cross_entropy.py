@@ -35,7 +35,7 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
 class MoECrossEntropyCriterion(CrossEntropyCriterion):
-    """loss = cross-entropy + weight * sample size * combined auxiliary loss.
+    """loss = cross-entropy + weight * sample size * sum of coefficient * combined auxiliary loss.
 
     In evaluation the auxiliary losses are reported, but not added. Perplexity is always that of
     the cross-entropy alone.
@@ -77,8 +77,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         extra = net_output[1]
         for name, aux_L in extra.get("moe_aux", {}).items():
             combined = aux_L.mean() if self.combine_method == "average" else aux_L.sum()
-            if self.training and self.gate_loss_weight > 0:
-                loss = loss + self.gate_loss_weight * sample_size * combined.to(loss.dtype)
+            weight = self.gate_loss_weight * extra["moe_aux_coefficients"][name]
+            if self.training and weight > 0:
+                loss = loss + weight * sample_size * combined.to(loss.dtype)
             logging_output[_AUX + name] = combined.detach() * sample_size
         logging_output["loss"] = loss.detach()
         if "moe_stats" in extra:

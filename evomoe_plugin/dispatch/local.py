@@ -18,7 +18,6 @@ class Dispatched:
     counts: list[int]
     """Rows of each expert."""
     plan: RoutingPlan
-    num_tokens: int
 
 
 class LocalDispatcher:
@@ -30,12 +29,11 @@ class LocalDispatcher:
             rows_ND=x_TD.index_select(0, plan.token_ids_N),
             counts=plan.tokens_per_expert_E.tolist(),
             plan=plan,
-            num_tokens=x_TD.size(0),
         )
 
     def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Tensor:
         """Sum each token's rows, weighted: [T, D]; a token without a pair gets zeros."""
         plan = dispatched.plan
         weighted_ND = rows_ND * plan.weights_N.to(rows_ND.dtype).unsqueeze(1)
-        y_TD = rows_ND.new_zeros(dispatched.num_tokens, rows_ND.size(1))
+        y_TD = rows_ND.new_zeros(plan.num_tokens, rows_ND.size(1))
         return y_TD.index_add(0, plan.token_ids_N, weighted_ND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,10 @@ from evomoe_plugin.experts.grouped import grouped_linear
 
 
 class ExpertFFN(nn.Module):
-    """E feed-forward networks fc1 -> activation -> dropout -> fc2, applied to rows by expert.
+    """E feed-forward networks, applied to rows by expert.
+
+    Plain: fc2 dropout(act(fc1 x)), with biases. Gated (Shazeer, arXiv 2002.05202):
+    fc2 dropout(act(fc1 x) * fc3 x), without.
 
     The weights of all experts are one parameter, so that every expert gets a gradient each step
     (zeros where it had no rows) on every rank, whatever the routing.
@@ -22,6 +26,7 @@ class ExpertFFN(nn.Module):
         ffn_dim: F.
         activation: elementwise function.
         dropout: module applied to the hidden rows.
+        gated: whether there is an fc3.
     """
 
     def __init__(
@@ -31,25 +36,43 @@ class ExpertFFN(nn.Module):
         ffn_dim: int,
         activation: Callable[[Tensor], Tensor],
         dropout: nn.Module | None = None,
+        gated: bool = False,
     ):
         super().__init__()
+        self.num_experts = num_experts
+        self.gated = gated
         self.activation = activation
         self.dropout = dropout or nn.Identity()
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, ffn_dim, model_dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, ffn_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, ffn_dim, model_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, model_dim))
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
-        for parameter, fan_in in [
-            (self.fc1_weight, model_dim), (self.fc1_bias, model_dim),
-            (self.fc2_weight, ffn_dim), (self.fc2_bias, ffn_dim),
-        ]:
-            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+        for name, shape, fan_in in self._shapes(num_experts, model_dim, ffn_dim, gated):
+            bound = fan_in**-0.5
+            parameter = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+            self.register_parameter(name, parameter)
 
     @staticmethod
-    def num_parameters(num_experts: int, model_dim: int, ffn_dim: int) -> int:
+    def _shapes(
+        num_experts: int, model_dim: int, ffn_dim: int, gated: bool
+    ) -> list[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and fan-in of the parameters."""
+        matrix = (num_experts, ffn_dim, model_dim)
+        if gated:
+            return [("fc1_weight", matrix, model_dim), ("fc3_weight", matrix, model_dim),
+                    ("fc2_weight", matrix, ffn_dim)]
+        return [("fc1_weight", matrix, model_dim), ("fc1_bias", matrix[:2], model_dim),
+                ("fc2_weight", matrix, ffn_dim), ("fc2_bias", matrix[::2], ffn_dim)]
+
+    @classmethod
+    def num_parameters(
+        cls, num_experts: int, model_dim: int, ffn_dim: int, gated: bool = False
+    ) -> int:
         """Number of parameters of a stack of these sizes."""
-        return num_experts * (2 * model_dim * ffn_dim + ffn_dim + model_dim)
+        shapes = cls._shapes(num_experts, model_dim, ffn_dim, gated)
+        return sum(math.prod(shape) for _, shape, _ in shapes)
+
+    @staticmethod
+    def num_matrices(gated: bool) -> int:
+        """Matrices that a row is multiplied by."""
+        return 3 if gated else 2
 
     def forward(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its segment of rows.
@@ -58,10 +81,16 @@ class ExpertFFN(nn.Module):
             rows_ND: rows sorted by expert.
             counts: rows of each expert, E numbers that sum to N.
         """
+        if self.gated:
+            gates_NF = grouped_linear(rows_ND, self.fc1_weight.transpose(1, 2), None, counts)
+            hidden_NF = grouped_linear(rows_ND, self.fc3_weight.transpose(1, 2), None, counts)
+            hidden_NF = self.dropout(self.activation(gates_NF) * hidden_NF)
+            return grouped_linear(hidden_NF, self.fc2_weight, None, counts)
         hidden_NF = grouped_linear(rows_ND, self.fc1_weight.transpose(1, 2), self.fc1_bias, counts)
         hidden_NF = self.dropout(self.activation(hidden_NF))
         return grouped_linear(hidden_NF, self.fc2_weight, self.fc2_bias, counts)
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape
-        return f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}"
+        return (f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, "
+                f"gated={self.gated}")

@@ -22,7 +22,15 @@ def loop_moe(x_TD: Tensor, plan: RoutingPlan, experts: ExpertFFN) -> Tensor:
     rows = [torch.zeros_like(x_TD[0]) for _ in range(x_TD.size(0))]
     pairs = zip(plan.token_ids_N.tolist(), plan.expert_ids_N.tolist(), strict=True)
     for n, (t, e) in enumerate(pairs):
-        hidden = experts.activation(experts.fc1_weight[e] @ x_TD[t] + experts.fc1_bias[e])
-        out = hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]
+        out = one_expert(x_TD[t], experts, e)
         rows[t] = rows[t] + plan.weights_N[n].to(out.dtype) * out
     return torch.stack(rows)
+
+
+def one_expert(x_D: Tensor, experts: ExpertFFN, e: int) -> Tensor:
+    """Expert e on one token."""
+    if experts.gated:
+        hidden = experts.activation(experts.fc1_weight[e] @ x_D) * (experts.fc3_weight[e] @ x_D)
+        return hidden @ experts.fc2_weight[e]
+    hidden = experts.activation(experts.fc1_weight[e] @ x_D + experts.fc1_bias[e])
+    return hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]

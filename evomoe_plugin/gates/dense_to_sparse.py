@@ -6,21 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, register_gate
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.dense_to_sparse_options import (
     DenseToSparseOptions,
     annealing_updates,
     hard_updates,
     validate_dense_to_sparse,
 )
-from evomoe_plugin.options import parse_bool
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing.losses import balance_loss
+from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
-from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 from evomoe_plugin.routing.schedules import temperature
 
 
@@ -28,7 +25,7 @@ from evomoe_plugin.routing.schedules import temperature
 class DenseToSparseGate(Gate):
     """A (Gumbel-)softmax gate whose temperature anneals until routing becomes hard top-1.
 
-    With logits z = W x, noise ζ ~ Gumbel(0, 1) and temperature τ:
+    With the scorer's logits z, noise ζ ~ Gumbel(0, 1) and temperature τ:
 
         g = softmax((z + ζ) / τ)            ζ in training only, and only while routing is soft
         A = {e : g_e > δ} ∪ {argmax g}      every token keeps its best expert
@@ -39,14 +36,10 @@ class DenseToSparseGate(Gate):
     """
 
     Options = DenseToSparseOptions
-    AUX = ("balance",)
     STATS = (st.TEMPERATURE,)
 
-    def __init__(self, model_dim: int, num_experts: int, options: Any):
-        super().__init__(model_dim, num_experts, options)
-        self.weight = nn.Parameter(torch.empty(num_experts, model_dim))
-        nn.init.uniform_(self.weight, -(model_dim**-0.5), model_dim**-0.5)
-        self.use_fp32 = parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
         self.temperature_start = options.moe_temperature_start
         self.temperature_end = options.moe_temperature_end
         self.temperature_schedule = options.moe_temperature_schedule
@@ -60,10 +53,6 @@ class DenseToSparseGate(Gate):
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
         return validate_dense_to_sparse(options)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model_dim: int, num_experts: int) -> int:
-        return model_dim * num_experts
 
     def temperature(self, num_updates: int) -> float:
         """The temperature of the update that follows `num_updates` completed ones."""
@@ -81,44 +70,33 @@ class DenseToSparseGate(Gate):
             return self.eval_gate == "top1"
         return 0 <= self.hard_updates <= num_updates
 
-    def forward(self, x_TD: Tensor, context: GateContext) -> RoutingPlan:
-        """Route tokens.
-
-        Args:
-            x_TD: tokens.
-            context: `noise_keys_T` None routes without noise, as evaluation does.
-        """
-        with torch.autocast(x_TD.device.type, enabled=False):
-            if self.use_fp32 and x_TD.dtype != torch.float64:
-                logits_TE = F.linear(x_TD.float(), self.weight.float())
-            else:
-                logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype))
-
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TC = self.score(x_TD)
         tau = self.temperature(context.num_updates)
         hard = self.is_hard(context.num_updates)
-        noisy = self.training and self.noise == "gumbel" and not hard
-        noise_TE = 0.0
-        if noisy and context.noise_keys_T is not None:
-            noise_TE = gumbel(context.noise_keys_T, self.num_experts).to(logits_TE.dtype)
-        gates_TE = torch.softmax((logits_TE + noise_TE) / tau, dim=1)
-
-        mask_TE = self._chosen(gates_TE, hard)
-        if context.token_mask_T is not None:
-            mask_TE = mask_TE & context.token_mask_T.unsqueeze(1)
+        noise_TC = 0.0
+        if self.training and self.noise == "gumbel" and not hard and (
+                context.noise_keys_T is not None):
+            noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
+        gates_TC = torch.softmax((logits_TC + noise_TC) / tau, dim=1)
+        mask_TC = self._chosen(gates_TC, hard)
         if self.combine_weights == "gate":
-            weights_TE = gates_TE
+            weights_TC = gates_TC
         else:
-            weights_TE = torch.softmax(logits_TE, dim=1)
+            weights_TC = torch.softmax(logits_TC, dim=1)
+        return Choice(
+            mask_TC=mask_TC,
+            weights_TC=weights_TC,
+            probs_TC=gates_TC,
+            logits_TC=logits_TC,
+            balance_probs_TC=gates_TC * mask_TC,  # as the authors' implementation has it
+            stats={st.TEMPERATURE: tau * context.num_tokens(x_TD)},
+        )
 
-        stats = st.routing_stats(gates_TE, logits_TE, mask_TE.sum(0), context.token_mask_T)
-        stats[st.TEMPERATURE] = tau * stats[st.TOKENS]
-        balance = balance_loss(gates_TE * mask_TE, mask_TE, context.token_mask_T)
-        return plan_from_mask(mask_TE, weights_TE, aux={"balance": balance}, stats=stats)
-
-    def _chosen(self, gates_TE: Tensor, hard: bool) -> Tensor:
-        """bool [T, E]: the experts each token goes to."""
+    def _chosen(self, gates_TC: Tensor, hard: bool) -> Tensor:
+        """bool [T, C]: the experts each token goes to."""
         if not self.training and self.eval_gate == "dense":
-            return torch.ones_like(gates_TE, dtype=torch.bool)
-        best_TE = torch.zeros_like(gates_TE, dtype=torch.bool)
-        best_TE.scatter_(1, gates_TE.argmax(1, keepdim=True), True)
-        return best_TE if hard else best_TE | (gates_TE > self.threshold)
+            return torch.ones_like(gates_TC, dtype=torch.bool)
+        best_TC = torch.zeros_like(gates_TC, dtype=torch.bool)
+        best_TC.scatter_(1, gates_TC.argmax(1, keepdim=True), True)
+        return best_TC if hard else best_TC | (gates_TC > self.threshold)

@@ -2,12 +2,12 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.options import OptionError, check_choice, check_number
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
 # Without the user's word, the share of the run that the annealing takes.
@@ -15,7 +15,7 @@ DEFAULT_ANNEALING_SHARE = 0.3
 
 
 @dataclass
-class DenseToSparseOptions:
+class DenseToSparseOptions(ScorerOptions):
     """The published code's main values are lost; these defaults are ours (docs/options.md)."""
 
     moe_temperature_start: float = field(
@@ -84,20 +84,16 @@ def validate_dense_to_sparse(options: Any) -> Iterator[str]:
         "moe_eval_gate": ("reached", "top1", "dense"),
     }
     for option, allowed in choices.items():
-        if getattr(options, option) not in allowed:
-            raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
-    for option, value in [("moe_temperature_start", start), ("moe_temperature_end", end)]:
-        if not (math.isfinite(value) and value > 0):
-            raise OptionError(option, value, "give a temperature above 0")
+        check_choice(options, option, allowed)
+    for option in ("moe_temperature_start", "moe_temperature_end"):
+        check_number(options, option, above=0, remedy="give a temperature above 0")
     if start < end and not constant:
         raise OptionError("moe_temperature_start", start,
                           f"the temperature falls: give at least --moe-temperature-end ({end})")
-    if not 0 <= options.moe_gate_threshold < 1:
-        raise OptionError("moe_gate_threshold", options.moe_gate_threshold,
-                          "gate values are probabilities: give 0 or more and less than 1")
-    if options.moe_temperature_updates is not None and options.moe_temperature_updates < 0:
-        raise OptionError("moe_temperature_updates", options.moe_temperature_updates,
-                          "give the number of updates that the annealing takes, 0 or more")
+    check_number(options, "moe_gate_threshold", least=0, below=1,
+                 remedy="gate values are probabilities: give 0 or more and less than 1")
+    check_number(options, "moe_temperature_updates", least=0,
+                 remedy="give the number of updates that the annealing takes, 0 or more")
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError("moe_temperature_updates", "(not given)",
                           "give it, or --max-update, of which the annealing takes 30 % by default")

@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.gates import gate_class
-from evomoe_plugin.options import expert_counts, moe_layer_indices
-
-
-def expert_ffn_dim(options: Any) -> int:
-    """F: hidden width of an expert."""
-    return options.moe_expert_ffn_dim or options.decoder_ffn_embed_dim
+from evomoe_plugin.gates import Gate, LayerInfo, gate_class
+from evomoe_plugin.options import (
+    expert_counts,
+    expert_ffn_dim,
+    moe_layer_indices,
+    shared_ffn_dim,
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,22 @@ class ParameterCount:
 
     total: int
     experts: int
-    """In expert networks, all experts."""
+    """In expert networks, all routed and shared experts."""
     active_top1: int
-    """That work on a token when it goes to one expert in every MoE layer."""
+    """That work on a token when it goes to one routed expert in every MoE layer."""
+
+
+def _gates(options: Any, vocabulary: int) -> list[Gate]:
+    """A gate for each MoE layer; layers with as many experts share one."""
+    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
+    made: dict[int, Gate] = {}
+    with torch.random.fork_rng(devices=[]):
+        for count in counts:
+            if count not in made:
+                info = LayerInfo(options.decoder_embed_dim, count, options.moe_null_experts,
+                                 token_counts_V=(1,) * vocabulary)
+                made[count] = gate_class(options.moe_gate)(info, options)
+    return [made[count] for count in counts]
 
 
 def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
@@ -36,13 +51,15 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
     output_dim = options.decoder_output_dim or width
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     counts = expert_counts(options, len(moe_layers))
-    gate = gate_class(options.moe_gate)
 
     attention_and_norms = 4 * (width * width + width) + 2 * 2 * width
     dense_ffn = 2 * width * ffn_dim + ffn_dim + width
-    one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options))
-    experts = sum(counts) * one_expert
-    gates = sum(gate.num_parameters(options, width, count) for count in counts)
+    gated = options.moe_expert_gated
+    one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options), gated)
+    shared = len(moe_layers) * ExpertFFN.num_parameters(
+        options.moe_shared_experts, width, shared_ffn_dim(options), gated)
+    routed = sum(counts) * one_expert
+    gates = sum(p.numel() for gate in _gates(options, vocabulary) for p in gate.parameters())
 
     embeddings = vocabulary * input_dim
     if not options.share_decoder_input_output_embed:
@@ -60,8 +77,8 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
 
     dense_layers = options.decoder_layers - len(moe_layers)
     layers = options.decoder_layers * attention_and_norms + dense_layers * dense_ffn
-    total = layers + experts + gates + embeddings + final_norm
-    return ParameterCount(total, experts, total - experts + len(counts) * one_expert)
+    total = layers + routed + shared + gates + embeddings + final_norm
+    return ParameterCount(total, routed + shared, total - routed + len(counts) * one_expert)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,8 @@ class ForwardFlops:
     """Floating point operations of the matrix products of one forward pass."""
 
     per_token: int
-    """Everything but the experts: attention over a full context, dense FFNs, gates, vocabulary."""
+    """Everything but the routed experts: attention over a full context, dense FFNs, gates, shared
+    experts, vocabulary."""
     per_pair: int
     """One routed pair in one MoE layer."""
 
@@ -79,14 +97,16 @@ def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim
     moe_layers = moe_layer_indices(options, options.decoder_layers)
-    counts = expert_counts(options, len(moe_layers))
+    matrices = ExpertFFN.num_matrices(options.moe_expert_gated)
     context = options.tokens_per_sample
     attention = 8 * width * width + 4 * width * context
     dense_layers = options.decoder_layers - len(moe_layers)
     per_token = (
         options.decoder_layers * attention
         + dense_layers * 4 * width * options.decoder_ffn_embed_dim
-        + sum(2 * width * count for count in counts)
+        + sum(gate.flops_per_token() for gate in _gates(options, vocabulary))
+        + len(moe_layers) * options.moe_shared_experts * 2 * matrices * width
+        * shared_ffn_dim(options)
         + 2 * (options.decoder_output_dim or width) * vocabulary
     )
-    return ForwardFlops(per_token, 4 * width * expert_ffn_dim(options))
+    return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options))

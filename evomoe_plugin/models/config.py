@@ -2,18 +2,25 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Optional
 
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
-from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
+from evomoe_plugin.compat.dataclass_fields import add_field
+from evomoe_plugin.gates.base import Gate, on_registration, option_fields
 from evomoe_plugin.options import MoEOptions
+
+GateOptions = dataclasses.make_dataclass("GateOptions", [
+    (option.name, option.type, field(default=option.default, metadata=option.metadata))
+    for option in option_fields().values()
+])
 
 
 @dataclass
-class MoELanguageModelConfig(DenseToSparseOptions, MoEOptions, TransformerLanguageModelConfig):
+class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelConfig):
     """Fields of every MoE architecture; the architectures differ in defaults only."""
 
     # 0 follows the model's width, also when that is overridden; fairseq's 512 would add a
@@ -71,3 +78,22 @@ class GPTXLMoEConfig(GPTTinyMoEConfig):
     decoder_embed_dim: int = 1600
     decoder_ffn_embed_dim: int = 6400
     decoder_attention_heads: int = 25
+
+
+CONFIGS = (MoELanguageModelConfig, GPTTinyMoEConfig, GPTSmallMoEConfig, GPTMediumMoEConfig,
+           GPTXLMoEConfig)
+
+
+def _add_options(gate: type[Gate]) -> None:
+    """Make the options of a user's gate fields of every architecture."""
+    for option in dataclasses.fields(gate.Options):
+        known = MoELanguageModelConfig.__dataclass_fields__.get(option.name)
+        if known is not None and (known.type, known.default) != (option.type, option.default):
+            raise ValueError(
+                f"{gate.__name__}: there is an option {option.name} already, of type {known.type} "
+                f"and with the default {known.default}: name yours differently")
+        for config in CONFIGS:
+            add_field(config, option.name, option.type, option.default, option.metadata["help"])
+
+
+on_registration(_add_options)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.gates import LayerInfo, gate_class
+from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
 from evomoe_plugin.options import expert_counts, moe_layer_indices
@@ -31,11 +35,15 @@ class MoEDecoder(TransformerDecoder):
         counts = expert_counts(args, len(moe_layers))
         self._expert_count = dict(zip(moe_layers, counts, strict=True))
         self._layers_built = 0
+        self._token_counts = tuple(getattr(dictionary, "count", ()))
+        self._aux_coefficients = coefficients(args, gate_class(args.moe_gate))
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         # Found through whatever wraps the layers. A tuple, since these are no new submodules.
         self.moe_layers: tuple[MoELayer, ...] = tuple(
             module for module in self.layers.modules() if isinstance(module, MoELayer)
         )
+        self._recording = True
+        self._update_totals: dict[int, Tensor] = {}
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
@@ -45,7 +53,15 @@ class MoEDecoder(TransformerDecoder):
             return super().build_decoder_layer(args, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(args)
         layer_id = list(self._expert_count).index(index)
-        layer = MoEDecoderLayer(cfg, self.args, self._expert_count[index], layer_id)
+        info = LayerInfo(
+            model_dim=cfg.decoder.embed_dim,
+            num_experts=self._expert_count[index],
+            num_null=self.args.moe_null_experts,
+            layer_id=layer_id,
+            seed=self.args.seed,
+            token_counts_V=self._token_counts,
+        )
+        layer = MoEDecoderLayer(cfg, self.args, info)
         if cfg.checkpoint_activations:
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
         return fsdp_wrap(
@@ -56,6 +72,28 @@ class MoEDecoder(TransformerDecoder):
         """Name of the n-th MoE layer as in the checkpoint."""
         return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
 
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
+        features_only: bool = False,
+        full_context_alignment: bool = False,
+        alignment_layer: int | None = None,
+        alignment_heads: int | None = None,
+        src_lengths: Tensor | None = None,
+        return_all_hiddens: bool = False,
+        token_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As fairseq's decoder; `token_weights` [batch, length] weigh the auxiliary losses."""
+        x, extra = self.extract_features(
+            prev_output_tokens,
+            incremental_state=incremental_state,
+            full_context_alignment=full_context_alignment,
+            token_weights=token_weights,
+        )
+        return (x if features_only else self.output_layer(x)), extra
+
     def extract_features(
         self,
         prev_output_tokens: Tensor,
@@ -64,6 +102,7 @@ class MoEDecoder(TransformerDecoder):
         full_context_alignment: bool = False,
         alignment_layer: int | None = None,
         alignment_heads: int | None = None,
+        token_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Features before the output projection.
 
@@ -71,9 +110,11 @@ class MoEDecoder(TransformerDecoder):
             prev_output_tokens: [batch, length].
             incremental_state: for incremental decoding, in which only the last position is new.
             full_context_alignment: attend to the future too.
+            token_weights: [batch, length], weights of the tokens in the auxiliary losses.
         Returns:
-            [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]) and
-            `moe_stats` (name -> [L], and `tokens_per_expert` -> [L, E] filled up with NaN).
+            [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
+            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L], and
+            `tokens_per_expert` -> [L, E] filled up with NaN).
         """
         padding_mask = prev_output_tokens.eq(self.padding_idx)
         token_keys = None
@@ -88,6 +129,10 @@ class MoEDecoder(TransformerDecoder):
             prev_output_tokens = prev_output_tokens[:, -1:]
             padding_mask = padding_mask[:, -1:]
             positions = positions[:, -1:] if positions is not None else None
+
+        tokens = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
+        if token_weights is not None:
+            tokens["token_weights"] = token_weights[:, -prev_output_tokens.size(1):].t()
 
         x = self.embed_scale * self.embed_tokens(prev_output_tokens)
         if self.project_in_dim is not None:
@@ -108,9 +153,7 @@ class MoEDecoder(TransformerDecoder):
         for layer in self.layers:  # LayerDrop leaves some out
             if id(layer) in self._moe_ids:
                 n = self._moe_ids[id(layer)]
-                x, aux[n], stats[n] = layer(
-                    x, incremental_state, **attention, token_keys=token_keys
-                )
+                x, aux[n], stats[n] = layer(x, incremental_state, **attention, **tokens)
             else:
                 x, *_ = layer(x, None, None, incremental_state, **attention)
             inner_states.append(x)
@@ -123,12 +166,14 @@ class MoEDecoder(TransformerDecoder):
         moe_stats = self._stack_stats(stats)
         if self.training:
             self._check_finite(x, inner_states, moe_stats)
-        names = self.moe_layers[0].gate.AUX
+            self._add_to_update(stats)
         moe_aux = {}
-        if names and aux:
-            moe_aux = dict(zip(names, torch.stack(list(aux.values())).unbind(1), strict=True))
+        if self._aux_coefficients and aux:
+            aux_LA = torch.stack(list(aux.values()))
+            moe_aux = dict(zip(self._aux_coefficients, aux_LA.unbind(1), strict=True))
         extra = {"attn": [None], "inner_states": inner_states}
-        return x, {**extra, "moe_aux": moe_aux, "moe_stats": moe_stats}
+        return x, {**extra, "moe_aux": moe_aux, "moe_stats": moe_stats,
+                   "moe_aux_coefficients": dict(self._aux_coefficients)}
 
     def _stack_stats(self, flat_stats: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""
@@ -143,8 +188,59 @@ class MoEDecoder(TransformerDecoder):
             stats = dict(layer.named_stats(flat))
             fill = (0, most - layer.num_experts)
             stats[st.LOAD_E] = nn.functional.pad(stats[st.LOAD_E], fill, value=float("nan"))
+            for record in layer.gate.record_sizes():
+                del stats[record]
             named.append(stats)
         return {name: torch.stack([stats[name] for stats in named]) for name in named[0]}
+
+    # What gates learn from: all that was routed in an update. It is summed here and not in the
+    # layers, whose forward pass activation checkpointing runs twice.
+
+    def _add_to_update(self, flat_stats: Mapping[int, Tensor]) -> None:
+        if not self._recording or not any(
+                layer.gate.learns_after_updates for layer in self.moe_layers):
+            return
+        for n, flat in flat_stats.items():
+            flat = flat.detach()
+            known = self._update_totals.get(n)
+            self._update_totals[n] = flat if known is None else known + flat
+
+    @contextmanager
+    def not_recording(self) -> Iterator[None]:
+        """For batches that are no part of the update."""
+        self._recording = False
+        try:
+            yield
+        finally:
+            self._recording = True
+
+    def discard_update(self) -> None:
+        """Forget what was routed since the last update: its optimizer step was not made."""
+        self._update_totals.clear()
+
+    def finish_update(self, num_updates: int, group: Any = None) -> None:
+        """Let the gates learn from what all ranks routed in the update that has ended.
+
+        Args:
+            num_updates: completed updates, that one included.
+            group: the data-parallel process group; None where there is none.
+        """
+        device = self.embed_tokens.weight.device
+        flats = [
+            self._update_totals.get(
+                n, torch.zeros(layer.stats_size, dtype=torch.float64, device=device))
+            for n, layer in enumerate(self.moe_layers)
+        ]
+        self._update_totals.clear()
+        if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
+            return
+        whole = torch.cat(flats)
+        if group is not None:
+            dist.all_reduce(whole, group=group)
+        flats = whole.split([layer.stats_size for layer in self.moe_layers])
+        layers = self._stack_stats(dict(enumerate(flats)))
+        for layer, flat in zip(self.moe_layers, flats, strict=True):
+            layer.gate.after_update(num_updates, layer.named_stats(flat), layers)
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
         """Stop before the optimizer can spread NaN through the weights."""

@@ -8,11 +8,12 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
 
-from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts import ExpertFFN, SharedExperts
 from evomoe_plugin.experts.gelu import gelu
-from evomoe_plugin.gates import gate_class
+from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.accounting import expert_ffn_dim
+from evomoe_plugin.options import expert_ffn_dim, shared_ffn_dim
+from evomoe_plugin.routing.capacity import CapacityRule
 
 
 class MoEDecoderLayer(TransformerDecoderLayerBase):
@@ -21,23 +22,42 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
     Args:
         cfg: fairseq's view of the options.
         options: the model's options, ours among them.
-        num_experts: routed experts of this layer.
-        layer_id: which of the MoE layers this is, from 0.
+        info: where its gate stands.
     """
 
-    def __init__(self, cfg: TransformerConfig, options: Any, num_experts: int, layer_id: int):
+    def __init__(self, cfg: TransformerConfig, options: Any, info: LayerInfo):
         super().__init__(cfg, no_encoder_attn=True)
+        gate = gate_class(options.moe_gate)
+        shared = None
+        if options.moe_shared_experts:
+            shared = SharedExperts(
+                self._experts(options, options.moe_shared_experts, shared_ffn_dim(options)))
+        renormalize = gate.renormalizes_after_drop(options)
         self.moe = MoELayer(
-            gate=gate_class(options.moe_gate)(self.embed_dim, num_experts, options),
-            experts=ExpertFFN(
-                num_experts,
-                self.embed_dim,
-                expert_ffn_dim(options),
-                activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
-                dropout=self.activation_dropout_module,
+            gate=gate(info, options),
+            experts=self._experts(options, info.num_experts, expert_ffn_dim(options)),
+            shared=shared,
+            capacity=CapacityRule(
+                factor=options.moe_capacity_factor or 0.0,
+                minimum=options.moe_min_capacity or 0,
+                renormalize=renormalize,
             ),
-            layer_id=layer_id,
-            seed=options.seed,
+            eval_capacity=CapacityRule(
+                factor=options.moe_eval_capacity_factor or 0.0,
+                token_fraction=max(options.moe_eval_capacity_token_fraction, 0.0),
+                minimum=options.moe_min_capacity or 0,
+                renormalize=renormalize,
+            ),
+        )
+
+    def _experts(self, options: Any, count: int, ffn_dim: int) -> ExpertFFN:
+        return ExpertFFN(
+            count,
+            self.embed_dim,
+            ffn_dim,
+            activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
+            dropout=self.activation_dropout_module,
+            gated=options.moe_expert_gated,
         )
 
     def build_fc1(self, *args, **kwargs) -> None:
@@ -53,6 +73,8 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         self_attn_mask: Tensor | None = None,
         self_attn_padding_mask: Tensor | None = None,
         token_keys: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the layer.
 
@@ -62,6 +84,8 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
             self_attn_mask: additive causal mask [length, length].
             self_attn_padding_mask: bool [batch, length], True for padding.
             token_keys: int64 noise keys [length, batch].
+            token_ids: int64 symbols [length, batch].
+            token_weights: weights in the auxiliary losses [length, batch].
         Returns:
             x, and the auxiliary losses and statistics of the MoE layer.
         """
@@ -76,7 +100,8 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         y_TD, aux, stats = self.moe(
             x.reshape(-1, x.size(-1)),
             token_mask_T,
-            None if token_keys is None else token_keys.reshape(-1),
+            *(None if known is None else known.reshape(-1)
+              for known in (token_keys, token_ids, token_weights)),
         )
         x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
         if not self.normalize_before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 from fairseq.models.transformer_lm import (
@@ -23,6 +24,18 @@ class MoELanguageModel(TransformerLanguageModel):
     def __init__(self, decoder: MoEDecoder, forward_flops: ForwardFlops):
         super().__init__(decoder)
         self.forward_flops = forward_flops
+
+    def not_recording(self) -> AbstractContextManager[None]:
+        """For batches that are no part of an update, though in training mode."""
+        return self.decoder.not_recording()
+
+    def finish_update(self, num_updates: int, group: Any = None) -> None:
+        """Called after each update, on every rank (`MoEDecoder.finish_update`)."""
+        self.decoder.finish_update(num_updates, group)
+
+    def discard_update(self) -> None:
+        """Called where an update was begun but not made."""
+        self.decoder.discard_update()
 
     @classmethod
     def hub_models(cls) -> dict[str, Any]:

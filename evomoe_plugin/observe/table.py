@@ -45,7 +45,7 @@ def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) ->
     return table
 
 
-def course_table(log: TrainingLog, columns: int = 8) -> Table:
+def course_table(log: TrainingLog, columns: int = 7) -> Table:
     """What was logged along the run, at about `columns` evenly spaced intervals."""
     last = len(log.intervals) - 1
     count = min(columns, last + 1)

@@ -1,35 +1,130 @@
-"""Auxiliary losses: pure functions of tensors, padding excluded."""
+"""Auxiliary losses: pure functions of tensors.
+
+All take `weight_T`, the weight of each token in every mean: 0 for padding, which therefore counts
+nowhere, 1 for other tokens unless the task weighs them; None: 1 for all. All return a scalar.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def masked_mean(x_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
-    """Mean over the tokens that are not padding; 0 where there are none.
+def weighted_mean(x_TC: Tensor, weight_T: Tensor | None) -> Tensor:
+    """Mean over tokens, [C]; 0 where no token has any weight."""
+    if weight_T is None:
+        return x_TC.sum(0) / max(x_TC.size(0), 1)
+    weight_T = weight_T.to(x_TC.dtype)
+    # Rows without weight may hold anything: 0 * inf would be NaN.
+    x_TC = x_TC.masked_fill(weight_T.eq(0).unsqueeze(1), 0.0)
+    total = weight_T.sum()
+    return weight_T @ x_TC / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def balance_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """C * sum_c mean_t(p_c) * mean_t(1[c chosen]): 1 for even top-1, k for even top-k routing.
+
+    Source: GShard (arXiv 2006.16668, 3.2), Switch Transformers (arXiv 2101.03961, 2.2); over all
+    picks, as in Mixtral. EvoMoE (arXiv 2112.14397) gives it the chosen gates as `probs_TC`.
+    """
+    load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
+    return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) * load_C).sum()
+
+
+def switch_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """The balance loss of shares: C * <p / sum p, n / sum n>; 1 when even, however many are picked.
+
+    Source: Dense2MoE's `switch`, without the z-loss it adds; with token weights, DCMoE's balance
+    loss (Uni-MoE 2.0, arXiv 2511.12609), over the full softmax.
+    """
+    probs_C = weighted_mean(probs_TC, weight_T)
+    load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
+    tiny = torch.finfo(probs_TC.dtype).tiny
+    shares_C = probs_C / probs_C.sum().clamp(min=tiny)
+    return probs_TC.size(1) * (shares_C * load_C).sum() / load_C.sum().clamp(min=tiny)
+
+
+def mutual_information_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """-(H(mean p) - mean H(p)), in [-ln C, 0]: experts used evenly, each token sure of its own.
+
+    Source: Mod-Squad (arXiv 2212.08066), as Dense2MoE's `mi`.
+    """
+    mean_C = weighted_mean(probs_TC, weight_T)
+    return entropy_loss(probs_TC=probs_TC, weight_T=weight_T) - _entropy(mean_C)
+
+
+def entropy_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """Mean entropy of a token's distribution, in nats."""
+    return weighted_mean(_entropy(probs_TC).unsqueeze(1), weight_T).squeeze(0)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    # Zeros are moved before the logarithm: its gradient there is infinite.
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
+
+
+def cv_squared(x_C: Tensor) -> Tensor:
+    """Squared coefficient of variation, Var(x) / Mean(x)^2, with the population's variance."""
+    mean = x_C.mean()
+    return x_C.var(correction=0) / (mean * mean).clamp(min=torch.finfo(x_C.dtype).tiny)
+
+
+def importance_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """CV^2 of the summed gate values (Shazeer et al., arXiv 1701.06538, 4)."""
+    return cv_squared(weighted_mean(probs_TC, weight_T))
+
+
+def load_loss(
+    *, logits_TC: Tensor, mask_TC: Tensor, noise: float, weight_T: Tensor | None = None
+) -> Tensor:
+    """CV^2 of the smooth load: the chance that each candidate were picked under fresh noise.
+
+    With normal noise of deviation `noise` on its own logit, candidate c is among the k picks of a
+    token with probability Phi((z_c - tau_c) / noise), tau_c the k-th largest of the other logits.
 
     Args:
-        x_TE: values.
-        token_mask_T: bool, False for padding; None: no padding.
+        mask_TC: the picks; a token's k is its number of them.
+        noise: the deviation; V-MoE (arXiv 2106.05974, A.2) takes 1 / C.
+    Source: Shazeer et al. (arXiv 1701.06538, appendix A).
     """
-    if token_mask_T is None:
-        return x_TE.sum(0) / max(x_TE.size(0), 1)
-    mask_T1 = token_mask_T.unsqueeze(1).to(x_TE.dtype)
-    return (x_TE * mask_T1).sum(0) / mask_T1.sum().clamp(min=1)
+    sorted_TC = logits_TC.detach().sort(1, descending=True).values
+    ends_T1 = sorted_TC.new_full((sorted_TC.size(0), 1), float("inf"))
+    # Around them, what no logit exceeds (k = 0) and what every logit exceeds (k = C).
+    sorted_TC = torch.cat([ends_T1, sorted_TC, -ends_T1], 1)
+    picks_T1 = mask_TC.sum(1, keepdim=True)
+    kth_T1, next_T1 = sorted_TC.gather(1, picks_T1), sorted_TC.gather(1, picks_T1 + 1)
+    threshold_TC = torch.where(logits_TC >= kth_T1, next_T1, kth_T1)
+    chance_TC = torch.special.ndtr((logits_TC - threshold_TC) / noise)
+    return cv_squared(weighted_mean(chance_TC, weight_T))
 
 
-def balance_loss(gates_TE: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
-    """Load balance of the dense-to-sparse gate: E * sum_e mean_t(gate_e) * mean_t(1[e chosen]).
+def z_loss(*, logits_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, 3.2)."""
+    return weighted_mean(logits_TC.logsumexp(1, keepdim=True).square(), weight_T).squeeze(0)
 
-    Both factors are means over real tokens. Uniform top-1 routing gives the mean gate of the
-    chosen expert, routing to all experts gives E * sum_e mean(gate_e) = E.
 
-    Args:
-        gates_TE: the gate's values, 0 where an expert is not chosen; carries the gradient.
-        mask_TE: bool, the chosen experts.
-        token_mask_T: bool, False for padding.
-    Source: EvoMoE (arXiv 2112.14397), the authors' implementation, on the masked gates.
+def diversity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Tensor:
+    """Frobenius norm of (Wn Wn^T - 1) over active experts, rows normalised.
+
+    Source: DynMoE (arXiv 2405.14297).
     """
-    gate_E = masked_mean(gates_TE, token_mask_T)
-    load_E = masked_mean(mask_TE.to(gates_TE.dtype), token_mask_T)
-    return gates_TE.size(1) * (gate_E * load_E).sum()
+    rows_CD = vectors_CD if active_C is None else vectors_CD[active_C]
+    rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
+    gram_CC = rows_CD @ rows_CD.t() - torch.eye(rows_CD.size(0), dtype=rows_CD.dtype,
+                                                device=rows_CD.device)
+    square = gram_CC.square().sum()
+    # The root has no gradient at 0, which is where one expert alone, or orthogonal ones, stand.
+    return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)
+
+
+def simplicity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Tensor:
+    """Mean length of the active experts' vectors (DynMoE, arXiv 2405.14297)."""
+    rows_CD = vectors_CD if active_C is None else vectors_CD[active_C]
+    return torch.linalg.vector_norm(rows_CD, dim=1).mean()
+
+
+def null_rate_loss(
+    *, probs_TC: Tensor, num_null: int, target: float, weight_T: Tensor | None = None
+) -> Tensor:
+    """(mean probability of the null experts - target)^2."""
+    return (weighted_mean(probs_TC, weight_T)[-num_null:].sum() - target).square()

@@ -4,7 +4,8 @@ Shape suffixes, here and everywhere in the package:
 
     T  tokens               E  routed experts        N  routed (token, expert) pairs
     D  model width          F  expert hidden width   S  shared experts
-    K  picks of a token     L  MoE layers
+    K  picks of a token     L  MoE layers            V  symbols of the vocabulary
+    C  candidates of the gate: the E routed experts, then the null experts
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class RoutingPlan:
     """What the expert's output is multiplied by, with gradient."""
     tokens_per_expert_E: Tensor
     """int64: number of pairs of each expert."""
+    num_tokens: int
+    """T."""
     priority_N: Tensor | None = None
     """What a capacity policy orders by, larger first; None: no preference but position."""
     shared_weights_TS: Tensor | None = None
@@ -63,5 +66,6 @@ def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan
         expert_ids_N=expert_ids_N,
         weights_N=weights_TE[token_ids_N, expert_ids_N],
         tokens_per_expert_E=mask_TE.sum(0),
+        num_tokens=mask_TE.size(0),
         **fields,
     )

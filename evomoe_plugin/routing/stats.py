@@ -11,45 +11,53 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Every gate fills these; scalars unless a trailing letter names their shape.
+from evomoe_plugin.routing.choice import Choice
+
+# Every layer fills these; scalars unless a trailing letter names their shape.
 TOKENS = "tokens"  # tokens that are not padding
-PAIRS = "pairs"  # routed pairs
-LOAD_E = "tokens_per_expert"  # pairs of each expert, [E]
+PAIRS = "pairs"  # routed pairs that experts work on
+LOAD_E = "tokens_per_expert"  # the same, of each expert, [E]
+EXPERTS = "experts"  # experts that can be chosen, summed over tokens
 ENTROPY = "entropy"  # sum over tokens of the gate's entropy, in nats
-NONFINITE = "nonfinite"  # gate logits that are NaN or infinite
+NONFINITE = "nonfinite"  # tokens whose gate logits are NaN or infinite
+ASKED_C = "asked"  # picks of each candidate before any is dropped, [C]
+# These where the layer has what they speak of.
+DROPPED = "dropped"  # pairs dropped by the capacity
+NULL_PAIRS = "null_pairs"  # picks of null experts
 TEMPERATURE = "temperature"  # temperature, summed over tokens
+COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 
 
-def routing_stats(
-    probs_TE: Tensor,
-    logits_TE: Tensor,
-    tokens_per_expert_E: Tensor,
-    token_mask_T: Tensor | None,
-) -> dict[str, Tensor]:
+def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int) -> dict[
+        str, Tensor]:
     """The statistics that every gate owes, detached, in fp64.
 
     Args:
-        probs_TE: the gate's distribution over experts.
-        logits_TE: what it was computed from, before noise and temperature.
-        tokens_per_expert_E: pairs of each expert.
+        choice: what the gate chose, no padding in its mask.
         token_mask_T: bool, False for padding.
+        num_experts: E; candidates beyond them are null experts.
     """
-    with torch.no_grad():
-        entropy_T = torch.special.entr(probs_TE).sum(1)
-        bad_T = ~torch.isfinite(logits_TE).all(1)
-        if token_mask_T is not None:
-            entropy_T, bad_T = entropy_T * token_mask_T, bad_T & token_mask_T
-            tokens = token_mask_T.sum()
-        else:
-            tokens = torch.tensor(probs_TE.size(0), device=probs_TE.device)
-        load_E = tokens_per_expert_E.double()
-        return {
-            TOKENS: tokens.double(),
-            PAIRS: load_E.sum(),
-            LOAD_E: load_E,
-            ENTROPY: entropy_T.sum(dtype=torch.float64),
-            NONFINITE: bad_T.sum().double(),
-        }
+    probs_TC, logits_TC = choice.probs_TC.detach(), choice.logits_TC
+    entropy_T = torch.special.entr(probs_TC).sum(1)
+    bad_T = ~torch.isfinite(probs_TC if logits_TC is None else logits_TC.detach()).all(1)
+    tokens = torch.tensor(probs_TC.size(0), device=probs_TC.device)
+    if token_mask_T is not None:
+        entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)
+        bad_T = bad_T & token_mask_T
+        tokens = token_mask_T.sum()
+    load_C = choice.mask_TC.sum(0).double()
+    stats = {
+        TOKENS: tokens.double(),
+        PAIRS: load_C[:num_experts].sum(),
+        LOAD_E: load_C[:num_experts],
+        ASKED_C: load_C,
+        EXPERTS: tokens.double() * num_experts,
+        ENTROPY: entropy_T.sum(dtype=torch.float64),
+        NONFINITE: bad_T.sum().double(),
+    }
+    if load_C.size(0) > num_experts:
+        stats[NULL_PAIRS] = load_C[num_experts:].sum()
+    return stats | choice.stats  # a gate may know better, of experts say
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
@@ -60,19 +68,33 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
             than E is filled with NaN.
     Returns:
         experts_per_token, dead_experts (share of experts without a token), load_max (largest
-        load over the mean load, averaged over layers), gate_entropy (nats), and temperature where
-        the gate has one.
+        load over the mean load, averaged over layers), gate_entropy (nats), and, where the layers
+        have what it speaks of: temperature, coefficient, null_rate (picks of null experts a
+        token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
+        active_experts.
     """
     tokens_L = stats[TOKENS].clamp(min=1)
     load_LE = stats[LOAD_E]
-    mean_L = load_LE.nanmean(1)
+    experts_L = stats[EXPERTS] / tokens_L
+    used_L = (load_LE > 0).sum(1)
+    # What the mean load is over: experts that can be chosen, also where slots stand empty.
+    mean_L = stats[PAIRS] / experts_L.clamp(min=1)
     peak_L = torch.nan_to_num(load_LE, nan=0.0).amax(1)
     numbers = {
         "experts_per_token": (stats[PAIRS] / tokens_L).mean(),
-        "dead_experts": (load_LE == 0).sum() / load_LE.isfinite().sum(),
+        "dead_experts": ((experts_L - used_L).clamp(min=0).sum() / experts_L.sum().clamp(min=1)),
         "load_max": (peak_L / mean_L.clamp(min=1e-12)).mean(),
         "gate_entropy": (stats[ENTROPY] / tokens_L).mean(),
     }
-    if TEMPERATURE in stats:
-        numbers[TEMPERATURE] = (stats[TEMPERATURE] / tokens_L).mean()
+    for name in (TEMPERATURE, COEFFICIENT):
+        if name in stats:
+            numbers[name] = (stats[name] / tokens_L).mean()
+    if NULL_PAIRS in stats:
+        numbers["null_rate"] = (stats[NULL_PAIRS] / tokens_L).mean()
+    if DROPPED in stats:
+        overflow_L = stats[DROPPED] / (stats[DROPPED] + stats[PAIRS]).clamp(min=1)
+        numbers["overflow"] = overflow_L.mean()
+        numbers |= {f"overflow_{n}": value for n, value in enumerate(overflow_L)}
+    if (experts_L != load_LE.isfinite().sum(1)).any():
+        numbers["active_experts"] = experts_L.mean()
     return {name: float(value) for name, value in numbers.items()}

@@ -35,6 +35,11 @@ class Recipe:
                 "--text": list(self.text) or "the Python standard library"}
 
     @property
+    def annealing(self) -> int:
+        """Updates in which the temperature falls."""
+        return self.updates * 2 // 5
+
+    @property
     def inputs(self) -> list[str]:
         """What `evomoe prepare` reads."""
         return list(self.text) or [sysconfig.get_paths()["stdlib"]]
@@ -49,7 +54,7 @@ class Recipe:
         return [
             *reading,
             ("--max-bytes", "300K" if self.quick else "8M"),
-            ("--vocab-size", "512" if self.quick else "4096"),
+            ("--vocab-size", "512" if self.quick else "2048"),
             ("--valid-fraction", "0.05" if self.quick else "0.02"),
             ("--test-fraction", "0.05" if self.quick else "0.02"),
         ]
@@ -65,31 +70,32 @@ class Recipe:
         Schedules are told in updates, none as a share of --max-update: the first update is
         trained by a command of its own, and must be the same one.
         """
-        width, ffn_dim = ("32", "64") if self.quick else ("128", "1024")
+        width, ffn_dim, expert_ffn_dim = ("32",) * 3 if self.quick else ("128", "256", "1024")
         tokens, batch = self._batch
         interval = max(1, self.updates // 40)
         return [
             ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
             ("--arch", "transformer_lm_gpttiny_moe"), ("--share-decoder-input-output-embed", None),
-            ("--decoder-embed-dim", width), ("--moe-expert-ffn-dim", ffn_dim),
+            ("--decoder-embed-dim", width), ("--decoder-ffn-embed-dim", ffn_dim),
+            ("--moe-expert-ffn-dim", expert_ffn_dim),
             ("--moe-expert-count", str(EXPERTS)), ("--moe-freq", "2"),
             ("--dropout", "0"), ("--attention-dropout", "0"),
-            # Equal ratios of temperature make the experts fall away evenly. The annealing takes
-            # half of the run; the other half trains what has become of it.
+            # Equal ratios of temperature make the experts fall away evenly. What has become of
+            # the model by the end of the annealing is trained for the rest of the run.
             ("--moe-temperature-start", "2"), ("--moe-temperature-end", "0.1"),
             ("--moe-temperature-schedule", "exp"),
-            ("--moe-temperature-updates", str(self.updates // 2)),
-            ("--moe-hard-updates", str(self.updates // 2)),
-            ("--criterion", "moe_cross_entropy"), ("--moe-gate-loss-wt", "0.01"),
+            ("--moe-temperature-updates", str(self.annealing)),
+            ("--moe-hard-updates", str(self.annealing)),
+            ("--criterion", "moe_cross_entropy"), ("--moe-gate-loss-wt", "0.03"),
             ("--tokens-per-sample", tokens), ("--batch-size", batch),
             ("--optimizer", "adam"), ("--adam-betas", "(0.9, 0.98)"), ("--clip-norm", "1.0"),
-            ("--lr", "0.003"), ("--lr-scheduler", "polynomial_decay"),
+            ("--lr", "0.005"), ("--lr-scheduler", "polynomial_decay"),
             ("--warmup-updates", str(self.updates // 20)),
             ("--total-num-update", str(self.updates)),
             ("--seed", "1"), ("--num-workers", "0"),
             ("--save-interval-updates", str(4 * interval)), ("--keep-interval-updates", "1"),
             ("--no-epoch-checkpoints", None), ("--best-checkpoint-metric", "ppl"),
-            ("--max-valid-steps", "20"),
+            ("--max-valid-steps", "10"),
             ("--log-format", "json"), ("--log-interval", str(interval)),
         ]
 

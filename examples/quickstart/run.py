@@ -133,7 +133,7 @@ class Quickstart:
 
     def train(self) -> None:
         self._say(f"Training to update {self.recipe.updates:,}: at first all {EXPERTS} experts for "
-                  f"each token, from update {self.recipe.updates // 2:,} on one")
+                  f"each token, from update {self.recipe.annealing:,} on one")
         self.folder.train_log.touch()
         with open(self.folder.train_log, errors="replace") as lines:
             progress = Progress(parse_log(lines))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from evomoe_plugin.gates import DenseToSparseGate
-from evomoe_plugin.gates.base import GateContext
+from evomoe_plugin.gates.base import GateContext, LayerInfo
+from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
 
@@ -12,7 +12,7 @@ T, D, E = 40, 8, 6
 @pytest.fixture
 def make_gate(moe_options):
     def make(**given):
-        return DenseToSparseGate(D, E, moe_options(**given))
+        return DenseToSparseGate(LayerInfo(D, E), moe_options(**given))
 
     return make
 
@@ -33,7 +33,7 @@ def test_the_formula(make_gate):
     x = torch.randn(T, D)
     ctx = context()
     plan = gate(x, ctx)
-    gates = torch.softmax((x @ gate.weight.T + gumbel(ctx.noise_keys_T, E)) / 1.5, 1)
+    gates = torch.softmax((x @ gate.scorer.weight.T + gumbel(ctx.noise_keys_T, E)) / 1.5, 1)
     chosen = gates > 0.2
     chosen[torch.arange(T), gates.argmax(1)] = True
     assert torch.allclose(dense_weights(plan), gates * chosen, atol=1e-6)
@@ -44,7 +44,7 @@ def test_the_formula(make_gate):
 def test_softmax_weights_know_no_noise_and_no_temperature(make_gate):
     gate = make_gate(moe_combine_weights="softmax", moe_temperature_start=50.0)
     x = torch.randn(T, D)
-    assert torch.allclose(dense_weights(gate(x, context())), (x @ gate.weight.T).softmax(1),
+    assert torch.allclose(dense_weights(gate(x, context())), (x @ gate.scorer.weight.T).softmax(1),
                           atol=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_hard_routing_is_noiseless_top1(make_gate):
     x = torch.randn(T, D)
     plan = gate(x, context(10))
     assert torch.equal(plan.expert_ids_N[plan.token_ids_N.argsort()],
-                       (x @ gate.weight.T).argmax(1))
+                       (x @ gate.scorer.weight.T).argmax(1))
 
 
 def test_never_hard(make_gate):
@@ -111,10 +111,11 @@ def test_gradcheck_of_weights_and_loss(make_gate, weights, num_updates):
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
 
     def outputs(x, weight):
-        plan = torch.func.functional_call(gate, {"weight": weight}, (x, context(num_updates)))
+        parameters = {"scorer.weight": weight}
+        plan = torch.func.functional_call(gate, parameters, (x, context(num_updates)))
         return plan.weights_N, plan.aux["balance"]
 
-    assert torch.autograd.gradcheck(outputs, (x, gate.weight), fast_mode=True)
+    assert torch.autograd.gradcheck(outputs, (x, gate.scorer.weight), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -124,7 +125,7 @@ def test_gate_computes_in_fp32_whatever_the_model(make_gate, dtype):
     plan = gate(x, context())
     assert plan.weights_N.dtype == torch.float32
     exact = make_gate()
-    exact.load_state_dict({"weight": gate.weight.float()})
+    exact.load_state_dict({"scorer.weight": gate.scorer.weight.float()})
     assert torch.equal(dense_weights(plan), dense_weights(exact(x.float(), context())))
     low = make_gate(moe_gating_use_fp32="false").to(dtype)
     assert low(x, context()).weights_N.dtype == dtype

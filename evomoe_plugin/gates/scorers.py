@@ -1,0 +1,167 @@
+"""Scorers: from tokens to a logit for each candidate. A gate selects from the logits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe_plugin.options import OptionError
+
+
+@dataclass
+class ScorerOptions:
+    """For gates that take any scorer."""
+
+    moe_scorer: str = field(
+        default="linear",
+        metadata={"help": "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine "
+                          "to the experts' centres after a projection); cosine (to the experts' "
+                          "vectors); sigmoid (linear, each expert on its own instead of a "
+                          "softmax; top_k only)"},
+    )
+    moe_scorer_dim: int = field(
+        default=256, metadata={"help": "hidden width of the scorers mlp and gmm"}
+    )
+    moe_scorer_dropout: float = field(
+        default=0.0, metadata={"help": "dropout in the hidden layer of the scorer mlp"}
+    )
+
+
+class Scorer(nn.Module):
+    """Logits of C candidates. The parameters are cast to the dtype of the tokens."""
+
+    HAS_VECTORS: ClassVar[bool] = True
+    """Whether each candidate has a vector in one space, which losses can be about."""
+
+    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+        super().__init__()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, C]."""
+        raise NotImplementedError
+
+    def scores(self, logits_TC: Tensor) -> Tensor:
+        """What candidates are chosen and weighed by: their softmax."""
+        return torch.softmax(logits_TC, dim=1)
+
+    def distribution(self, scores_TC: Tensor) -> Tensor:
+        """The scores as a distribution: rows that sum to 1."""
+        return scores_TC
+
+    def vectors(self) -> Tensor:
+        """The candidates' vectors, [C, any]."""
+        raise NotImplementedError
+
+
+def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
+    """The bounds of nn.Linear."""
+    return nn.Parameter(torch.empty(*shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+
+class LinearScorer(Scorer):
+    """z = W x, without bias."""
+
+    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+        super().__init__(model_dim, num_candidates, options)
+        self.weight = _uniform(num_candidates, model_dim, fan_in=model_dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+    def vectors(self) -> Tensor:
+        return self.weight
+
+
+class SigmoidScorer(LinearScorer):
+    """z = W x, and each expert scores sigmoid(z) on its own (DeepSeek-V3, arXiv 2412.19437)."""
+
+    def scores(self, logits_TC: Tensor) -> Tensor:
+        return torch.sigmoid(logits_TC)
+
+    def distribution(self, scores_TC: Tensor) -> Tensor:
+        total_T1 = scores_TC.sum(1, keepdim=True)
+        return scores_TC / total_T1.clamp(min=torch.finfo(scores_TC.dtype).tiny)
+
+
+class MLPScorer(Scorer):
+    """z = W2 dropout(GELU(W1 x + b1)) (Dense2MoE's `mlp`)."""
+
+    HAS_VECTORS = False
+
+    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+        super().__init__(model_dim, num_candidates, options)
+        hidden = options.moe_scorer_dim
+        self.hidden_weight = _uniform(hidden, model_dim, fan_in=model_dim)
+        self.hidden_bias = _uniform(hidden, fan_in=model_dim)
+        self.weight = _uniform(num_candidates, hidden, fan_in=hidden)
+        self.dropout = options.moe_scorer_dropout
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        dtype = x_TD.dtype
+        hidden = F.gelu(F.linear(x_TD, self.hidden_weight.to(dtype), self.hidden_bias.to(dtype)))
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return F.linear(hidden, self.weight.to(dtype))
+
+
+class CosineScorer(Scorer):
+    """z_e = exp(s) cos(x, c_e), the scale s learned and at most ln 100.
+
+    Source: X-MoE (arXiv 2204.09179) for the cosine; the bound is CLIP's.
+    """
+
+    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+        super().__init__(model_dim, num_candidates, options)
+        self.centres = nn.Parameter(torch.randn(num_candidates, model_dim))
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        centres_CD = F.normalize(self.centres.to(x_TD.dtype), dim=1)
+        scale = self.log_scale.to(x_TD.dtype).clamp(max=math.log(100)).exp()
+        return scale * F.linear(F.normalize(x_TD, dim=1), centres_CD)
+
+    def vectors(self) -> Tensor:
+        return self.centres
+
+
+class GMMScorer(CosineScorer):
+    """The cosine scorer after a projection (Dense2MoE's `gmm`)."""
+
+    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+        super().__init__(options.moe_scorer_dim, num_candidates, options)
+        self.projection = _uniform(options.moe_scorer_dim, model_dim, fan_in=model_dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return super().forward(F.linear(x_TD, self.projection.to(x_TD.dtype)))
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    "linear": LinearScorer, "mlp": MLPScorer, "gmm": GMMScorer, "cosine": CosineScorer,
+    "sigmoid": SigmoidScorer,
+}
+SOFTMAX_SCORERS = ("linear", "mlp", "gmm", "cosine")
+
+
+def validate_scorer(options: Any, allowed: Sequence[str]) -> None:
+    """Raise `OptionError` unless the scorer is one of `allowed`, with options it can use."""
+    scorer = options.moe_scorer
+    if scorer not in allowed:
+        known = "; unknown scorer" if scorer not in SCORERS else ""
+        raise OptionError("moe_scorer", scorer,
+                          f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}")
+    if options.moe_scorer_dim < 1:
+        raise OptionError("moe_scorer_dim", options.moe_scorer_dim, "give a width of at least 1")
+    if scorer not in ("mlp", "gmm") and options.moe_scorer_dim != ScorerOptions.moe_scorer_dim:
+        raise OptionError("moe_scorer_dim", options.moe_scorer_dim,
+                          f"the scorer {scorer} has no hidden width: leave it out, or "
+                          "give --moe-scorer mlp or gmm")
+    if not 0 <= options.moe_scorer_dropout < 1:
+        raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
+                          "give 0 or more and less than 1")
+    if options.moe_scorer_dropout and scorer != "mlp":
+        raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
+                          f"the scorer {scorer} has no hidden layer: leave it out, or give "
+                          "--moe-scorer mlp")

@@ -1,0 +1,85 @@
+"""Capacity: how many tokens an expert takes, and which ones when more come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.routing.plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class CapacityRule:
+    """The capacity of training or of evaluation."""
+
+    factor: float = 0.0
+    """C = ceil(factor * pairs / experts): 1 is just enough for an even load; 0: this sets none."""
+    token_fraction: float = 0.0
+    """C = ceil(fraction * tokens); 0: this sets none."""
+    minimum: int = 0
+    """An expert takes at least so many."""
+    renormalize: bool = False
+    """Scale what a token keeps to the weight it had before."""
+
+    def __bool__(self) -> bool:
+        return self.factor > 0 or self.token_fraction > 0
+
+    def capacity(self, *, num_pairs: int, num_tokens: int, num_experts: int) -> int:
+        """Tokens that an expert takes.
+
+        Args:
+            num_pairs: pairs that tokens ask for.
+            num_tokens: tokens that are not padding.
+        """
+        if self.factor > 0:
+            wanted = math.ceil(self.factor * num_pairs / num_experts)
+        else:
+            wanted = math.ceil(self.token_fraction * num_tokens)
+        return max(wanted, self.minimum)
+
+
+UNLIMITED = CapacityRule()
+
+
+def limit(
+    plan: RoutingPlan, capacity: int, *, renormalize: bool = False
+) -> tuple[RoutingPlan, Tensor]:
+    """Keep at most `capacity` pairs of each expert: those of the largest priority, then the first.
+
+    Args:
+        renormalize: scale a token's remaining weights to the sum they had; a token that keeps
+            nothing gets nothing.
+    Returns:
+        the plan of what is kept, and the number dropped of each expert, int64 [E].
+    """
+    counts_E = plan.tokens_per_expert_E
+    kept_E = counts_E.clamp(max=capacity)
+    if not plan.num_pairs or torch.equal(kept_E, counts_E):
+        return plan, counts_E - kept_E
+    order_N = torch.arange(plan.num_pairs, device=counts_E.device)
+    if plan.priority_N is not None:
+        order_N = plan.priority_N.argsort(descending=True, stable=True)
+        order_N = order_N[plan.expert_ids_N[order_N].argsort(stable=True)]
+    start_N = (counts_E.cumsum(0) - counts_E)[plan.expert_ids_N]  # experts stay where they are
+    place_N = torch.arange(plan.num_pairs, device=counts_E.device) - start_N
+    keep_N = torch.empty_like(order_N, dtype=torch.bool)
+    keep_N[order_N] = place_N < capacity
+
+    token_ids_N, weights_N = plan.token_ids_N[keep_N], plan.weights_N[keep_N]
+    if renormalize:
+        before_T = plan.weights_N.new_zeros(plan.num_tokens).index_add(
+            0, plan.token_ids_N, plan.weights_N)
+        after_T = weights_N.new_zeros(plan.num_tokens).index_add(0, token_ids_N, weights_N)
+        tiny = torch.finfo(weights_N.dtype).tiny
+        weights_N = weights_N * (before_T / after_T.clamp(min=tiny))[token_ids_N]
+    return replace(
+        plan,
+        token_ids_N=token_ids_N,
+        expert_ids_N=plan.expert_ids_N[keep_N],
+        weights_N=weights_N,
+        priority_N=None if plan.priority_N is None else plan.priority_N[keep_N],
+        tokens_per_expert_E=kept_E,
+    ), counts_E - kept_E
