@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.dispatch import LocalDispatcher
 from evomoe_plugin.experts import ExpertFFN, SharedExperts
-from evomoe_plugin.gates.base import Gate, GateContext
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
+from evomoe_plugin.options import expert_ffn_dim, shared_ffn_dim
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit
@@ -160,3 +162,43 @@ class MoELayer(nn.Module):
 
 def _read_num_updates(layer: MoELayer, _incompatible_keys) -> None:
     layer._num_updates = int(layer.num_updates)
+
+
+def build_layer(
+    info: LayerInfo,
+    options: Any,
+    activation: Callable[[Tensor], Tensor],
+    dropout: nn.Module | None = None,
+) -> MoELayer:
+    """The layer that the options describe.
+
+    Args:
+        info: where its gate stands.
+        options: the fields of `MoEOptions` and of the gate's options, checked.
+        activation: of the experts.
+        dropout: applied to their hidden rows.
+    """
+    def stack(count: int, ffn_dim: int) -> ExpertFFN:
+        return ExpertFFN(count, info.model_dim, ffn_dim, activation, dropout,
+                         gated=options.moe_expert_gated)
+
+    def rule(factor: float | None, token_fraction: float = -1.0) -> CapacityRule:
+        return CapacityRule(
+            factor=factor or 0.0,
+            token_fraction=max(token_fraction, 0.0),
+            minimum=options.moe_min_capacity or 0,
+            renormalize=gate.renormalizes_after_drop(options),
+        )
+
+    gate = gate_class(options.moe_gate)(info, options)
+    shared = None
+    if options.moe_shared_experts:
+        shared = SharedExperts(stack(options.moe_shared_experts, shared_ffn_dim(options)))
+    return MoELayer(
+        gate=gate,
+        experts=stack(info.num_experts, expert_ffn_dim(options)),
+        shared=shared,
+        capacity=rule(options.moe_capacity_factor),
+        eval_capacity=rule(options.moe_eval_capacity_factor,
+                           options.moe_eval_capacity_token_fraction),
+    )

@@ -29,7 +29,7 @@ class SharedExperts(nn.Module):
         """
         tokens, num_shared = x_TD.size(0), self.experts.num_experts
         rows_ND = self.experts(x_TD.repeat(num_shared, 1), [tokens] * num_shared)
-        rows_STD = rows_ND.view(num_shared, tokens, -1)
+        rows_STD = rows_ND.view(num_shared, tokens, x_TD.size(1))
         if weights_TS is not None:
             rows_STD = rows_STD * weights_TS.t().unsqueeze(2).to(rows_STD.dtype)
         return rows_STD.sum(0)

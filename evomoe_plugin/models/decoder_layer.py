@@ -8,12 +8,9 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
 
-from evomoe_plugin.experts import ExpertFFN, SharedExperts
 from evomoe_plugin.experts.gelu import gelu
-from evomoe_plugin.gates import LayerInfo, gate_class
-from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import expert_ffn_dim, shared_ffn_dim
-from evomoe_plugin.routing.capacity import CapacityRule
+from evomoe_plugin.gates import LayerInfo
+from evomoe_plugin.layer import build_layer
 
 
 class MoEDecoderLayer(TransformerDecoderLayerBase):
@@ -27,37 +24,11 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
 
     def __init__(self, cfg: TransformerConfig, options: Any, info: LayerInfo):
         super().__init__(cfg, no_encoder_attn=True)
-        gate = gate_class(options.moe_gate)
-        shared = None
-        if options.moe_shared_experts:
-            shared = SharedExperts(
-                self._experts(options, options.moe_shared_experts, shared_ffn_dim(options)))
-        renormalize = gate.renormalizes_after_drop(options)
-        self.moe = MoELayer(
-            gate=gate(info, options),
-            experts=self._experts(options, info.num_experts, expert_ffn_dim(options)),
-            shared=shared,
-            capacity=CapacityRule(
-                factor=options.moe_capacity_factor or 0.0,
-                minimum=options.moe_min_capacity or 0,
-                renormalize=renormalize,
-            ),
-            eval_capacity=CapacityRule(
-                factor=options.moe_eval_capacity_factor or 0.0,
-                token_fraction=max(options.moe_eval_capacity_token_fraction, 0.0),
-                minimum=options.moe_min_capacity or 0,
-                renormalize=renormalize,
-            ),
-        )
-
-    def _experts(self, options: Any, count: int, ffn_dim: int) -> ExpertFFN:
-        return ExpertFFN(
-            count,
-            self.embed_dim,
-            ffn_dim,
+        self.moe = build_layer(
+            info,
+            options,
             activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
             dropout=self.activation_dropout_module,
-            gated=options.moe_expert_gated,
         )
 
     def build_fc1(self, *args, **kwargs) -> None:

@@ -17,21 +17,24 @@ PAD = 1
 class FakeModel(torch.nn.Module):
     """Three tokens of logits, an auxiliary loss and statistics of two layers."""
 
-    def __init__(self, aux=(2.0, 4.0), pairs=(6.0, 3.0)):
+    def __init__(self, aux=(2.0, 4.0), pairs=(6.0, 3.0), coefficient=1.0):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.randn(1, 4, 7))
         self.aux = torch.nn.Parameter(torch.tensor(aux))
         self.pairs = torch.tensor(pairs)
+        self.coefficients = {"balance": coefficient}
         self.forward_flops = ForwardFlops(per_token=1_000_000, per_pair=500_000)
 
     def forward(self):
         stats = {
             "tokens": torch.tensor([3.0, 3.0]), "pairs": self.pairs,
+            "experts": torch.tensor([6.0, 6.0]),
             "tokens_per_expert": torch.stack([self.pairs, torch.zeros(2)], 1),
             "entropy": torch.tensor([3.0, 6.0]), "nonfinite": torch.zeros(2),
             "temperature": torch.tensor([4.5, 4.5]),
         }
-        return self.logits, {"moe_aux": {"balance": self.aux}, "moe_stats": stats}
+        return self.logits, {"moe_aux": {"balance": self.aux}, "moe_stats": stats,
+                             "moe_aux_coefficients": self.coefficients}
 
     def get_normalized_probs(self, net_output, log_probs):
         return F.log_softmax(net_output[0], -1)
@@ -60,9 +63,19 @@ def test_loss_is_cross_entropy_plus_the_weighted_gate_loss(method, combined):
     assert torch.allclose(model.aux.grad, torch.full((2,), 0.5 * 3 * combined / 6))
 
 
-def test_weight_zero_changes_nothing():
-    model = FakeModel()
-    loss, *_ = make(weight=0.0)(model, SAMPLE)
+def test_each_loss_has_its_own_coefficient():
+    one, tenth = FakeModel(), FakeModel(coefficient=0.1)
+    tenth.load_state_dict(one.state_dict())
+    logs = [make()(model, SAMPLE)[2] for model in (one, tenth)]
+    added = [log["loss"] - log["inner_loss"] for log in logs]
+    assert added[1].item() == pytest.approx(0.1 * added[0].item(), rel=1e-4)
+    assert torch.equal(logs[0]["moe_aux_balance"], logs[1]["moe_aux_balance"])  # unweighted
+
+
+@pytest.mark.parametrize("weight, coefficient", [(0.0, 1.0), (0.5, 0.0)])
+def test_weight_zero_changes_nothing(weight, coefficient):
+    model = FakeModel(coefficient=coefficient)
+    loss, *_ = make(weight=weight)(model, SAMPLE)
     plain, *_ = CrossEntropyCriterion(TASK, False)(model, SAMPLE)
     assert torch.equal(loss, plain)
     loss.backward()

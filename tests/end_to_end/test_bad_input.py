@@ -96,7 +96,7 @@ def test_nan_names_the_layer_and_leaves_the_last_good_checkpoint(
     good = tmp_path / "checkpoint_last.pt"
     before = good.read_bytes()
     bad = load(good)
-    bad["model"]["decoder.layers.1.moe.gate.weight"].fill_(float("nan"))
+    bad["model"]["decoder.layers.1.moe.gate.scorer.weight"].fill_(float("nan"))
     torch.save(bad, tmp_path / "bad.pt")
     status, error = run(monkeypatch, capsys, fairseq_train, *common(data_bin, tmp_path),
                         "--restore-file", tmp_path / "bad.pt")

@@ -87,7 +87,7 @@ def test_the_auxiliary_loss_reaches_every_gate(make_model):
     assert extra["moe_aux"]["balance"].shape == (2,)
     extra["moe_aux"]["balance"].sum().backward()
     for layer in model.decoder.moe_layers:
-        assert layer.gate.weight.grad.abs().sum() > 0
+        assert layer.gate.scorer.weight.grad.abs().sum() > 0
 
 
 def test_statistics_of_unequal_layers_are_padded_with_nan(make_model):
@@ -114,7 +114,7 @@ def test_noise_is_the_same_in_any_split_of_the_batch(make_model):
 @pytest.mark.parametrize(
     "break_it, where",
     [
-        (lambda d: d.layers[3].moe.gate.weight, "decoder.layers.3.moe: gate logits"),
+        (lambda d: d.layers[3].moe.gate.scorer.weight, "decoder.layers.3.moe: gate logits"),
         (lambda d: d.layers[1].moe.experts.fc2_bias, "decoder.layers.3.moe: gate logits"),
         (lambda d: d.layers[3].moe.experts.fc2_bias, "the output of decoder.layers.3 is NaN"),
         (lambda d: d.layer_norm.bias, "the output of decoder.layer_norm is NaN"),

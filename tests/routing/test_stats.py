@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.choice import Choice
 
 
 def layer_stats(mask_TE, probs_TE, token_mask_T=None):
-    return st.routing_stats(probs_TE, probs_TE.log(), mask_TE.sum(0), token_mask_T)
+    if token_mask_T is not None:
+        mask_TE = mask_TE & token_mask_T.unsqueeze(1)
+    choice = Choice(mask_TE, probs_TE, probs_TE, probs_TE.log())
+    return st.routing_stats(choice, token_mask_T, mask_TE.size(1))
 
 
 def test_summary_by_hand():
@@ -36,7 +40,8 @@ def test_layers_with_fewer_experts_do_not_count_as_dead():
     stats = {
         st.TOKENS: torch.tensor([4.0, 4.0]), st.PAIRS: torch.tensor([4.0, 8.0]),
         st.LOAD_E: torch.tensor([[4.0, 0.0, nan, nan], [2.0, 2.0, 2.0, 2.0]]),
-        st.ENTROPY: torch.zeros(2), st.NONFINITE: torch.zeros(2),
+        st.EXPERTS: torch.tensor([8.0, 16.0]), st.ENTROPY: torch.zeros(2),
+        st.NONFINITE: torch.zeros(2),
     }
     numbers = st.summarize(stats)
     assert numbers["dead_experts"] == pytest.approx(1 / 6)
@@ -49,5 +54,29 @@ def test_nonfinite_logits_are_counted_once_a_token_and_not_in_padding():
     logits[2, 0] = float("inf")
     logits[3, 0] = float("nan")
     mask = torch.tensor([True, True, True, False])
-    stats = st.routing_stats(torch.full((4, 3), 1 / 3), logits, torch.zeros(3), mask)
+    probs = torch.full((4, 3), 1 / 3)
+    stats = st.routing_stats(Choice(probs > 1, probs, probs, logits), mask, 3)
     assert stats[st.NONFINITE].item() == 2
+
+
+def test_null_picks_are_no_pairs_and_no_load():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    probs = torch.full((2, 3), 1 / 3)
+    stats = st.routing_stats(Choice(mask, probs, probs), None, num_experts=2)
+    assert stats[st.PAIRS] == 1
+    assert stats[st.LOAD_E].tolist() == [1, 0]
+    assert stats[st.NULL_PAIRS] == 2
+    assert stats[st.ASKED_C].tolist() == [1, 0, 2]
+    summary = st.summarize({name: value.unsqueeze(0) for name, value in stats.items()})
+    assert summary["null_rate"] == 1
+    assert summary["dead_experts"] == 0.5
+
+
+def test_overflow_is_told_for_each_layer():
+    mask, probs = torch.ones(4, 2, dtype=torch.bool), torch.full((4, 2), 0.5)
+    one = layer_stats(mask, probs)
+    stats = {name: torch.stack([value, value]) for name, value in one.items()}
+    stats[st.DROPPED] = torch.tensor([8.0, 0.0])  # of 16 asked for, and of 8
+    summary = st.summarize(stats)
+    assert (summary["overflow_0"], summary["overflow_1"]) == (0.5, 0)
+    assert summary["overflow"] == 0.25
