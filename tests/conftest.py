@@ -1,12 +1,16 @@
 """What every test shares."""
 
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from evomoe_plugin.gates.base import option_fields
 from evomoe_plugin.options import MoEOptions
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +36,11 @@ def moe_options():
         return types.SimpleNamespace(**{**fields, **given})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hydra_path(tmp_path_factory) -> str:
+    """PYTHONPATH with the clone and its Hydra plugin, where an install would have put it."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "hydra_plugins").symlink_to(ROOT / "evomoe_plugin/compat/hydra_plugins")
+    return f"{ROOT}{os.pathsep}{folder}"

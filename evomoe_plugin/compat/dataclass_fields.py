@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import MODEL_DATACLASS_REGISTRY
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
 
@@ -14,7 +15,8 @@ def add_field(options: type, name: str, kind: type, default: Any, help: str) -> 
     """Give the dataclass `options` one more field; again, it does nothing.
 
     Parsers made afterwards have the flag, and Hydra configurations composed afterwards the
-    field, if `options` is one of the groups of `FairseqConfig`. Do this before either is made.
+    field, if `options` is one of the groups of `FairseqConfig` or of a registered model. Do this
+    before either is made.
 
     Args:
         kind: a type that fairseq can parse: bool, int, float, str, or Optional of one.
@@ -43,3 +45,7 @@ def store_schemas() -> None:
         store.store(name=name, node=FairseqConfig)
     for group, field in FairseqConfig.__dataclass_fields__.items():
         store.store(name=group, node=field.default)
+    for name, options in MODEL_DATACLASS_REGISTRY.items():
+        node = options()
+        node._name = name
+        store.store(name=name, group="model", node=node, provider="fairseq")

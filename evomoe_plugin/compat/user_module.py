@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -16,11 +17,20 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = __name__.split(".")[0]
 
+# Where the command was typed; Hydra may go elsewhere.
+_STARTED_IN = os.getcwd()
+
+
 def _import_user_module(upstream: Callable, args: Any) -> None:
-    """As upstream, but our own package, which is imported since this runs, is left at that."""
+    """As upstream, but our own package, which is imported since this runs, is left at that, and
+    others are found from where the command was typed."""
     given = getattr(args, "user_dir", None)
-    if given is None or os.path.basename(os.path.normpath(given)) != PACKAGE:
+    if given is None:
         return upstream(args)
+    if os.path.basename(os.path.normpath(given)) != PACKAGE:
+        typed = os.path.join(_STARTED_IN, given)
+        found = given if os.path.exists(given) or not os.path.exists(typed) else typed
+        return upstream(argparse.Namespace(user_dir=found))
     folder = os.path.abspath(given)
     imported = os.path.dirname(os.path.dirname(__file__))
     if os.path.exists(folder) and not os.path.samefile(folder, imported):

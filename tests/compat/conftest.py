@@ -153,14 +153,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-@pytest.fixture(scope="session")
-def hydra_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """PYTHONPATH with the clone and its Hydra plugin, where an install would have put it."""
-    folder = tmp_path_factory.mktemp("plugins")
-    (folder / "hydra_plugins").symlink_to(ROOT / "evomoe_plugin/compat/hydra_plugins")
-    return f"{ROOT}{os.pathsep}{folder}"
-
-
 @pytest.fixture
 def runs(tiny_data: Path, tmp_path: Path) -> Runs:
     return Runs(tiny_data, tmp_path)

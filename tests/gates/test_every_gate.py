@@ -43,8 +43,7 @@ GATES = [name for name in gate_names() if name in WAYS]
 
 
 def with_scorers(name):
-    for way in WAYS[name]:
-        yield way
+    yield from WAYS[name]
     if hasattr(gate_class(name).Options, "moe_scorer"):
         for scorer in gate_class(name).SCORERS:
             if scorer != "linear":

@@ -1,12 +1,14 @@
 """What makes fairseq's Hydra commands know this package before they compose a configuration.
 
-`common.user_dir` is imported after composition: too late for our models to be fields of the
-configuration, and for the mends to have a say in how the run starts. Every Hydra program of the
-environment loads this; those that are not fairseq's are left alone.
+`common.user_dir` is imported after composition: too late for our models, and for the gates of a
+user's own package, to be fields of the configuration, and for the mends to have a say in how the
+run starts. Every Hydra program of the environment loads this; those that are not fairseq's are left
+alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -24,8 +26,19 @@ class EvoMoESearchPath(SearchPathPlugin):
         if "fairseq" not in sys.modules:
             return
         folder = configurations(importlib.import_module(PACKAGE).__path__[0])
+        import_user_dir(sys.argv[1:])
         if folder is not None:
             search_path.append(provider=PACKAGE, path=f"file://{folder}")
+
+
+def import_user_dir(arguments: list[str]) -> None:
+    """Import the package that an override `common.user_dir=…` names, as fairseq would later."""
+    for argument in arguments:
+        name, _, value = argument.lstrip("+").partition("=")
+        if name == "common.user_dir":
+            from fairseq import utils
+
+            utils.import_user_module(argparse.Namespace(user_dir=value.strip("'\"")))
 
 
 def configurations(package: str) -> Path | None:
