@@ -25,7 +25,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "export": ["safetensors", "transformers"],
     "benchmarks": ["matplotlib", "psutil"],
-    "tests": ["hypothesis", "psutil", "pytest"],
+    "tests": ["hypothesis", "psutil", "pytest", "transformers"],
     "lint": ["ruff"],
 }
 

@@ -120,7 +120,7 @@ class MoELayer(nn.Module):
             capacity = rule.capacity(
                 num_pairs=plan.num_pairs,
                 num_tokens=int(plan.stats[st.TOKENS]),
-                num_experts=self.num_experts,
+                num_experts=self._num_active,
             )
             plan, dropped_E = limit(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
@@ -129,6 +129,11 @@ class MoELayer(nn.Module):
         load_E = plan.tokens_per_expert_E.double()
         stats = {**plan.stats, st.LOAD_E: load_E, st.PAIRS: load_E.sum(), st.DROPPED: dropped}
         return dataclasses.replace(plan, stats=stats)
+
+    @property
+    def _num_active(self) -> int:
+        active_C = self.gate.active()
+        return self.num_experts if active_C is None else int(active_C[: self.num_experts].sum())
 
     @property
     def _has_capacity(self) -> bool:

@@ -86,6 +86,11 @@ class MoEOptions:
         default=0,
         metadata={"help": "hidden width of a shared expert; 0 takes that of the routed ones"},
     )
+    moe_shared_size_factor: int = field(
+        default=0,
+        metadata={"help": "a shared expert's hidden width is --decoder-ffn-embed-dim divided by "
+                          "this; 0 takes that of the routed ones"},
+    )
     moe_shared_combine: str = field(
         default="add",
         metadata={"help": "weights of shared experts: add (1), softmax (together with the chosen "
@@ -204,6 +209,16 @@ def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
     return numbers
 
 
+def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
+    """E of each MoE layer: the experts it has room for, of which it may start with fewer.
+
+    Raises:
+        OptionError: as `expert_counts`.
+    """
+    most = getattr(options, "moe_max_experts", 0)
+    return [max(count, most) for count in expert_counts(options, num_moe_layers)]
+
+
 def expert_ffn_dim(options: Any) -> int:
     """F: hidden width of a routed expert."""
     return options.moe_expert_ffn_dim or (
@@ -212,6 +227,8 @@ def expert_ffn_dim(options: Any) -> int:
 
 def shared_ffn_dim(options: Any) -> int:
     """Hidden width of a shared expert."""
+    if options.moe_shared_size_factor:
+        return options.decoder_ffn_embed_dim // options.moe_shared_size_factor
     return options.moe_shared_ffn_dim or expert_ffn_dim(options)
 
 
@@ -286,19 +303,23 @@ def check_number(
 def _check_experts(options: Any) -> None:
     check_number(options, "moe_expert_ffn_dim", least=0,
                  remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
-    factor, dense = options.moe_expert_size_factor, options.decoder_ffn_embed_dim
     check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
-    if factor > 1 and options.moe_expert_ffn_dim:
-        raise OptionError("moe_expert_size_factor", factor,
-                          "--moe-expert-ffn-dim gives the width already: leave one of them out")
-    if dense % factor:
-        raise OptionError("moe_expert_size_factor", factor,
-                          f"give a divisor of --decoder-ffn-embed-dim ({dense})")
+    check_number(options, "moe_shared_size_factor", least=0, remedy="give 1 or more, or 0")
+    for kind in ("expert", "shared"):
+        factor = getattr(options, f"moe_{kind}_size_factor")
+        if factor > 1 and getattr(options, f"moe_{kind}_ffn_dim"):
+            raise OptionError(f"moe_{kind}_size_factor", factor,
+                              f"--moe-{kind}-ffn-dim gives the width already: leave one of them "
+                              "out")
+        if options.decoder_ffn_embed_dim % (factor or 1):
+            raise OptionError(f"moe_{kind}_size_factor", factor,
+                              "give a divisor of --decoder-ffn-embed-dim "
+                              f"({options.decoder_ffn_embed_dim})")
     check_number(options, "moe_shared_experts", least=0, remedy="give 0 or more")
     check_number(options, "moe_shared_ffn_dim", least=0,
                  remedy="give a width of at least 1, or 0 for that of the routed experts")
     check_choice(options, "moe_shared_combine", SHARED_COMBINE)
-    for option in ("moe_shared_ffn_dim", "moe_shared_combine"):
+    for option in ("moe_shared_ffn_dim", "moe_shared_size_factor", "moe_shared_combine"):
         value = getattr(options, option)
         if not options.moe_shared_experts and value != getattr(MoEOptions, option):
             raise OptionError(option, value, "there are no shared experts: leave it out, or give "

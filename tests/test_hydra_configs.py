@@ -53,13 +53,9 @@ SHARED = {
     "model.activation_fn": "gelu",
     "model.share_decoder_input_output_embed": True,
     "model.moe_gating_use_fp32": "True",
-    "model.moe_gate": "dense_to_sparse",
-    "model.moe_freq": 2,
     "criterion._name": "moe_cross_entropy",
-    "criterion.moe_gate_loss_combine_method": "sum",
 }
 ON_GPUS = {
-    "model.moe_expert_count": "16",
     "model.checkpoint_activations": True,
     "distributed_training.ddp_backend": "fully_sharded",
     "checkpoint.write_checkpoints_asynchronously": True,
@@ -79,29 +75,51 @@ COSINE = {
 }
 POLYNOMIAL = {"lr_scheduler._name": "polynomial_decay", "optimization.clip_norm": 5.0}
 DTS = {
+    "model.moe_gate": "dense_to_sparse",
     "model.moe_temperature_schedule": "linear",
     "model.moe_gate_threshold": 0.001,
     "model.moe_gate_noise": "gumbel",
     "model.moe_combine_weights": "gate",
     "criterion.moe_gate_loss_wt": 0.0,
 }
-CONSTANT = {
-    "model.moe_temperature_schedule": "constant",
-    "model.moe_temperature_start": 1.0,
-    "model.moe_gate_noise": "none",
-    "model.moe_combine_weights": "gate",
-}
-SWITCH = {**CONSTANT, "model.moe_hard_updates": 0, "criterion.moe_gate_loss_wt": 0.01}
+SWITCH = {"model.moe_gate": "switch", "model.moe_capacity_factor": 2.0,
+          "criterion.moe_gate_loss_wt": 0.01}
 VARIANTS = {
     "dts": DTS,
     "dts_softmax": {**DTS, "model.moe_combine_weights": "softmax"},
     "dts_balanced": {**DTS, "criterion.moe_gate_loss_wt": 0.01},
-    "dense_moe": {
-        **CONSTANT, "model.moe_gate_threshold": 0.0, "model.moe_hard_updates": -1,
-        "criterion.moe_gate_loss_wt": 0.0,
-    },
+    "dense_moe": {"model.moe_gate": "dense", "criterion.moe_gate_loss_wt": 0.0},
     "switch": SWITCH,
-    "switch_no_aux": {**SWITCH, "criterion.moe_gate_loss_wt": 0.0},
+    "switch_no_aux": {**SWITCH, "model.moe_capacity_factor": None,
+                      "criterion.moe_gate_loss_wt": 0.0},
+    "gshard": {"model.moe_gate": "gshard", "criterion.moe_gate_loss_wt": 0.01},
+    "base": {"model.moe_gate": "base"},
+    "hash": {"model.moe_gate": "hash", "model.moe_hash": "balanced"},
+    "stablemoe": {"model.moe_gate": "stable", "model.moe_stable_dim": 50},
+    "dselect_k": {"model.moe_gate": "dselect_k"},
+    "remoe": {"model.moe_gate": "relu", "model.moe_l1_factor": 1.2},
+    "deepseek_style": {
+        "model.moe_gate": "top_k", "model.moe_scorer": "sigmoid", "model.moe_shared_experts": 1,
+        "model.moe_top_k_weights": "renormalized", "model.moe_expert_size_factor": 4,
+    },
+    "plain_moe": {"model.moe_gate": "top_k", "model.moe_top_k": 2,
+                  "model.moe_capacity_factor": 1.2},
+    "dynmoe": {"model.moe_gate": "top_any", "criterion.moe_gate_loss_wt": 0.01},
+    "dcmoe": {
+        "model.moe_gate": "top_p", "model.moe_top_p": 0.7, "model.moe_shared_experts": 2,
+        "model.moe_null_experts": 1, "model.moe_shared_combine": "softmax",
+        "criterion.moe_gate_loss_wt": 0.025,
+    },
+    "dense2moe": {"model.moe_gate": "top_k", "model.moe_top_k": 2, "model.moe_aux": "mi=1",
+                  "criterion.moe_gate_loss_wt": 0.01},
+}
+# (at the first update, at the last) of 8 experts; a pair of bounds where it is not one number
+EXPERTS_PER_TOKEN = {
+    "dense_moe": (8, 8), "switch": (1, 1), "gshard": (2, 2), "base": (1, 1), "hash": (1, 1),
+    "stablemoe": (1, 1), "dselect_k": ((1, 8), (1, 8)), "remoe": ((2, 6), (2, 6)),
+    "deepseek_style": (4, 4), "plain_moe": (2, 2), "dynmoe": ((1, 4), (1, 4)),
+    "dcmoe": ((1, 4), (1, 4)), "dense2moe": (2, 2),
+    "dts": ((7, 8), 1), "dts_balanced": ((7, 8), 1), "dts_softmax": ((7, 8), 1),
 }
 
 
@@ -119,10 +137,14 @@ def recorded(run: str) -> dict:
     fields = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim",
               "decoder_attention_heads")
     polynomial = size == "gpt_small" or variant == "dts_balanced"
-    own = {"model.moe_expert_count": "8"} if size == "gpt_tiny" else ON_GPUS
+    own_count = variant in ("dcmoe", "dense2moe", "dynmoe", "deepseek_style")
+    count = {} if own_count else {"model.moe_expert_count": "8" if size == "gpt_tiny" else "16"}
     return {
         **SHARED,
-        **own,
+        **count,
+        **({} if size == "gpt_tiny" else ON_GPUS),
+        "model.moe_freq": 1 if (size, variant) == ("gpt_tiny", "dense2moe") else 2,
+        "criterion.moe_gate_loss_combine_method": "average" if variant == "dcmoe" else "sum",
         "model._name": f"transformer_lm_{size.replace('_', '')}_moe",
         **{f"model.{field}": value for field, value in zip(fields, SIZES[size], strict=True)},
         **(POLYNOMIAL if polynomial else COSINE),
@@ -210,7 +232,8 @@ def test_every_recorded_run_has_a_file():
     variants = ["dense_moe", "dts", "dts_balanced", "dts_softmax", "switch"]
     sizes = ("gpt_medium", "gpt_small")
     assert {f"paper/{s}_{v}" for s in sizes for v in variants} <= set(PAPER)
-    assert [size_and_variant(run)[1] for run in SMALL] == variants
+    assert set(VARIANTS) - {"switch_no_aux"} == {size_and_variant(run)[1] for run in SMALL}
+    assert set(VARIANTS) == {size_and_variant(run)[1] for run in PAPER}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -229,13 +252,14 @@ def test_fairseq_builds_what_a_run_names(run):
     assert type(model).__name__ == {
         "gpt_medium": "GPTMediumMoE", "gpt_small": "GPTSmallMoE", "gpt_tiny": "GPTTinyMoE",
     }[size_and_variant(run)[0]]
-    assert len(model.decoder.moe_layers) == cfg.model.decoder_layers // 2
+    layers = {"paper/gpt_medium_dense2moe": 4}.get(run, cfg.model.decoder_layers // 2)
+    assert len(model.decoder.moe_layers) == layers
     assert {layer.num_experts for layer in model.decoder.moe_layers} == {
-        int(cfg.model.moe_expert_count)
+        max(int(cfg.model.moe_expert_count), cfg.model.moe_max_experts)
     }
     criterion = task.build_criterion(cfg.criterion)
     assert criterion.gate_loss_weight == cfg.criterion.moe_gate_loss_wt
-    assert criterion.combine_method == "sum"
+    assert criterion.combine_method == cfg.criterion.moe_gate_loss_combine_method
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -280,25 +304,35 @@ def test_experts_per_token_are_those_of_the_method(run):
 
     def experts_per_token(num_updates: int) -> float:
         gate = model.decoder.moe_layers[0].gate
-        plan = gate(x_TD, GateContext(num_updates, noise_keys_T=keys_T))
-        return int(plan.tokens_per_expert_E.sum()) / 64
+        plan = gate(x_TD, GateContext(num_updates, noise_keys_T=keys_T, token_ids_T=keys_T))
+        return plan.num_pairs / 64
 
-    start, end = experts_per_token(0), experts_per_token(cfg.optimization.max_update)
-    if variant == "dense_moe":
-        assert (start, end) == (8, 8)
-    elif variant == "switch":
-        assert (start, end) == (1, 1)
-    else:
-        assert start > 7
-        assert 1 < experts_per_token(80) < start
-        assert end == 1
+    for updates, wanted in zip((0, cfg.optimization.max_update), EXPERTS_PER_TOKEN[variant],
+                               strict=True):
+        low, high = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+        assert low <= experts_per_token(updates) <= high
+    if variant.startswith("dts"):
+        assert 1 < experts_per_token(80) < experts_per_token(0)
+
+
+# What a small run scales down beside the sizes of every small run.
+SCALED = {
+    "dense2moe": {"moe_start_layer", "moe_freq"},
+    "dynmoe": {"moe_max_experts", "moe_adapt_record_interval", "moe_adapt_window"},
+    "deepseek_style": {"moe_bias_update_rate"},
+    "remoe": {"moe_l1_start"},
+}
 
 
 @pytest.mark.parametrize("run", SMALL)
 def test_a_small_run_is_its_paper_run_but_for_size(run):
-    small, paper = resolved(run), resolved(f"paper/gpt_medium_{size_and_variant(run)[1]}")
-    size = {"moe_expert_count", "max_update"}
+    variant = size_and_variant(run)[1]
+    larger = next(name for name in PAPER if size_and_variant(name)[1] == variant)
+    small, paper = resolved(run), resolved(larger)
+    size = {"moe_expert_count", "max_update"} | SCALED.get(variant, set())
     for group in ("model", "criterion", "optimizer", "lr_scheduler"):
+        if group == "lr_scheduler" and small[group]._name != paper[group]._name:
+            continue  # GPT small has its own
         for field, value in paper[group].items():
             if group != "model" or (field.startswith("moe_") and field not in size):
                 scaled = field in ("warmup_updates", "lr", "max_update", "total_num_update")
@@ -329,7 +363,7 @@ def test_fields_and_groups_are_overridden_without_a_plus(run):
     cfg = resolved(run, *choices, *(f"{f}={v}".replace(" ", "") for f, v in given.items()))
     assert {field: OmegaConf.select(cfg, field) for field in given} == given
     assert cfg.model.decoder_layers == 48
-    assert cfg.model.moe_hard_updates == -1
+    assert cfg.model.moe_gate == "dense"
     assert cfg.bpe._name == "gpt2"
 
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "layer": {"routing", "gates", "experts", "dispatch"},
     "models": {"routing", "gates", "experts", "dispatch", "layer", "compat"},
     "criterions": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
+    "evolve": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
     "options": {"gates"},
     "observe": set(),
     "compat": set(),

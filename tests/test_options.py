@@ -1,4 +1,4 @@
-"""Bad values are refused with option, value and remedy; good ones are understood."""
+"""Options are understood, doubtful ones warned of, and runs checked before they start."""
 
 import pickle
 
@@ -13,43 +13,6 @@ from evomoe_plugin.options import (
     validate,
     validate_run,
 )
-
-BAD = [
-    ({"moe_gate": "dense2sparse"}, "--moe-gate dense2sparse: unknown gate; one of: dense_to_sp"),
-    ({"moe_freq": 0}, "--moe-freq 0: give 1 or more"),
-    ({"moe_freq": -2}, "--moe-freq -2: give 1 or more"),
-    ({"moe_freq": 5}, "--moe-freq 5: gives no MoE layer in 4 decoder layers; give at most 4"),
-    ({"moe_expert_count": "0"}, "--moe-expert-count 0: give one number of at least 1"),
-    ({"moe_expert_count": "-3"}, "--moe-expert-count -3"),
-    ({"moe_expert_count": "many"}, "--moe-expert-count many"),
-    ({"moe_expert_count": "4,4,4"}, "3 counts for 2 MoE layers"),
-    ({"moe_expert_count": "4:8:16"}, "--moe-expert-count 4:8:16"),
-    ({"moe_expert_count": ""}, "--moe-expert-count"),
-    ({"moe_expert_ffn_dim": -1}, "--moe-expert-ffn-dim -1"),
-    ({"moe_gating_use_fp32": "yes"}, "--moe-gating-use-fp32 yes: give true or false"),
-    ({"moe_gate_threshold": 1.0}, "--moe-gate-threshold 1.0: gate values are probabilities"),
-    ({"moe_gate_threshold": -0.1}, "--moe-gate-threshold -0.1"),
-    ({"moe_temperature_start": 0.2, "moe_temperature_end": 0.5},
-     "--moe-temperature-start 0.2: the temperature falls: give at least --moe-temperature-end"),
-    ({"moe_temperature_end": 0.0}, "--moe-temperature-end 0.0: give a temperature above 0"),
-    ({"moe_temperature_start": float("nan")}, "--moe-temperature-start nan"),
-    ({"moe_temperature_start": float("inf")}, "--moe-temperature-start inf"),
-    ({"moe_temperature_updates": -1}, "--moe-temperature-updates -1"),
-    ({"max_update": 0}, "--moe-temperature-updates (not given): give it, or --max-update"),
-    ({"moe_temperature_schedule": "step"}, "--moe-temperature-schedule step: one of: linear, exp"),
-    ({"moe_hard_updates": -2}, "--moe-hard-updates -2"),
-    ({"moe_gate_noise": "uniform"}, "--moe-gate-noise uniform: one of: gumbel, none"),
-    ({"moe_combine_weights": "raw"}, "--moe-combine-weights raw: one of: gate, softmax"),
-    ({"moe_eval_gate": "soft"}, "--moe-eval-gate soft: one of: reached, top1, dense"),
-]
-
-
-@pytest.mark.parametrize("given, message", BAD, ids=[m.split(":")[0] for _, m in BAD])
-def test_bad_values(moe_options, given, message):
-    with pytest.raises(OptionError) as error:
-        validate(moe_options(**given))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -108,15 +108,20 @@ def fsdp_layout(state: dict) -> OptimizerLayout:
     return OptimizerLayout(tuple(names), tuple(shapes), tuple(modules))
 
 
-def model_layout(trainer: Any) -> OptimizerLayout:
-    """The layout of the optimizer that `trainer` builds."""
-    if trainer.is_fsdp:
-        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
+def trained_parameters(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """What the optimizer that `trainer` builds is given without FSDP, in its order, by name."""
     parameters = [
         *trainer.get_model().named_parameters(),
         *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
     ]
-    parameters = [(name, p) for name, p in parameters if p.requires_grad]
+    return [(name, p) for name, p in parameters if p.requires_grad]
+
+
+def model_layout(trainer: Any) -> OptimizerLayout:
+    """The layout of the optimizer that `trainer` builds."""
+    if trainer.is_fsdp:
+        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
+    parameters = trained_parameters(trainer)
     common = trainer.cfg.common
     return OptimizerLayout(
         tuple(name for name, _ in parameters),

@@ -1,6 +1,20 @@
 """Gates: one a file, registered by name. A gate turns tokens into a `RoutingPlan`."""
 
-from evomoe_plugin.gates import dense_to_sparse, top_k  # noqa: F401
+from evomoe_plugin.gates import (  # noqa: F401
+    base_layer,
+    dense,
+    dense_to_sparse,
+    dselect_k,
+    expert_choice,
+    gshard,
+    hash,
+    relu,
+    stable,
+    switch,
+    top_any,
+    top_k,
+    top_p,
+)
 from evomoe_plugin.gates.base import (
     Gate,
     GateContext,

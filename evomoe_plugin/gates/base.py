@@ -37,6 +37,8 @@ class LayerInfo:
     token_counts_V: tuple[int, ...] = ()
     """How often each symbol of the vocabulary occurs in the training data, as the dictionary says;
     empty where no vocabulary is known."""
+    start_experts: int = 0
+    """How many of the routed experts, the first, can be chosen at the start; 0: all."""
 
     @property
     def num_candidates(self) -> int:
@@ -73,6 +75,11 @@ class GateContext:
         return self.token_weights_T * self.token_mask_T
 
 
+@dataclass
+class NoOptions:
+    """Of a gate that has none of its own."""
+
+
 class Gate(nn.Module):
     """A gate for one MoE layer.
 
@@ -81,7 +88,7 @@ class Gate(nn.Module):
     `moe_`. A scorer is made if `Options` inherits `ScorerOptions`.
     """
 
-    Options: ClassVar[type]
+    Options: ClassVar[type] = NoOptions
     SCORERS: ClassVar[tuple[str, ...]] = SOFTMAX_SCORERS
     """The scorers it can use, if it uses any."""
     LOSSES: ClassVar[tuple[str, ...]] = ()

@@ -48,6 +48,10 @@ class Scorer(nn.Module):
         """What candidates are chosen and weighed by: their softmax."""
         return torch.softmax(logits_TC, dim=1)
 
+    def log_scores(self, logits_TC: Tensor) -> Tensor:
+        """Logarithms of the scores, but for a constant of each row; finite for finite logits."""
+        return logits_TC
+
     def distribution(self, scores_TC: Tensor) -> Tensor:
         """The scores as a distribution: rows that sum to 1."""
         return scores_TC
@@ -81,6 +85,9 @@ class SigmoidScorer(LinearScorer):
 
     def scores(self, logits_TC: Tensor) -> Tensor:
         return torch.sigmoid(logits_TC)
+
+    def log_scores(self, logits_TC: Tensor) -> Tensor:
+        return F.logsigmoid(logits_TC)
 
     def distribution(self, scores_TC: Tensor) -> Tensor:
         total_T1 = scores_TC.sum(1, keepdim=True)

@@ -1,6 +1,6 @@
 """The top-k gate: each token goes to its k best candidates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,17 @@ class PicksOptions:
 
 
 @dataclass
-class TopKOptions(PicksOptions, ScorerOptions):
+class PriorityOptions:
+    """For gates that can let the surest tokens go first."""
+
+    moe_batch_prioritized_routing: bool = field(
+        default=False,
+        metadata={"help": "under a capacity, tokens with the largest top score go first"},
+    )
+
+
+@dataclass
+class TopKOptions(PicksOptions, PriorityOptions, ScorerOptions):
     """Options of the top-k gate."""
 
     moe_top_k_weights: str = field(
@@ -40,10 +50,6 @@ class TopKOptions(PicksOptions, ScorerOptions):
         metadata={"help": "loss-free balancing: after each update every expert's bias, added to "
                           "its score in choosing only, moves by this towards an even load"},
     )
-    moe_batch_prioritized_routing: bool = field(
-        default=False,
-        metadata={"help": "under a capacity, tokens with the largest top score go first"},
-    )
 
 
 def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
@@ -54,6 +60,22 @@ def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
         raise OptionError("moe_top_k", options.moe_top_k,
                           f"an MoE layer has {candidates} candidates: give at most that, or a "
                           "larger --moe-expert-count")
+
+
+def validate_priority(options: Any) -> Iterator[str]:
+    """Yield warnings; raise `OptionError` where batch-prioritised routing has nothing to order."""
+    if not options.moe_batch_prioritized_routing:
+        return
+    if options.moe_capacity_factor is None:
+        raise OptionError("moe_batch_prioritized_routing", True,
+                          "no expert has a capacity in training: leave it out, or give "
+                          "--moe-capacity-factor")
+    if options.moe_drop_policy not in (None, "position"):
+        raise OptionError("moe_drop_policy", options.moe_drop_policy,
+                          "--moe-batch-prioritized-routing says who goes first: leave one of "
+                          "them out")
+    yield ("--moe-batch-prioritized-routing: in training, later tokens can push out earlier "
+           "ones, which is not causal; evaluation has no capacity by default")
 
 
 @register_gate("top_k")
@@ -88,17 +110,7 @@ class TopKGate(Gate):
         check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
                      remedy=f"give 0 to --moe-top-k ({options.moe_top_k})")
         check_number(options, "moe_bias_update_rate", least=0, remedy="give 0 or more")
-        if options.moe_batch_prioritized_routing:
-            if options.moe_capacity_factor is None:
-                raise OptionError("moe_batch_prioritized_routing", True,
-                                  "no expert has a capacity in training: leave it out, or give "
-                                  "--moe-capacity-factor")
-            if options.moe_drop_policy not in (None, "position"):
-                raise OptionError("moe_drop_policy", options.moe_drop_policy,
-                                  "--moe-batch-prioritized-routing says who goes first: leave "
-                                  "one of them out")
-            yield ("--moe-batch-prioritized-routing: in training, later tokens can push out "
-                   "earlier ones, which is not causal; evaluation has no capacity by default")
+        yield from validate_priority(options)
         if options.moe_top_k_weights == "renormalized" and options.moe_top_k == 1:
             yield ("--moe-top-k-weights renormalized: with one pick its weight is 1, and the gate "
                    "learns from auxiliary losses alone")
@@ -107,7 +119,7 @@ class TopKGate(Gate):
         logits_TC = self.score(x_TD)
         scores_TC = self.scorer.scores(logits_TC)
         ranked_TC = scores_TC.detach() + self.bias_update_rate * self.bias_steps_C
-        picks_TK = self._picks(ranked_TC, logits_TC, context)
+        picks_TK = self._picks(ranked_TC, self.scorer.log_scores(logits_TC).detach(), context)
         mask_TC = torch.zeros_like(scores_TC, dtype=torch.bool).scatter_(1, picks_TK, True)
         weights_TC = scores_TC
         if self.renormalized:
@@ -124,13 +136,13 @@ class TopKGate(Gate):
             priority_TC=priority_TC,
         )
 
-    def _picks(self, ranked_TC: Tensor, logits_TC: Tensor, context: GateContext) -> Tensor:
+    def _picks(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:
         """Candidates of each token, [T, K]."""
         if not (self.training and self.sampled and context.noise_keys_T is not None):
             return ranked_TC.topk(self.top_k, dim=1).indices
         best_TK = ranked_TC.topk(self.top_k - self.sampled, dim=1).indices
-        noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
-        drawn_TC = (logits_TC.detach() + noise_TC).scatter(1, best_TK, float("-inf"))
+        noise_TC = gumbel(context.noise_keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
+        drawn_TC = (log_scores_TC + noise_TC).scatter(1, best_TK, float("-inf"))
         return torch.cat([best_TK, drawn_TC.topk(self.sampled, dim=1).indices], dim=1)
 
     def record_sizes(self) -> Mapping[str, int]:

@@ -13,8 +13,8 @@ import torch
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.gates import Gate, LayerInfo, gate_class
 from evomoe_plugin.options import (
-    expert_counts,
     expert_ffn_dim,
+    expert_slots,
     moe_layer_indices,
     shared_ffn_dim,
 )
@@ -33,7 +33,7 @@ class ParameterCount:
 
 def _gates(options: Any, vocabulary: int) -> list[Gate]:
     """A gate for each MoE layer; layers with as many experts share one."""
-    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
+    counts = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
     made: dict[int, Gate] = {}
     with torch.random.fork_rng(devices=[]):
         for count in counts:
@@ -50,7 +50,7 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
     input_dim = options.decoder_input_dim or width
     output_dim = options.decoder_output_dim or width
     moe_layers = moe_layer_indices(options, options.decoder_layers)
-    counts = expert_counts(options, len(moe_layers))
+    counts = expert_slots(options, len(moe_layers))
 
     attention_and_norms = 4 * (width * width + width) + 2 * 2 * width
     dense_ffn = 2 * width * ffn_dim + ffn_dim + width

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
-from evomoe_plugin.options import expert_counts, moe_layer_indices
+from evomoe_plugin.options import OptionError, expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
 
@@ -32,8 +33,9 @@ class MoEDecoder(TransformerDecoder):
 
     def __init__(self, args: Any, dictionary, embed_tokens: nn.Module):
         moe_layers = moe_layer_indices(args, args.decoder_layers)
-        counts = expert_counts(args, len(moe_layers))
-        self._expert_count = dict(zip(moe_layers, counts, strict=True))
+        self._expert_count = dict(
+            zip(moe_layers, expert_slots(args, len(moe_layers)), strict=True))
+        self._start_experts = expert_counts(args, len(moe_layers))
         self._layers_built = 0
         self._token_counts = tuple(getattr(dictionary, "count", ()))
         self._aux_coefficients = coefficients(args, gate_class(args.moe_gate))
@@ -56,6 +58,7 @@ class MoEDecoder(TransformerDecoder):
         info = LayerInfo(
             model_dim=cfg.decoder.embed_dim,
             num_experts=self._expert_count[index],
+            start_experts=self._start_experts[layer_id],
             num_null=self.args.moe_null_experts,
             layer_id=layer_id,
             seed=self.args.seed,
@@ -241,6 +244,40 @@ class MoEDecoder(TransformerDecoder):
         layers = self._stack_stats(dict(enumerate(flats)))
         for layer, flat in zip(self.moe_layers, flats, strict=True):
             layer.gate.after_update(num_updates, layer.named_stats(flat), layers)
+
+    def begin_record_routing(self) -> None:
+        """Record what is routed from now on, for DynMoE's adaptive process; call it on all ranks.
+
+        What the present update has routed so far is not recorded.
+
+        Raises:
+            OptionError: the gate does not adapt, or does so by itself.
+        """
+        for gate in self._hand_driven_gates():
+            gate.record.begin()
+        self._update_totals.clear()
+
+    def end_record_routing(self) -> None:
+        """Record no more; experts are removed and added when the present update, or else the
+        next one, has ended. Call it on all ranks.
+
+        Raises:
+            OptionError: the gate does not adapt, or does so by itself.
+            RuntimeError: recording has not begun.
+        """
+        for gate in self._hand_driven_gates():
+            gate.record.end()
+
+    def _hand_driven_gates(self) -> list[TopAnyGate]:
+        gates = [layer.gate for layer in self.moe_layers]
+        if not all(isinstance(gate, TopAnyGate) for gate in gates):
+            raise OptionError("moe_gate", self.args.moe_gate,
+                              "its experts stay as they are: give top_any to record routing")
+        interval = self.args.moe_adapt_record_interval
+        if interval:
+            raise OptionError("moe_adapt_record_interval", interval,
+                              "it says what is recorded: give 0 to begin and end by hand")
+        return gates
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
         """Stop before the optimizer can spread NaN through the weights."""

@@ -37,6 +37,14 @@ class MoELanguageModel(TransformerLanguageModel):
         """Called where an update was begun but not made."""
         self.decoder.discard_update()
 
+    def begin_record_routing(self) -> None:
+        """Begin to record for DynMoE's adaptive process (`MoEDecoder.begin_record_routing`)."""
+        self.decoder.begin_record_routing()
+
+    def end_record_routing(self) -> None:
+        """Record no more, and adapt the experts (`MoEDecoder.end_record_routing`)."""
+        self.decoder.end_record_routing()
+
     @classmethod
     def hub_models(cls) -> dict[str, Any]:
         """No weights are published."""

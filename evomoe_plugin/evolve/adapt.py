@@ -1,0 +1,163 @@
+"""DynMoE's adaptive process: experts are removed and added by what was routed.
+
+It runs between updates, on what all ranks routed in the recorded ones (`gates.record`), so that
+neither activation checkpointing nor the split of a batch into micro-batches and ranks matters.
+
+Source: DynMoE (arXiv 2405.14297, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.compat.optimizer_layout import model_layout
+from evomoe_plugin.evolve.parameters import Edit, edit_parameters
+from evomoe_plugin.gates.top_any import TopAnyGate
+from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.routing.noise import fold
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a layer's experts; a place may be emptied and filled again."""
+
+    removed: tuple[int, ...]
+    added: int | None
+    most_used: int
+    """The expert that took the most tokens, which stays."""
+
+    def __bool__(self) -> bool:
+        return bool(self.removed) or self.added is not None
+
+    @property
+    def slots(self) -> list[int]:
+        """The places that change."""
+        return sorted({*self.removed, *(() if self.added is None else (self.added,))})
+
+
+def decide(active_E: Tensor, routed_E: Tensor, unrouted: int) -> Change:
+    """Remove the experts that no token reached, then add one if some tokens reached none.
+
+    The expert that took the most tokens, the first of equals, always stays. Where nothing was
+    routed at all, nothing changes.
+
+    Args:
+        active_E: bool.
+        routed_E: tokens of each expert.
+        unrouted: tokens without an expert.
+    """
+    most_used = int(routed_E.masked_fill(~active_E, -1).argmax())
+    if not unrouted and not routed_E.any():
+        return Change((), None, most_used)
+    removed_E = active_E & (routed_E == 0)
+    removed_E[most_used] = False
+    free = (~active_E | removed_E).nonzero().flatten().tolist()
+    added = free[0] if unrouted and free else None
+    return Change(tuple(removed_E.nonzero().flatten().tolist()), added, most_used)
+
+
+def adapt_experts(trainer: Any) -> None:
+    """Adapt the layers whose record is complete; called after each update, on every rank."""
+    num_updates = trainer.get_num_updates()
+    for decoder in trainer.get_model().modules():
+        if not isinstance(decoder, MoEDecoder):
+            continue
+        for n, layer in enumerate(decoder.moe_layers):
+            gate = layer.gate
+            if isinstance(gate, TopAnyGate) and gate.record.is_complete(num_updates):
+                _adapt_layer(trainer, decoder.layer_name(n), gate, num_updates)
+
+
+def _adapt_layer(trainer: Any, name: str, gate: TopAnyGate, num_updates: int) -> None:
+    record = gate.record
+    # On the CPU: a few small numbers, looked at one by one.
+    routed_E, unrouted = record.routed_E.cpu(), int(record.unrouted)
+    direction_D = torch.nn.functional.normalize(record.unrouted_sum_D, dim=0)
+    if not direction_D.any():
+        unrouted = 0  # nothing that a new expert could be turned towards
+    change = decide(gate.active_E.cpu(), routed_E, unrouted)
+    record.clear()
+    if not change:
+        return
+    edit_parameters(trainer, _edits(trainer, name, gate, change, direction_D, num_updates))
+    gate.active_E[list(change.removed)] = False
+    if change.added is not None:
+        gate.active_E[change.added] = True
+    _log(name, gate, change, unrouted, num_updates)
+
+
+def _edits(trainer: Any, name: str, gate: TopAnyGate, change: Change, direction_D: Tensor,
+           num_updates: int) -> dict[str, Edit]:
+    """What happens to the parameters.
+
+    The moments of every place that changes are reset: of one that is filled, since they are
+    another expert's, and of one that is emptied, so that what it holds stays as it is.
+    """
+    added, slots = change.added, change.slots
+
+    def begin(value: Tensor, row: Tensor | float) -> Tensor:
+        if added is not None:
+            value[added] = row
+        return _rows(value, slots)
+
+    def copy(key: int, value: Tensor) -> Tensor:
+        if added is not None:
+            source = value[change.most_used]
+            generator = torch.Generator().manual_seed(key)
+            noise = torch.randn(source.shape, generator=generator).to(source)
+            value[added] = source + gate.adapt_noise * source.std(correction=0) * noise
+        return _rows(value, slots)
+
+    edits: dict[str, Edit] = {
+        f"{name}.gate.weight": functools.partial(begin, row=direction_D.float()),
+        f"{name}.gate.threshold": functools.partial(begin, row=0.0),
+    }
+    experts = [p for p in model_layout(trainer).names if p.startswith(f"{name}.experts.")]
+    for i, parameter in enumerate(experts):
+        key = _key(gate.info.seed, gate.info.layer_id, num_updates, i)
+        copies = gate.adapt_source == "most_used"
+        edits[parameter] = functools.partial(copy, key) if copies else (
+            lambda value: _rows(value, slots))
+    return edits
+
+
+def _rows(value: Tensor, slots: Sequence[int]) -> Tensor:
+    """bool, the elements of the experts `slots`."""
+    mask = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+    mask[list(slots)] = True
+    return mask
+
+
+def _key(*parts: int) -> int:
+    """A generator's seed: the same on every rank, another for other parts."""
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        key = fold(key, part)
+    return int(key) & (2**63 - 1)
+
+
+def _log(name: str, gate: TopAnyGate, change: Change, unrouted: int, num_updates: int) -> None:
+    did = []
+    if change.removed:
+        numbers = ", ".join(map(str, change.removed))
+        did.append(f"removed {_experts(change.removed)} {numbers}, which no token reached")
+    if change.added is not None:
+        source = "its network as it was"
+        if gate.adapt_source == "most_used":
+            source = f"its network a copy of expert {change.most_used}'s"
+        did.append(f"added expert {change.added} for {unrouted} tokens that reached none, {source}")
+    logger.info("%s, update %d: %s; %d of %d experts now", name, num_updates, "; ".join(did),
+                int(gate.active_E.sum()), gate.num_experts)
+
+
+def _experts(numbers: Sequence[int]) -> str:
+    return "expert" if len(numbers) == 1 else "experts"

@@ -1,0 +1,141 @@
+"""Editing parameters by name between updates, whichever way the run keeps them.
+
+A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
+fp32 masters, flat or one by one), or in pieces on all ranks (FSDP). What is edited is what the
+optimizer updates; half-precision copies follow, and moments are reset where asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from evomoe_plugin.compat.optimizer_layout import trained_parameters
+from evomoe_plugin.compat.shards import flat_parameters
+
+Edit = Callable[[Tensor], Tensor]
+"""Changes a whole parameter, given in fp32, in place. Returns a bool mask that broadcasts to its
+shape: the elements whose moments are reset."""
+
+
+@torch.no_grad()
+def edit_parameters(trainer: Any, edits: Mapping[str, Edit]) -> None:
+    """Edit parameters, and set the optimizer's state of chosen elements to zero.
+
+    All ranks must call it with the same edits; under FSDP they gather one flat parameter at a
+    time. The state that is reset is all that has an element's place (Adam's moments); counts of
+    steps and Adafactor's sums over rows and columns stay.
+
+    Args:
+        trainer: fairseq's, between updates.
+        edits: by the parameters' names in the checkpoint.
+    Raises:
+        KeyError: a name is not that of a trained parameter.
+    """
+    optimizer = trainer.optimizer
+    unknown = set(edits)
+    for storage in _sharded(trainer) if trainer.is_fsdp else _whole(trainer, optimizer):
+        wanted = [name for name in storage.names if name in edits]
+        if wanted:
+            unknown -= set(wanted)
+            _edit_storage(storage, edits, optimizer.optimizer.state.get(storage.owner, {}))
+    if unknown:
+        raise KeyError(f"no trained parameter: {', '.join(sorted(unknown))}")
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Parameters that the optimizer holds end to end in one tensor, or a rank's piece of it."""
+
+    owner: nn.Parameter
+    """What the optimizer updates."""
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    copies: tuple[nn.Parameter, ...] = ()
+    """The model's parameters where the owner is their master."""
+    module: Any = None
+    """The FSDP module; None where the owner is the whole."""
+
+    def gathered(self) -> tuple[Tensor, int]:
+        """All of it, flat, and where the owner begins in it."""
+        own = self.owner.data.view(-1)
+        if self.module is None or not self.owner._is_sharded:
+            return own, 0
+        group = self.module.process_group
+        own = own.to(self.module.compute_device)
+        pieces = [torch.empty_like(own) for _ in range(self.module.world_size)]
+        dist.all_gather(pieces, own, group=group)
+        return torch.cat(pieces), self.module.rank * own.numel()
+
+
+def _edit_storage(
+    storage: _Storage, edits: Mapping[str, Edit], state: Mapping[str, Any]
+) -> None:
+    whole, start = storage.gathered()
+    own = storage.owner.data.view(-1)
+    moments = [value.view(-1) for value in state.values()
+               if torch.is_tensor(value) and value.dim() and value.numel() == own.numel()]
+    ends = accumulate(shape.numel() for shape in storage.shapes)
+    for i, (name, shape, end) in enumerate(
+            zip(storage.names, storage.shapes, ends, strict=True)):
+        if name not in edits:
+            continue
+        begin = end - shape.numel()
+        # Of the owner's dtype, so a copy: an edit may go wrong halfway.
+        value = whole[begin:end].view(shape).to(torch.float32, copy=True)
+        reset = edits[name](value).expand(shape)
+        if storage.copies:
+            storage.copies[i].data.copy_(value)
+        low, high = max(begin, start), min(end, start + own.numel())
+        if low >= high:  # lies on other ranks
+            continue
+        own[low - start : high - start].copy_(value.view(-1)[low - begin : high - begin])
+        reset = reset.reshape(-1)[low - begin : high - begin]
+        for moment in moments:
+            moment[low - start : high - start].masked_fill_(reset.to(moment.device), 0)
+    if storage.module is not None and storage.module.has_full_params:
+        storage.module._free_full_params()  # they are of before
+
+
+def _whole(trainer: Any, optimizer: Any) -> Iterator[_Storage]:
+    """Without FSDP."""
+    parameters = trained_parameters(trainer)
+    masters = getattr(optimizer, "fp32_params", None)
+    if isinstance(masters, dict):  # by device
+        if len(masters) > 1:
+            raise NotImplementedError("parameters cannot be edited with pipeline parallelism")
+        yield _Storage(
+            next(iter(masters.values())),
+            tuple(name for name, _ in parameters),
+            tuple(p.shape for _, p in parameters),
+            copies=tuple(p for _, p in parameters),
+        )
+        return
+    if masters is None:
+        masters = [None] * len(parameters)
+    for (name, p), master in zip(parameters, masters, strict=True):
+        if master is None:
+            yield _Storage(p, (name,), (p.shape,))
+        else:
+            yield _Storage(master, (name,), (p.shape,), copies=(p,))
+
+
+def _sharded(trainer: Any) -> Iterator[_Storage]:
+    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+
+    owners = [(p, module) for module in get_fsdp_instances(trainer.model) for p in module.params]
+    metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})
+    for (owner, module), (path, _, parameter) in zip(owners, metadata, strict=True):
+        prefix = f"{path}." if path else ""
+        yield _Storage(
+            owner,
+            tuple(prefix + name for name in parameter["names"]),
+            tuple(torch.Size(shape) for shape in parameter["shapes"]),
+            module=module,
+        )

@@ -1,0 +1,41 @@
+"""The dense gate: each token goes to all candidates, always."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.base import Gate, GateContext, register_gate
+from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.routing.choice import Choice
+
+
+@register_gate("dense")
+class DenseGate(Gate):
+    """y = Σ softmax(z)_e E_e(x) over all experts: what sparse routing is measured against.
+
+    Source: adaptive mixtures of local experts (Jacobs et al., Neural Computation 3, 1991).
+    """
+
+    Options = ScorerOptions
+    DEFAULT_AUX = "none"
+    TAKES_CAPACITY = False
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        for name in coefficients(options, cls):
+            if name in ("balance", "switch", "load"):
+                yield (f"--moe-aux {name}: every expert gets every token with the gate dense, so "
+                       "that this loss is constant")
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TC = self.score(x_TD)
+        probs_TC = self.scorer.scores(logits_TC)
+        return Choice(
+            mask_TC=torch.ones_like(probs_TC, dtype=torch.bool),
+            weights_TC=probs_TC,
+            probs_TC=probs_TC,
+            logits_TC=logits_TC,
+        )

@@ -1,0 +1,109 @@
+"""The DSelect-k gate: k selectors write an expert's number in bits that can be in between."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.top_k import PicksOptions, validate_picks
+from evomoe_plugin.options import check_number
+from evomoe_plugin.routing.choice import Choice
+from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
+from evomoe_plugin.routing.smooth_step import smooth_step
+
+# The least that `selector_validity` divides by: it is 99 at most.
+LEAST_VALID_MASS = 0.01
+
+
+@dataclass
+class DSelectKOptions(PicksOptions):
+    """Options of the DSelect-k gate; `moe_top_k` is the number of selectors."""
+
+    moe_smooth_step_width: float = field(
+        default=1.0,
+        metadata={"help": "width of the smooth step: a selector's bit is undecided while its logit "
+                          "is nearer to 0 than half of this"},
+    )
+
+
+@register_gate("dselect_k")
+class DSelectKGate(Gate):
+    """y = Σ_e w_e E_e(x), w_e = Σ_i softmax(α)_i r_e^(i), over the experts with w_e > 0.
+
+    Each of the k = `--moe-top-k` selectors has m = ceil(log2 E) logits z, linear in the token as α
+    is. r_e is a product over the bits of e's binary number: S(z_b) where bit b is 1, 1 - S(z_b)
+    where it is 0; S is the smooth step. At the start all z are near 0 and every expert is reached;
+    a selector whose bits have hardened points to one expert, so pairs fall to at most k a token.
+    Training and evaluation route alike.
+
+    If E is no power of 2, a code from E on stands for its nearest valid one, that without the
+    highest bit: no mass is lost, w sums to 1, and nothing is divided. (The paper loses the mass of
+    such codes.)
+
+    Losses: `selector_entropy`, the selectors' entropies summed, hardens them. `selector_validity`,
+    Σ_i (1 / max(Σ_{e < E} r_e^(i), 0.01) - 1), the paper's term less its least value, pushes them
+    off the codes from E on; 0 for a power of 2, so that it does no harm there and is on for any E.
+    Both are means over tokens.
+
+    Source: DSelect-k (arXiv 2106.03760), with per-token selectors.
+    """
+
+    Options = DSelectKOptions
+    LOSSES = ("selector_entropy", "selector_validity")
+    DEFAULT_AUX = "selector_entropy=0.01,selector_validity=0.01"
+    HAS_LOGITS = False
+    TAKES_NULL = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        self.selectors = options.moe_top_k
+        self.width = options.moe_smooth_step_width
+        self.bits = (info.num_experts - 1).bit_length()
+        # One row for each selector's α and one for each of its bits. Tokens are about sqrt(D)
+        # long, so z starts within a tenth of the step: undecided, and not all alike.
+        bound = 0.1 * self.width * info.model_dim**-0.5
+        self.weight = nn.Parameter(
+            torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound))
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        validate_picks(options, expert_counts)
+        check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
+        return ()
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        E, K = self.num_experts, self.selectors
+        logits = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        alpha_TK = torch.softmax(logits[:, :K], dim=1)
+        codes = self._codes(logits[:, K:].unflatten(1, (K, self.bits)))
+        valid_TK = codes[..., :E].sum(-1)
+        selected_TKE = codes[..., :E]
+        if codes.size(-1) > E:
+            spare = codes[..., E:]
+            first = E - codes.size(-1) // 2  # the code E without its highest bit
+            selected_TKE = selected_TKE + F.pad(spare, (first, E - first - spare.size(-1)))
+        weights_TE = (alpha_TK.unsqueeze(2) * selected_TKE).sum(1)
+        weight_T = context.loss_weights_T
+        invalid_TK = 1 / valid_TK.clamp(min=LEAST_VALID_MASS, max=1) - 1
+        return Choice(
+            mask_TC=weights_TE > 0,
+            weights_TC=weights_TE,
+            probs_TC=weights_TE,
+            aux={
+                "selector_entropy": torch.stack(
+                    [entropy_loss(probs_TC=selected_TE, weight_T=weight_T)
+                     for selected_TE in selected_TKE.unbind(1)]).sum(),
+                "selector_validity": weighted_mean(invalid_TK, weight_T).sum(),
+            },
+        )
+
+    def _codes(self, logits_TKB: Tensor) -> Tensor:
+        """What each selector gives each of the 2^m codes, [T, K, 2^m]; sums to 1."""
+        codes = logits_TKB.new_ones(*logits_TKB.shape[:2], 1)
+        for one_TK1 in smooth_step(logits_TKB, self.width).split(1, dim=2) if self.bits else ():
+            codes = torch.cat([codes * (1 - one_TK1), codes * one_TK1], dim=2)
+        return codes

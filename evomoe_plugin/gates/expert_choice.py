@@ -1,0 +1,97 @@
+"""The expert-choice gate: each expert takes its best tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.options import OptionError, check_number
+from evomoe_plugin.routing.choice import Choice
+
+
+@dataclass
+class ExpertChoiceOptions(ScorerOptions):
+    """Options of the expert-choice gate."""
+
+    moe_expert_choice_factor: float = field(
+        default=2.0,
+        metadata={"help": "experts that a token gets on average: an expert takes ceil(factor * "
+                          "tokens / experts) tokens"},
+    )
+    moe_allow_noncausal: bool = field(
+        default=False,
+        metadata={"help": "let training use a gate in which tokens depend on later ones"},
+    )
+
+
+@register_gate("expert_choice")
+class ExpertChoiceGate(Gate):
+    """Each expert takes the C tokens of largest p_e, C = ceil(factor T / E), p = softmax(z).
+
+    y = Σ p_e E_e(x) over the experts that took the token; it may be none. T counts no padding, and
+    an expert never takes padding. Source: expert choice (arXiv 2202.09368).
+
+    Whether an expert takes a token depends on all tokens of the batch, later ones too: nothing for
+    a causal model. Evaluation therefore lets each token go to its k experts of largest p, k the
+    factor rounded.
+    """
+
+    Options = ExpertChoiceOptions
+    DEFAULT_AUX = "none"
+    TAKES_NULL = False
+    TAKES_CAPACITY = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        self.factor = options.moe_expert_choice_factor
+        self.top_k = min(max(int(self.factor + 0.5), 1), info.num_experts)
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        experts = min(expert_counts)
+        check_number(options, "moe_expert_choice_factor", above=0, most=experts,
+                     remedy=f"an MoE layer has {experts} experts, and none takes a token twice: "
+                            "give a number above 0 and at most that, or a larger "
+                            "--moe-expert-count")
+        if not options.moe_allow_noncausal:
+            raise OptionError("moe_gate", "expert_choice",
+                              "experts choose among all tokens of a batch, so that tokens depend "
+                              "on later ones, which a causal model must not: take top_k, or give "
+                              "--moe-allow-noncausal to train it nonetheless")
+        yield ("--moe-gate expert_choice: training is not causal, and evaluation routes otherwise, "
+               "each token to its best experts: perplexity is worse than the training loss says")
+        for name in coefficients(options, cls):
+            if name in ("balance", "switch"):
+                yield (f"--moe-aux {name}: every expert gets as many tokens with the gate "
+                       "expert_choice, so that this loss is constant")
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TE = self.score(x_TD)
+        probs_TE = self.scorer.scores(logits_TE)
+        if self.training:
+            mask_TE = self._taken(probs_TE.detach(), context)
+        else:
+            mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
+            mask_TE.scatter_(1, logits_TE.topk(self.top_k, dim=1).indices, True)
+        return Choice(
+            mask_TC=mask_TE,
+            weights_TC=probs_TE,
+            probs_TC=probs_TE,
+            logits_TC=logits_TE,
+        )
+
+    def _taken(self, probs_TE: Tensor, context: GateContext) -> Tensor:
+        """bool [T, E]: the tokens that each expert takes; the earlier one of equals."""
+        tokens = context.num_tokens(probs_TE)
+        capacity = torch.minimum((self.factor * tokens / probs_TE.size(1)).ceil(), tokens)
+        if context.token_mask_T is not None:
+            probs_TE = probs_TE.masked_fill(~context.token_mask_T.unsqueeze(1), -1.0)
+        order_TE = probs_TE.argsort(dim=0, descending=True, stable=True)
+        place_T1 = torch.arange(probs_TE.size(0), device=probs_TE.device).unsqueeze(1)
+        return torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
+            0, order_TE, (place_T1 < capacity).expand_as(order_TE))

@@ -1,0 +1,133 @@
+"""The record of what was routed over some updates, which DynMoE's adaptive process decides by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_OFF, _ON, _ENDING = range(3)
+
+
+class RoutingRecord(nn.Module):
+    """How many tokens each expert got, and the sum of the tokens that no expert took.
+
+    Recording is on in the last `window` updates of every `interval`, or, without an interval,
+    between `begin` and `end`. It is a function of the update number and of buffers, so that a
+    checkpoint of any update continues it.
+
+    Args:
+        num_experts: E.
+        model_dim: D.
+        interval: updates; 0: recording is begun and ended by hand.
+        window: updates, at most the interval.
+    """
+
+    def __init__(self, num_experts: int, model_dim: int, interval: int, window: int):
+        super().__init__()
+        self.interval = interval
+        self.window = window
+        self.register_buffer("state", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("routed_E", torch.zeros(num_experts, dtype=torch.int64))
+        self.register_buffer("unrouted", torch.zeros((), dtype=torch.int64))
+        # The bits of an fp64 vector: a run in half precision casts buffers of floats.
+        self.register_buffer("unrouted_sum_bits_D", torch.zeros(model_dim, dtype=torch.int64))
+        self._state = _OFF
+        self.register_load_state_dict_post_hook(_read_state)
+
+    @property
+    def unrouted_sum_D(self) -> Tensor:
+        """Sum of the gate's inputs over tokens that no expert took, fp64; a view."""
+        return self.unrouted_sum_bits_D.view(torch.float64)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether this update, or a later one without further request, is recorded."""
+        return self.interval > 0 or self._state != _OFF
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Names and lengths of what `measure` gives."""
+        if not self.is_wanted:
+            return {}
+        return {
+            "recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
+            "recorded_unrouted_sum": self.unrouted_sum_bits_D.numel(),
+        }
+
+    def begin(self) -> None:
+        """Record from now on, anew."""
+        self.clear()
+        self._set_state(_ON)
+
+    def end(self) -> None:
+        """Record no more; at the end of the update the record is complete.
+
+        Raises:
+            RuntimeError: recording has not begun.
+        """
+        if self._state != _ON:
+            raise RuntimeError("end_record_routing() without begin_record_routing()")
+        self._set_state(_ENDING)
+
+    def is_recording(self, num_updates: int) -> bool:
+        """Whether the update after `num_updates` completed ones is recorded."""
+        if self.interval:
+            return num_updates % self.interval >= self.interval - self.window
+        return self._state == _ON
+
+    def is_complete(self, num_updates: int) -> bool:
+        """Whether the record is complete after `num_updates` updates."""
+        if self.interval:
+            return num_updates % self.interval == 0
+        return self._state == _ENDING
+
+    def measure(self, x_TD: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None,
+                num_updates: int) -> Mapping[str, Tensor]:
+        """What is to be added for these tokens: sums in fp64, zeros where nothing is recorded.
+
+        Args:
+            x_TD: the gate's input.
+            mask_TE: bool, the experts that tokens chose.
+            token_mask_T: bool, False for padding; None: no padding.
+            num_updates: completed updates.
+        """
+        if not self.is_wanted:
+            return {}
+        if not self.is_recording(num_updates):
+            return {
+                name: torch.zeros(size, dtype=torch.float64, device=x_TD.device)
+                for name, size in self.sizes.items()
+            }
+        unrouted_T = ~mask_TE.any(1)
+        if token_mask_T is not None:
+            mask_TE = mask_TE & token_mask_T.unsqueeze(1)
+            unrouted_T = unrouted_T & token_mask_T
+        # Filled and not multiplied: padding may hold anything.
+        lost_TD = x_TD.detach().masked_fill(~unrouted_T.unsqueeze(1), 0.0)
+        values = (mask_TE.sum(0).double(), unrouted_T.sum().double(),
+                  lost_TD.sum(0, dtype=torch.float64))
+        return dict(zip(self.sizes, values, strict=True))
+
+    def add(self, measured: Mapping[str, Tensor]) -> None:
+        """Add what `measure` gave, summed over an update."""
+        routed, unrouted, unrouted_sum = (measured[name] for name in self.sizes)
+        self.routed_E += routed.round().to(torch.int64)
+        self.unrouted += unrouted.round().to(torch.int64).squeeze()
+        self.unrouted_sum_D.add_(unrouted_sum)
+
+    def clear(self) -> None:
+        """Forget all, and record no more unless the interval says so."""
+        self.routed_E.zero_()
+        self.unrouted.zero_()
+        self.unrouted_sum_bits_D.zero_()
+        self._set_state(_OFF)
+
+    def _set_state(self, state: int) -> None:
+        self._state = state
+        self.state.fill_(state)
+
+
+def _read_state(record: RoutingRecord, _incompatible_keys) -> None:
+    record._state = int(record.state)

@@ -1,0 +1,132 @@
+"""The ReLU gate of ReMoE: an expert works on a token where its logit is positive."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.top_k import PicksOptions, validate_picks
+from evomoe_plugin.options import check_number
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.choice import Choice
+from evomoe_plugin.routing.losses import weighted_mean
+
+# The coefficient stays within this factor of its start, up and down, so that it is finite and
+# finds back after a long time at a target that cannot be reached.
+COEFFICIENT_RANGE = 1e12
+
+
+@dataclass
+class ReluOptions(PicksOptions, ScorerOptions):
+    """Options of the ReLU gate; `moe_top_k` is the mean number of experts a token aimed at."""
+
+    moe_l1_start: float = field(
+        default=1e-8, metadata={"help": "coefficient of the L1 loss at update 0"}
+    )
+    moe_l1_factor: float = field(
+        default=1.2,
+        metadata={"help": "after each update the coefficient is multiplied by this if tokens had "
+                          "more than --moe-top-k experts on average, divided if fewer"},
+    )
+
+
+def balanced_l1_loss(
+    *, weights_TE: Tensor, mask_TE: Tensor, picks: int, weight_T: Tensor | None = None
+) -> Tensor:
+    """1 / (E T) Σ_t Σ_e f_e w_te with f_e = E / (k T) n_e, n_e tokens at expert e, k = `picks`.
+
+    Source: ReMoE (arXiv 2412.14711), its load-balanced L1 regularisation, as a mean over experts.
+    """
+    E = mask_TE.size(1)
+    load_E = E / picks * weighted_mean(mask_TE.to(weights_TE.dtype), weight_T)
+    return (load_E * weighted_mean(weights_TE, weight_T)).sum() / E
+
+
+@register_gate("relu")
+class ReluGate(Gate):
+    """y = Σ_e w_e E_e(x), w = relu(z), over the experts with w_e > 0; z the scorer's logits.
+
+    A token without a positive logit goes nowhere, in training and evaluation: the residual stream
+    carries it. The loss `l1`, λ times the load-balanced L1 norm of w, drives the sparsity to
+    1 - k / E, k = `--moe-top-k`: after each update λ is multiplied by α^sign(target - sparsity) by
+    all pairs of all layers, ranks and micro-batches, before any capacity. λ is kept as a number of
+    steps, which no precision can lose.
+
+    Source: ReMoE (arXiv 2412.14711).
+    """
+
+    Options = ReluOptions
+    LOSSES = ("l1",)
+    DEFAULT_AUX = "l1=1"
+    STATS = (st.COEFFICIENT,)
+    TAKES_NULL = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        self.picks = options.moe_top_k
+        self.l1_start = options.moe_l1_start
+        self.l1_factor = options.moe_l1_factor
+        self.most_steps = int(math.log(COEFFICIENT_RANGE) / math.log(self.l1_factor))
+        self.register_buffer("l1_steps", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        validate_picks(options, expert_counts)
+        check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
+                                                                      "at most 1, as 1e-8")
+        check_number(options, "moe_l1_factor", above=1, most=10,
+                     remedy="give a factor above 1 and at most 10, as 1.2")
+        if not coefficients(options, cls).get("l1"):
+            yield ("--moe-aux without l1: nothing leads the number of experts a token towards "
+                   "--moe-top-k")
+
+    @property
+    def coefficient(self) -> Tensor:
+        """λ, fp64."""
+        return self.l1_start * self.l1_factor ** self.l1_steps.double()
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TE = self.score(x_TD)
+        weights_TE = torch.relu(logits_TE)
+        mask_TE = weights_TE > 0
+        l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, picks=self.picks,
+                              weight_T=context.loss_weights_T)
+        return Choice(
+            mask_TC=mask_TE,
+            weights_TC=weights_TE,
+            probs_TC=_shares(weights_TE),
+            logits_TC=logits_TE,
+            aux={"l1": self.coefficient.to(l1.dtype) * l1},
+            stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
+        )
+
+    @property
+    def learns_after_updates(self) -> bool:
+        return "l1" in self.aux_names
+
+    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
+                     layers: Mapping[str, Tensor]) -> None:
+        pairs = layers[st.PAIRS].sum()
+        if st.DROPPED in layers:
+            pairs = pairs + layers[st.DROPPED].sum()
+        # sparsity = 1 - pairs / (E T): below its target just when tokens have more than k.
+        excess = pairs - self.picks * layers[st.TOKENS].sum()
+        self.l1_steps += torch.sign(excess).to(self.l1_steps.dtype)
+        self.l1_steps.clamp_(-self.most_steps, self.most_steps)
+
+
+def _shares(weights_TE: Tensor) -> Tensor:
+    """The weights as a distribution; even where all are 0."""
+    # First by the largest: a sum of large weights could overflow.
+    most_T1 = weights_TE.amax(1, keepdim=True)
+    some_T1 = most_T1 > 0
+    weights_TE = weights_TE / torch.where(some_T1, most_T1, torch.ones_like(most_T1)).detach()
+    total_T1 = weights_TE.sum(1, keepdim=True)
+    shares_TE = weights_TE / torch.where(some_T1, total_T1, torch.ones_like(total_T1))
+    return torch.where(some_T1, shares_TE, 1 / weights_TE.size(1))

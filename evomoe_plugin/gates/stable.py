@@ -1,0 +1,166 @@
+"""The gate of StableMoE: it learns to route, then keeps the routing it has learned."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.base_layer import centroids
+from evomoe_plugin.options import OptionError, check_number
+from evomoe_plugin.routing.choice import Choice
+from evomoe_plugin.routing.losses import weighted_mean
+
+# Without the user's word, the share of the run that stage 1 takes: the paper's 6000 of 60000.
+DEFAULT_STABLE_SHARE = 0.1
+
+
+@dataclass
+class StableOptions:
+    """Options of the StableMoE gate."""
+
+    moe_stable_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "update from which routing is frozen (default: 10%% of --max-update)"},
+    )
+    moe_stable_dim: int = field(
+        default=50,
+        metadata={"help": "width of the word embeddings that the frozen routing is made from"},
+    )
+
+
+def stable_updates(options: Any) -> int:
+    """The update from which routing is frozen, the default resolved."""
+    if options.moe_stable_updates is not None:
+        return options.moe_stable_updates
+    return max(1, round(DEFAULT_STABLE_SHARE * (options.max_update or 0)))
+
+
+def greedy_balance_loss(
+    *, scores_TE: Tensor, mask_TE: Tensor, weight_T: Tensor | None = None
+) -> Tensor:
+    """Σ_e (n_e - n) / n * (1/T) Σ_{t at e} σ(s_te): 0 when even, with n_e tokens at expert e and
+    the mean n = T / E.
+
+    Args:
+        scores_TE: σ(s).
+    Source: StableMoE (arXiv 2204.08396), whose sum over tokens is a mean here, as the task's loss
+    is.
+    """
+    load_E = weighted_mean(mask_TE.to(scores_TE.dtype), weight_T)
+    excess_E = load_E.size(0) * load_E - 1
+    return (excess_E * weighted_mean(scores_TE * mask_TE, weight_T)).sum()
+
+
+@register_gate("stable")
+class StableGate(Gate):
+    """y = σ(s_e) E_e(x) with s = x·w, one expert e a token, in two stages.
+
+    Stage 1, until `--moe-stable-updates`: e = argmax s. The loss `greedy_balance` evens the load;
+    `distill` teaches a router that sees word embeddings of its own alone: the cross-entropy of its
+    answer with e.
+
+    Stage 2: e is what that router says of the token's symbol. At its first forward pass the answer
+    for every symbol is written to a table, so that nothing the optimizer still does can move it.
+    Both losses are 0.
+
+    Source: StableMoE (arXiv 2204.08396).
+    """
+
+    Options = StableOptions
+    LOSSES = ("greedy_balance", "distill")
+    DEFAULT_AUX = "greedy_balance=0.3,distill=0.3"
+    TAKES_NULL = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        symbols, dim = len(info.token_counts_V), options.moe_stable_dim
+        if not symbols:
+            raise OptionError("moe_gate", "stable", "its router looks at symbols of the "
+                                                    "vocabulary, and none is known here")
+        self.stable_updates = stable_updates(options)
+        self.scorer = centroids(info, options)
+        self.word_embedding = nn.Parameter(torch.randn(symbols, dim) * dim**-0.5)
+        self.word_centroids = nn.Parameter(torch.empty(info.num_experts, dim))
+        nn.init.orthogonal_(self.word_centroids)
+        self.register_buffer("table_V", torch.zeros(symbols, dtype=torch.int64))
+        self.register_buffer("table_is_set", torch.zeros((), dtype=torch.bool))
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
+        check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
+        if options.moe_stable_updates is None and not options.max_update:
+            raise OptionError("moe_stable_updates", "(not given)",
+                              "give it, or --max-update, of which stage 1 takes 10 % by default")
+        if not coefficients(options, cls).get("distill") or stable_updates(options) == 0:
+            yield ("--moe-gate stable: routing will be frozen as a router has it that has learned "
+                   "nothing; --moe-aux distill=0.3 teaches it until --moe-stable-updates")
+        if options.max_update and stable_updates(options) >= options.max_update:
+            yield (f"--max-update {options.max_update}: the run ends before routing is frozen at "
+                   f"update {stable_updates(options)}")
+
+    @classmethod
+    def has_vectors(cls, options: Any) -> bool:
+        return True
+
+    def flops_per_token(self) -> int:
+        return 2 * (self.scorer.weight.numel() + self.word_centroids.numel())
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        if context.token_ids_T is None:
+            raise ValueError("the gate stable routes by the tokens' symbols: give token_ids_T")
+        if context.num_updates < self.stable_updates:
+            return self._learned(x_TD, context)
+        return self._frozen(x_TD, context)
+
+    def _learned(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TE = self.score(x_TD)
+        scores_TE = torch.sigmoid(logits_TE)
+        expert_T = logits_TE.argmax(1)
+        mask_TE = F.one_hot(expert_T, self.num_experts).bool()
+        words_TE = self._word_logits(F.embedding(context.token_ids_T, self.word_embedding))
+        surprise_T = F.cross_entropy(words_TE, expert_T, reduction="none")
+        weight_T = context.loss_weights_T
+        return Choice(
+            mask_TC=mask_TE,
+            weights_TC=scores_TE + self._no_change(),
+            probs_TC=torch.softmax(logits_TE, dim=1),
+            logits_TC=logits_TE,
+            aux={
+                "greedy_balance": greedy_balance_loss(
+                    scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T),
+                "distill": weighted_mean(surprise_T.unsqueeze(1), weight_T).squeeze(0),
+            },
+        )
+
+    def _frozen(self, x_TD: Tensor, context: GateContext) -> Choice:
+        self._set_table()
+        logits_TE = self.score(x_TD)
+        mask_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts).bool()
+        return Choice(
+            mask_TC=mask_TE,
+            weights_TC=torch.sigmoid(logits_TE) + self._no_change(),
+            probs_TC=mask_TE.to(logits_TE.dtype),
+            logits_TC=logits_TE,
+            aux=dict.fromkeys(self.LOSSES, logits_TE.new_zeros(())),
+        )
+
+    def _no_change(self) -> Tensor:
+        """0 with a gradient of 0 for the word router: DistributedDataParallel waits for a gradient
+        of every parameter, also when no loss is left that teaches it."""
+        return 0.0 * (self.word_embedding[0, 0] + self.word_centroids[0, 0])
+
+    @torch.no_grad()
+    def _set_table(self) -> None:
+        if not self.table_is_set:
+            self.table_V.copy_(self._word_logits(self.word_embedding.float()).argmax(1))
+            self.table_is_set.fill_(True)
+
+    def _word_logits(self, words: Tensor) -> Tensor:
+        words = words.float() if self.use_fp32 and words.dtype != torch.float64 else words
+        return F.linear(words, self.word_centroids.to(words.dtype))

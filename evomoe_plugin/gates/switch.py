@@ -1,0 +1,44 @@
+"""The Switch gate: each token goes to its best candidate."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.gates.base import Gate, GateContext, register_gate
+from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.routing.choice import Choice
+
+
+@register_gate("switch")
+class SwitchGate(Gate):
+    """y = p_e E_e(x) for e = argmax p, with p = softmax(z): the weight is not normalised.
+
+    Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`. Its capacity
+    factor there is fixed at 1; here it is `--moe-capacity-factor`.
+    """
+
+    Options = ScorerOptions
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        if options.moe_renormalize_after_drop:
+            yield ("--moe-renormalize-after-drop: a token of the gate switch has one pick, kept "
+                   "whole or dropped; this changes nothing")
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TC = self.score(x_TD)
+        probs_TC = self.scorer.scores(logits_TC)
+        return Choice(
+            mask_TC=best(logits_TC),
+            weights_TC=probs_TC,
+            probs_TC=probs_TC,
+            logits_TC=logits_TC,
+        )
+
+
+def best(scores_TC: Tensor) -> Tensor:
+    """bool [T, C]: the largest of each row, the first of equals."""
+    mask_TC = torch.zeros_like(scores_TC, dtype=torch.bool)
+    return mask_TC.scatter_(1, scores_TC.argmax(1, keepdim=True), True)

@@ -1,0 +1,235 @@
+"""The top-any gate: each token goes to every expert whose threshold it reaches."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.record import RoutingRecord
+from evomoe_plugin.options import OptionError, check_choice, check_number
+from evomoe_plugin.routing import losses
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.choice import Choice
+
+
+@dataclass
+class TopAnyOptions:
+    """Options of the top-any gate and of the process that adapts its experts."""
+
+    moe_top_any_ste: str = field(
+        default="full",
+        metadata={"help": "whose score and threshold learn from whether an expert was reached: "
+                          "full (every expert's) or active (those that were, as published)"},
+    )
+    moe_top_any_weights: str = field(
+        default="uniform",
+        metadata={"help": "weights of a token's k experts: uniform (1/k) or score (their scores, "
+                          "scaled to sum 1)"},
+    )
+    moe_top_any_scale: float = field(
+        default=1.0, metadata={"help": "scale of cosines and thresholds before the sigmoid"}
+    )
+    moe_top_any_learned_scale: bool = field(
+        default=False, metadata={"help": "the scale is learned, from --moe-top-any-scale on"}
+    )
+    moe_max_experts: int = field(
+        default=0,
+        metadata={"help": "experts of an MoE layer that there is room for; it starts with "
+                          "--moe-expert-count of them (0: no more than these)"},
+    )
+    moe_adapt_record_interval: int = field(
+        default=0,
+        metadata={"help": "after every so many updates remove experts that no token reached and "
+                          "add one for the tokens that reached none (0: never)"},
+    )
+    moe_adapt_window: int = field(
+        default=0,
+        metadata={"help": "the last updates of each interval, those that experts are added and "
+                          "removed by (0: all of it)"},
+    )
+    moe_adapt_source: str = field(
+        default="most_used",
+        metadata={"help": "weights of an added expert's network: most_used (a copy of the most "
+                          "used expert, with noise) or keep (what its place holds)"},
+    )
+    moe_adapt_noise: float = field(
+        default=0.01,
+        metadata={"help": "deviation of that noise, as a share of the deviation of the weights"},
+    )
+
+
+@register_gate("top_any")
+class TopAnyGate(Gate):
+    """y = 1/k Σ E_e(x) over the k experts with sigmoid(a cos(x, w_e)) > sigmoid(a g_e).
+
+    w_e, g_e and, if asked for, the scale a (at most 100) are learned. Training: a token that
+    reaches no expert gets nothing; evaluation: its best expert. Only active experts, a mask in
+    the checkpoint, can be reached; `evolve.adapt` changes it.
+
+    Straight-through: an indicator has the gradient of score - threshold, of every active expert
+    (`full`) or of reached ones (`active`); all else is differentiated as it stands.
+
+    Source: DynMoE (arXiv 2405.14297).
+    """
+
+    Options = TopAnyOptions
+    LOSSES = ("efficiency",)
+    DEFAULT_AUX = "diversity=1,simplicity=1"
+    # Scores are compared with thresholds, not with each other.
+    HAS_LOGITS = False
+    # A token may have no expert as it is.
+    TAKES_NULL = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        E, D = info.num_experts, info.model_dim
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(E, D)))
+        self.threshold = nn.Parameter(torch.zeros(E))
+        self.scale = options.moe_top_any_scale
+        self.log_scale: nn.Parameter | None = None
+        if options.moe_top_any_learned_scale:
+            self.log_scale = nn.Parameter(torch.full((1,), math.log(self.scale)))
+        self.ste = options.moe_top_any_ste
+        self.weighted_by_score = options.moe_top_any_weights == "score"
+        self.adapt_source = options.moe_adapt_source
+        self.adapt_noise = options.moe_adapt_noise
+        self.register_buffer("active_E", torch.arange(E) < (info.start_experts or E))
+        interval = options.moe_adapt_record_interval
+        self.record = RoutingRecord(E, D, interval, options.moe_adapt_window or interval)
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        check_choice(options, "moe_top_any_ste", ("full", "active"))
+        check_choice(options, "moe_top_any_weights", ("uniform", "score"))
+        check_number(options, "moe_top_any_scale", above=0, most=100,
+                     remedy="give a number above 0 and at most 100")
+        start, most = max(expert_counts), options.moe_max_experts
+        check_number(options, "moe_max_experts", least=0, remedy="give 0 or more")
+        if 0 < most < start:
+            raise OptionError("moe_max_experts", most,
+                              f"a layer starts with {start} experts: give at least that, or a "
+                              "smaller --moe-expert-count")
+        yield from cls._validate_adaptation(options, min(expert_counts))
+
+    @classmethod
+    def _validate_adaptation(cls, options: Any, start: int) -> Iterable[str]:
+        interval = options.moe_adapt_record_interval
+        for option in ("moe_adapt_record_interval", "moe_adapt_window"):
+            check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
+        window = options.moe_adapt_window
+        if window and not interval:
+            raise OptionError("moe_adapt_window", window,
+                              "nothing is recorded: leave it out, or give "
+                              "--moe-adapt-record-interval")
+        if window > interval:
+            raise OptionError("moe_adapt_window", window,
+                              f"give at most --moe-adapt-record-interval ({interval})")
+        if interval and options.moe_max_experts <= start:
+            raise OptionError("moe_adapt_record_interval", interval,
+                              "there is no room for another expert: give --moe-max-experts above "
+                              f"{start}, or a smaller --moe-expert-count")
+        check_choice(options, "moe_adapt_source", ("most_used", "keep"))
+        check_number(options, "moe_adapt_noise", least=0, remedy="give 0 or more")
+        if options.moe_adapt_source == "keep" and (
+                options.moe_adapt_noise != TopAnyOptions.moe_adapt_noise):
+            raise OptionError("moe_adapt_noise", options.moe_adapt_noise,
+                              "--moe-adapt-source keep copies nothing: leave it out, or give "
+                              "most_used")
+        if options.moe_max_experts > start and not interval:
+            yield (f"--moe-max-experts {options.moe_max_experts} without "
+                   "--moe-adapt-record-interval: experts are added only where the model's "
+                   "begin_record_routing() and end_record_routing() are called")
+
+    @classmethod
+    def has_vectors(cls, options: Any) -> bool:
+        return True
+
+    def vectors(self) -> Tensor:
+        return self.weight
+
+    def active(self) -> Tensor:
+        return self.active_E
+
+    def _scale(self, dtype: torch.dtype) -> Tensor | float:
+        if self.log_scale is None:
+            return self.scale
+        return self.log_scale.to(dtype).clamp(max=math.log(100)).exp()
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        dtype, scale = x_TD.dtype, self._scale(x_TD.dtype)
+        directions_ED = F.normalize(self.weight.to(dtype), dim=1)
+        logits_TE = scale * F.linear(F.normalize(x_TD, dim=1), directions_ED)
+        threshold_E = scale * self.threshold.to(dtype)
+        # Not the sigmoids: far out, unequal numbers have equal ones.
+        mask_TE = (logits_TE > threshold_E) & self.active_E
+        stats = dict(self.record.measure(x_TD, mask_TE, context.token_mask_T,
+                                         context.num_updates))
+        if not self.training:
+            mask_TE = mask_TE | self._best_of_the_unrouted(logits_TE, mask_TE)
+
+        scores_TE = torch.sigmoid(logits_TE)
+        reached_TE = self._indicator(scores_TE - torch.sigmoid(threshold_E), mask_TE)
+        routed_T1 = mask_TE.any(1, keepdim=True)
+        share_TE = _shares(reached_TE, routed_T1)
+        weights_TE = share_TE
+        if self.weighted_by_score:
+            weights_TE = _shares(reached_TE * scores_TE, routed_T1)
+        stats[st.EXPERTS] = self.active_E.sum().double() * context.num_tokens(x_TD)
+        return Choice(
+            mask_TC=mask_TE,
+            weights_TC=weights_TE,
+            probs_TC=share_TE,
+            logits_TC=logits_TE,
+            aux=self._losses(reached_TE, share_TE, mask_TE, context.loss_weights_T),
+            stats=stats,
+        )
+
+    def _best_of_the_unrouted(self, logits_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """bool: the best active expert of each token that has none."""
+        best_T1 = logits_TE.masked_fill(~self.active_E, float("-inf")).argmax(1, keepdim=True)
+        best_TE = torch.zeros_like(mask_TE).scatter_(1, best_T1, True)
+        return best_TE & ~mask_TE.any(1, keepdim=True)
+
+    def _indicator(self, margin_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """1 where `mask_TE`, else 0, with the gradient of the margin where it learns."""
+        learns_TE = mask_TE if self.ste == "active" else self.active_E
+        margin_TE = margin_TE.masked_fill(~learns_TE, 0.0)
+        return mask_TE.to(margin_TE.dtype) + (margin_TE - margin_TE.detach())
+
+    def _losses(self, reached_TE: Tensor, share_TE: Tensor, mask_TE: Tensor,
+                weight_T: Tensor | None) -> Mapping[str, Tensor]:
+        aux = {}
+        num_active = self.active_E.sum()
+        if "efficiency" in self.aux_names:
+            # Experts that are not active are never reached: the sum is that over active ones.
+            aux["efficiency"] = losses.weighted_mean(reached_TE, weight_T).sum() / num_active
+        if "balance" in self.aux_names:
+            # As published, over active experts and tokens that have one.
+            routed_T = mask_TE.any(1).to(share_TE.dtype)
+            if weight_T is not None:
+                routed_T = routed_T * weight_T
+            balance = losses.balance_loss(probs_TC=share_TE, mask_TC=mask_TE, weight_T=routed_T)
+            aux["balance"] = balance * num_active / mask_TE.size(1)
+        return aux
+
+    def record_sizes(self) -> Mapping[str, int]:
+        return self.record.sizes
+
+    @property
+    def learns_after_updates(self) -> bool:
+        return self.record.is_wanted
+
+    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
+                     layers: Mapping[str, Tensor]) -> None:
+        self.record.add(own)
+
+
+def _shares(values_TE: Tensor, routed_T1: Tensor) -> Tensor:
+    """Rows scaled to sum 1; rows without an expert, whose sum is 0, as they are."""
+    total_T1 = torch.where(routed_T1, values_TE.sum(1, keepdim=True), 1.0)
+    return values_TE / total_T1.clamp(min=torch.finfo(values_TE.dtype).tiny)
