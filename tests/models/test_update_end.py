@@ -1,0 +1,71 @@
+"""What gates learn from whole updates: micro-batches summed, some batches left out."""
+
+import pytest
+import torch
+
+from evomoe_plugin.routing import stats as st
+
+GIVEN = {"moe_gate": "top_k", "moe_bias_update_rate": 0.01}
+
+
+def tokens(seed):
+    return torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def bias_steps(model):
+    return torch.stack([layer.gate.bias_steps_C for layer in model.decoder.moe_layers])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_bias_follows_the_load_of_all_micro_batches(make_model, checkpointing):
+    model = make_model(**GIVEN, checkpoint_activations=checkpointing)
+    load = 0
+    for seed in (1, 2):
+        y, extra = model(tokens(seed))
+        load = load + extra["moe_stats"][st.LOAD_E]
+        y.sum().backward()  # with checkpointing, a second forward pass
+    model.finish_update(1)
+    wanted = torch.sign(load.mean(1, keepdim=True) - load)
+    assert torch.equal(bias_steps(model).double(), wanted)
+    model.finish_update(2)
+    assert torch.equal(bias_steps(model).double(), wanted)  # nothing was routed
+
+
+def test_a_null_expert_has_a_bias_too(make_model):
+    model = make_model(**GIVEN, moe_null_experts=1)
+    model(tokens(1))
+    model.finish_update(1)
+    assert bias_steps(model).shape == (2, 5)
+    assert bias_steps(model).abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["evaluation", "not recording", "discarded"])
+def test_what_does_not_count(make_model, how):
+    model = make_model(**GIVEN)
+    if how == "evaluation":
+        model.eval()(tokens(1))
+    elif how == "not recording":
+        with model.not_recording():
+            model(tokens(1))
+    else:
+        model(tokens(1))
+        model.discard_update()
+    model.train().finish_update(1)
+    assert not bias_steps(model).any()
+
+
+def test_the_bias_changes_the_choice_and_not_the_weights(make_model):
+    model = make_model(**GIVEN).eval()
+    before = model(tokens(1))[1]["moe_stats"][st.LOAD_E]
+    for layer in model.decoder.moe_layers:
+        layer.gate.bias_steps_C[0] = 1000
+    after = model(tokens(1))[1]["moe_stats"][st.LOAD_E]
+    assert after[:, 0].tolist() == [36, 36]
+    assert before[:, 0].max() < 36
+
+
+def test_the_bias_survives_half_precision(make_model):
+    model = make_model(**GIVEN)
+    for layer in model.decoder.moe_layers:
+        layer.gate.bias_steps_C[0] = 4097  # not a number of fp16
+    assert (bias_steps(model.half())[:, 0] == 4097).all()
