@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
-from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
+from evomoe_plugin.gates import gate_class, gate_names
+from evomoe_plugin.gates.auxiliary import LOSSES
 from evomoe_plugin.options import MoEOptions
 
 ROOT = Path(__file__).parents[1]
 TABLE = dict(re.findall(r"^\| `--(moe-[\w-]+)` \| (.+?) \|",
                         (ROOT / "docs/options.md").read_text(), re.M))
-FIELDS = [
-    field for owner in (MoEOptions, DenseToSparseOptions, MoECrossEntropyCriterionConfig)
-    for field in dataclasses.fields(owner) if field.name.startswith("moe_")
-]
+OURS = [name for name in gate_names()
+        if gate_class(name).__module__.startswith("evomoe_plugin.")]
+OWNERS = (MoEOptions, MoECrossEntropyCriterionConfig,
+          *(gate_class(name).Options for name in OURS))
+FIELDS = list({
+    field.name: field for owner in OWNERS for field in dataclasses.fields(owner)
+    if field.name.startswith("moe_")
+}.values())
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
@@ -28,6 +33,16 @@ def test_every_option_is_documented_with_its_default(field):
 
 def test_no_option_is_made_up():
     assert {name.replace("-", "_") for name in TABLE} == {field.name for field in FIELDS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_gate_and_its_losses_are_documented(name):
+    text = (ROOT / "docs/options.md").read_text()
+    assert f"| `{name}`" in text or f", `{name}` |" in text
+    gate = gate_class(name)
+    for loss in (*LOSSES, *gate.LOSSES):
+        assert f"`{loss}`" in text, loss
+    assert gate.DEFAULT_AUX == "none" or f"`{gate.DEFAULT_AUX}`" in text
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"],

@@ -116,6 +116,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
             return
         for name, value in st.summarize(stats).items():
-            metrics.log_scalar(name, value, ntokens, round=4)
+            # A coefficient may start at 1e-8.
+            digits = None if name == st.COEFFICIENT else 4
+            metrics.log_scalar(name, value, ntokens, round=digits)
         flops = float(total("moe_flops"))
         metrics.log_scalar("mflops_per_token", flops / float(ntokens) / 1e6, ntokens, round=3)

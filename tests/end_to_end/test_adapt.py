@@ -15,8 +15,8 @@ ADAPT = (
 )
 GATE = "decoder.layers.1.moe.gate"
 EXACT = ("loss", "inner_loss", "gate_loss_diversity", "gnorm", "experts_per_token", "lr")
-SHARDED = ("--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0", "--update-freq", "1",
-           "--distributed-world-size", "2")
+TWO = ("--distributed-world-size", "2", "--update-freq", "1")
+SHARDED = (*TWO, "--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,11 @@ def test_activation_checkpointing_changes_nothing(unbroken, start, train, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_ranks_fully_sharded_equal_one_process(unbroken, start, train, tmp_path):
+@pytest.mark.parametrize("layout", [SHARDED, (*TWO, "--ddp-backend", "pytorch_ddp")],
+                         ids=["fully_sharded", "pytorch_ddp"])
+def test_two_ranks_equal_one_process(unbroken, start, layout, train, tmp_path):
     folder, plain = unbroken
-    run = train(tmp_path, *ADAPT, *SHARDED, "--restore-file", start)
+    run = train(tmp_path, *ADAPT, *layout, "--restore-file", start)
     assert_same_course(plain, run)
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt", atol=2e-4)
 
@@ -97,7 +99,7 @@ def test_two_ranks_fully_sharded_equal_one_process(unbroken, start, train, tmp_p
 @pytest.mark.parametrize("given", [
     ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-fp16",), ("--bf16",),
     ("--fp16", *SHARDED),
-], ids=lambda given: "".join(given[:2]))
+], ids=["flat", "one by one", "memory-efficient", "bf16", "fully_sharded"])
 def test_in_half_precision_the_same_experts_change(unbroken, start, given, train, tmp_path):
     run = train(tmp_path, *ADAPT, *given, "--restore-file", start, "--reset-optimizer")
     assert [line.split("; added")[0] for line in changes(run)] == [

@@ -1,16 +1,17 @@
 """Editing parameters in every layout: masters, copies, pieces, moments."""
 
-import os
 import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
+from fairscale.nn.data_parallel import FullyShardedDataParallel
+from fairseq.optim.adam import FairseqAdam
 from torch import nn
 
-from evomoe_plugin.compat.ranks import free_port
 from evomoe_plugin.evolve.parameters import edit_parameters
-from tests.evolve.conftest import step, trainer_of
+from tests.evolve.conftest import step, trainer_config, trainer_of
 
 LAYOUTS = {
     "fp32": {},
@@ -24,11 +25,22 @@ SLOT = 1
 VALUE = 1 + 2.0**-20
 
 
+class Net(nn.Module):
+    """y = inner(outer(x)) * sum(extra), the parameters in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer = nn.Linear(4, 3)
+        self.extra = nn.Parameter(torch.rand(2, 5, 3))
+        self.inner = nn.Linear(3, 5, bias=False)
+
+    def forward(self, x):
+        return self.inner(self.outer(x)) * self.extra.square().sum()
+
+
 def make_net():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 5, bias=False)))
-    net[0].extra = nn.Parameter(torch.randn(2, 3, 2))
-    return net
+    return Net()
 
 
 def edit_row(value):
@@ -40,7 +52,14 @@ def edit_row(value):
     return mask
 
 
-EDITS = {"0.extra": edit_row, "1.0.weight": edit_row}
+EDITS = {"extra": edit_row, "inner.weight": edit_row}
+
+
+def edited(name, shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    if name in EDITS:
+        mask[SLOT] = True
+    return mask
 
 
 def held(trainer):
@@ -72,16 +91,14 @@ def test_exactly_the_edited_elements_change(layout):
               for name, (value, state) in held(trainer).items()}
     edit_parameters(trainer, EDITS)
     for name, (value, state) in held(trainer).items():
-        edited = torch.zeros(value.shape, dtype=torch.bool)
-        if name in EDITS:
-            edited[SLOT] = True
+        mask = edited(name, value.shape)
         wanted = torch.tensor(VALUE).to(value.dtype)
-        assert (value[edited] == wanted).all()
-        assert torch.equal(value[~edited], before[name][0][~edited])
+        assert (value[mask] == wanted).all()
+        assert torch.equal(value[~mask], before[name][0][~mask])
         for key, moment in state.items():
-            assert not moment[edited].any()
-            assert moment[~edited].all()
-            assert torch.equal(moment[~edited], before[name][1][key][~edited])
+            assert not moment[mask].any()
+            assert moment[~mask].all()
+            assert torch.equal(moment[~mask], before[name][1][key][~mask])
         copy = dict(trainer.get_model().named_parameters())[name]
         assert torch.equal(copy, value.to(copy.dtype))
 
@@ -105,50 +122,66 @@ def test_before_the_first_step_there_is_nothing_to_reset():
     trainer = trainer_of(make_net(), fp16=True)
     edit_parameters(trainer, EDITS)
     step(trainer)
-    assert not torch.allclose(dict(trainer.get_model().named_parameters())["0.extra"][0],
+    assert not torch.allclose(dict(trainer.get_model().named_parameters())["extra"][0],
                               torch.tensor(VALUE).half())
 
 
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(KeyError, match="2.weight"):
-        edit_parameters(trainer_of(make_net()), {**EDITS, "2.weight": edit_row})
+    with pytest.raises(KeyError, match="outer.scale"):
+        edit_parameters(trainer_of(make_net()), {**EDITS, "outer.scale": edit_row})
 
 
-def sharded_rank(rank, port, folder):
-    """Nested FSDP on two ranks: what they hold together after two steps around an edit."""
-    import evomoe_plugin  # noqa: F401
-    from fairscale.nn.data_parallel import FullyShardedDataParallel as FSDP
-    from fairseq.optim.adam import FairseqAdam
+def sharded_rank(rank, folder, flatten, mixed):
+    """One of two ranks with nested FSDP; its assertions are the test."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    how = {"mixed_precision": mixed, "flatten_parameters": flatten}
+    net = make_net()
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    net.inner = FullyShardedDataParallel(net.inner, **how)
+    net = FullyShardedDataParallel(net, **how)
+    optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
+    trainer = types.SimpleNamespace(model=net, optimizer=optimizer, is_fsdp=True)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 
-    from tests.evolve.conftest import trainer_config
+    net(x[rank::2]).float().exp().sum().backward()
+    optimizer.step()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net(x)  # as validation does; the root module keeps what it gathered
+    edit_parameters(trainer, EDITS)
+    y = net(x).float()
+    after = {name: value.clone() for name, value in net.state_dict().items()}
+    assert after.keys() == shapes.keys()
+    for name, value in after.items():
+        mask = edited(name, value.shape)
+        assert (value[mask] == torch.tensor(VALUE)).all()
+        assert torch.equal(value[~mask], before[name][~mask])
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    for mixed in (False, True):
-        net = make_net()
-        net[1] = FSDP(net[1], mixed_precision=mixed)
-        net = FSDP(net, mixed_precision=mixed)
-        optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
-        trainer = types.SimpleNamespace(model=net, optimizer=optimizer, is_fsdp=True,
-                                        get_model=lambda net=net: net)
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))[rank::2]
-        parts = {}
-        for name in ("before", "after"):
-            optimizer.zero_grad()
-            (net(x).float().square().mean()
-             + sum(p.float().square().sum() for p in [net.module[0].extra]) * 0).backward()
-            optimizer.step()
-            if name == "before":
-                edit_parameters(trainer, EDITS)
-                parts["moments"] = [
-                    (m.local_metadata_dict()["param_metadata"][0]["params"],
-                     {k: v.clone() for k, v in optimizer.optimizer.state[p].items()
-                      if torch.is_tensor(v)})
-                    for m in (net, net.module[1]) for p in m.params]
-            parts[name] = {k: v.clone() for k, v in net.state_dict().items()}
-        torch.save(parts, f"{folder}/{mixed}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if flatten:
+        state = net.gather_full_optim_state_dict(optimizer.optimizer)
+        if rank == 0:
+            order = ["outer.weight", "outer.bias", "extra", "inner.weight"]
+            assert {shapes[name] for name in order} == {
+                entry["exp_avg"].shape for entry in state["state"].values()}
+            for entry in state["state"].values():
+                (name,) = (n for n in order if shapes[n] == entry["exp_avg"].shape)
+                for moment in (entry["exp_avg"], entry["exp_avg_sq"]):
+                    assert torch.equal(moment == 0, edited(name, moment.shape)), name
+
+    plain = make_net()
+    for weights, near in ((before, False), (after, True)):
+        plain.load_state_dict(weights)
+        wanted = plain(x)
+        tolerance = (2e-2 if mixed else 1e-5) * wanted.abs().max()
+        assert torch.allclose(y, wanted, rtol=0, atol=tolerance.item()) == near
+    dist.destroy_process_group()
 
 
-def test_fully_sharded_on_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(sharded_rank, (free_port(), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("flatten, mixed", [
+    (True, True),
+    pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, False, marks=pytest.mark.slow),
+])
+def test_fully_sharded_on_two_ranks(tmp_path, flatten, mixed):
+    """The flat parameters are divided amid `extra`, and one has padding."""
+    torch.multiprocessing.spawn(sharded_rank, (str(tmp_path), flatten, mixed), nprocs=2)

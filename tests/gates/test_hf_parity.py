@@ -38,7 +38,6 @@ def pair_of_layers(moe_options, name, top_k):
     module, config_class = modeling(model)
     config = config_class(hidden_size=D, intermediate_size=F, num_experts_per_tok=top_k,
                           hidden_act="silu", **own)
-    config._experts_implementation = "eager"
     theirs = getattr(module, f"{model}SparseMoeBlock")(config)
     options = moe_options(
         decoder_embed_dim=D, decoder_ffn_embed_dim=F, moe_expert_count=str(E), moe_gate="top_k",

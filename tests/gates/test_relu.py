@@ -1,6 +1,8 @@
 import pytest
 import torch
+from fairseq.logging import metrics
 
+from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from evomoe_plugin.gates.base import GateContext, LayerInfo
 from evomoe_plugin.gates.relu import COEFFICIENT_RANGE, ReluGate
 from evomoe_plugin.options import OptionError, validate
@@ -156,6 +158,20 @@ def test_the_state_survives_half_precision_and_the_checkpoint(make_gate):
     other.load_state_dict(gate.half().state_dict())
     assert other.l1_steps.item() == 140
     assert other.coefficient.item() == pytest.approx(1e-8 * 1.2**140)
+
+
+def test_a_small_coefficient_is_logged_as_it_is(make_gate):
+    gate = make_gate()
+    gate.l1_steps += 1
+    plan = gate(torch.randn(T, D), GateContext())
+    stats = {f"moe_stats_{name}": value.unsqueeze(0) for name, value in plan.stats.items()}
+    metrics.reset()
+    with metrics.aggregate("train"):
+        MoECrossEntropyCriterion.reduce_metrics([{
+            "loss": 1.0, "inner_loss": 1.0, "sample_size": T, "ntokens": T, "moe_flops": 1.0,
+            **stats}])
+    logged = metrics.get_smoothed_values("train")
+    assert logged["coefficient"] == pytest.approx(1.2e-8)
 
 
 def test_without_its_loss_nothing_is_adapted(make_gate):

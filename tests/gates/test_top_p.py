@@ -101,6 +101,19 @@ def test_equal_and_huge_logits(make_gate, weights, top_p, scale, training):
     assert gate.scorer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("weights", ["softmax", "sparsemixer"])
+def test_probabilities_that_do_not_sum_to_p(moe_options, weights):
+    """All of them rounded may be less than P; there is no candidate beyond the last one."""
+    gate = TopPGate(LayerInfo(D, 64), moe_options(moe_top_p=1 - 1e-9, moe_top_p_weights=weights))
+    x = 0.1 * torch.randn(300, D)
+    choice = gate.route(x, GateContext(noise_keys_T=keys(300)))
+    short = choice.probs_TC.sort(1, descending=True).values.cumsum(1)[:, -1] < gate.top_p
+    assert short.any()
+    assert choice.mask_TC[short].all()
+    sums = (choice.weights_TC * choice.mask_TC).sum(1)
+    assert torch.allclose(sums, torch.ones_like(sums))
+
+
 @pytest.mark.parametrize("weights", ["softmax", "uniform"])
 def test_gradcheck(make_gate, weights):
     gate, x = make_gate(2, moe_top_p_weights=weights), tokens().requires_grad_()
