@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.gelu import gelu
-from evomoe_plugin.gates import DenseToSparseGate
-from evomoe_plugin.gates.dense_to_sparse_options import DenseToSparseOptions
-from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.gates import LayerInfo
+from evomoe_plugin.gates.base import option_fields
+from evomoe_plugin.layer import MoELayer, build_layer
+from evomoe_plugin.options import MoEOptions
 from evomoe_plugin.routing import stats as st
 
 
@@ -32,18 +32,22 @@ def build(args: argparse.Namespace, wanted: float) -> tuple[MoELayer, torch.Tens
     """A layer that routes each token to `wanted` experts on average, its input, and that mean."""
     torch.manual_seed(0)
     x_TD = torch.randn(args.tokens, args.width)
-    options = {**vars(DenseToSparseOptions()), "max_update": None, "moe_gating_use_fp32": "true",
-               "moe_temperature_schedule": "constant", "moe_gate_noise": "none"}
+    options = {
+        **vars(MoEOptions()),
+        **{name: option.default for name, option in option_fields().items()},
+        "max_update": None, "moe_expert_ffn_dim": args.ffn,
+        "moe_temperature_schedule": "constant", "moe_gate_noise": "none",
+    }
     if wanted == 1:
         options["moe_hard_updates"] = 0
-    gate = DenseToSparseGate(args.width, args.experts, types.SimpleNamespace(**options))
-    experts = ExpertFFN(args.experts, args.width, args.ffn, gelu)
-    layer = MoELayer(gate, experts)
+    layer = build_layer(
+        LayerInfo(args.width, args.experts), types.SimpleNamespace(**options), gelu)
+    gate = layer.gate
     low, high = 1e-3, 1e3
     for _ in range(40):
         gate.temperature_start = (low * high) ** 0.5
         with torch.no_grad():
-            probs_TE = torch.softmax(x_TD @ gate.weight.t() / gate.temperature_start, 1)
+            probs_TE = torch.softmax(gate.score(x_TD) / gate.temperature_start, 1)
             mean = (probs_TE > gate.threshold).sum(1).double().mean().item()
         low, high = (low, gate.temperature_start) if mean > wanted else (gate.temperature_start,
                                                                        high)

@@ -1,0 +1,168 @@
+"""How do the routing systems compare after a short run on the same text?
+
+Every file of hydra_configs/small trains on the quickstart's text (Python's own standard library,
+prepared by `evomoe prepare`) for the same number of updates, with its own recipe; then
+`fairseq-eval-lm` measures its perplexity on the test part. A unigram model of the training part,
+add-one smoothed, is what any of them must beat. Short runs of small models: they show that a
+system trains, and what it costs, not which one is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+from evomoe_plugin.observe.log import parse_log
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples/quickstart"))
+
+from commands import program  # noqa: E402
+from recipe import Recipe, flags  # noqa: E402
+
+RUNS = sorted(path.stem for path in (ROOT / "hydra_configs/small").glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    run: str
+    perplexity: float
+    """Of the test part."""
+    experts_per_token: float
+    """Routed pairs a token, mean over layers, at the end."""
+    load_max: float
+    """Largest load over the mean load, mean over layers, at the end."""
+    tokens_per_second: float
+    """Median over the logged intervals, the first left out."""
+    million_flops: float
+    """Analytic forward FLOPs a token, at the end."""
+
+
+def prepare(data: Path, quick: bool) -> None:
+    """The quickstart's text, unless it is there."""
+    if not (data / "dict.txt").exists():
+        recipe = Recipe(quick=quick)
+        call([program("evomoe"), "prepare", *recipe.inputs, "--out", str(data),
+              *flags(recipe.prepare)])
+
+
+def call(command: list[str]) -> str:
+    """What the command prints.
+
+    Raises:
+        SystemExit: it failed; with the end of its output.
+    """
+    ended = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+    if ended.returncode:
+        sys.exit(f"{ended.stdout[-3000:]}\nerror: {' '.join(command[:4])} … failed")
+    return ended.stdout
+
+
+def unigram_perplexity(data: Path) -> float:
+    """Of the test part, under the add-one smoothed counts of the training part."""
+    size = len(Dictionary.load(str(data / "dict.txt")))
+    counts_V, tested_V = (count_symbols(data / split, size) for split in ("train", "test"))
+    log_probs_V = ((counts_V + 1) / (counts_V.sum() + size)).log()
+    return math.exp(-float((tested_V * log_probs_V).sum() / tested_V.sum()))
+
+
+def count_symbols(path: Path, size: int) -> torch.Tensor:
+    """How often each of `size` symbols stands in a split."""
+    sentences = MMapIndexedDataset(str(path))
+    counts_V = torch.zeros(size, dtype=torch.float64)
+    for i in range(len(sentences)):
+        counts_V += sentences[i].bincount(minlength=size)
+    return counts_V
+
+
+def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str]) -> Result:
+    """Train a small run and measure it."""
+    output = call([
+        program("fairseq-hydra-train"), "--config-dir", str(ROOT / "hydra_configs"),
+        "--config-name", f"small/{run}", f"task.data={data}", "common.log_format=json",
+        "dataset.disable_validation=true", f"hydra.run.dir={folder / run}",
+        "checkpoint.save_interval_updates=0", *given,
+    ])
+    intervals = parse_log(output.splitlines(), run).intervals
+    evaluated = call([
+        program("fairseq-eval-lm"), str(data), "--user-dir", "evomoe_plugin",
+        "--path", str(folder / run / "checkpoints/checkpoint_last.pt"), "--gen-subset", "test",
+        "--tokens-per-sample", "128", "--batch-size", "16",
+    ])
+    last = intervals[-1].values
+    speeds = sorted(record.values["wps"] for record in intervals[1:])
+    return Result(
+        run=run,
+        perplexity=float(re.search(r"Perplexity: ([\d.]+)", evaluated).group(1)),
+        experts_per_token=last["experts_per_token"],
+        load_max=last["load_max"],
+        tokens_per_second=speeds[len(speeds) // 2],
+        million_flops=last["mflops_per_token"],
+    )
+
+
+def table(results: Iterable[Result], unigram: float) -> str:
+    """Markdown."""
+    lines = ["| run | test perplexity | experts a token | max/mean load | tokens/s "
+             "| MFLOPs a token |",
+             "|---|---|---|---|---|---|",
+             f"| unigram model | {unigram:.1f} | – | – | – | – |"]
+    lines += [
+        f"| {r.run} | {r.perplexity:.1f} | {r.experts_per_token:.2f} | {r.load_max:.2f} "
+        f"| {r.tokens_per_second:.0f} | {r.million_flops:.2f} |"
+        for r in sorted(results, key=lambda r: r.perplexity)
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run them one after the other, so that speeds can be compared, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, metavar="RUN",
+                        help="of hydra_configs/small (default: all)")
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--folder", type=Path, default=Path("small-runs"),
+                        help="for data, checkpoints and results (default: small-runs)")
+    parser.add_argument("--quick", action="store_true", help="a small part of the text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--given", nargs="*", default=[], metavar="FIELD=VALUE",
+                        help="overrides for all runs")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    folder = args.folder.absolute()
+    data = folder / ("data-quick" if args.quick else "data")
+    prepare(data, args.quick)
+    unigram, results = unigram_perplexity(data), []
+    given = [f"optimization.max_update={args.updates}",
+             f"lr_scheduler.warmup_updates={max(1, args.updates // 10)}", *args.given]
+    for run in args.runs:
+        start = time.perf_counter()
+        results.append(train_and_evaluate(run, data, folder, given))
+        print(f"{run}: perplexity {results[-1].perplexity:.1f} after {args.updates} updates, "
+              f"{time.perf_counter() - start:.0f} s", flush=True)
+        # After each: what is measured is not lost should a later one fail.
+        (folder / "results.json").write_text(json.dumps(
+            {"updates": args.updates, "threads": args.threads, "torch": torch.__version__,
+             "unigram_perplexity": unigram, "runs": [asdict(r) for r in results]}, indent=1))
+    print(f"\n{args.updates} updates, {args.threads} threads, torch {torch.__version__}\n")
+    print(table(results, unigram))
+
+
+if __name__ == "__main__":
+    main()
