@@ -36,6 +36,11 @@ INSTALL := $(PIP) install --progress-bar off
 SETUPTOOLS = sed -n '/^setuptools==/,/[^\]$$/p' $(LOCK)
 TORCH_VERSION = $(shell sed -n 's/^torch==//p' requirements/torch.txt)
 
+# A file's tests stay together, since they share what they trained; more processes than a few would
+# need more memory than they save time.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
 # After a command: what it prints goes to the log, whose end is shown should it fail.
 LOGGED = >>$(LOG) 2>&1 || { tail -n 25 $(LOG); echo 'error: that failed; the whole log is $(LOG)'; \
 	exit 1; } >&2
@@ -81,10 +86,10 @@ quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on i
 # One process: most of the time goes to tests that start two ranks themselves, and two ranks of a
 # test on each of several workers would fight for the cores that one of them needs.
 test: venv  ## run the tests, but for the slow ones
-	@$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: venv  ## run the slow tests
-	@$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 bench: venv  ## measure speed and memory
 	@$(VENV)/bin/python benchmarks/run.py $(ARGS)

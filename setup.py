@@ -25,7 +25,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "export": ["safetensors", "transformers"],
     "benchmarks": ["matplotlib", "psutil"],
-    "tests": ["hypothesis", "psutil", "pytest", "transformers"],
+    "tests": ["hypothesis", "psutil", "pytest", "pytest-xdist", "transformers"],
     "lint": ["ruff"],
 }
 

@@ -87,7 +87,7 @@ def _edit_storage(
         if name not in edits:
             continue
         begin = end - shape.numel()
-        # Of the owner's dtype, so a copy: an edit may go wrong halfway.
+        # A copy in any case: what is held may be of less precision.
         value = whole[begin:end].view(shape).to(torch.float32, copy=True)
         reset = edits[name](value).expand(shape)
         if storage.copies:
