@@ -119,5 +119,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             # A coefficient may start at 1e-8.
             digits = None if name == st.COEFFICIENT else 4
             metrics.log_scalar(name, value, ntokens, round=digits)
+        # Not ntokens: those are the tokens that are learned.
+        tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
         flops = float(total("moe_flops"))
-        metrics.log_scalar("mflops_per_token", flops / float(ntokens) / 1e6, ntokens, round=3)
+        metrics.log_scalar("mflops_per_token", flops / tokens / 1e6, ntokens, round=3)

@@ -64,8 +64,9 @@ class SentencePieceTokenizer:
             raise OptionError("sentencepiece_model", path, "not a SentencePiece model") from None
         self.symbols = [self._symbol(i) for i in range(self._model.get_piece_size())]
         _check_symbols("sentencepiece_model", path, self.symbols)
-        self._apart = self._encoded_apart()
-        self._divider = re.compile(f"([{''.join(self._apart)}])") if self._apart else None
+        self.encoded_apart = self._encoded_apart()
+        divider = f"([{''.join(self.encoded_apart)}])"
+        self._divider = re.compile(divider) if self.encoded_apart else None
         self.lossless = self.decode(self.encode(_PROBE)) == _PROBE
 
     def _symbol(self, piece_id: int) -> str | None:
@@ -95,7 +96,7 @@ class SentencePieceTokenizer:
             return self._model.encode(text)
         ids = []
         for part in self._divider.split(text):
-            ids += self._apart.get(part) or self._model.encode(part)
+            ids += self.encoded_apart.get(part) or self._model.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

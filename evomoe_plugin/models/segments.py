@@ -1,0 +1,58 @@
+"""Rows that hold several examples, each of which is computed as if it stood in a row alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evomoe_plugin.routing import noise
+
+
+class Segments:
+    """Where the examples of each row stand.
+
+    Args:
+        numbers_BT: int64, the number of the example that a token belongs to, ascending in a row.
+        padding_mask_BT: bool, True for padding, which stands at the end of rows; its numbers do
+            not matter.
+    """
+
+    def __init__(self, numbers_BT: Tensor, padding_mask_BT: Tensor):
+        # Padding goes with the last example, so that there is something it may attend to.
+        numbers_BT = numbers_BT.masked_fill(padding_mask_BT, 0).cummax(1).values
+        column_T = torch.arange(numbers_BT.size(1), device=numbers_BT.device)
+        starts_BT = torch.zeros_like(numbers_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = numbers_BT[:, 1:] != numbers_BT[:, :-1]
+        first_BT = (column_T * starts_BT).cummax(1).values
+        self._padding_mask_BT = padding_mask_BT
+        self._index_BT = starts_BT.long().cumsum(1)
+        self.positions_BT = column_T - first_BT
+        """int64, from 0 in each example."""
+
+    def token_keys(self, tokens_BT: Tensor) -> Tensor:
+        """The noise keys that `routing.noise.sequence_keys` gives each example on its own."""
+        hashed_BT = noise.fold(self.positions_BT, tokens_BT) * ~self._padding_mask_BT
+        sums_BT = torch.zeros_like(hashed_BT).scatter_add_(1, self._index_BT, hashed_BT)
+        return noise.fold(sums_BT.gather(1, self._index_BT), self.positions_BT)
+
+    def embed_positions(self, embedding: nn.Module) -> Tensor:
+        """[B, T, D]: fairseq's learned or sinusoidal positions, which begin anew in each example.
+
+        Args:
+            embedding: embeds the positions of token ids [1, T]; padding gets zeros.
+        """
+        no_padding = self.positions_BT.new_full((1, self.positions_BT.size(1)),
+                                                embedding.padding_idx + 1)
+        table_TD = embedding(no_padding)[0]
+        x_BTD = torch.nn.functional.embedding(self.positions_BT, table_TD)
+        return x_BTD.masked_fill(self._padding_mask_BT.unsqueeze(2), 0.0)
+
+    def attention_mask(self, future_mask_TT: Tensor, num_heads: int) -> Tensor:
+        """Additive mask [B * num_heads, T, T], as torch's attention takes it.
+
+        Args:
+            future_mask_TT: additive causal mask; what it hides stays hidden.
+        """
+        apart_BTT = self._index_BT.unsqueeze(2) != self._index_BT.unsqueeze(1)
+        mask_BTT = future_mask_TT.unsqueeze(0).masked_fill(apart_BTT, float("-inf"))
+        return mask_BTT.repeat_interleave(num_heads, 0)
