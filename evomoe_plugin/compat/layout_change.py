@@ -15,7 +15,12 @@ from fairseq.trainer import Trainer
 
 from evomoe_plugin.compat import shards
 from evomoe_plugin.compat.mend import Mend, always, wrap
-from evomoe_plugin.compat.optimizer_layout import fsdp_layout, model_layout, plain_layout
+from evomoe_plugin.compat.optimizer_layout import (
+    check_number_trained,
+    fsdp_layout,
+    model_layout,
+    plain_layout,
+)
 from evomoe_plugin.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -26,16 +31,21 @@ HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
 # The trainer that is loading a checkpoint in this thread; evaluation has none.
 _trainer: ContextVar[Trainer | None] = ContextVar("trainer", default=None)
 
+_resets_optimizer: ContextVar[bool] = ContextVar("resets_optimizer", default=False)
+
 
 def _load_checkpoint(
     upstream: Callable, trainer: Trainer, filename: str, *args: Any, **kwargs: Any
 ) -> Any:
     """In place of `Trainer.load_checkpoint`: find the files, convert what is in them."""
     token = _trainer.set(trainer)
+    resets = args[0] if args else kwargs.get("reset_optimizer", False)
+    reset_token = _resets_optimizer.set(resets)
     try:
         extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
     finally:
         _trainer.reset(token)
+        _resets_optimizer.reset(reset_token)
     if extra_state is not None and _reads_own_shard(trainer):
         _check_same_update(trainer, filename)
     return extra_state
@@ -123,13 +133,15 @@ def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> di
 def _adapt(state: dict, trainer: Trainer) -> dict:
     """Change `state` to what a run like `trainer`'s would have written."""
     _adapt_iterator(state, trainer)
-    if not state.get("last_optimizer_state"):
+    if not state.get("last_optimizer_state") or _resets_optimizer.get():
         return state
     was_fsdp = "param_id_map" in state["last_optimizer_state"]
-    if not was_fsdp and not trainer.is_fsdp:
-        return state
     new = model_layout(trainer)
-    old = fsdp_layout(state) if was_fsdp else plain_layout(state, new)
+    if not was_fsdp and not trainer.is_fsdp:
+        check_number_trained(state["last_optimizer_state"], new)
+        return state
+    old = fsdp_layout(state, new.names) if was_fsdp else plain_layout(state, new)
+    check_number_trained(state["last_optimizer_state"], old)
     if old == new:
         return state
     logger.info("converting the optimizer's state from %s to %s",

@@ -7,7 +7,7 @@ and fairscale's, one entry a parameter in the order of the FSDP modules, with a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,10 @@ class OptimizerLayout:
         entries = state["state"]
         if self.is_flat:
             return self._by_name_from_flat(entries.get(0, {}))
-        named = {self.names[i]: values for i, values in entries.items() if i < len(self.names)}
-        if len(named) != len(entries) or len(state["param_groups"]) != 1:
-            raise _does_not_fit(f"{len(entries)} entries for {len(self.names)} parameters")
+        if len(state["param_groups"]) != 1:
+            raise _does_not_fit(f"{len(state['param_groups'])} groups of parameters")
+        check_number_trained(state, self)
+        named = {self.names[i]: values for i, values in entries.items()}
         for name, values in named.items():
             shape = self.shapes[self.names.index(name)]
             for key, value in values.items():
@@ -97,11 +98,19 @@ class OptimizerLayout:
         return new
 
 
-def fsdp_layout(state: dict) -> OptimizerLayout:
-    """The layout that `fsdp_metadata` describes, of a checkpoint or of a model."""
+def fsdp_layout(state: dict, trained: Container[str] | None = None) -> OptimizerLayout:
+    """The layout that `fsdp_metadata` describes, of a checkpoint or of a model.
+
+    Args:
+        trained: names of the parameters that are not frozen; None: all.
+    """
     names, shapes, modules = [], [], []
-    for module, (path, _, parameter) in enumerate(flat_parameters(state)):
+    module = -1
+    for path, _, parameter in flat_parameters(state):
         prefix = f"{path}." if path else ""
+        if trained is not None and prefix + parameter["names"][0] not in trained:
+            continue  # as one, so are all that were made into one parameter
+        module += 1
         names += [prefix + name for name in parameter["names"]]
         shapes += [torch.Size(shape) for shape in parameter["shapes"]]
         modules += [module] * len(parameter["names"])
@@ -120,7 +129,8 @@ def trained_parameters(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def model_layout(trainer: Any) -> OptimizerLayout:
     """The layout of the optimizer that `trainer` builds."""
     if trainer.is_fsdp:
-        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
+        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()},
+                           _trained_when_sharded(trainer))
     parameters = trained_parameters(trainer)
     common = trainer.cfg.common
     return OptimizerLayout(
@@ -129,6 +139,31 @@ def model_layout(trainer: Any) -> OptimizerLayout:
         is_flat=common.fp16 and not common.memory_efficient_fp16
         and not common.fp16_no_flatten_grads,
     )
+
+
+def _trained_when_sharded(trainer: Any) -> set[str]:
+    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+
+    owners = [p for module in get_fsdp_instances(trainer.model) for p in module.params]
+    metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})
+    trained = set()
+    for owner, (path, _, parameter) in zip(owners, metadata, strict=True):
+        prefix = f"{path}." if path else ""
+        if owner.requires_grad:
+            trained.update(prefix + name for name in parameter["names"])
+    return trained
+
+
+def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None:
+    """Raise `OptionError` if the state is of more or fewer parameters than `layout`: others were
+    frozen when it was saved."""
+    saved = sum(len(group["params"]) for group in state.get("param_groups", ()))
+    trained = len(layout.names)
+    # One entry may be all parameters end to end.
+    if saved > 1 and not layout.is_flat and saved != trained:
+        raise OptionError("checkpoint", "with other frozen parameters",
+                          f"its optimizer state is of {saved} parameters, {trained} are trained "
+                          "now: give --reset-optimizer, or the same --moe-train-only")
 
 
 def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:

@@ -54,6 +54,9 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
                           combined, "give --fp16, full precision, or --ddp-backend legacy_ddp")
     if common.amp:
         raise OptionError("amp", combined, "give --fp16")
+    if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
+        raise OptionError("use_sharded_state", "with --moe-train-only",
+                          "the shards do not tell what is frozen: leave it out")
     if parallel.zero_sharding != "none":
         raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
                           "leave it out, fully_sharded does that already")

@@ -1,0 +1,52 @@
+"""Reading a checkpoint of fairseq that a user named: data only, or one line that says why not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+
+from evomoe_plugin.options import OptionError
+
+
+def read_checkpoint(option: str, path: str) -> dict[str, Any]:
+    """What `checkpoint_utils.load_checkpoint_to_cpu` makes of a file, which may be of any age.
+
+    Nothing in the file is run: `compat.checkpoint_reading` lets fairseq read tensors, plain
+    containers and its own configurations (`weights_only=True`), and refuses the rest.
+
+    Args:
+        option: what the user named the file with, for messages.
+        path: the file; of `--use-sharded-state`, that of any rank.
+    Returns:
+        fairseq's state: `cfg` a configuration, `model` tensors by name.
+    Raises:
+        OptionError: no such file, cut short, not fairseq's, or with objects in it that are not
+            data.
+    """
+    if not os.path.isfile(path):
+        raise OptionError(option, path, "there is no such file")
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(path)
+    except OptionError as error:
+        raise OptionError(option, path, error.arguments[2]) from error
+    except OSError as error:  # torch seeks to before the beginning of some
+        raise OptionError(option, path, "cannot be read, it is cut short or no checkpoint "
+                                        f"({error})") from error
+    except Exception as error:  # what upgrading finds wrong is of any kind
+        raise OptionError(option, path, "is no checkpoint of fairseq "
+                                        f"({_first_line(error)})") from error
+    cfg, weights = state.get("cfg"), state["model"]
+    if cfg is None or cfg.get("model") is None:
+        raise OptionError(option, path, "is no checkpoint of fairseq: it does not say which model "
+                                        "its weights are of (it has no cfg.model)")
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise OptionError(option, path, "is no checkpoint of fairseq: its 'model' is not tensors "
+                                        "by name")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]

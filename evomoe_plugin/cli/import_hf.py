@@ -1,0 +1,62 @@
+"""`evomoe import-hf`: a GPT-2 of Hugging Face as a dense checkpoint of fairseq."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+HELP = "turn a GPT-2 model of Hugging Face into a dense fairseq checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR",
+                        help="config.json and model.safetensors; nothing in them is run")
+    parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
+    parser.add_argument("--dict", metavar="FILE",
+                        help="dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose "
+                             "order the embeddings take (default: the order of token ids)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace OUT's model.pt and dict.txt if they exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+
+    import torch
+    from fairseq.data import Dictionary
+
+    from evomoe_plugin.checkpoint.huggingface import import_gpt2
+    from evomoe_plugin.compat.checkpoint_files import write_whole
+    from evomoe_plugin.compat.errors import FAILED, RunFailed
+    from evomoe_plugin.options import OptionError
+
+    paths = [os.path.join(args.out, name) for name in ("dict.txt", "model.pt")]
+    for path in paths:
+        if os.path.lexists(path) and not args.overwrite:
+            raise OptionError("OUT", path, "exists already: give another folder, or --overwrite")
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise OptionError("OUT", args.out, "exists already, and is no folder")
+    dictionary = None
+    if args.dict is not None:
+        if not os.path.isfile(args.dict):
+            raise OptionError("dict", args.dict, "there is no such file")
+        dictionary = Dictionary.load(args.dict)
+    imported = import_gpt2(args.folder, dictionary)
+    os.makedirs(args.out, exist_ok=True)
+    try:
+        rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
+            imported.dictionary.symbols[imported.dictionary.nspecial:],
+            imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
+        write_whole(paths[0], lambda file: file.write(rows.encode()))
+        write_whole(paths[1], lambda file: torch.save(imported.state, file))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    model = imported.state["cfg"]["model"]
+    print(f"{paths[1]}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+          f"{len(imported.dictionary):,} symbols, {model['activation_fn']}")
+    if args.dict is None:
+        print("data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
+              "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
+              f"fairseq-preprocess --only-source --srcdict {paths[0]}")
+    return 0

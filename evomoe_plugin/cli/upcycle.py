@@ -1,0 +1,111 @@
+"""`evomoe upcycle`: an MoE model from a dense one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+HELP = "make an MoE checkpoint from a dense transformer_lm's"
+
+_OWN = ("dense", "moe", "method", "rate", "rescale", "slices", "gate_init", "seed", "arch", "data",
+        "subset", "tokens_per_sample", "max_update", "overwrite", "run", "verb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+    from evomoe_plugin.evolve.convert import DEFAULT_ARCH
+    from evomoe_plugin.evolve.upcycle import METHODS, SLICES
+    from evomoe_plugin.models.config import MoELanguageModelConfig
+
+    parser.usage = "evomoe upcycle DENSE MOE [--method …] [--data DIR] [--moe-… options]"
+    parser.add_argument("dense", metavar="DENSE", help="checkpoint of fairseq's transformer_lm")
+    parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace MOE if it exists")
+    parser.add_argument("--method", default="copy", metavar="|".join(METHODS),
+                        help="what experts are: copies of the feed-forward network, copies "
+                             "with random weights masked, with noise, or with hidden units drawn "
+                             "afresh, slices of it, or new networks (default: %(default)s)")
+    parser.add_argument("--rate", type=float, metavar="X",
+                        help="mask: share of the weights; noise: share of their deviation; reinit: "
+                             "share of the hidden units (default: 0.3, 0.1, 0.5)")
+    parser.add_argument("--rescale", action="store_true",
+                        help="mask: divide what is left by 1 - rate; slice: multiply an expert's "
+                             "output by the number of slices")
+    parser.add_argument("--slices", default="contiguous", metavar="|".join(SLICES),
+                        help="hidden units of a slice (default: %(default)s)")
+    parser.add_argument("--gate-init", default="default", metavar="default|zero|normal:STD",
+                        help="weights of the gates (default: as the gate initialises itself)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N",
+                        help="of all that is drawn, and of the run to come (default: %(default)s)")
+    parser.add_argument("--data", metavar="DIR",
+                        help="data set on which both models are evaluated, to show what changed; "
+                             "also gives the dictionary")
+    parser.add_argument("--subset", default="valid", metavar="NAME",
+                        help="which split of it (default: %(default)s)")
+    parser.add_argument("--tokens-per-sample", type=int, metavar="N",
+                        help="context in that evaluation (default: the dense run's)")
+    parser.add_argument("--arch", default=DEFAULT_ARCH, metavar="NAME",
+                        help="MoE architecture; sizes are the dense model's (default: %(default)s)")
+    parser.add_argument("--max-update", type=int, metavar="N",
+                        help="length of the run to come, which schedules take a share of")
+    options = parser.add_argument_group("options of the MoE model, as in fairseq-train")
+    # Only what is given may be told from what the dense model says.
+    options.argument_default = argparse.SUPPRESS
+    parsed = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    gen_parser_from_dataclass(parsed, MoELanguageModelConfig(), delete_default=True)
+    for action in parsed._actions:
+        if not action.dest.startswith("moe_init_"):
+            options._add_action(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    from evomoe_plugin.compat.errors import FAILED, RunFailed
+    from evomoe_plugin.evolve.convert import check_output, convert, write
+    from evomoe_plugin.evolve.upcycle import Recipe
+
+    given = {name: value for name, value in vars(args).items() if name not in _OWN}
+    recipe = Recipe(args.method, args.rate, args.rescale, args.slices, args.gate_init, args.seed)
+    try:
+        check_output("MOE", args.moe, args.overwrite)
+        converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
+                            max_update=args.max_update)
+        before = evaluate(args, args.dense) if args.data else None
+        write(converted.state, args.moe, args.overwrite)
+        _tell(args, converted)
+        if before is not None:
+            _tell_perplexity(args, before, evaluate(args, args.moe))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def evaluate(args: argparse.Namespace, path: str) -> float:
+    """The perplexity that fairseq-eval-lm gives for a checkpoint."""
+    from evomoe_plugin.evolve.perplexity import perplexity
+
+    return perplexity(path, args.data, args.subset, args.tokens_per_sample)
+
+
+def _tell(args: argparse.Namespace, converted: Any) -> None:
+    from evomoe_plugin.options import expert_ffn_dim, expert_slots
+
+    upcycling = converted.upcycling
+    options, layers = upcycling.options, upcycling.moe_layers
+    counts = sorted(set(expert_slots(options, len(layers))))
+    experts = "-".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+    print(f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
+          f"width {expert_ffn_dim(options)} each, by {args.method}")
+    agreement = converted.agreement
+    word = {True: "equal to the dense model's", False: "not those of the dense model",
+            None: "perhaps not those of the dense model"}[agreement.equal]
+    print(f"logits: {word}: {agreement.why}")
+    if not args.data and not agreement.equal:
+        print("--data DIR would measure what this changes")
+
+
+def _tell_perplexity(args: argparse.Namespace, before: float, after: float) -> None:
+    print(f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
+          f"({100 * (after / before - 1):+.2f} %)")

@@ -1,0 +1,239 @@
+"""A dense checkpoint file to an MoE checkpoint file, which fairseq's commands take as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import models
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.data import Dictionary
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from evomoe_plugin.compat.checkpoint_files import write_whole
+from evomoe_plugin.evolve.dense_checkpoint import (
+    SIZES,
+    STRUCTURE,
+    DenseCheckpoint,
+    read_dense_checkpoint,
+)
+from evomoe_plugin.evolve.upcycle import (
+    Agreement,
+    Recipe,
+    Upcycling,
+    agreement,
+    check_structure,
+)
+from evomoe_plugin.models.config import MoELanguageModelConfig
+from evomoe_plugin.options import OptionError
+
+DEFAULT_ARCH = "transformer_lm_moe"
+# What an MoE run may do otherwise than the dense one did, without computing anything else.
+_FREE = (
+    "dropout", "attention_dropout", "activation_dropout", "relu_dropout", "decoder_layerdrop",
+    "checkpoint_activations", "offload_activations", "min_params_to_wrap",
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion, not written yet."""
+
+    state: dict[str, Any]
+    """fairseq's checkpoint."""
+    dense: DenseCheckpoint
+    upcycling: Upcycling
+    agreement: Agreement
+
+
+def convert(
+    path: str,
+    given: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    arch: str = DEFAULT_ARCH,
+    data: str | None = None,
+    max_update: int | None = None,
+) -> Converted:
+    """Make an MoE model from a dense one.
+
+    Args:
+        path: the dense checkpoint.
+        given: the model's options that are not to be the dense model's or the defaults.
+        recipe: how.
+        arch: an MoE architecture; sizes are the dense model's.
+        data: the folder with the dictionary; gates that look at symbols need it.
+        max_update: of the run to come, which schedules take a share of.
+    Raises:
+        OptionError: unreadable or unfit input, or options that cannot work.
+    """
+    dense = read_dense_checkpoint("DENSE", path)
+    options = _model_options(dense, given, recipe, arch, max_update)
+    dictionary = _dictionary(dense, options, data)
+    task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = models.build_model(OmegaConf.create(options), task)
+    built = types.SimpleNamespace(**{**options, **_resolved_dims(options)})
+    upcycling = Upcycling(dense, built, recipe)
+    weights = _weights(model, upcycling)
+    cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update)
+    return Converted(_checkpoint(cfg, weights), dense, upcycling, agreement(upcycling))
+
+
+def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OptionError: the file exists already, or its folder does not.
+        RunFailed: it cannot be written.
+    """
+    check_output("MOE", path, overwrite)
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def check_output(option: str, path: str, overwrite: bool = False) -> None:
+    """Raise `OptionError` unless `path` can be written."""
+    if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
+        raise OptionError(option, path, "exists already: give another path, or --overwrite"
+                          if os.path.isfile(path) else "exists already, and is no file")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise OptionError(option, path, f"there is no folder {folder}")
+
+
+def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Recipe, arch: str,
+                   max_update: int | None) -> dict[str, Any]:
+    """Every option of the MoE model: the dense model's, then the architecture's, then given ones.
+
+    Raises:
+        OptionError: an option that the dense model decides is given another value.
+    """
+    kind = MODEL_DATACLASS_REGISTRY.get(arch)
+    if kind is None or not issubclass(kind, MoELanguageModelConfig):
+        known = sorted(name for name, cls in MODEL_DATACLASS_REGISTRY.items()
+                       if isinstance(cls, type) and issubclass(cls, MoELanguageModelConfig))
+        raise OptionError("arch", arch, f"one of: {', '.join(known)}")
+    if arch != DEFAULT_ARCH:
+        _check_arch(dense, kind, arch)
+    options = {}
+    for field in dataclasses.fields(kind):
+        default = getattr(kind, field.name, None)
+        options[field.name] = getattr(default, "value", default)
+    options.update(dense.model, moe_post_norm=dense.post_norm)
+    decided = [name for name in given if name in STRUCTURE]
+    check_structure(dense, types.SimpleNamespace(**{**options, **given}), decided)
+    for name in given:
+        if name in dense.model and name not in (*STRUCTURE, *_FREE) and (
+                given[name] != dense.model[name]):
+            raise OptionError(name, given[name], f"the dense checkpoint {dense.path} has "
+                                                 f"{dense.model[name]}: leave it out")
+    options.update(given)
+    options.update(_name=arch, seed=recipe.seed, max_update=max_update)
+    return options
+
+
+def _check_arch(dense: DenseCheckpoint, kind: type, arch: str) -> None:
+    for field in SIZES:
+        size = getattr(kind, field)
+        size = getattr(size, "value", size)
+        if field.endswith("put_dim") or field == "activation_fn":
+            continue
+        if size != dense.model[field]:
+            raise OptionError("arch", arch,
+                              f"has {field} {size}, the dense checkpoint {dense.path} "
+                              f"{dense.model[field]}: leave it out, sizes are the dense model's")
+
+
+def _resolved_dims(options: Mapping[str, Any]) -> dict[str, int]:
+    return {name: options[name] or options["decoder_embed_dim"]
+            for name in ("decoder_input_dim", "decoder_output_dim")}
+
+
+def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
+                data: str | None) -> Dictionary:
+    """The data's dictionary; without data, one of as many symbols without names or counts."""
+    size = dense.vocabulary
+    if data is not None:
+        path = os.path.join(data, "dict.txt")
+        if not os.path.isfile(path):
+            raise OptionError("data", data, "has no dict.txt; give a folder made by `evomoe "
+                                            "prepare` or fairseq-preprocess")
+        dictionary = Dictionary.load(path)
+        if len(dictionary) != size:
+            raise OptionError("data", data, f"its dict.txt has {len(dictionary)} symbols, the "
+                                            f"dense checkpoint was trained with {size}: give the "
+                                            "data that belongs to it")
+        return dictionary
+    if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
+        raise OptionError("moe_hash", options["moe_hash"],
+                          "goes by how often symbols occur, as the data's dictionary says: give "
+                          "--data, or --moe-hash random")
+    dictionary = Dictionary()
+    for n in range(size - len(dictionary)):
+        dictionary.add_symbol(f"symbol{n}")
+    return dictionary
+
+
+def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
+    """The MoE model's state dict."""
+    state = model.state_dict()
+    upcycling.check_complete(state)
+    parameters = dict(model.named_parameters())
+    weights = {name: tensor.clone() for name, tensor in state.items()}
+    for name, parameter in parameters.items():
+        value = upcycling.value(name, parameter.shape)
+        if value is not None:
+            weights[name] = value.contiguous()
+    for name, tensor in state.items():  # second names of tied parameters
+        if name not in parameters and "decoder.embed_tokens.weight" in parameters and (
+                tensor.data_ptr() == state["decoder.embed_tokens.weight"].data_ptr()):
+            weights[name] = weights["decoder.embed_tokens.weight"]
+    return weights
+
+
+def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str | None,
+                max_update: int | None) -> dict[str, Any]:
+    """The dense run's configuration, with the new model and the criterion that goes with it."""
+    run = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    run["model"] = dict(model)
+    criterion = CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]()
+    run["criterion"] = {
+        field.name: run["optimization"].get("sentence_avg", False)
+        if field.name == "sentence_avg" else getattr(criterion, field.name)
+        for field in dataclasses.fields(criterion)}
+    run["criterion"]["_name"] = "moe_cross_entropy"
+    run["common"].update(seed=seed, user_dir="evomoe_plugin")
+    if max_update is not None:
+        run["optimization"]["max_update"] = max_update
+    if data is not None:
+        run["task"]["data"] = data
+    return run
+
+
+def _checkpoint(cfg: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What fairseq would have saved before the first update; the optimizer has no state yet."""
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [{
+            "criterion_name": "MoECrossEntropyCriterion", "optimizer_name": "none",
+            "lr_scheduler_state": {}, "num_updates": 0,
+        }],
+        "task_state": {},
+        "extra_state": {
+            "metrics": [], "previous_training_time": 0.0,
+            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0,
+                               "shuffle": True},
+        },
+        "last_optimizer_state": None,
+    }

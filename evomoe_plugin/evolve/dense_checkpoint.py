@@ -1,0 +1,139 @@
+"""A dense language model's checkpoint, which experts are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+)
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from evomoe_plugin.checkpoint.reading import read_checkpoint
+from evomoe_plugin.models.language_model import MoELanguageModel
+from evomoe_plugin.options import OptionError
+
+# The options that say what a dense transformer_lm computes: an MoE model made from it has the same.
+SIZES = (
+    "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads",
+    "decoder_input_dim", "decoder_output_dim", "activation_fn",
+)
+STRUCTURE = (
+    *SIZES, "share_decoder_input_output_embed", "decoder_learned_pos", "no_scale_embedding",
+    "layernorm_embedding", "no_token_positional_embeddings", "no_decoder_final_norm",
+    "max_target_positions",
+)
+# Those that no MoE architecture has.
+UNSUPPORTED = (
+    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "decoder_layers_to_keep",
+    "quant_noise_pq", "quant_noise_scalar", "base_layers", "decoder_xformers_att_config",
+    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
+)
+_SAME_FUNCTION = {"gelu_fast": "gelu_accurate"}
+_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class DenseCheckpoint:
+    """A dense transformer_lm as fairseq saved it."""
+
+    option: str
+    """What the user named the file with."""
+    path: str
+    cfg: DictConfig
+    """The whole run's."""
+    model: Mapping[str, Any]
+    """The options of fairseq's transformer_lm, resolved."""
+    weights: Mapping[str, Tensor]
+    """By fairseq's names."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the dictionary it was trained with."""
+        return self.weights["decoder.embed_tokens.weight"].size(0)
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether layers normalise what they give, and not what they take."""
+        return not self.model["decoder_normalize_before"]
+
+    def ffn(self, layer: int) -> dict[str, Tensor]:
+        """The feed-forward network of a layer by the names of `ExpertFFN`: fc1_weight [F, D],
+        fc1_bias [F], fc2_weight [F, D] (transposed), fc2_bias [D]."""
+        prefix = f"decoder.layers.{layer}"
+        named = {f"{part}_{kind}": self.weights[f"{prefix}.{part}.{kind}"]
+                 for part in ("fc1", "fc2") for kind in ("weight", "bias")}
+        return {**named, "fc2_weight": named["fc2_weight"].t()}
+
+    def is_ffn(self, name: str, layers: set[int]) -> bool:
+        """Whether a weight belongs to the feed-forward network of one of `layers`."""
+        found = _FFN.match(name)
+        return found is not None and int(found[1]) in layers
+
+
+def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
+    """Read a dense language model.
+
+    Args:
+        option: what the user named the file with, for messages.
+    Raises:
+        OptionError: unreadable, of another kind of model, or of one that is built otherwise than
+            the MoE architectures.
+    """
+    state = read_checkpoint(option, path)
+    cfg, weights = state["cfg"], state["model"]
+    name = cfg.model.get("_name") or cfg.model.get("arch")
+    kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    if any(".moe." in key for key in weights) or (
+            isinstance(kind, type) and issubclass(kind, MoELanguageModel)):
+        raise OptionError(option, path, f"is an MoE model already ({name}): give the checkpoint of "
+                                        "a dense one")
+    if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
+        raise OptionError(option, path, f"is a model {name}, not one of fairseq's transformer_lm")
+    model = _model_options(cfg, weights)
+    for field in UNSUPPORTED:
+        if model[field]:
+            raise OptionError(option, path, f"was trained with --{field.replace('_', '-')} "
+                                            f"{model[field]}, which no MoE architecture has")
+    dense = DenseCheckpoint(option, path, cfg, model, weights)
+    missing = [key for layer in range(model["decoder_layers"]) for part in ("fc1", "fc2")
+               for kind in ("weight", "bias")
+               if (key := f"decoder.layers.{layer}.{part}.{kind}") not in weights]
+    missing += [key for key in ("decoder.embed_tokens.weight",) if key not in weights]
+    if missing:
+        raise OptionError(option, path, f"has no {missing[0]}, which its own options ask for")
+    return dense
+
+
+def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options, with fairseq's defaults where an old checkpoint has none."""
+    saved = OmegaConf.to_container(cfg.model, resolve=True, enum_to_str=True)
+    task = cfg.get("task") or {}
+    options = {}
+    for field in dataclasses.fields(TransformerLanguageModelConfig):
+        if isinstance(field.default, str) and field.default.startswith("${task."):
+            options[field.name] = saved.get(field.name, task.get(field.name))
+        else:
+            options[field.name] = saved.get(field.name, field.default)
+    options = {k: getattr(v, "value", v) for k, v in options.items()}
+    positions = weights.get("decoder.embed_positions.weight")
+    if options["decoder_learned_pos"] and positions is not None:
+        # fairseq keeps two rows for the padding index and its offset.
+        options["max_target_positions"] = positions.size(0) - 2
+    elif options["max_target_positions"] is None:
+        options["max_target_positions"] = options["tokens_per_sample"]
+    return options
+
+
+def same(field: str, one: Any, other: Any) -> bool:
+    """Whether two values of an option of `STRUCTURE` mean the same computation."""
+    if field == "activation_fn":
+        one, other = _SAME_FUNCTION.get(one, one), _SAME_FUNCTION.get(other, other)
+    return one == other

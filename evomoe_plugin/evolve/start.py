@@ -1,0 +1,82 @@
+"""`--moe-init-from-dense`: a run begins with experts made from a dense model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.compat.optimizer_layout import fsdp_layout
+from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
+from evomoe_plugin.evolve.parameters import Edit, edit_parameters
+from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, agreement
+from evomoe_plugin.models.decoder import MoEDecoder
+
+logger = logging.getLogger(__name__)
+
+
+def recipe_of(options: Any) -> Recipe:
+    """What a run's `--moe-init-…` options say."""
+    return Recipe(
+        method=options.moe_init_method,
+        rate=options.moe_init_rate,
+        rescale=options.moe_init_rescale,
+        slices=options.moe_init_slices,
+        gate_init=options.moe_init_gate,
+        seed=options.seed,
+        in_run=True,
+    )
+
+
+def init_from_dense(trainer: Any) -> None:
+    """Give the model the weights that its options ask for.
+
+    Called on every rank of a run without a checkpoint. Each rank reads the file. What the
+    optimizer updates is set, half-precision copies follow.
+
+    Raises:
+        OptionError: the file is unreadable or does not fit the model.
+    """
+    model = trainer.get_model()
+    decoder = next((m for m in model.modules() if isinstance(m, MoEDecoder)), None)
+    if decoder is None or decoder.args.moe_init_from_dense is None:
+        return
+    path = decoder.args.moe_init_from_dense
+    dense = read_dense_checkpoint("moe_init_from_dense", path)
+    upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
+    trained, frozen = _parameters(trainer)
+    # All are worked out before the first is set: what does not fit shall change nothing.
+    values = {name: upcycling.value(name, shape) for name, shape in trained.items()}
+    values |= {name: upcycling.value(name, p.shape) for name, p in frozen.items()}
+    buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
+    upcycling.check_complete([*values, *buffers, "decoder.output_projection.weight"])
+    edit_parameters(trainer, {name: _set(values[name]) for name in trained
+                              if values[name] is not None})
+    with torch.no_grad():
+        for name, parameter in frozen.items():
+            if values[name] is not None:
+                parameter.copy_(values[name])
+    logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,
+                {True: "are equal to the dense model's", False: "are not the dense model's",
+                 None: "may not be the dense model's"}[agreement(upcycling).equal],
+                agreement(upcycling).why)
+
+
+def _parameters(trainer: Any) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:
+    """Shapes of what `edit_parameters` can edit, and frozen parameters that it cannot."""
+    if trainer.is_fsdp:
+        layout = fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
+        return dict(zip(layout.names, layout.shapes, strict=True)), {}
+    named = dict(trainer.get_model().named_parameters())
+    return ({name: p.shape for name, p in named.items() if p.requires_grad},
+            {name: p for name, p in named.items() if not p.requires_grad})
+
+
+def _set(wanted: Tensor) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        value.copy_(wanted)
+        return torch.zeros(1, dtype=torch.bool, device=value.device)  # there are no moments yet
+
+    return edit

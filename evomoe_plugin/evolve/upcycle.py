@@ -1,0 +1,426 @@
+"""Experts made from the feed-forward networks of a dense model.
+
+Copies, masked, noisy or partly reinitialised ones: `evolve.methods`. Slices: smaller experts that
+hold the dense network's hidden units between them (fine-grained experts as DeepSeekMoE, arXiv
+2401.06066, has them; cut from a dense network as in MoEfication, arXiv 2110.01786).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint, same
+from evomoe_plugin.evolve.methods import METHODS as SPAWN_METHODS
+from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
+from evomoe_plugin.options import (
+    DEFAULT_SPAWN_RATES,
+    OptionError,
+    expert_counts,
+    expert_ffn_dim,
+    expert_slots,
+    moe_layer_indices,
+    shared_ffn_dim,
+)
+
+METHODS = (*SPAWN_METHODS, "slice", "none")
+SLICES = ("contiguous", "shuffled")
+_RATES = {
+    "mask": (lambda rate: 0 <= rate < 1, "it is a share of the weights: give 0 or more and less "
+                                         "than 1"),
+    "noise": (lambda rate: 0 <= rate < float("inf"), "it is a share of the weights' deviation: "
+                                                     "give 0 or more"),
+    "reinit": (lambda rate: 0 <= rate <= 1, "it is a share of the hidden units: give 0 to 1"),
+}
+
+# A parameter inside an MoE layer: which layer, which part, the name there.
+_INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
+# Set these random numbers apart from each other and from those of other uses of the seed.
+_EXPERT_STREAM, _SLICE_STREAM, _GATE_STREAM = 0x0C1E, 0x511C, 0x6A7E
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How experts and gates come about."""
+
+    method: str = "copy"
+    """One of `METHODS`; `none` leaves experts as they were initialised."""
+    rate: float | None = None
+    """Of mask, noise and reinit; None: that of `--moe-spawn-rate`."""
+    rescale: bool = False
+    """mask: divide what is left by 1 - rate. slice: multiply an expert's output by the number of
+    slices, as weights that sum to 1 over all slices call for."""
+    slices: str = "contiguous"
+    """Which hidden units a slice takes: neighbours, or a seeded choice."""
+    gate_init: str = "default"
+    """`default`, `zero`, or `normal:STD`."""
+    seed: int = 1
+    in_run: bool = False
+    """Whether it comes from a run's `--moe-init-…` options, for messages."""
+
+    def option(self, field: str) -> str:
+        """The name of the option that gives `field`."""
+        if not self.in_run:
+            return field
+        return f"moe_init_{field.removesuffix('_init')}"
+
+    def check(self) -> None:
+        """Raise `OptionError` for a value that cannot work."""
+        if self.method not in METHODS:
+            raise OptionError(self.option("method"), self.method, f"one of: {', '.join(METHODS)}")
+        if self.slices not in SLICES:
+            raise OptionError(self.option("slices"), self.slices, f"one of: {', '.join(SLICES)}")
+        if self.slices != "contiguous" and self.method != "slice":
+            raise OptionError(self.option("slices"), self.slices,
+                              f"the method {self.method} cuts nothing: leave it out")
+        if self.rate is not None and self.method not in _RATES:
+            raise OptionError(self.option("rate"), self.rate,
+                              f"the method {self.method} has none: leave it out")
+        if self.rate is not None and not _RATES[self.method][0](self.rate):
+            raise OptionError(self.option("rate"), self.rate, _RATES[self.method][1])
+        if self.rescale and self.method not in ("mask", "slice"):
+            raise OptionError(self.option("rescale"), True,
+                              f"the method {self.method} has nothing to rescale: leave it out")
+        self.gate_deviation  # noqa: B018  raises for what is no deviation
+
+    @property
+    def gate_deviation(self) -> float | None:
+        """Of the gates' initial weights; None: as the gate initialises itself."""
+        if self.gate_init == "default":
+            return None
+        if self.gate_init == "zero":
+            return 0.0
+        try:
+            deviation = float(self.gate_init.removeprefix("normal:"))
+        except ValueError:
+            deviation = -1.0
+        if not self.gate_init.startswith("normal:") or not 0 < deviation < float("inf"):
+            raise OptionError(self.option("gate_init"), self.gate_init,
+                              "give default, zero, or normal:STD with a deviation above 0")
+        return deviation
+
+
+class Upcycling:
+    """The parameters of an MoE model that is made from a dense one.
+
+    Args:
+        dense: where from.
+        options: the MoE model's, checked by `options.validate`.
+        recipe: how.
+    Raises:
+        OptionError: the two models do not fit together, or the recipe not to them.
+    """
+
+    def __init__(self, dense: DenseCheckpoint, options: Any, recipe: Recipe):
+        recipe.check()
+        self.dense = dense
+        self.options = options
+        self.recipe = recipe
+        check_structure(dense, options)
+        _check_norms(dense, options)
+        self.moe_layers = moe_layer_indices(options, options.decoder_layers)
+        self._ids = {layer: n for n, layer in enumerate(self.moe_layers)}
+        width = dense.model["decoder_ffn_embed_dim"]
+        self.num_slices = self._check_experts(width) if recipe.method != "none" else 1
+        self.num_shared_slices = self._check_shared(width) if recipe.method != "none" else 1
+        self._check_gate()
+
+    def _check_experts(self, width: int) -> int:
+        """Slices that routed experts are made of; 1: whole networks."""
+        options, recipe = self.options, self.recipe
+        method = f"--{recipe.option('method').replace('_', '-')}"
+        if options.moe_expert_gated:
+            raise OptionError("moe_expert_gated", True,
+                              "the dense model's feed-forward network is not gated: leave it out, "
+                              f"or start the experts afresh with {method} none")
+        ffn_dim = expert_ffn_dim(options)
+        if recipe.method != "slice":
+            if ffn_dim != width:
+                raise OptionError(_width_option(options, "expert"), _width_value(options, "expert"),
+                                  f"experts of width {ffn_dim} are no {recipe.method} of the dense "
+                                  f"model's network of width {width}: leave it out, or give "
+                                  f"{method} slice")
+            return 1
+        if width % ffn_dim:
+            raise OptionError(_width_option(options, "expert"), _width_value(options, "expert"),
+                              f"the dense model's width {width} cannot be cut into experts of "
+                              f"{ffn_dim}: give a divisor")
+        slices = width // ffn_dim
+        for count in set(expert_counts(options, len(self.moe_layers))) | set(
+                expert_slots(options, len(self.moe_layers))):
+            if count % slices:
+                raise OptionError("moe_expert_count", options.moe_expert_count,
+                                  f"{count} experts cannot hold {slices} slices (the dense width "
+                                  f"{width} over {ffn_dim}) equally often: give a multiple of "
+                                  f"{slices}, or other widths")
+        return slices
+
+    def _check_shared(self, width: int) -> int:
+        options = self.options
+        if not options.moe_shared_experts:
+            return 1
+        ffn_dim = shared_ffn_dim(options)
+        if width % ffn_dim:
+            raise OptionError(_width_option(options, "shared"), _width_value(options, "shared"),
+                              f"the dense model's width {width} cannot be cut into shared experts "
+                              f"of {ffn_dim}: give a divisor")
+        return width // ffn_dim
+
+    def _check_gate(self) -> None:
+        recipe = self.recipe
+        if recipe.gate_deviation is None:
+            return
+        option = recipe.option("gate_init")
+        scorer = getattr(self.options, "moe_scorer", "linear")
+        gate = self.options.moe_gate
+        if gate == "hash":
+            raise OptionError(option, recipe.gate_init,
+                              "the gate hash has no weights: leave it out")
+        if recipe.gate_deviation == 0.0 and (
+                gate in ("top_any", "dselect_k", "stable") or scorer not in ("linear", "sigmoid")):
+            with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
+            raise OptionError(option, "zero", f"the gate {gate}{with_scorer} cannot learn from "
+                                              "weights of 0: give default or normal:STD")
+
+    def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
+        """What the parameter `name` starts with, fp32; None: what it was initialised with.
+
+        Raises:
+            OptionError: the dense checkpoint has nothing, or nothing of that shape.
+        """
+        shape = torch.Size(shape)
+        inside = _INSIDE.match(name)
+        if inside is not None:
+            layer, part, rest = int(inside[1]), inside[2], inside[3]
+            if part == "gate":
+                return self._gate(layer, rest, shape)
+            if self.recipe.method == "none":
+                return None
+            count = shape[0]
+            one = self._shared(layer, rest) if part != "experts" else self._routed(layer, rest)
+            value = torch.stack([one(expert) for expert in range(count)])
+        else:
+            if name not in self.dense.weights:
+                raise OptionError(self.dense.option, self.dense.path, f"has no {name}")
+            value = self.dense.weights[name].float()
+        if value.shape != shape:
+            raise self._misfit(name, value.shape, shape)
+        return value
+
+    def _misfit(self, name: str, given: torch.Size, wanted: torch.Size) -> OptionError:
+        if "embed_tokens" in name or "output_projection" in name:
+            return OptionError("DATA", "dict.txt", f"has {wanted[0]} symbols, the dense checkpoint "
+                                                   f"was trained with {given[0]}: give the data "
+                                                   "that belongs to it")
+        return OptionError(self.dense.option, self.dense.path,
+                           f"{name} has the shape {tuple(given)}, the model {tuple(wanted)}")
+
+    def _routed(self, layer: int, name: str) -> Callable[[int], Tensor]:
+        recipe, n = self.recipe, self._ids[layer]
+        if recipe.method == "slice":
+            return self._sliced(layer, name, self.num_slices, recipe.rescale)
+        source = self.dense.ffn(layer)[name].float()
+        rate = DEFAULT_SPAWN_RATES.get(recipe.method, 0.0) if recipe.rate is None else recipe.rate
+        return lambda expert: spawn_tensor(
+            name, source, recipe.method, key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM),
+            rate=rate, rescale=recipe.rescale)[0]
+
+    def _shared(self, layer: int, name: str) -> Callable[[int], Tensor]:
+        """Whole copies, or slices where their own width asks for it."""
+        return self._sliced(layer, name, self.num_shared_slices, False)
+
+    def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
+        """Expert e gets slice e mod `slices`; one of each sum to the dense network."""
+        source = self.dense.ffn(layer)[name].float()
+        scale = slices if rescale and name.startswith("fc2") else 1
+        if name == "fc2_bias":
+            return lambda expert: source * (scale / slices)
+        units_SF = self.units(layer, source.size(0)).view(slices, -1)
+        return lambda expert: source[units_SF[expert % slices]] * scale
+
+    def units(self, layer: int, width: int) -> Tensor:
+        """The hidden units of a layer, int64 [F], in the order in which slices take them."""
+        if self.recipe.slices == "contiguous":
+            return torch.arange(width)
+        key = seed_of(self.recipe.seed, self._ids[layer], _SLICE_STREAM)
+        return torch.randperm(width, generator=torch.Generator().manual_seed(key))
+
+    def _gate(self, layer: int, name: str, shape: torch.Size) -> Tensor | None:
+        deviation = self.recipe.gate_deviation
+        if deviation is None or len(shape) < 2:
+            return None
+        if name.startswith("shared_weights") and deviation == 0.0:
+            return None  # the share of shared experts is no router
+        # By the name's letters: Python's hash is another one in every process.
+        key = seed_of(self.recipe.seed, self._ids[layer], _GATE_STREAM, *name.encode())
+        generator = torch.Generator().manual_seed(key)
+        return deviation * torch.randn(shape, generator=generator)
+
+    def check_complete(self, names: Iterable[str]) -> None:
+        """Raise `OptionError` if a weight of the dense model would be lost.
+
+        Args:
+            names: of all parameters and buffers of the MoE model.
+        """
+        known = set(names)
+        lost = [name for name in self.dense.weights
+                if name not in known and not self.dense.is_ffn(name, set(self.moe_layers))]
+        if lost:
+            raise OptionError(self.dense.option, self.dense.path,
+                              f"has {lost[0]}, for which the MoE model has no place")
+
+
+def _width_option(options: Any, kind: str) -> str:
+    return f"moe_{kind}_ffn_dim" if getattr(options, f"moe_{kind}_ffn_dim") else (
+        f"moe_{kind}_size_factor")
+
+
+def _width_value(options: Any, kind: str) -> int:
+    return getattr(options, _width_option(options, kind))
+
+
+def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] = STRUCTURE) -> None:
+    """Raise `OptionError` unless the MoE model computes with the dense model's sizes.
+
+    Args:
+        options: the MoE model's.
+        given: which of `STRUCTURE` to look at.
+    """
+    for field in given:
+        wanted, value = dense.model[field], getattr(options, field)
+        if field in ("decoder_input_dim", "decoder_output_dim"):
+            value = value or options.decoder_embed_dim
+        if field == "max_target_positions" and not dense.model["decoder_learned_pos"]:
+            continue
+        if not same(field, wanted, value):
+            raise OptionError(field, value, f"the dense checkpoint {dense.path} has {wanted}: "
+                                            "leave it out, or give that")
+
+
+def _check_norms(dense: DenseCheckpoint, options: Any) -> None:
+    if options.moe_post_norm != dense.post_norm:
+        remedy = "give it" if dense.post_norm else "leave it out"
+        raise OptionError("moe_post_norm", options.moe_post_norm,
+                          f"the dense checkpoint {dense.path} normalises "
+                          f"{'after' if dense.post_norm else 'before'} each part of a layer: "
+                          f"{remedy}")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether the MoE model computes what the dense one did, in evaluation, before any update."""
+
+    equal: bool | None
+    """None: nobody can tell but a measurement."""
+    why: str
+
+
+def agreement(upcycling: Upcycling) -> Agreement:
+    """Whether the logits are those of the dense model.
+
+    They are where every expert is the whole network and the weights of experts sum to 1; or where
+    all slices come together with the weights that they were scaled for.
+    """
+    options, recipe = upcycling.options, upcycling.recipe
+    if recipe.method == "none":
+        return Agreement(False, "the experts start afresh")
+    if recipe.method in SPAWN_METHODS and recipe.method != "copy" and recipe.rate != 0:
+        return Agreement(False, f"the method {recipe.method} changes what experts compute")
+    if options.moe_eval_capacity_factor is not None or (
+            options.moe_eval_capacity_token_fraction != -1):
+        return Agreement(None, "a capacity in evaluation drops what the batch has too much of")
+    if options.moe_null_experts:
+        return Agreement(None, "null experts take a part of the weight and give nothing")
+    if upcycling.num_shared_slices > 1:
+        return Agreement(False, "shared experts hold only slices of the dense network, beside "
+                                "routed ones that hold it too")
+    if options.moe_shared_experts and not _shared_sum_to_one(options):
+        return Agreement(False, f"{options.moe_shared_experts} shared experts add what routed ones "
+                                "give already; --moe-shared-combine softmax weighs them")
+    if options.moe_spawn_updates and (options.moe_shared_experts or upcycling.num_slices > 1):
+        return Agreement(False, "until --moe-spawn-updates the first expert works alone, beside "
+                                "shared experts that count in full")
+    if options.moe_spawn_updates:
+        return Agreement(True, "until --moe-spawn-updates the first expert works alone")
+    if upcycling.num_slices > 1:
+        return _agreement_of_slices(upcycling)
+    return _weights_sum_to_one(options, recipe)
+
+
+def _shared_sum_to_one(options: Any) -> bool:
+    if options.moe_shared_combine == "softmax":
+        return True
+    return options.moe_shared_combine == "mix" and options.moe_shared_experts == 1
+
+
+def _agreement_of_slices(upcycling: Upcycling) -> Agreement:
+    options, recipe = upcycling.options, upcycling.recipe
+    slices = upcycling.num_slices
+    if not recipe.rescale:
+        return Agreement(False, f"one of each of the {slices} slices sum to the dense network with "
+                                "weights of 1; gates give less")
+    even = options.moe_gate in ("dense", "dense_to_sparse") and recipe.gate_deviation == 0.0
+    whole = _weights_sum_to_one(options, recipe)
+    if even and whole.equal and not options.moe_shared_experts:
+        return Agreement(True, "all slices work with equal weights, which they were scaled for")
+    return Agreement(None, "slices were scaled for equal weights of all of them; the gate "
+                           f"{options.moe_gate} gives others")
+
+
+def _weights_sum_to_one(options: Any, recipe: Recipe) -> Agreement:
+    """Of the routed experts' weights, in evaluation at update 0."""
+    gate = options.moe_gate
+    layers = len(moe_layer_indices(options, options.decoder_layers))
+    counts = expert_counts(options, layers)
+    if max(counts) == 1 and gate in ("switch", "top_k", "expert_choice") and (
+            getattr(options, "moe_scorer", "linear") != "sigmoid"):
+        return Agreement(True, "a lone expert has the weight 1")
+    if gate == "dense_to_sparse":
+        return _dense_to_sparse(options, recipe, counts)
+    if gate == "top_k":
+        if options.moe_top_k_weights == "renormalized":
+            return Agreement(True, "the weights of the picks sum to 1")
+        if options.moe_top_k == min(counts) == max(counts) and options.moe_scorer != "sigmoid":
+            return Agreement(True, "all experts are picked, and their weights sum to 1")
+        return Agreement(False, "raw weights of the picks sum to less than 1; "
+                                "--moe-top-k-weights renormalized makes them equal")
+    if gate == "expert_choice" and int(options.moe_expert_choice_factor + 0.5) >= max(counts):
+        return Agreement(True, "all experts work, and their weights sum to 1")
+    sums = {
+        "dense": (True, "the weights of all experts sum to 1"),
+        "gshard": (True, "the weights of both picks sum to 1"),
+        "top_p": (True, "the weights of the picks sum to 1"),
+        "top_any": (True, "the weights of a token's experts sum to 1, and one that reaches none "
+                          "has its best in evaluation; in training it has none"),
+        "dselect_k": (True, "the weights of all selectors sum to 1"),
+        "hash": (True, "each token has one expert, of weight 1"),
+        "switch": (False, "the weight of the one pick is its probability, below 1"),
+        "base": (False, "the weight of the one pick is a sigmoid, below 1"),
+        "stable": (False, "the weight of the one pick is a sigmoid, below 1"),
+        "relu": (False, "the weights are positive logits, of any sum"),
+        "expert_choice": (False, "a token's weights are probabilities that sum to less than 1"),
+    }
+    return Agreement(*sums.get(gate, (None, f"nothing is known of the gate {gate}")))
+
+
+def _dense_to_sparse(options: Any, recipe: Recipe, counts: list[int]) -> Agreement:
+    from evomoe_plugin.gates.dense_to_sparse_options import hard_updates
+
+    if options.moe_eval_gate == "dense":
+        return Agreement(True, "all experts work, and their weights sum to 1")
+    if options.moe_eval_gate == "top1" or hard_updates(options) == 0:
+        return Agreement(False, "routing is hard: the weight of the one expert is below 1")
+    threshold, most = options.moe_gate_threshold, max(counts)
+    even = recipe.gate_deviation == 0.0 and options.moe_scorer == "linear"
+    if threshold == 0 or (even and threshold < 1 / most):
+        return Agreement(True, "routing is soft, and the weights of all experts sum to 1")
+    if options.moe_combine_weights == "gate":
+        return Agreement(None, "equal where every expert passes --moe-gate-threshold; else a token "
+                               f"loses at most {(most - 1) * threshold:.2g} of its weight")
+    return Agreement(None, "equal where every expert passes --moe-gate-threshold; else a token "
+                           "loses the weight of those that do not")

@@ -1,0 +1,80 @@
+"""`evomoe import-hf`, as typed."""
+
+import json
+import os
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from evomoe_plugin.cli import main
+from tests.checkpoint.test_safetensors import written
+from tests.evolve.dense_models import build
+
+V, D, F, LENGTH = 12, 8, 20, 16
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as transformers would have saved it, without transformers."""
+    shapes = {"wte.weight": (V, D), "wpe.weight": (LENGTH, D), "ln_f.weight": (D,),
+              "ln_f.bias": (D,)}
+    for n in range(2):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{n}.{norm}.weight": (D,), f"h.{n}.{norm}.bias": (D,)}
+        for name, into, out in (("attn.c_attn", D, 3 * D), ("attn.c_proj", D, D),
+                                ("mlp.c_fc", D, F), ("mlp.c_proj", F, D)):
+            shapes |= {f"h.{n}.{name}.weight": (into, out), f"h.{n}.{name}.bias": (out,)}
+        shapes[f"h.{n}.attn.bias"] = (1, 1, LENGTH, LENGTH)  # the mask of old files
+    path = tmp_path / "hf"
+    path.mkdir()
+    written(path / "model.safetensors", {k: torch.randn(shape) for k, shape in shapes.items()})
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": D, "n_inner": F,
+        "n_positions": LENGTH, "vocab_size": V, "eos_token_id": V - 1}))
+    return path
+
+
+def test_a_folder_of_checkpoint_and_dictionary(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["import-hf", str(folder), str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "model.pt: 2 layers of width 8, 16 symbols, gelu_accurate" in told
+    assert "--dict DATA/dict.txt" in told
+    dictionary = Dictionary.load(str(out / "dict.txt"))
+    assert dictionary.symbols[4:] == [str(n) for n in range(V)]
+    state = torch.load(out / "model.pt", weights_only=True)
+    model = build(state, dictionary)
+    with torch.no_grad():
+        assert model(torch.arange(4, V + 4).unsqueeze(0))[0].shape == (1, V, V + 4)
+    moe = tmp_path / "moe.pt"
+    assert main(["upcycle", str(out / "model.pt"), str(moe), "--moe-gate", "hash",
+                 "--moe-expert-count", "2", "--moe-hash", "random"]) == 0
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "dict.txt").write_text("precious 1\n")
+    assert main(["import-hf", str(folder), str(out)]) == 2
+    assert "exists already: give another folder, or --overwrite" in capsys.readouterr().err
+    assert os.listdir(out) == ["dict.txt"]
+    assert main(["import-hf", str(folder), str(out), "--overwrite"]) == 0
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["import-hf", str(folder), str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cut short" in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_order_of_a_prepared_dictionary(folder, tmp_path):
+    rows = [3, 1, 2, 0, *range(4, V)]
+    (tmp_path / "dict.txt").write_text("".join(f"{n} 5\n" for n in rows))
+    for name, given in (("own", ()), ("given", ("--dict", str(tmp_path / "dict.txt")))):
+        assert main(["import-hf", str(folder), str(tmp_path / name), *given]) == 0
+    own, given = (torch.load(tmp_path / name / "model.pt", weights_only=True)["model"][
+        "decoder.embed_tokens.weight"] for name in ("own", "given"))
+    assert torch.equal(given[4:], own[4:][rows])
+    assert (tmp_path / "given" / "dict.txt").read_text() == (tmp_path / "dict.txt").read_text()

@@ -1,0 +1,101 @@
+"""Frozen parameters: which they are, and how they are told apart for FSDP."""
+
+import pytest
+import torch
+from torch import nn
+
+from evomoe_plugin.models.freeze import WORDS, trained_names, wrap_apart
+from evomoe_plugin.options import OptionError
+
+ALL = {"decoder_learned_pos": True, "layernorm_embedding": True, "moe_gate": "top_p",
+       "moe_shared_experts": 1, "decoder_input_dim": 8}
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_words_divide_all_parameters(make_model):
+    names = {name for name, _ in make_model(**ALL).named_parameters()}
+    parts = {word: trained_names(names, word) for word in WORDS}
+    assert set().union(*parts.values()) == names
+    assert sum(map(len, parts.values())) == len(names)
+    for word, part in {"experts": ".moe.experts.", "gate": ".gate.", "shared": ".shared.",
+                       "attention": ".self_attn.", "ffn": ".fc"}.items():
+        assert all(part in name for name in parts[word])
+    assert parts["embeddings"] == {
+        "decoder.embed_tokens.weight", "decoder.embed_positions.weight",
+        "decoder.project_in_dim.weight", "decoder.output_projection.weight"}
+
+
+def test_words_and_expressions(make_model):
+    model = make_model(moe_train_only="gate, layers.3.*fc2_weight")
+    assert trained(model) == {
+        "decoder.layers.1.moe.gate.scorer.weight", "decoder.layers.3.moe.gate.scorer.weight",
+        "decoder.layers.3.moe.experts.fc2_weight"}
+    assert all(p.requires_grad for p in make_model().parameters())
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"moe_train_only": "exprts"}, "--moe-train-only exprts: exprts matches no parameter; one of "
+                                   "experts, shared"),
+    ({"moe_train_only": "experts,("}, r"\( is neither one of experts"),
+    ({"moe_train_only": " , "}, "names nothing to train"),
+    ({"moe_train_only": "shared"}, "shared matches no parameter"),
+    ({"moe_train_only": "gate", "moe_spawn_updates": 3},
+     "--moe-spawn-updates 3: --moe-train-only gate freezes the experts, which it changes"),
+    ({"moe_train_only": "experts", "moe_gate": "top_any", "moe_max_experts": 6,
+      "moe_adapt_record_interval": 5}, "--moe-adapt-record-interval 5: .* freezes the gate"),
+])
+def test_what_cannot_work(make_model, given, message):
+    with pytest.raises(OptionError, match=message):
+        make_model(**given)
+
+
+@pytest.mark.parametrize("part", ["experts,gate", "attention,norms", "embeddings"])
+def test_an_optimizer_of_what_is_trained(make_model, part):
+    model = make_model(moe_gate="top_p", moe_train_only=part)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits, extra = model(torch.randint(4, 40, (2, 9)))
+    (logits.square().mean() + sum(aux.sum() for aux in extra["moe_aux"].values())).backward()
+    optimizer.step()
+    chosen = trained(model)
+    assert chosen == trained_names(before, part)
+    assert len(optimizer.state) == len(chosen)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in chosen), name
+        assert parameter.grad is not None or name not in chosen
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("train_only", ["experts", "attention", "ffn", "norms", "experts,gate",
+                                        "attention,experts", "layers.1.moe"])
+def test_parts_are_wrapped_apart(make_model, train_only):
+    model = make_model(moe_gate="top_p", moe_train_only=train_only)
+    before = trained(model)
+    wrapped = []
+
+    def wrap(module):
+        wrapped.append(module)
+        return Wrapped(module)
+
+    wrap_apart(model, train_only, wrap)
+    inside = {id(p): n for n, module in enumerate(wrapped) for p in module.parameters()}
+    for n, module in enumerate(wrapped):
+        assert len({p.requires_grad for p in module.parameters()}) == 1, n
+    outside = {p.requires_grad for p in model.parameters() if id(p) not in inside}
+    assert len(outside) == 1
+    assert {name.replace(".inner", "") for name in trained(model)} == before
+
+
+@pytest.mark.parametrize("train_only", ["gate", "embeddings", "gate.scorer", "experts.fc1"])
+def test_what_cannot_be_wrapped_apart(make_model, train_only):
+    model = make_model(moe_gate="top_p", moe_train_only=train_only)
+    with pytest.raises(OptionError, match="cannot be sharded apart"):
+        wrap_apart(model, train_only, Wrapped)
