@@ -10,7 +10,7 @@ from importlib import import_module
 
 import evomoe_plugin
 
-VERBS = ("doctor", "prepare", "plot")
+VERBS = ("doctor", "prepare", "plot", "upcycle", "import-hf", "generate", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def _run(argv: Sequence[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name in VERBS:
-        verb = import_module(f"evomoe_plugin.cli.{name}")
+        verb = import_module(f"evomoe_plugin.cli.{name.replace('-', '_')}")
         subparser = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
         if name == chosen:
             verb.add_arguments(subparser)

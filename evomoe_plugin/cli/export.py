@@ -1,0 +1,37 @@
+"""`evomoe export`: a checkpoint to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+HELP = "write a checkpoint as safetensors, for transformers and what builds on it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT",
+                        help="the checkpoint, of any layout that fairseq-eval-lm reads")
+    parser.add_argument("out", metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--data", metavar="DATA",
+                        help="the folder that evomoe prepare wrote, with dict.txt and the "
+                             "tokenizer (default: the one that the checkpoint was trained with)")
+    parser.add_argument("--without-eval-capacity", action="store_true",
+                        help="leave out the capacity of experts in evaluation, which the exported "
+                             "model has not")
+
+
+def run(args: argparse.Namespace) -> int:
+    from evomoe_plugin.compat.errors import FAILED, RunFailed
+    from evomoe_plugin.export.folder import check_free, export
+    from evomoe_plugin.generation import load_trained_model
+
+    check_free(args.out)
+    trained = load_trained_model("CKPT", args.checkpoint, args.data)
+    try:
+        export(trained, args.out, args.without_eval_capacity)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    print(f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}, "
+          "trust_remote_code=True) loads it")
+    return 0

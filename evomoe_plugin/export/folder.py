@@ -1,0 +1,77 @@
+"""The exported folder: whole under its name, or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.export.tokenizer import write_tokenizer
+from evomoe_plugin.export.weights import exported_model
+from evomoe_plugin.generation import TrainedModel
+from evomoe_plugin.options import OptionError
+
+_MODELING = "modeling_evomoe.py"
+
+
+def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False) -> Path:
+    """Write model, configuration, tokenizer and code to the folder `out`.
+
+    `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` gives the logits of the
+    trained model in evaluation.
+
+    Raises:
+        OptionError: `out` exists, or something cannot be exported; nothing is written.
+        RunFailed: the disk is full or safetensors is not installed; nothing stays behind.
+    """
+    target = Path(out)
+    check_free(out)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise RunFailed("safetensors is not installed: pip install 'evomoe_plugin[export]'"
+                        ) from None
+    config, tensors = exported_model(trained, without_eval_capacity)
+    work = None
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        work.chmod(0o777 & ~_umask())
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write(work / "config.json", {
+            "model_type": "evomoe", "architectures": ["EvoMoEForCausalLM"], "dtype": "float32",
+            "auto_map": {"AutoConfig": "modeling_evomoe.EvoMoEConfig",
+                         "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM"},
+            **config})
+        _write(work / "generation_config.json", ids)
+        shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
+        write_tokenizer(trained, work)
+        os.rename(work, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(f"cannot write {out}: {reason}; nothing is left there") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def check_free(out: str) -> None:
+    """Raise `OptionError` if there is something at `out`."""
+    if os.path.lexists(out):
+        raise OptionError("DIR", out, "exists: name a folder that does not")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The tokenizer's files for transformers; ids are the rows of fairseq's dictionary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fairseq.data import Dictionary
+
+from evomoe_plugin.data.tokenizers import (
+    GPT2_ENCODER,
+    GPT2_MERGES,
+    SENTENCEPIECE_MODEL,
+    SentencePieceTokenizer,
+)
+from evomoe_plugin.generation import TrainedModel
+
+_HERE = Path(__file__).parent
+
+
+def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
+    """Write what `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
+
+    It begins a text with the symbol that sequences begin with in training. SentencePiece runs
+    itself, in a small class of its own, so that ids are the same to the last one; GPT-2's BPE and
+    plain words become a `tokenizer.json`.
+    """
+    dictionary, tokenizer = trained.dictionary, trained.codec.tokenizer
+    start = dictionary[trained.start]
+    config: dict[str, Any] = {
+        "bos_token": start, "eos_token": dictionary[dictionary.eos()],
+        "pad_token": dictionary[dictionary.pad()], "unk_token": dictionary[dictionary.unk()],
+        "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        "model_max_length": trained.model.max_decoder_positions(),
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        shutil.copyfile(trained.folder / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
+        shutil.copyfile(_HERE / "tokenization_evomoe.py", folder / "tokenization_evomoe.py")
+        _write(folder / "vocab.json", {s: row for row, s in enumerate(dictionary.symbols)})
+        config |= {
+            "tokenizer_class": "EvoMoETokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
+            "encoded_apart": {character: [tokenizer.symbols[i] for i in ids]
+                              for character, ids in tokenizer.encoded_apart.items()},
+        }
+    else:
+        parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
+        _write(folder / "tokenizer.json", {
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [
+                {"id": row, "content": dictionary[row], "single_word": False, "lstrip": False,
+                 "rstrip": False, "normalized": False, "special": True}
+                for row in range(dictionary.nspecial)],
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": start, "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"SpecialToken": {"id": start, "type_id": 0}},
+                         {"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {start: {"id": start, "ids": [trained.start],
+                                           "tokens": [start]}},
+            },
+            **parts,
+        })
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write(folder / "tokenizer_config.json", config)
+
+
+def _gpt2(trained: TrainedModel) -> dict[str, Any]:
+    encoder = json.loads((trained.folder / GPT2_ENCODER).read_text(encoding="utf-8"))
+    merges = (trained.folder / GPT2_MERGES).read_text(encoding="utf-8").split("\n")[1:-1]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    dictionary = trained.dictionary
+    vocabulary = {token: dictionary.index(str(i)) for token, i in encoder.items()}
+    # No merge leads to them; but only what stands here keeps its id.
+    vocabulary |= {dictionary[row]: row for row in range(dictionary.nspecial)}
+    return {
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
+                  "byte_fallback": False, "vocab": vocabulary,
+                  "merges": [merge.split() for merge in merges]},
+    }
+
+
+def _words(dictionary: Dictionary) -> dict[str, Any]:
+    vocabulary = {symbol: row for row, symbol in enumerate(dictionary.symbols)}
+    return {
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary,
+                  "unk_token": dictionary[dictionary.unk()]},
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

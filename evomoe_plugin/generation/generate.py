@@ -1,0 +1,174 @@
+"""Continuing prompts with fairseq's generator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from fairseq.search import Search
+from fairseq.sequence_generator import SequenceGenerator
+
+from evomoe_plugin.generation.loading import TrainedModel
+from evomoe_plugin.generation.search import KeyedSampling, PromptedBeamSearch, Prompts
+from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.options import OptionError, check_number
+from evomoe_plugin.routing import stats as st
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to go on from a prompt: greedily, unless a beam or sampling is asked for."""
+
+    max_new_tokens: int = 64
+    beam: int = 1
+    temperature: float | None = None
+    """What logits are divided by before sampling; None: no sampling, or 1 with top_k or top_p."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+    batch_size: int = 8
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return any(given is not None for given in (self.temperature, self.top_k, self.top_p))
+
+    def validate(self, vocabulary: int) -> None:
+        """Raise `OptionError` for what cannot work with so many symbols."""
+        for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
+            check_number(self, option, least=1, remedy="give 1 or more")
+        check_number(self, "temperature", above=0,
+                     remedy="give a number above 0; leave it out for the most probable token")
+        check_number(self, "top_p", above=0, most=1,
+                     remedy="it is a probability: give a number above 0 and at most 1")
+        check_number(self, "seed", least=0, below=2**63, remedy="give a number from 0")
+        if self.beam > 1 and self.samples:
+            raise OptionError("beam", self.beam, "beam search draws nothing: leave it out, or "
+                                                 "leave out --temperature, --top-k and --top-p")
+        if self.beam > max(1, (vocabulary - 1) // 2):
+            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} symbols: give "
+                                                 f"at most {(vocabulary - 1) // 2}")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What came of one prompt, in rows of the dictionary."""
+
+    prompt: list[int]
+    new: list[int]
+    """Without the symbol that ends a text."""
+    score: float
+    """Mean log-probability of prompt and new tokens, in nats."""
+
+
+@dataclass
+class Generation:
+    """What came of all prompts, and what it took."""
+
+    continuations: list[Continuation] = field(default_factory=list)
+    seconds: float = 0.0
+    pairs: float = 0.0
+    """Pairs of token and expert that were computed, over all MoE layers."""
+    routed_tokens: float = 0.0
+    """Tokens that came to an MoE layer, counted in each of them."""
+    experts: float = 0.0
+    """Experts that could be chosen, summed over those tokens."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Generated."""
+        return sum(len(c.new) for c in self.continuations)
+
+    @property
+    def tokens(self) -> int:
+        """Generated and in prompts."""
+        return self.new_tokens + sum(len(c.prompt) for c in self.continuations)
+
+
+def generate(
+    trained: TrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+    device: torch.device | str = "cpu",
+) -> Generation:
+    """Go on from each of `prompts`, rows of the dictionary.
+
+    A prompt's result does not depend on what else is in its batch, nor on the batch size (but for
+    the rounding of matrix products of another size). Each step is one position, from cached keys
+    and values; its experts compute the pairs that the gate routes.
+
+    Raises:
+        OptionError: options that cannot work, or a prompt that is too long or ends a text.
+        RunFailed: the model's output is NaN.
+    """
+    dictionary, model = trained.dictionary, trained.model.to(device)
+    options.validate(len(dictionary))
+    longest = model.max_decoder_positions() - 2  # the start and one new token
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > longest:
+            raise OptionError("prompt", f"(number {number})",
+                              f"has {len(prompt)} tokens: give at most {longest}, so that the "
+                              "model has a position for one more")
+        if dictionary.eos() in prompt:
+            raise OptionError("prompt", f"(number {number})",
+                              f"holds {dictionary[dictionary.eos()]}, which ends a text: give "
+                              "what comes after it as a prompt of its own")
+    lengths_P = torch.tensor([len(p) for p in prompts], device=device)
+    limits_P = (lengths_P + options.max_new_tokens).clamp(max=longest + 1)
+    allowed = Prompts(dictionary, lengths_P, limits_P, trained.codec.without_text())
+    search: Search = PromptedBeamSearch(dictionary, allowed)
+    if options.samples:
+        search = KeyedSampling(dictionary, allowed, options.seed, options.top_k or 0,
+                               options.top_p or 1.0)
+    done = Generation()
+    began = time.perf_counter()
+    with _counting(model, done):
+        for start in range(0, len(prompts), options.batch_size):
+            numbers = range(start, min(start + options.batch_size, len(prompts)))
+            done.continuations += _batch(trained, prompts, numbers, search, options,
+                                         int(limits_P[list(numbers)].max()), device)
+    done.seconds = time.perf_counter() - began
+    return done
+
+
+def _batch(
+    trained: TrainedModel, prompts: Sequence[Sequence[int]], numbers: range, search: Search,
+    options: GenerationOptions, limit: int, device: torch.device | str,
+) -> Iterator[Continuation]:
+    dictionary = trained.dictionary
+    generator = SequenceGenerator(
+        [trained.model], dictionary, beam_size=options.beam, max_len_b=limit, min_len=0,
+        temperature=options.temperature or 1.0, search_strategy=search)
+    rows = [torch.tensor(prompts[n], dtype=torch.int64) for n in numbers]
+    prefix = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=dictionary.pad()).to(device)
+    sample = {
+        "id": torch.tensor(list(numbers), device=device),
+        "net_input": {"src_tokens": prefix,
+                      "src_lengths": torch.tensor([len(row) for row in rows], device=device)},
+    }
+    found = generator.generate([trained.model], sample, prefix_tokens=prefix,
+                               bos_token=trained.start)
+    for n, hypotheses in zip(numbers, found, strict=True):
+        tokens = hypotheses[0]["tokens"].tolist()
+        length = len(prompts[n])
+        yield Continuation(tokens[:length], tokens[length:-1], float(hypotheses[0]["score"]))
+
+
+@contextmanager
+def _counting(model: torch.nn.Module, done: Generation) -> Iterator[None]:
+    """Add up what the MoE layers route."""
+    def add(layer: MoELayer, _inputs, output) -> None:
+        stats = layer.named_stats(output[2])
+        done.pairs += float(stats[st.PAIRS])
+        done.routed_tokens += float(stats[st.TOKENS])
+        done.experts += float(stats[st.EXPERTS])
+
+    hooks = [module.register_forward_hook(add) for module in model.modules()
+             if isinstance(module, MoELayer)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

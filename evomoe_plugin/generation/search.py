@@ -1,0 +1,106 @@
+"""What fairseq's generator takes next: prompts of different lengths in one batch, each with the
+result that it has alone."""
+
+from __future__ import annotations
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.search import BeamSearch, Search
+from torch import Tensor
+
+from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.routing.noise import fold, uniform
+
+
+class Prompts:
+    """What each prompt allows at each step.
+
+    fairseq's generator aligns prompts at their begin and forces each one's own tokens, so that
+    positions are right. But it ends all at one length, that of the batch, and suppresses tokens
+    only where no prompt of the batch goes on still: a prompt's result would depend on the others.
+
+    Args:
+        dictionary: the symbols.
+        lengths_P: int64, tokens of each prompt.
+        limits_P: int64, tokens after which it ends, prompt included.
+        never: rows that are never generated.
+    """
+
+    def __init__(self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor,
+                 never: list[int]):
+        self.eos = dictionary.eos()
+        self.lengths_P, self.limits_P = lengths_P, limits_P
+        self.never = torch.tensor(never, dtype=torch.int64, device=lengths_P.device)
+
+    def restrict(self, step: int, lprobs: Tensor, numbers_B: Tensor) -> Tensor:
+        """Log-probabilities [B, beams, V], -inf for what may not follow.
+
+        Args:
+            step: position of the token that is chosen, from 0.
+            numbers_B: which prompt each row is of.
+        Raises:
+            RunFailed: the model gives NaN.
+        """
+        if (lprobs.amax(-1) == float("-inf")).any():
+            raise RunFailed("the model's output is NaN or infinite: take an earlier checkpoint")
+        lprobs = lprobs.clone()
+        free_B = step >= self.lengths_P[numbers_B]
+        lprobs[:, :, self.never] = lprobs[:, :, self.never].masked_fill(
+            free_B[:, None, None], float("-inf"))
+        ends_B = step >= self.limits_P[numbers_B]
+        end = lprobs[:, :, self.eos].clone()
+        lprobs = lprobs.masked_fill(ends_B[:, None, None], float("-inf"))
+        lprobs[:, :, self.eos] = end
+        return lprobs
+
+
+class PromptedBeamSearch(BeamSearch):
+    """fairseq's beam search, greedy with one beam."""
+
+    def __init__(self, dictionary: Dictionary, prompts: Prompts):
+        super().__init__(dictionary)
+        self.prompts = prompts
+
+    def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        """As upstream: scores, tokens and beams of the candidates, [B, 2 * beams] each."""
+        lprobs = self.prompts.restrict(step, lprobs, original_batch_idxs)
+        return super().step(step, lprobs, scores)
+
+
+class KeyedSampling(Search):
+    """Sampling with one random number for each (seed, prompt, token).
+
+    It is a hash: the same in any batch and after any other run. The token is where that number
+    falls in the cumulative distribution, most probable first, of what is left: the k most
+    probable tokens, of them the fewest whose probability reaches p (Holtzman et al.,
+    arXiv 1904.09751). fairseq's own sampling draws from torch's generator, row by row.
+
+    Args:
+        top_k: 0: all.
+        top_p: 1: all.
+    """
+
+    def __init__(self, dictionary: Dictionary, prompts: Prompts, seed: int, top_k: int = 0,
+                 top_p: float = 1.0):
+        super().__init__(dictionary)
+        self.prompts, self.seed, self.top_k, self.top_p = prompts, seed, top_k, top_p
+
+    def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        """As upstream, for one beam: score, token and beam 0, [B, 1] each."""
+        numbers_B = original_batch_idxs
+        lprobs = self.prompts.restrict(step, lprobs, numbers_B)[:, 0]
+        ranked, tokens = lprobs.sort(dim=1, descending=True, stable=True)
+        if self.top_k:
+            ranked[:, self.top_k:] = float("-inf")
+        probs = ranked.double().softmax(1)
+        before = probs.cumsum(1) - probs
+        probs = probs.masked_fill(before >= self.top_p, 0.0)
+        key = fold(torch.zeros((), dtype=torch.int64, device=lprobs.device), self.seed)
+        keys_B = fold(fold(key, numbers_B), step - self.prompts.lengths_P[numbers_B])
+        sums = probs.cumsum(1)
+        drawn = uniform(keys_B, 1).double() * sums[:, -1:]
+        place = (sums <= drawn).sum(1, keepdim=True).clamp(max=probs.size(1) - 1)
+        score = ranked.gather(1, place)
+        if step > 0:
+            score = score + scores[:, :, step - 1]
+        return score, tokens.gather(1, place), torch.zeros_like(place)

@@ -1,0 +1,45 @@
+"""`evomoe export`: from a checkpoint file to a folder, or one line."""
+
+import json
+
+import pytest
+import torch
+
+from evomoe_plugin.cli import main
+from tests.cli.checkpoints import save_checkpoint
+from tests.export.conftest import make_trained, transformers, words  # noqa: F401  fixtures
+from tests.models.conftest import make_config  # noqa: F401  a fixture
+
+
+@pytest.fixture
+def trained(make_trained):  # noqa: F811
+    return make_trained(20, moe_gate="dense_to_sparse")
+
+
+@torch.no_grad()
+def test_a_checkpoint_becomes_a_folder(trained, tmp_path, transformers, capsys):  # noqa: F811
+    path = save_checkpoint(trained, tmp_path / "checkpoint.pt")
+    out = tmp_path / "deep" / "exported"
+    assert main(["export", str(path), str(out)]) == 0
+    assert f"AutoModelForCausalLM.from_pretrained('{out}'" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    x = torch.randint(4, 40, (2, 9))
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+    assert json.loads((out / "config.json").read_text())["routing"]["temperature"] < 2
+
+
+def test_bad_input_is_one_line(trained, tmp_path, capsys):
+    path = save_checkpoint(trained, tmp_path / "checkpoint.pt")
+    there = tmp_path / "there"
+    there.write_text("mine")
+    for arguments, message in (
+        ([str(path), str(there)], f"DIR {there}: exists: name a folder that does not"),
+        (["absent.pt", str(tmp_path / "out")], "CKPT absent.pt: there is no such file"),
+        ([str(path), str(tmp_path / "out"), "--data", "absent"], "--data absent: there is no"),
+        ([str(there), str(tmp_path / "out")], "cannot be read"),
+    ):
+        assert main(["export", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
+    assert there.read_text() == "mine"
+    assert not (tmp_path / "out").exists()

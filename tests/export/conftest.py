@@ -1,0 +1,82 @@
+"""Tiny models of every gate, exported, and transformers, which loads them."""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import build_model
+
+from evomoe_plugin.export.folder import export
+from evomoe_plugin.generation.loading import TrainedModel
+from evomoe_plugin.generation.text import TextCodec
+from tests.models.conftest import make_config  # noqa: F401  a fixture
+
+SIZES = {"decoder_layers": 3, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24,
+         "decoder_attention_heads": 2, "moe_expert_count": "5", "moe_layers": "0,2",
+         "dropout": 0.0, "attention_dropout": 0.0}
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The package, without torchaudio: the build that fairseq brings cannot be imported beside
+    torch's CPU build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchaudio", None)
+        return importlib.import_module("transformers")
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder with the dictionary of 36 words alone."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    dictionary = Dictionary()
+    for n in range(36):
+        dictionary.add_symbol(f"w{n}", n=100 // (n + 1))
+    dictionary.save(str(folder / "dict.txt"))
+    return folder
+
+
+@pytest.fixture
+def make_trained(words, make_config):  # noqa: F811
+    """A tiny model in evaluation, at a number of updates, as `load_trained_model` gives it."""
+
+    def make(updates=0, arch="transformer_lm_gpttiny_moe", start="</s>", **given):
+        dictionary = Dictionary.load(str(words / "dict.txt"))
+        task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+        sizes = SIZES if "moe" in arch else {
+            name: value for name, value in SIZES.items() if not name.startswith("moe_")}
+        if "moe_freq" in given or "moe_start_layer" in given:
+            sizes = {k: v for k, v in sizes.items() if k != "moe_layers"}
+        args = make_config(arch, **{**sizes, **given})
+        model = build_model(args, task)
+        with torch.no_grad():
+            for layer in getattr(model.decoder, "moe_layers", ()):
+                for parameter in layer.gate.parameters():
+                    if parameter.dim() == 2:
+                        parameter.mul_(3)  # fresh scores are nearly equal
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.set_num_updates(updates)
+        cfg = types.SimpleNamespace(
+            model=args, task=types.SimpleNamespace(add_bos_token=start == "<s>"))
+        return TrainedModel(model.eval(), cfg, dictionary, TextCodec(words, dictionary), words)
+
+    return make
+
+
+@pytest.fixture
+def exported(tmp_path, transformers):
+    """Export a model and load it in transformers."""
+
+    def load(trained, **given):
+        folder = tmp_path / "exported"
+        export(trained, str(folder), **given)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        return model.eval()
+
+    return load

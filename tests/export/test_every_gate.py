@@ -1,0 +1,181 @@
+"""Logits of the exported model equal ours, for every gate at every state of its training."""
+
+import pytest
+import torch
+
+from evomoe_plugin.gates import gate_class
+from evomoe_plugin.options import OptionError
+from tests.gates.test_every_gate import cases, label
+
+PAD = 1
+
+
+def tokens(rows=3, length=11):
+    x = torch.randint(4, 40, (rows, length))
+    x[:, 0] = 2
+    return x
+
+
+def cases_of_models():
+    for given in cases(also_of_the_layer=True):
+        if "moe_eval_capacity_factor" in given:
+            continue
+        yield given, 0
+        if given["moe_gate"] in ("dense_to_sparse", "stable"):
+            yield given, 60
+    for gate in ("reached", "top1", "dense"):
+        yield {"moe_gate": "dense_to_sparse", "moe_eval_gate": gate,
+               "moe_temperature_start": 0.6}, 20
+    yield {"moe_gate": "dense_to_sparse", "moe_gating_use_fp32": "false"}, 20
+    for gate in ("top_k", "top_any", "hash"):
+        yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 5
+        yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 15
+    yield {"moe_gate": "dense_to_sparse", "moe_spawn_updates": 10, "moe_null_experts": 1,
+           "moe_shared_experts": 1, "moe_shared_combine": "mix"}, 5
+
+
+@pytest.mark.parametrize("given, updates", list(cases_of_models()),
+                         ids=lambda v: label(v) if isinstance(v, dict) else str(v))
+@torch.no_grad()
+def test_logits_are_equal(make_trained, exported, given, updates):
+    trained = make_trained(updates, **given)
+    model = exported(trained)
+    x = tokens()
+    wanted = trained.model(x)[0]
+    assert wanted.std() > 0.1
+    assert torch.allclose(model(x).logits, wanted, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_bias_of_loss_free_balancing(make_trained, exported):
+    trained = make_trained(moe_gate="top_k", moe_bias_update_rate=0.05)
+    before = trained.model(tokens())[0]
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.bias_C.copy_(torch.tensor([3, -7, 9, 0, -4]) / 10)
+    torch.manual_seed(0)
+    x = tokens()
+    model, wanted = exported(trained), trained.model(x)[0]
+    assert torch.allclose(model(x).logits, wanted, atol=1e-5)
+    assert not torch.allclose(wanted, before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
+    trained = make_trained(moe_gate="top_any", moe_expert_count="3,2", moe_max_experts=6,
+                           moe_top_any_learned_scale=True, moe_top_any_scale=3.0)
+    layers = trained.model.decoder.moe_layers
+    layers[0].gate.active_E.copy_(torch.tensor([1, 0, 0, 1, 1, 0]).bool())
+    for layer in layers:
+        layer.gate.threshold.copy_(torch.randn(6) * 0.2)
+    model, x = exported(trained), tokens()
+    assert model.config.num_experts == [3, 0, 2]
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [
+    {"decoder_learned_pos": True},
+    {"no_token_positional_embeddings": True},
+    {"decoder_input_dim": 12, "decoder_output_dim": 20},
+    {"share_decoder_input_output_embed": True, "no_scale_embedding": True},
+    {"layernorm_embedding": True, "no_decoder_final_norm": True, "activation_fn": "relu"},
+    {"activation_fn": "swish", "moe_expert_gated": True},
+    {"activation_fn": "gelu_accurate", "moe_expert_ffn_dim": 10, "moe_expert_count": "2,7"},
+    {"checkpoint_activations": True, "decoder_layerdrop": 0.5},
+    {"arch": "transformer_lm", "activation_fn": "gelu", "decoder_input_dim": 16,
+     "decoder_output_dim": 16, "decoder_normalize_before": True},
+], ids=label)
+@torch.no_grad()
+def test_models_of_every_kind(make_trained, exported, given):
+    trained = make_trained(20, **given)
+    model, x = exported(trained), tokens()
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+
+
+GATES = ["base", "dense", "dense_to_sparse", "dselect_k", "hash", "relu", "stable", "top_any",
+         "top_k", "top_p"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_padding_on_either_side_changes_nothing(make_trained, exported, gate):
+    trained = make_trained(20, moe_gate=gate)
+    model, x = exported(trained), tokens(1)
+    wanted = trained.model(x)[0]
+    pad, ones = torch.full((1, 4), PAD), torch.ones(1, 11, dtype=torch.int64)
+    left = model(torch.cat([pad, x], 1), attention_mask=torch.cat([pad * 0, ones], 1)).logits
+    right = model(torch.cat([x, pad], 1), attention_mask=torch.cat([ones, pad * 0], 1)).logits
+    assert torch.allclose(left[:, 4:], wanted, atol=1e-5)
+    assert torch.allclose(right[:, :11], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_the_cache_changes_nothing(make_trained, exported, gate):
+    trained = make_trained(20, moe_gate=gate)
+    model, x = exported(trained), tokens(2)
+    whole, cache, parts = model(x).logits, None, []
+    for part in x.split([5, 1, 1, 4], dim=1):
+        answer = model(part, past_key_values=cache, use_cache=True)
+        cache = answer.past_key_values
+        parts.append(answer.logits)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9,
+                "do_sample": False}
+    with_cache = model.generate(x, use_cache=True, **settings)
+    assert torch.equal(with_cache, model.generate(x, use_cache=False, **settings))
+    alone = model.generate(x[:1, 3:], use_cache=True, **{**settings, "attention_mask": None})
+    assert torch.equal(alone[0], with_cache[0, 3:])
+
+
+@torch.no_grad()
+def test_only_routed_pairs_are_computed(make_trained, exported):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trained = make_trained(moe_gate="top_k", moe_top_k=1)
+    model, x = exported(trained), tokens()
+    flops = []
+    for k in (1, 2, 3):
+        for layer in (model.layers[0], model.layers[2]):
+            layer.moe.gate.routing["top_k"] = k
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        flops.append(counter.get_total_flops())
+    per_pair = 2 * 2 * 16 * 24
+    assert flops[1] - flops[0] == flops[2] - flops[1] == 2 * x.numel() * per_pair
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_shifted_labels(make_trained, exported):
+    model, x = exported(make_trained()), tokens()
+    labels = x.clone()
+    labels[:, :4] = -100
+    answer = model(x, labels=labels)
+    wanted = torch.nn.functional.cross_entropy(
+        answer.logits[:, 3:-1].flatten(0, 1), x[:, 4:].flatten())
+    assert torch.allclose(answer.loss, wanted)
+
+
+def test_a_capacity_of_evaluation_is_refused(make_trained, exported, tmp_path):
+    trained = make_trained(moe_gate="top_k", moe_eval_capacity_factor=0.5)
+    with pytest.raises(OptionError, match="give --without-eval-capacity"):
+        exported(trained)
+    assert not (tmp_path / "exported").exists()
+    assert exported(trained, without_eval_capacity=True).config.num_experts == [5, 0, 5]
+
+
+def test_norms_that_come_last_are_refused(make_trained, exported):
+    trained = make_trained(arch="transformer_lm", decoder_input_dim=16, decoder_output_dim=16)
+    with pytest.raises(OptionError, match="--decoder-normalize-before False"):
+        exported(trained)
+
+
+def test_a_gate_of_ones_own_is_refused(make_trained, exported, tmp_path):
+    trained = make_trained(moe_gate="top_k")
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.__class__ = type("Mine", (gate_class("top_k"),), {})
+    with pytest.raises(OptionError, match="--moe-gate Mine: .* cannot be exported"):
+        exported(trained)
+    assert not (tmp_path / "exported").exists()

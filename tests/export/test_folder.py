@@ -1,0 +1,137 @@
+"""The exported folder: in a process without our package, its tokenizers, and how it is written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.export import folder as folder_module
+from evomoe_plugin.export.folder import export
+from evomoe_plugin.generation.loading import TrainedModel
+from evomoe_plugin.generation.text import TextCodec
+from evomoe_plugin.options import OptionError
+from tests.data.conftest import gpt2_files  # noqa: F401  a fixture
+from tests.data.conftest import trained as prepared  # noqa: F401  a fixture
+from tests.data.texts import ODD, options_for
+from tests.data.texts import words as some_words
+
+ALONE = """
+import importlib.abc, sys
+sys.modules["torchaudio"] = None
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("evomoe_plugin", "fairseq", "fairscale"):
+            raise ImportError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("w1 w2 w35 w7", return_tensors="pt")
+with torch.no_grad():
+    torch.save({"ids": ids["input_ids"], "logits": model(**ids).logits,
+                "generated": model.generate(**ids, max_new_tokens=6, do_sample=False)}, out)
+"""
+
+
+@pytest.mark.parametrize("gate", ["dense_to_sparse", "top_k", "hash"])
+@torch.no_grad()
+def test_in_a_process_that_cannot_import_us(make_trained, tmp_path, gate):
+    trained = make_trained(20, moe_gate=gate)
+    export(trained, str(tmp_path / "exported"))
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "exported"), str(tmp_path / "out.pt")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+             "HF_MODULES_CACHE": str(tmp_path / "modules")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    ids = [2, *trained.codec.encode("w1 w2 w35 w7")]
+    assert got["ids"].tolist() == [ids]
+    assert torch.allclose(got["logits"], trained.model(torch.tensor([ids]))[0], atol=1e-5)
+    assert got["generated"].size(1) == 11 or got["generated"][0, -1] == 2
+
+
+def with_data(trained, folder):
+    """The same model as if it had the folder's dictionary; its tokenizer is what is tested."""
+    from fairseq.data import Dictionary
+
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    return TrainedModel(trained.model, trained.cfg, dictionary, TextCodec(folder, dictionary),
+                        folder)
+
+
+TEXTS = ["", " ", "a", ODD, some_words(3), " two  spaces ", "</s> is text, <unk> too",
+         "tab\tand\n\n", "\u2581 \u3000 é 😀", "the end</s>"]
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path, gpt2_files):  # noqa: F811
+    from evomoe_plugin.data import prepare
+    from evomoe_plugin.data.progress import Progress
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(some_words(n) for n in range(20)))
+    prepare(options_for(tmp_path, text, documents_by="blank-line", vocab_size=None,
+                        gpt2_bpe=tuple(map(str, gpt2_files))), Progress(open(os.devnull, "w")))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+@pytest.mark.parametrize("start", ["<s>", "</s>"])
+def test_the_tokenizer_gives_the_same_ids(make_trained, tmp_path, transformers, request, kind,
+                                          start):
+    folder = request.getfixturevalue({"sentencepiece": "prepared", "gpt2": "gpt2_folder"}[kind])
+    trained = with_data(make_trained(start=start), folder)
+    assert trained.codec.tokenizer.kind == kind
+    export(trained, str(tmp_path / "exported"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "exported", trust_remote_code=True)
+    first = trained.dictionary.index(start)
+    for text in TEXTS:
+        ids = trained.codec.encode(text)
+        assert tokenizer(text)["input_ids"] == [first, *ids]
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([first, *ids, 2], skip_special_tokens=True) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            tokenizer.unk_token_id) == (first, 2, 1, 3)
+    batch = tokenizer(["a b", "a b a b a b a b"], padding=True)
+    assert batch["input_ids"][0][-1] == 1
+    assert batch["attention_mask"][0][-1] == 0
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again(ODD)["input_ids"] == tokenizer(ODD)["input_ids"]
+
+
+def test_what_is_there_is_left_alone(make_trained, tmp_path):
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(OptionError, match="exported: exists: name a folder that does not"):
+        export(make_trained(), str(tmp_path / "exported"))
+    assert not list((tmp_path / "exported").iterdir())
+
+
+def test_whole_or_not_at_all(make_trained, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_module, "write_tokenizer", fail)
+    with pytest.raises(RunFailed, match="No space left on device; nothing is left there"):
+        export(make_trained(), str(tmp_path / "exported"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_folder_holds_what_it_needs_and_no_pickle(make_trained, tmp_path):
+    export(make_trained(), str(tmp_path / "exported"))
+    names = {entry.name for entry in (tmp_path / "exported").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors",
+                     "modeling_evomoe.py", "tokenizer.json", "tokenizer_config.json"}
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert config["num_experts"] == [5, 0, 5]

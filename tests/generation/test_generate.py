@@ -1,0 +1,181 @@
+"""Prompts are continued alike in any batch, at a cost that follows the routed pairs."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.generation import GenerationOptions, generate
+from evomoe_plugin.options import OptionError
+from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
+from tests.models.conftest import make_config  # noqa: F401  a fixture
+
+EOS, PAD, UNK, BOS = 2, 1, 3, 0
+GATES = ["base", "dense", "dense_to_sparse", "dselect_k", "expert_choice", "gshard", "hash", "relu",
+         "stable", "switch", "top_any", "top_k", "top_p"]
+NEEDED = {"expert_choice": {"moe_allow_noncausal": True}}
+WAYS = {
+    "greedy": {},
+    "beam": {"beam": 3},
+    "sampling": {"temperature": 1.3},
+    "top-k and top-p": {"top_k": 12, "top_p": 0.8, "temperature": 2.0},
+}
+
+
+def prompts():
+    """Nine of different lengths, an empty one among them."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(4, 40, (n,), generator=generator).tolist()
+            for n in (5, 1, 9, 0, 3, 3, 14, 2, 7)]
+
+
+def tokens_of(trained, given, **options):
+    done = generate(trained, given, GenerationOptions(max_new_tokens=12, **options))
+    assert [c.prompt for c in done.continuations] == given
+    return [c.new for c in done.continuations]
+
+
+@pytest.mark.parametrize("gate, way", [
+    *((gate, "greedy") for gate in GATES), *(("dense_to_sparse", way) for way in WAYS),
+    ("top_k", "beam"), ("hash", "sampling")])
+def test_the_same_tokens_at_any_batch_size(make_trained, gate, way):  # noqa: F811
+    trained = make_trained(20, moe_gate=gate, **NEEDED.get(gate, {}))
+    alone = tokens_of(trained, prompts(), batch_size=1, **WAYS[way])
+    assert len(set(map(tuple, alone))) > 5
+    assert tokens_of(trained, prompts(), batch_size=8, **WAYS[way]) == alone
+
+
+@torch.no_grad()
+def best_next(model, rows):
+    """The most probable token that may follow, by a forward pass over all of them."""
+    logits = model(torch.tensor([[EOS, *rows]]))[0][0, -1]
+    logits[[BOS, PAD, UNK]] = -math.inf
+    return int(logits.argmax())
+
+
+@pytest.mark.parametrize("gate", ["dense_to_sparse", "top_k", "hash"])
+def test_greedy_takes_the_most_probable_token(make_trained, gate):  # noqa: F811
+    trained = make_trained(20, moe_gate=gate)
+    for prompt, new in zip(prompts(), tokens_of(trained, prompts()), strict=True):
+        wanted = []
+        while len(wanted) < 12 and (token := best_next(trained.model, prompt + wanted)) != EOS:
+            wanted.append(token)
+        assert new == wanted
+
+
+def test_one_ends_and_others_go_on(make_trained):  # noqa: F811
+    trained = make_trained(20)
+    with torch.no_grad():
+        trained.model.decoder.output_projection.weight[EOS] *= 10
+    lengths = {len(new) for new in tokens_of(trained, prompts(), temperature=1.0)}
+    assert len(lengths) > 2
+    assert tokens_of(trained, prompts(), temperature=1.0, batch_size=1) == tokens_of(
+        trained, prompts(), temperature=1.0)
+
+
+def test_a_wide_beam_finds_what_is_more_probable(make_trained):  # noqa: F811
+    trained = make_trained(20)
+
+    def scores(beam):
+        done = generate(trained, prompts(), GenerationOptions(max_new_tokens=3, beam=beam))
+        return [c.score for c in done.continuations]
+
+    pairs = list(zip(scores(1), scores(8), strict=True))
+    assert all(wide >= narrow - 1e-5 for narrow, wide in pairs)
+    assert any(wide > narrow + 1e-3 for narrow, wide in pairs)
+
+
+def test_sampling_follows_seed_and_probabilities(make_trained):  # noqa: F811
+    trained = make_trained(20)
+    given = [[7, 8, 9]] * 2000
+
+    def drawn(seed, **options):
+        done = generate(trained, given, GenerationOptions(
+            max_new_tokens=1, seed=seed, batch_size=500, temperature=1.0, **options))
+        return torch.tensor([(c.new or [EOS])[0] for c in done.continuations])
+
+    first = drawn(1)
+    assert torch.equal(first, drawn(1))
+    assert not torch.equal(first, drawn(2))
+    with torch.no_grad():
+        logits = trained.model(torch.tensor([[EOS, 7, 8, 9]]))[0][0, -1]
+    logits[[BOS, PAD, UNK]] = -math.inf
+    probs = logits.softmax(0)
+    counts = first.bincount(minlength=40)
+    deviation = (2000 * probs * (1 - probs)).sqrt()
+    assert ((counts - 2000 * probs).abs() <= 5 * deviation + 1).all()
+
+    order = probs.argsort(descending=True)
+    assert set(drawn(1, top_k=3).tolist()) == set(order[:3].tolist())
+    kept = 1 + int((probs[order].cumsum(0) < 0.4).sum())
+    assert set(drawn(1, top_p=0.4).tolist()) == set(order[:kept].tolist())
+    assert set(drawn(1, top_p=1e-6).tolist()) == {int(order[0])}
+
+
+def test_the_length_of_the_model_ends_a_text(make_trained):  # noqa: F811
+    trained = make_trained(20, decoder_learned_pos=True)
+    assert trained.model.max_decoder_positions() == 64
+    with torch.no_grad():
+        trained.model.decoder.output_projection.weight[EOS] = -trained.model.decoder.layer_norm.bias
+    given = [[5] * 60, [6] * 62, [7]]
+    done = generate(trained, given, GenerationOptions(max_new_tokens=100))
+    assert all(len(c.prompt + c.new) <= 63 for c in done.continuations)
+    with pytest.raises(OptionError, match=r"--prompt \(number 2\): has 63 tokens: give at most 62"):
+        generate(trained, [[5], [5] * 63], GenerationOptions())
+
+
+def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
+    """And not the length: what is cached is not computed again, but for attention to it."""
+    costs = {}
+    for gate in ("reached", "top1", "dense"):
+        trained = make_trained(20, moe_gate="dense_to_sparse", moe_eval_gate=gate,
+                               moe_temperature_start=0.6, moe_gate_threshold=0.05)
+        with FlopCounterMode(display=False) as counter:
+            done = generate(trained, [[5, 6, 7]], GenerationOptions(max_new_tokens=10))
+        steps = done.routed_tokens / 2
+        costs[gate] = counter.get_total_flops(), done.pairs, steps
+        assert steps == 3 + len(done.continuations[0].new) + 1
+        assert done.experts == 5 * done.routed_tokens
+    per_pair, cheap = 2 * 2 * 16 * 24, costs["top1"]
+    assert cheap[1] == 2 * cheap[2]
+    assert costs["dense"][1] == 10 * costs["dense"][2]
+    for flops, pairs, steps in costs.values():
+        if steps == cheap[2]:
+            assert flops - cheap[0] == (pairs - cheap[1]) * per_pair
+    assert sum(steps == cheap[2] for _, _, steps in costs.values()) > 1
+
+
+BAD = [
+    ({"max_new_tokens": 0}, "--max-new-tokens 0: give 1 or more"),
+    ({"beam": 0}, "--beam 0: give 1 or more"),
+    ({"beam": 20}, "--beam 20: the dictionary has 40 symbols: give at most 19"),
+    ({"beam": 2, "top_p": 0.5}, "--beam 2: beam search draws nothing"),
+    ({"temperature": 0.0}, "--temperature 0.0: give a number above 0"),
+    ({"temperature": math.nan}, "--temperature nan"),
+    ({"top_p": 1.5}, "--top-p 1.5: it is a probability"),
+    ({"top_k": 0}, "--top-k 0: give 1 or more"),
+    ({"batch_size": 0}, "--batch-size 0"),
+    ({"seed": -1}, "--seed -1"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD, ids=[m for _, m in BAD])
+def test_bad_options(make_trained, given, message):  # noqa: F811
+    with pytest.raises(OptionError, match=message):
+        generate(make_trained(), [[5]], GenerationOptions(**given))
+
+
+def test_a_prompt_that_ends_a_text(make_trained):  # noqa: F811
+    with pytest.raises(OptionError, match=r"--prompt \(number 1\): holds </s>, which ends a text"):
+        generate(make_trained(), [[5, EOS, 6]], GenerationOptions())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beam": 2}])
+def test_nan_is_said(make_trained, options):  # noqa: F811
+    trained = make_trained()
+    with torch.no_grad():
+        trained.model.decoder.layer_norm.bias.fill_(math.nan)
+    with pytest.raises(RunFailed, match="the model's output is NaN"):
+        generate(trained, [[5]], GenerationOptions(**options))
