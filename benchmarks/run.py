@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("dense_to_sparse.py",)
+BENCHMARKS = ("dense_to_sparse.py", "spawn_phase.py")
 
 
 def main() -> int:

@@ -19,4 +19,4 @@ else:
 
     compat.apply_all()
 
-    from evomoe_plugin import criterions, evolve, models  # noqa: F401
+    from evomoe_plugin import criterions, evolve, models, tasks  # noqa: F401

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from evomoe_plugin.dispatch import LocalDispatcher
 from evomoe_plugin.experts import ExpertFFN, SharedExperts
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
-from evomoe_plugin.options import expert_ffn_dim, shared_ffn_dim
+from evomoe_plugin.gates.idle import idle
+from evomoe_plugin.options import expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit
+from evomoe_plugin.routing.first_expert import first_expert_plan
 from evomoe_plugin.routing.plan import RoutingPlan
 
 
@@ -33,6 +35,8 @@ class MoELayer(nn.Module):
         shared: experts that answer every token.
         capacity: what an expert takes in training.
         eval_capacity: what it takes in evaluation.
+        spawn_updates: so many updates every token goes to expert 0 and the gate does nothing
+            (EvoMoE's first phase, arXiv 2112.14397); its schedules count from there.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class MoELayer(nn.Module):
         shared: SharedExperts | None = None,
         capacity: CapacityRule = UNLIMITED,
         eval_capacity: CapacityRule = UNLIMITED,
+        spawn_updates: int = 0,
     ):
         super().__init__()
         self.gate = gate
@@ -49,6 +54,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = capacity
         self.eval_capacity = eval_capacity
+        self.spawn_updates = spawn_updates
         self.dispatcher = LocalDispatcher()
         # In the checkpoint, since evaluation routes as training did when it was written.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
@@ -66,6 +72,15 @@ class MoELayer(nn.Module):
             self._num_updates = num_updates
             self.num_updates.fill_(num_updates)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether expert 0 is the only one that works still, and the gate does not."""
+        return self._num_updates < self.spawn_updates
+
+    def gate_updates(self, num_updates: int) -> int:
+        """The completed updates that the gate's schedules count."""
+        return max(0, num_updates - self.spawn_updates)
+
     def context(
         self,
         token_mask_T: Tensor | None = None,
@@ -78,8 +93,8 @@ class MoELayer(nn.Module):
         if keys_T is not None:
             for part in (self.gate.info.seed, self._num_updates, self.gate.info.layer_id):
                 keys_T = noise.fold(keys_T, part)
-        return GateContext(
-            self._num_updates, token_mask_T, keys_T, token_ids_T, token_weights_T)
+        return GateContext(self.gate_updates(self._num_updates), token_mask_T, keys_T, token_ids_T,
+                           token_weights_T)
 
     def forward(
         self,
@@ -101,13 +116,18 @@ class MoELayer(nn.Module):
             y_TD, zeros for tokens without any expert; the auxiliary losses, [A] with gradient;
             the statistics, detached fp64.
         """
-        context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
-        plan = self._within_capacity(self.gate(x_TD, context))
+        if self.is_single:
+            plan = first_expert_plan(x_TD, token_mask_T, self.num_experts, self.gate.aux_names)
+        else:
+            context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
+            plan = self._within_capacity(self.gate(x_TD, context))
         dispatched = self.dispatcher.dispatch(x_TD, plan)
         rows_ND = self.experts(dispatched.rows_ND, dispatched.counts)
         y_TD = self.dispatcher.combine(rows_ND, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, plan.shared_weights_TS)
+        if self.is_single:
+            y_TD = idle(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
@@ -140,13 +160,15 @@ class MoELayer(nn.Module):
         return bool(self.capacity or self.eval_capacity)
 
     def _stat_sizes(self) -> dict[str, int]:
-        scalars = [st.TOKENS, st.PAIRS, st.EXPERTS, st.ENTROPY, st.NONFINITE, *self.gate.STATS]
+        scalars = [st.TOKENS, st.PAIRS, st.EXPERTS, st.ENTROPY, st.NONFINITE]
+        if not self.is_single:
+            scalars += self.gate.STATS
         if self._has_capacity:
             scalars.append(st.DROPPED)
         if self.gate.info.num_null:
             scalars.append(st.NULL_PAIRS)
-        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts,
-                **self.gate.record_sizes()}
+        records = {} if self.is_single else self.gate.record_sizes()
+        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts, **records}
 
     @property
     def stats_size(self) -> int:
@@ -183,9 +205,9 @@ def build_layer(
         activation: of the experts.
         dropout: applied to their hidden rows.
     """
-    def stack(count: int, ffn_dim: int) -> ExpertFFN:
+    def stack(count: int, ffn_dim: int, freezes: bool = False) -> ExpertFFN:
         return ExpertFFN(count, info.model_dim, ffn_dim, activation, dropout,
-                         gated=options.moe_expert_gated)
+                         gated=options.moe_expert_gated, freezes=freezes)
 
     def rule(factor: float | None, token_fraction: float = -1.0) -> CapacityRule:
         return CapacityRule(
@@ -201,9 +223,13 @@ def build_layer(
         shared = SharedExperts(stack(options.moe_shared_experts, shared_ffn_dim(options)))
     return MoELayer(
         gate=gate,
-        experts=stack(info.num_experts, expert_ffn_dim(options)),
+        experts=stack(
+            info.num_experts, expert_ffn_dim(options),
+            freezes=not parse_bool("moe_spawn_trainable_masked",
+                                   options.moe_spawn_trainable_masked)),
         shared=shared,
         capacity=rule(options.moe_capacity_factor),
         eval_capacity=rule(options.moe_eval_capacity_factor,
                            options.moe_eval_capacity_token_fraction),
+        spawn_updates=options.moe_spawn_updates or 0,
     )

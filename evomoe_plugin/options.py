@@ -130,6 +130,77 @@ class MoEOptions:
         default=False,
         metadata={"help": "what a token keeps after dropping gets the weight of what it had"},
     )
+    moe_post_norm: bool = field(
+        default=False,
+        metadata={"help": "layers normalise what they give, not what they take, as fairseq's plain "
+                          "transformer_lm; for models made from such a one"},
+    )
+    moe_init_from_dense: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint of a dense transformer_lm that a run without a checkpoint of "
+                          "its own begins with: experts are made from its feed-forward networks"},
+    )
+    moe_init_method: str = field(
+        default="copy",
+        metadata={"help": "how: copy, mask, noise, reinit (each expert the whole network), slice "
+                          "(smaller experts, a part each), none (experts start afresh)"},
+    )
+    moe_init_rate: Optional[float] = field(
+        default=None,
+        metadata={"help": "of mask (share of the weights), noise (share of their deviation), "
+                          "reinit (share of the hidden units); default: 0.3, 0.1, 0.5"},
+    )
+    moe_init_rescale: bool = field(
+        default=False,
+        metadata={"help": "mask: what is left is divided by 1 - rate; slice: an expert's output is "
+                          "multiplied by the number of slices"},
+    )
+    moe_init_slices: str = field(
+        default="contiguous",
+        metadata={"help": "hidden units of a slice: contiguous or shuffled"},
+    )
+    moe_init_gate: str = field(
+        default="default",
+        metadata={"help": "weights of the gates: default, zero, or normal:STD"},
+    )
+    moe_train_only: Optional[str] = field(
+        default=None,
+        metadata={"help": "train these parameters alone, the others are frozen: words (experts, "
+                          "shared, gate, attention, ffn, embeddings, norms) or regular expressions "
+                          "over their names, with commas between"},
+    )
+    moe_spawn_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "EvoMoE's first phase, expert-diversify: for so many updates only the "
+                          "first expert of each layer works, without gate; then all experts are "
+                          "spawned from it (default: no such phase)"},
+    )
+    moe_spawn_method: str = field(
+        default="mask",
+        metadata={"help": "how experts are spawned: mask (a share of the weights is zero), noise "
+                          "(is added), reinit (a share of the hidden units is drawn afresh), copy"},
+    )
+    moe_spawn_rate: Optional[float] = field(
+        default=None,
+        metadata={"help": "share of weights or hidden units, or noise as a share of a weight's "
+                          "standard deviation (default: mask 0.3, reinit 0.5, noise 0.1)"},
+    )
+    moe_spawn_rescale: bool = field(
+        default=False,
+        metadata={"help": "divide the weights that mask leaves by the share that is left"},
+    )
+    # A string like moe_gating_use_fp32.
+    moe_spawn_trainable_masked: str = field(
+        default="true",
+        metadata={"help": "weights that mask made zero learn on; false keeps them zero for ever "
+                          "(true|false)"},
+    )
+    moe_spawn_moments: str = field(
+        default="copy",
+        metadata={"help": "the optimizer's moments of spawned experts: copy (those of the expert "
+                          "they come from; zero for weights masked or drawn afresh) or reset "
+                          "(zero)"},
+    )
 
 
 def parse_bool(option: str, value: Any) -> bool:
@@ -240,16 +311,35 @@ _UNSUPPORTED = (
     "scale_fc", "scale_attn", "scale_heads", "scale_resids",
 )
 
+def spawn_rate(options: Any) -> float:
+    """The rate of the method that spawns experts, the default resolved."""
+    if options.moe_spawn_rate is not None:
+        return options.moe_spawn_rate
+    return DEFAULT_SPAWN_RATES.get(options.moe_spawn_method, 0.0)
+
+
+def gated_updates(options: Any) -> int:
+    """Updates of the run in which gates work: all, or those after the spawn; 0: not known."""
+    return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
+
+
+# fairseq's, by name.
+ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
+               "swish")
 SHARED_COMBINE = ("add", "softmax", "mix")
 DROP_POLICIES = ("position", "probs", "random")
+SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
+# mask and noise are our choice; reinit's is Drop-Upcycling's (arXiv 2502.19261).
+DEFAULT_SPAWN_RATES = {"mask": 0.3, "noise": 0.1, "reinit": 0.5}
 
 
-def validate(options: Any) -> None:
+def validate(options: Any, warn: bool = True) -> None:
     """Check every option of an MoE model; log a warning for what is doubtful.
 
     Args:
         options: the fields of `MoEOptions`, of the gates' options and of fairseq's
             transformer_lm.
+        warn: False where it has been said already, or does not matter.
     Raises:
         OptionError: naming the option, its value and what would be right.
     """
@@ -268,11 +358,16 @@ def validate(options: Any) -> None:
     counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
+    check_choice(options, "activation_fn", ACTIVATIONS)
     _check_experts(options)
+    check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
     _check_capacity(options, gate)
-    warnings = [*_capacity_warnings(options), *validate_gate(options, counts)]
+    _check_init(options)
+    _check_spawn(options)
+    warnings = [*_capacity_warnings(options, gate), *_spawn_warnings(options, counts),
+                *validate_gate(options, counts)]
     _check_null(options)
-    for warning in warnings:
+    for warning in warnings if warn else ():
         logger.warning(warning)
 
 
@@ -330,7 +425,6 @@ def _check_null(options: Any) -> None:
     from evomoe_plugin.gates.auxiliary import coefficients
     from evomoe_plugin.gates.base import gate_class
 
-    check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
     target = options.moe_null_rate_target
     check_number(options, "moe_null_rate_target", least=0, most=1,
                  remedy="it is a probability: give a number from 0 to 1")
@@ -372,14 +466,81 @@ def _check_capacity(options: Any, gate: Any) -> None:
                                              "--moe-capacity-factor")
 
 
-def _capacity_warnings(options: Any) -> Iterator[str]:
+def _capacity_warnings(options: Any, gate: Any) -> Iterator[str]:
     if options.moe_eval_capacity_factor is not None or (
             options.moe_eval_capacity_token_fraction != -1):
         yield ("a capacity in evaluation: what a token gets depends on the tokens beside it, and "
                "perplexity on the batch size")
+    fixed = gate.FIXED_PICKS and not options.moe_null_experts
+    if options.moe_capacity_factor is not None and not fixed:
+        yield (f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the "
+               "number of pairs, which later tokens have a part in: training is not causal; "
+               "evaluation has no capacity by default")
     if options.moe_capacity_factor is not None and options.moe_drop_policy in ("probs", "random"):
         yield (f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can push "
                "out earlier ones, which is not causal; evaluation has no capacity by default")
+
+
+def _check_init(options: Any) -> None:
+    if options.moe_init_from_dense is not None:
+        return
+    for option in fields(MoEOptions):
+        value = getattr(options, option.name)
+        if option.name.startswith("moe_init_") and value != option.default:
+            raise OptionError(option.name, value, "experts are made from nothing: leave it out, or "
+                                                  "give --moe-init-from-dense")
+
+
+def _check_spawn(options: Any) -> None:
+    updates, method = options.moe_spawn_updates, options.moe_spawn_method
+    given = [f.name for f in fields(MoEOptions) if f.name.startswith("moe_spawn_")
+             and str(getattr(options, f.name)).lower() != str(f.default).lower()]
+    if updates is None:
+        if given:
+            raise OptionError(given[0], getattr(options, given[0]),
+                              "experts are not spawned: leave it out, or give "
+                              "--moe-spawn-updates")
+        return
+    check_number(options, "moe_spawn_updates", least=1,
+                 remedy="give the number of updates before the spawn, 1 or more; leave it out for "
+                        "none")
+    if options.max_update and updates >= options.max_update:
+        raise OptionError("moe_spawn_updates", updates,
+                          f"the run ends at update {options.max_update}: give less than "
+                          "--max-update")
+    check_choice(options, "moe_spawn_method", SPAWN_METHODS)
+    check_choice(options, "moe_spawn_moments", ("copy", "reset"))
+    if method == "copy" and options.moe_spawn_rate is not None:
+        raise OptionError("moe_spawn_rate", options.moe_spawn_rate,
+                          "--moe-spawn-method copy changes nothing: leave it out, or give mask, "
+                          "noise or reinit")
+    most = {"mask": {"below": 1}, "reinit": {"most": 1}}.get(method, {})
+    check_number(options, "moe_spawn_rate", above=0, **most,
+                 remedy={"mask": "it is a share of the weights: give more than 0 and less than 1",
+                         "reinit": "it is a share of the hidden units: give more than 0 and at "
+                                   "most 1"}.get(method, "give a number above 0"))
+    trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
+    for option, is_given in (("moe_spawn_rescale", options.moe_spawn_rescale),
+                             ("moe_spawn_trainable_masked", not trainable)):
+        if is_given and method != "mask":
+            raise OptionError(option, getattr(options, option),
+                              f"--moe-spawn-method {method} masks nothing: leave it out, or give "
+                              "mask")
+
+
+def _spawn_warnings(options: Any, counts: Sequence[int]) -> Iterator[str]:
+    updates = options.moe_spawn_updates
+    if updates is None:
+        return
+    if min(counts) == 1:
+        yield (f"--moe-spawn-updates {updates}: a layer has one expert only, which is changed at "
+               "the spawn and finds no other beside it")
+    if options.moe_spawn_method == "copy":
+        yield ("--moe-spawn-method copy: experts begin alike, so that only what the gate sends "
+               "them tells them apart")
+    if options.moe_shared_experts and options.moe_shared_combine != "add":
+        yield (f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there is no "
+               "gate to weigh by, and shared experts count in full")
 
 
 def validate_run(cfg: Any) -> None:
@@ -397,9 +558,35 @@ def validate_run(cfg: Any) -> None:
     if model is None or any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
+    if model.moe_spawn_updates is not None and cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", True,
+                          "the averages of experts would be of before the spawn: leave it out, or "
+                          "--moe-spawn-updates")
+    if model.moe_init_from_dense is not None and cfg.checkpoint.finetune_from_model:
+        raise OptionError("moe_init_from_dense", model.moe_init_from_dense,
+                          "--finetune-from-model gives the first weights already: leave one of "
+                          "them out")
     if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
         logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
                        "logged; --criterion moe_cross_entropy does both")
+    for warning in _strong_losses(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)):
+        logger.warning(warning)
+
+
+# Losses that are about 1 or more when all is well; published coefficients are 0.001 to 0.03.
+_LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
+
+
+def _strong_losses(model: Any, weight: float) -> Iterator[str]:
+    from evomoe_plugin.gates.auxiliary import coefficients
+    from evomoe_plugin.gates.base import gate_class
+
+    chosen = coefficients(model, gate_class(model.moe_gate))
+    strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
+    if strong:
+        yield (f"--moe-gate-loss-wt {weight}: with it the auxiliary loss {strong[0]} counts "
+               f"{chosen[strong[0]] * weight:g} times, as much as the language-model loss or more; "
+               "0.01 is usual")
 
 
 def _check_data(cfg: Any) -> None:

@@ -68,6 +68,7 @@ BAD = [
     ({"moe_expert_size_factor": 64}, "64: give a divisor of --decoder-ffn-embed-dim (32)"),
     ({"moe_expert_size_factor": 2, "moe_expert_ffn_dim": 8},
      "--moe-expert-size-factor 2: --moe-expert-ffn-dim gives the width already"),
+    ({"activation_fn": "silu"}, "--activation-fn silu: one of: relu, relu_squared, gelu"),
     # shared experts
     ({"moe_shared_experts": -1}, "--moe-shared-experts -1: give 0 or more"),
     ({"moe_shared_ffn_dim": 8}, "--moe-shared-ffn-dim 8: there are no shared experts"),
@@ -87,6 +88,9 @@ BAD = [
      "--moe-shared-combine softmax: the gate top_any has no logits"),
     # null experts
     ({"moe_null_experts": -1}, "--moe-null-experts -1: give 0 or more"),
+    (gate("top_k", moe_null_experts=-20), "--moe-null-experts -20: give 0 or more"),
+    (gate("top_any", moe_aux="null=1"), "null: there are no null experts; and the gate top_any can "
+                                        "have none"),
     *((gate(name, moe_null_experts=1, **more),
        f"--moe-null-experts 1: the gate {name} cannot choose null experts: give 0")
       for name, more in [("hash", {}), ("base", {}), ("stable", {}), ("dselect_k", {}),
@@ -134,6 +138,7 @@ BAD = [
     ({"moe_aux": "balance=nan"}, "give balance a coefficient of 0 or more"),
     ({"moe_aux": "balance=inf"}, "give balance a coefficient of 0 or more"),
     ({"moe_aux": "z=1,z=2"}, "--moe-aux z=1,z=2: gives z twice"),
+    ({"moe_aux": "z=1, none"}, "give none alone, or losses without it"),
     ({"moe_aux": "none,z=1"}, "--moe-aux none,z=1: give none alone, or losses without it"),
     ({"moe_aux": "balance:0.1"}, "no loss named 'balance:0.1'"),
     ({"moe_aux": "=1"}, "no loss named ''"),
@@ -207,8 +212,11 @@ BAD = [
     (gate("top_k", moe_top_k_weights="sum"), "--moe-top-k-weights sum: one of: raw, renormalized"),
     (gate("top_k", moe_sample_top_k=3), "--moe-sample-top-k 3: give 0 to --moe-top-k (2)"),
     (gate("top_k", moe_sample_top_k=-1), "--moe-sample-top-k -1: give 0 to --moe-top-k (2)"),
-    (gate("top_k", moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1: give 0 or more"),
-    (gate("top_k", moe_bias_update_rate=NAN), "--moe-bias-update-rate nan: give 0 or more"),
+    (gate("top_k", moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1: scores are at most 1"),
+    (gate("top_k", moe_bias_update_rate=NAN), "--moe-bias-update-rate nan: scores are at most 1"),
+    (gate("top_k", moe_bias_update_rate=2.0), "--moe-bias-update-rate 2.0: scores are at most 1"),
+    (gate("top_k", moe_bias_update_rate=0.01, moe_sample_top_k=1),
+     "--moe-sample-top-k 1: picks are drawn whatever the bias"),
     (gate("top_k", moe_batch_prioritized_routing=True),
      "--moe-batch-prioritized-routing True: no expert has a capacity in training"),
     (gate("top_k", moe_batch_prioritized_routing=True, moe_capacity_factor=1.0,

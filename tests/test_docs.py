@@ -10,13 +10,14 @@ from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterionC
 from evomoe_plugin.gates import gate_class, gate_names
 from evomoe_plugin.gates.auxiliary import LOSSES
 from evomoe_plugin.options import MoEOptions
+from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTConfig
 
 ROOT = Path(__file__).parents[1]
 TABLE = dict(re.findall(r"^\| `--(moe-[\w-]+)` \| (.+?) \|",
                         (ROOT / "docs/options.md").read_text(), re.M))
 OURS = [name for name in gate_names()
         if gate_class(name).__module__.startswith("evomoe_plugin.")]
-OWNERS = (MoEOptions, MoECrossEntropyCriterionConfig,
+OWNERS = (MoEOptions, MoECrossEntropyCriterionConfig, LanguageModelingSFTConfig,
           *(gate_class(name).Options for name in OURS))
 FIELDS = list({
     field.name: field for owner in OWNERS for field in dataclasses.fields(owner)

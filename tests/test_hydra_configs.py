@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from omegaconf import OmegaConf
 import evomoe_plugin  # noqa: F401  registers what the files name
 from evomoe_plugin.compat.refusals import check_run
 from evomoe_plugin.gates.base import GateContext
+from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates
 from evomoe_plugin.models.accounting import count_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,7 @@ VARIANTS = {
     "dts": DTS,
     "dts_softmax": {**DTS, "model.moe_combine_weights": "softmax"},
     "dts_balanced": {**DTS, "criterion.moe_gate_loss_wt": 0.01},
+    "evomoe": {**DTS, "model.moe_spawn_method": "mask", "model.moe_spawn_rate": 0.3},
     "dense_moe": {"model.moe_gate": "dense", "criterion.moe_gate_loss_wt": 0.0},
     "switch": SWITCH,
     "switch_no_aux": {**SWITCH, "model.moe_capacity_factor": None,
@@ -120,6 +123,7 @@ EXPERTS_PER_TOKEN = {
     "deepseek_style": (4, 4), "plain_moe": (2, 2), "dynmoe": ((1, 4), (1, 4)),
     "dcmoe": ((1, 4), (1, 4)), "dense2moe": (2, 2),
     "dts": ((7, 8), 1), "dts_balanced": ((7, 8), 1), "dts_softmax": ((7, 8), 1),
+    "evomoe": ((7, 8), 1),
 }
 
 
@@ -321,6 +325,7 @@ SCALED = {
     "dynmoe": {"moe_max_experts", "moe_adapt_record_interval", "moe_adapt_window"},
     "deepseek_style": {"moe_bias_update_rate"},
     "remoe": {"moe_l1_start"},
+    "evomoe": {"moe_spawn_updates"},
 }
 
 
@@ -337,6 +342,14 @@ def test_a_small_run_is_its_paper_run_but_for_size(run):
             if group != "model" or (field.startswith("moe_") and field not in size):
                 scaled = field in ("warmup_updates", "lr", "max_update", "total_num_update")
                 assert scaled or small[group][field] == value, field
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.endswith("evomoe")])
+def test_both_phases_are_in_one_run(run):
+    cfg = resolved(run)
+    assert cfg.model.moe_spawn_updates == cfg.optimization.max_update // 10
+    # A share of the nine tenths that are left.
+    assert annealing_updates(cfg.model) == round(0.27 * cfg.optimization.max_update)
 
 
 def test_every_field_of_fairseq_is_there():
@@ -393,6 +406,19 @@ def test_training_from_the_clone(hydra_train, data, tmp_path):
     assert '"experts_per_token": "8' in output
     assert '"experts_per_token": "1"' in output
     assert '"temperature": "0.2"' in output
+
+
+@pytest.mark.slow
+def test_one_command_runs_both_phases(hydra_train, data, tmp_path):
+    output = hydra_train(
+        "--config-dir", "hydra_configs", "--config-name", "small/evomoe",
+        *short(data, updates=12), "model.moe_spawn_updates=2", f"hydra.run.dir={tmp_path}/run",
+        cwd=ROOT,
+    )
+    assert updates_in(tmp_path / "run") == 12
+    experts = [float(n) for n in re.findall(r'"experts_per_token": "([\d.]+)"', output)]
+    assert experts[:2] == [1, 1] and experts[2] > 7 and experts[-1] == 1
+    assert output.count("spawned 8 experts in each of 2 MoE layers") == 1
 
 
 @pytest.mark.slow

@@ -19,13 +19,21 @@ ALLOWED = {
     "layer": {"routing", "gates", "experts", "dispatch"},
     "models": {"routing", "gates", "experts", "dispatch", "layer", "compat"},
     "criterions": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
-    "evolve": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
+    "checkpoint": {"compat"},
+    "evolve": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat",
+               "checkpoint"},
     "options": {"gates"},
+    "tasks": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat"},
+    "generation": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat",
+                   "checkpoint"},
+    "export": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat",
+               "generation"},
     "observe": set(),
     "compat": set(),
     "data": {"compat"},
 }
-MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "compat", "data", "cli", ""}
+MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "compat", "data", "checkpoint",
+                      "generation", "export", "cli", ""}
 
 
 def room_of(path: Path) -> str:

@@ -16,7 +16,9 @@ from evomoe_plugin.compat import (
     epoch_batches,
     fsdp_cpu,
     fsdp_fp16,
+    fsdp_frozen,
     fsdp_optimizer_state,
+    help,
     last_batch,
     launch,
     layout_change,
@@ -24,7 +26,9 @@ from evomoe_plugin.compat import (
     numpy_compat,
     object_broadcast,
     silent_commands,
+    swish,
     symlink,
+    train_start,
     trainer_cpu,
     update_end,
     user_module,
@@ -37,10 +41,12 @@ logger = logging.getLogger(__name__)
 
 MENDS: tuple[Mend, ...] = (
     silent_commands.MEND,
+    swish.MEND,
     numpy_compat.MEND,
     object_broadcast.MEND,
     user_module.MEND,
     launch.MEND,
+    help.MEND,
     last_batch.MEND,
     epoch_batches.MEND,
     bf16_flag.MEND,
@@ -48,6 +54,7 @@ MENDS: tuple[Mend, ...] = (
     fsdp_cpu.MEND,
     fsdp_fp16.MEND,
     fsdp_optimizer_state.MEND,
+    fsdp_frozen.MEND,
     num_updates.MEND,
     update_end.MEND,
     symlink.MEND,
@@ -55,6 +62,7 @@ MENDS: tuple[Mend, ...] = (
     checkpoint_reading.MEND,
     layout_change.MEND,
     checkpoint_fit.MEND,
+    train_start.MEND,
     crash.MEND,
 )
 

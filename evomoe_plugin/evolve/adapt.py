@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.compat.optimizer_layout import model_layout
+from evomoe_plugin.evolve.methods import seed_of
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.routing.noise import fold
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def adapt_experts(trainer: Any) -> None:
             continue
         for n, layer in enumerate(decoder.moe_layers):
             gate = layer.gate
-            if isinstance(gate, TopAnyGate) and gate.record.is_complete(num_updates):
+            if isinstance(gate, TopAnyGate) and gate.record.is_complete(
+                    layer.gate_updates(num_updates)):
                 _adapt_layer(trainer, decoder.layer_name(n), gate, num_updates)
 
 
@@ -123,7 +124,7 @@ def _edits(trainer: Any, name: str, gate: TopAnyGate, change: Change, direction_
     }
     experts = [p for p in model_layout(trainer).names if p.startswith(f"{name}.experts.")]
     for i, parameter in enumerate(experts):
-        key = _key(gate.info.seed, gate.info.layer_id, num_updates, i)
+        key = seed_of(gate.info.seed, gate.info.layer_id, num_updates, i)
         copies = gate.adapt_source == "most_used"
         edits[parameter] = functools.partial(copy, key) if copies else (
             lambda value: _rows(value, slots))
@@ -135,14 +136,6 @@ def _rows(value: Tensor, slots: Sequence[int]) -> Tensor:
     mask = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
     mask[list(slots)] = True
     return mask
-
-
-def _key(*parts: int) -> int:
-    """A generator's seed: the same on every rank, another for other parts."""
-    key = torch.zeros((), dtype=torch.int64)
-    for part in parts:
-        key = fold(key, part)
-    return int(key) & (2**63 - 1)
 
 
 def _log(name: str, gate: TopAnyGate, change: Change, unrouted: int, num_updates: int) -> None:

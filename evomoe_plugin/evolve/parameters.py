@@ -2,7 +2,7 @@
 
 A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
 fp32 masters, flat or one by one), or in pieces on all ranks (FSDP). What is edited is what the
-optimizer updates; half-precision copies follow, and moments are reset where asked for.
+optimizer updates; half-precision copies follow, and moments are edited and reset where asked for.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ Edit = Callable[[Tensor], Tensor]
 """Changes a whole parameter, given in fp32, in place. Returns a bool mask that broadcasts to its
 shape: the elements whose moments are reset."""
 
+MomentEdit = Callable[[Tensor], None]
+"""Changes a whole moment, of the parameter's shape and in its own precision, in place."""
+
 
 @torch.no_grad()
-def edit_parameters(trainer: Any, edits: Mapping[str, Edit]) -> None:
+def edit_parameters(
+    trainer: Any, edits: Mapping[str, Edit], moment_edits: Mapping[str, MomentEdit] | None = None
+) -> None:
     """Edit parameters, and set the optimizer's state of chosen elements to zero.
 
     All ranks must call it with the same edits; under FSDP they gather one flat parameter at a
-    time. The state that is reset is all that has an element's place (Adam's moments); counts of
-    steps and Adafactor's sums over rows and columns stay.
+    time. Moments are all state that has an element's place, as Adam's; counts of steps and
+    Adafactor's sums over rows and columns stay.
 
     Args:
         trainer: fairseq's, between updates.
         edits: by the parameters' names in the checkpoint.
+        moment_edits: for some of these names, what happens to each moment before any of it is
+            reset.
     Raises:
         KeyError: a name is not that of a trained parameter.
     """
@@ -44,7 +51,9 @@ def edit_parameters(trainer: Any, edits: Mapping[str, Edit]) -> None:
         wanted = [name for name in storage.names if name in edits]
         if wanted:
             unknown -= set(wanted)
-            _edit_storage(storage, edits, optimizer.optimizer.state.get(storage.owner, {}))
+            state = optimizer.optimizer.state.get(storage.owner, {})
+            _edit_moments(storage, moment_edits or {}, state)
+            _edit_storage(storage, edits, state)
     if unknown:
         raise KeyError(f"no trained parameter: {', '.join(sorted(unknown))}")
 
@@ -62,31 +71,51 @@ class _Storage:
     module: Any = None
     """The FSDP module; None where the owner is the whole."""
 
-    def gathered(self) -> tuple[Tensor, int]:
-        """All of it, flat, and where the owner begins in it."""
-        own = self.owner.data.view(-1)
+    def pieces(self) -> Iterator[tuple[str, torch.Size, int, int]]:
+        """Name, shape, begin and end of each parameter in the whole."""
+        ends = accumulate(shape.numel() for shape in self.shapes)
+        for name, shape, end in zip(self.names, self.shapes, ends, strict=True):
+            yield name, shape, end - shape.numel(), end
+
+    def gathered(self, own: Tensor) -> tuple[Tensor, int]:
+        """The whole of what `own`, flat, is the owner's part of, and where that begins in it."""
         if self.module is None or not self.owner._is_sharded:
             return own, 0
-        group = self.module.process_group
-        own = own.to(self.module.compute_device)
+        device, group = self.module.compute_device, self.module.process_group
+        own = own.to(device)
         pieces = [torch.empty_like(own) for _ in range(self.module.world_size)]
         dist.all_gather(pieces, own, group=group)
         return torch.cat(pieces), self.module.rank * own.numel()
 
 
+def _moments(storage: _Storage, state: Mapping[str, Any]) -> list[Tensor]:
+    own = storage.owner.numel()
+    return [value.view(-1) for value in state.values()
+            if torch.is_tensor(value) and value.dim() and value.numel() == own]
+
+
+def _edit_moments(
+    storage: _Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any]
+) -> None:
+    if not any(name in edits for name in storage.names):
+        return
+    for own in _moments(storage, state):
+        whole, start = storage.gathered(own)
+        for name, shape, begin, end in storage.pieces():
+            if name in edits:
+                edits[name](whole[begin:end].view(shape))
+        own.copy_(whole[start : start + own.numel()])
+
+
 def _edit_storage(
     storage: _Storage, edits: Mapping[str, Edit], state: Mapping[str, Any]
 ) -> None:
-    whole, start = storage.gathered()
     own = storage.owner.data.view(-1)
-    moments = [value.view(-1) for value in state.values()
-               if torch.is_tensor(value) and value.dim() and value.numel() == own.numel()]
-    ends = accumulate(shape.numel() for shape in storage.shapes)
-    for i, (name, shape, end) in enumerate(
-            zip(storage.names, storage.shapes, ends, strict=True)):
+    whole, start = storage.gathered(own)
+    moments = _moments(storage, state)
+    for i, (name, shape, begin, end) in enumerate(storage.pieces()):
         if name not in edits:
             continue
-        begin = end - shape.numel()
         # A copy in any case: what is held may be of less precision.
         value = whole[begin:end].view(shape).to(torch.float32, copy=True)
         reset = edits[name](value).expand(shape)

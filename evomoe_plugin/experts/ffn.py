@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.experts.frozen import without_gradient
 from evomoe_plugin.experts.grouped import grouped_linear
 
 
@@ -27,6 +28,8 @@ class ExpertFFN(nn.Module):
         activation: elementwise function.
         dropout: module applied to the hidden rows.
         gated: whether there is an fc3.
+        freezes: whether single weights can be held at what they are: a buffer of bools beside
+            each matrix, `fc1_frozen` beside `fc1_weight`, says which.
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class ExpertFFN(nn.Module):
         activation: Callable[[Tensor], Tensor],
         dropout: nn.Module | None = None,
         gated: bool = False,
+        freezes: bool = False,
     ):
         super().__init__()
         self.num_experts = num_experts
+        self.freezes = freezes
         self.gated = gated
         self.activation = activation
         self.dropout = dropout or nn.Identity()
@@ -48,6 +53,8 @@ class ExpertFFN(nn.Module):
             bound = fan_in**-0.5
             parameter = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
             self.register_parameter(name, parameter)
+            if freezes and name.endswith("_weight"):
+                self.register_buffer(frozen_name(name), torch.zeros(shape, dtype=torch.bool))
 
     @staticmethod
     def _shapes(
@@ -74,6 +81,12 @@ class ExpertFFN(nn.Module):
         """Matrices that a row is multiplied by."""
         return 3 if gated else 2
 
+    def _matrix(self, name: str) -> Tensor:
+        weight = getattr(self, name)
+        if not self.freezes:
+            return weight
+        return without_gradient(weight, getattr(self, frozen_name(name)))
+
     def forward(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its segment of rows.
 
@@ -81,16 +94,23 @@ class ExpertFFN(nn.Module):
             rows_ND: rows sorted by expert.
             counts: rows of each expert, E numbers that sum to N.
         """
+        fc1, fc2 = self._matrix("fc1_weight"), self._matrix("fc2_weight")
         if self.gated:
-            gates_NF = grouped_linear(rows_ND, self.fc1_weight.transpose(1, 2), None, counts)
-            hidden_NF = grouped_linear(rows_ND, self.fc3_weight.transpose(1, 2), None, counts)
+            fc3 = self._matrix("fc3_weight")
+            gates_NF = grouped_linear(rows_ND, fc1.transpose(1, 2), None, counts)
+            hidden_NF = grouped_linear(rows_ND, fc3.transpose(1, 2), None, counts)
             hidden_NF = self.dropout(self.activation(gates_NF) * hidden_NF)
-            return grouped_linear(hidden_NF, self.fc2_weight, None, counts)
-        hidden_NF = grouped_linear(rows_ND, self.fc1_weight.transpose(1, 2), self.fc1_bias, counts)
+            return grouped_linear(hidden_NF, fc2, None, counts)
+        hidden_NF = grouped_linear(rows_ND, fc1.transpose(1, 2), self.fc1_bias, counts)
         hidden_NF = self.dropout(self.activation(hidden_NF))
-        return grouped_linear(hidden_NF, self.fc2_weight, self.fc2_bias, counts)
+        return grouped_linear(hidden_NF, fc2, self.fc2_bias, counts)
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape
         return (f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, "
                 f"gated={self.gated}")
+
+
+def frozen_name(weight: str) -> str:
+    """The buffer that says which elements of the matrix `weight` are held."""
+    return weight.removesuffix("_weight") + "_frozen"

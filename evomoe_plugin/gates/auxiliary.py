@@ -34,14 +34,26 @@ def _balance(gate: "Gate", choice: Choice, weight_T: Tensor | None) -> Tensor:
     )
 
 
+def _of_active(gate: "Gate", x_TC: Tensor) -> Tensor:
+    """The columns of candidates that can be chosen: empty places are no uneven load."""
+    active_C = gate.active()
+    return x_TC if active_C is None else x_TC[:, active_C]
+
+
+def _vectors(gate: "Gate", choice: Choice) -> Tensor:
+    """As precise as the gate computes, whatever the parameters are kept in."""
+    return gate.vectors().to(choice.probs_TC.dtype)
+
+
 LOSSES: dict[str, AuxLoss] = {
     "balance": AuxLoss(_balance),
     "switch": AuxLoss(lambda gate, choice, weight_T: losses.switch_loss(
-        probs_TC=choice.probs_TC, mask_TC=choice.mask_TC, weight_T=weight_T)),
+        probs_TC=_of_active(gate, choice.probs_TC), mask_TC=_of_active(gate, choice.mask_TC),
+        weight_T=weight_T)),
     "mi": AuxLoss(lambda gate, choice, weight_T: losses.mutual_information_loss(
         probs_TC=choice.probs_TC, weight_T=weight_T)),
     "importance": AuxLoss(lambda gate, choice, weight_T: losses.importance_loss(
-        probs_TC=choice.probs_TC, weight_T=weight_T)),
+        probs_TC=_of_active(gate, choice.probs_TC), weight_T=weight_T)),
     "load": AuxLoss(lambda gate, choice, weight_T: losses.load_loss(
         logits_TC=choice.logits_TC, mask_TC=choice.mask_TC,
         noise=1 / choice.mask_TC.size(1), weight_T=weight_T), needs="logits"),
@@ -50,9 +62,9 @@ LOSSES: dict[str, AuxLoss] = {
     "entropy": AuxLoss(lambda gate, choice, weight_T: losses.entropy_loss(
         probs_TC=choice.probs_TC, weight_T=weight_T)),
     "diversity": AuxLoss(lambda gate, choice, weight_T: losses.diversity_loss(
-        vectors_CD=gate.vectors(), active_C=gate.active()), needs="vectors"),
+        vectors_CD=_vectors(gate, choice), active_C=gate.active()), needs="vectors"),
     "simplicity": AuxLoss(lambda gate, choice, weight_T: losses.simplicity_loss(
-        vectors_CD=gate.vectors(), active_C=gate.active()), needs="vectors"),
+        vectors_CD=_vectors(gate, choice), active_C=gate.active()), needs="vectors"),
     "null": AuxLoss(lambda gate, choice, weight_T: losses.null_rate_loss(
         probs_TC=choice.probs_TC, num_null=gate.info.num_null, target=gate.null_rate_target,
         weight_T=weight_T), needs="null"),
@@ -69,7 +81,8 @@ def coefficients(options: Any, gate: type["Gate"]) -> Mapping[str, float]:
     """
     text = gate.DEFAULT_AUX if options.moe_aux is None else str(options.moe_aux)
     chosen: dict[str, float] = {}
-    for part in text.replace(" ", "").split(","):
+    text = text.replace(" ", "")
+    for part in text.split(","):
         if part in ("", "none"):
             continue
         name, equals, number = part.partition("=")
@@ -94,9 +107,11 @@ def _check_name(options: Any, gate: type["Gate"], name: str) -> None:
     if name in usable:
         return
     missing = LOSSES[name].needs if name in LOSSES else None
+    no_null = "give --moe-null-experts" if gate.TAKES_NULL else (
+        f"and the gate {options.moe_gate} can have none")
     reason = {
         "logits": f"{name}: the gate {options.moe_gate} has no logits",
         "vectors": f"{name}: the gate {options.moe_gate} has no vectors of experts here",
-        "null": f"{name}: there are no null experts; give --moe-null-experts",
+        "null": f"{name}: there are no null experts; {no_null}",
     }.get(missing, f"no loss named {name!r} for the gate {options.moe_gate}")
     raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")

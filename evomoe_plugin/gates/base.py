@@ -101,6 +101,9 @@ class Gate(nn.Module):
     TAKES_NULL: ClassVar[bool] = True
     """Whether null experts can be candidates."""
     TAKES_CAPACITY: ClassVar[bool] = True
+    FIXED_PICKS: ClassVar[bool] = False
+    """Whether every token goes to as many candidates: a capacity then depends on their number
+    alone, and not on what later tokens are."""
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()
@@ -155,7 +158,7 @@ class Gate(nn.Module):
     @property
     def learns_after_updates(self) -> bool:
         """Whether `after_update` is to be called."""
-        return False
+        return type(self).after_update is not Gate.after_update
 
     def after_update(self, num_updates: int, own: Mapping[str, Tensor],
                      layers: Mapping[str, Tensor]) -> None:
@@ -242,16 +245,35 @@ _listeners: list[Callable[[type[Gate]], None]] = []
 
 
 def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
-    """Class decorator: make a gate available as `--moe-gate NAME`, and its options as flags."""
+    """Class decorator: make a gate available as `--moe-gate NAME`, and its options as flags.
+
+    Raises:
+        ValueError: there is another gate of this name, or an option cannot become a flag.
+    """
 
     def register(cls: type[Gate]) -> type[Gate]:
-        if _GATES.setdefault(name, cls) is not cls:
+        if _GATES.get(name, cls) is not cls:
             raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
+        for option in dataclasses.fields(cls.Options):
+            _check_option(cls, option)
         for listener in _listeners:
             listener(cls)
+        _GATES[name] = cls
         return cls
 
     return register
+
+
+def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
+    if not option.name.startswith("moe_"):
+        raise ValueError(f"{cls.__name__}: the option {option.name} must be named moe_…, as all "
+                         "options of gates are")
+    if option.default is dataclasses.MISSING:
+        raise ValueError(f"{cls.__name__}: the option {option.name} needs a default value (no "
+                         "default_factory)")
+    if "help" not in option.metadata:
+        raise ValueError(f"{cls.__name__}: the option {option.name} needs a help text: "
+                         'field(default=…, metadata={"help": "…"})')
 
 
 def on_registration(listener: Callable[[type[Gate]], None]) -> None:

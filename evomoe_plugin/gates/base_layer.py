@@ -1,7 +1,6 @@
 """The gate of BASE layers: in training every expert gets the same number of tokens."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,15 @@ from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
 
-@dataclass
-class BaseOptions:
-    """BASE has no options."""
-
-
 def centroids(info: LayerInfo, options: Any) -> LinearScorer:
     """A linear scorer whose vectors start orthogonal, with gain 0.1."""
     scorer = LinearScorer(info.model_dim, info.num_experts, options)
     nn.init.orthogonal_(scorer.weight, gain=0.1)
     return scorer
+
+
+MANY_EXPERTS = 128
+"""From here on the assignment is slow."""
 
 
 @register_gate("base")
@@ -41,7 +39,6 @@ class BaseGate(Gate):
     Source: BASE layers (arXiv 2103.16716).
     """
 
-    Options = BaseOptions
     DEFAULT_AUX = "none"
     TAKES_NULL = False
     TAKES_CAPACITY = False
@@ -54,6 +51,9 @@ class BaseGate(Gate):
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
         yield ("--moe-gate base: in training, a token's expert depends on later tokens of the "
                "batch too, which is not causal; evaluation takes each token's best expert")
+        if max(expert_counts) > MANY_EXPERTS:
+            yield (f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to "
+                   f"more than {MANY_EXPERTS} takes seconds a layer and step on a CPU")
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:

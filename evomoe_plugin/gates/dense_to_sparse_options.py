@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.options import OptionError, check_choice, check_number
+from evomoe_plugin.options import OptionError, check_choice, check_number, gated_updates
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
 # Without the user's word, the share of the run that the annealing takes.
@@ -63,7 +63,7 @@ def annealing_updates(options: Any) -> int:
     """Length of the annealing in updates, the default resolved."""
     if options.moe_temperature_updates is not None:
         return options.moe_temperature_updates
-    return round(DEFAULT_ANNEALING_SHARE * (options.max_update or 0))
+    return round(DEFAULT_ANNEALING_SHARE * gated_updates(options))
 
 
 def hard_updates(options: Any) -> int:
@@ -103,7 +103,7 @@ def validate_dense_to_sparse(options: Any) -> Iterator[str]:
     if 0 <= hard < annealing and not constant:
         yield (f"--moe-hard-updates {hard}: routing turns hard before the annealing ends at "
                f"update {annealing}")
-    last = max(hard, 0 if constant else annealing)
+    last = (options.moe_spawn_updates or 0) + max(hard, 0 if constant else annealing)
     if options.max_update and last > options.max_update:
         yield (f"--max-update {options.max_update}: the run ends before the gate has come to its "
                f"end at update {last}")

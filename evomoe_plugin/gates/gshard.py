@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.picks import PriorityOptions, best, validate_priority
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.switch import best
-from evomoe_plugin.gates.top_k import PriorityOptions, validate_priority
 from evomoe_plugin.options import OptionError, check_choice
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
@@ -53,6 +52,7 @@ class GShardGate(Gate):
     """
 
     Options = GShardOptions
+    FIXED_PICKS = True
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)

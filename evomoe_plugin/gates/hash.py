@@ -96,6 +96,7 @@ class HashGate(Gate):
     """
 
     Options = HashOptions
+    FIXED_PICKS = True
     DEFAULT_AUX = "none"
     HAS_LOGITS = False
     TAKES_NULL = False

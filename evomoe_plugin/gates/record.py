@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.gates.exact import exact, register_exact
+
 _OFF, _ON, _ENDING = range(3)
 
 
@@ -31,15 +33,14 @@ class RoutingRecord(nn.Module):
         self.register_buffer("state", torch.zeros((), dtype=torch.int64))
         self.register_buffer("routed_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("unrouted", torch.zeros((), dtype=torch.int64))
-        # The bits of an fp64 vector: a run in half precision casts buffers of floats.
-        self.register_buffer("unrouted_sum_bits_D", torch.zeros(model_dim, dtype=torch.int64))
+        register_exact(self, "unrouted_sum_D", torch.zeros(model_dim))
         self._state = _OFF
         self.register_load_state_dict_post_hook(_read_state)
 
     @property
     def unrouted_sum_D(self) -> Tensor:
         """Sum of the gate's inputs over tokens that no expert took, fp64; a view."""
-        return self.unrouted_sum_bits_D.view(torch.float64)
+        return exact(self, "unrouted_sum_D")
 
     @property
     def is_wanted(self) -> bool:
@@ -53,7 +54,7 @@ class RoutingRecord(nn.Module):
             return {}
         return {
             "recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
-            "recorded_unrouted_sum": self.unrouted_sum_bits_D.numel(),
+            "recorded_unrouted_sum": self.unrouted_sum_D.numel(),
         }
 
     def begin(self) -> None:
@@ -110,8 +111,14 @@ class RoutingRecord(nn.Module):
                   lost_TD.sum(0, dtype=torch.float64))
         return dict(zip(self.sizes, values, strict=True))
 
-    def add(self, measured: Mapping[str, Tensor]) -> None:
-        """Add what `measure` gave, summed over an update."""
+    def add(self, measured: Mapping[str, Tensor], num_updates: int) -> None:
+        """Add what `measure` gave, summed over an update.
+
+        Args:
+            num_updates: completed updates, that one included.
+        """
+        if self.interval and (num_updates - 1) % self.interval == self.interval - self.window:
+            self.clear()  # a run that was begun anew may have left a window half full
         routed, unrouted, unrouted_sum = (measured[name] for name in self.sizes)
         self.routed_E += routed.round().to(torch.int64)
         self.unrouted += unrouted.round().to(torch.int64).squeeze()
@@ -121,7 +128,7 @@ class RoutingRecord(nn.Module):
         """Forget all, and record no more unless the interval says so."""
         self.routed_E.zero_()
         self.unrouted.zero_()
-        self.unrouted_sum_bits_D.zero_()
+        self.unrouted_sum_D.zero_()
         self._set_state(_OFF)
 
     def _set_state(self, state: int) -> None:

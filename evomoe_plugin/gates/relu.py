@@ -1,6 +1,5 @@
 """The ReLU gate of ReMoE: an expert works on a token where its logit is positive."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.exact import exact, register_exact
+from evomoe_plugin.gates.picks import PicksOptions, validate_picks
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.top_k import PicksOptions, validate_picks
 from evomoe_plugin.options import check_number
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -55,8 +55,7 @@ class ReluGate(Gate):
     A token without a positive logit goes nowhere, in training and evaluation: the residual stream
     carries it. The loss `l1`, λ times the load-balanced L1 norm of w, drives the sparsity to
     1 - k / E, k = `--moe-top-k`: after each update λ is multiplied by α^sign(target - sparsity) by
-    all pairs of all layers, ranks and micro-batches, before any capacity. λ is kept as a number of
-    steps, which no precision can lose.
+    all pairs of all layers, ranks and micro-batches, before any capacity.
 
     Source: ReMoE (arXiv 2412.14711).
     """
@@ -72,8 +71,7 @@ class ReluGate(Gate):
         self.picks = options.moe_top_k
         self.l1_start = options.moe_l1_start
         self.l1_factor = options.moe_l1_factor
-        self.most_steps = int(math.log(COEFFICIENT_RANGE) / math.log(self.l1_factor))
-        self.register_buffer("l1_steps", torch.zeros((), dtype=torch.int64))
+        register_exact(self, "coefficient", torch.tensor(self.l1_start))
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
@@ -89,7 +87,7 @@ class ReluGate(Gate):
     @property
     def coefficient(self) -> Tensor:
         """λ, fp64."""
-        return self.l1_start * self.l1_factor ** self.l1_steps.double()
+        return exact(self, "coefficient")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
@@ -102,7 +100,7 @@ class ReluGate(Gate):
             weights_TC=weights_TE,
             probs_TC=_shares(weights_TE),
             logits_TC=logits_TE,
-            aux={"l1": self.coefficient.to(l1.dtype) * l1},
+            aux={"l1": self.coefficient.to(l1.dtype, copy=True) * l1},
             stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
         )
 
@@ -117,8 +115,9 @@ class ReluGate(Gate):
             pairs = pairs + layers[st.DROPPED].sum()
         # sparsity = 1 - pairs / (E T): below its target just when tokens have more than k.
         excess = pairs - self.picks * layers[st.TOKENS].sum()
-        self.l1_steps += torch.sign(excess).to(self.l1_steps.dtype)
-        self.l1_steps.clamp_(-self.most_steps, self.most_steps)
+        self.coefficient.mul_(self.l1_factor ** torch.sign(excess))
+        self.coefficient.clamp_(self.l1_start / COEFFICIENT_RANGE,
+                                self.l1_start * COEFFICIENT_RANGE)
 
 
 def _shares(weights_TE: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ class Scorer(nn.Module):
         """Logarithms of the scores, but for a constant of each row; finite for finite logits."""
         return logits_TC
 
-    def distribution(self, scores_TC: Tensor) -> Tensor:
-        """The scores as a distribution: rows that sum to 1."""
-        return scores_TC
+    def distribution(self, logits_TC: Tensor) -> Tensor:
+        """The scores, scaled to sum 1."""
+        return torch.softmax(self.log_scores(logits_TC), dim=1)
 
     def vectors(self) -> Tensor:
         """The candidates' vectors, [C, any]."""
@@ -88,10 +88,6 @@ class SigmoidScorer(LinearScorer):
 
     def log_scores(self, logits_TC: Tensor) -> Tensor:
         return F.logsigmoid(logits_TC)
-
-    def distribution(self, scores_TC: Tensor) -> Tensor:
-        total_T1 = scores_TC.sum(1, keepdim=True)
-        return scores_TC / total_T1.clamp(min=torch.finfo(scores_TC.dtype).tiny)
 
 
 class MLPScorer(Scorer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.base_layer import centroids
-from evomoe_plugin.options import OptionError, check_number
+from evomoe_plugin.options import OptionError, check_number, gated_updates
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 
@@ -37,7 +37,7 @@ def stable_updates(options: Any) -> int:
     """The update from which routing is frozen, the default resolved."""
     if options.moe_stable_updates is not None:
         return options.moe_stable_updates
-    return max(1, round(DEFAULT_STABLE_SHARE * (options.max_update or 0)))
+    return max(1, round(DEFAULT_STABLE_SHARE * gated_updates(options)))
 
 
 def greedy_balance_loss(
@@ -65,13 +65,15 @@ class StableGate(Gate):
     answer with e.
 
     Stage 2: e is what that router says of the token's symbol. At its first forward pass the answer
-    for every symbol is written to a table, so that nothing the optimizer still does can move it.
-    Both losses are 0.
+    for every symbol is written to a table, so that nothing the optimizer still does can move it,
+    nor a later end of stage 1 in a run that is prolonged. Both losses are 0. Training that starts
+    at update 0 again begins with stage 1 again.
 
     Source: StableMoE (arXiv 2204.08396).
     """
 
     Options = StableOptions
+    FIXED_PICKS = True
     LOSSES = ("greedy_balance", "distill")
     DEFAULT_AUX = "greedy_balance=0.3,distill=0.3"
     TAKES_NULL = False
@@ -88,7 +90,8 @@ class StableGate(Gate):
         self.word_centroids = nn.Parameter(torch.empty(info.num_experts, dim))
         nn.init.orthogonal_(self.word_centroids)
         self.register_buffer("table_V", torch.zeros(symbols, dtype=torch.int64))
-        self.register_buffer("table_is_set", torch.zeros((), dtype=torch.bool))
+        # The update that the table is of; -1: there is none.
+        self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
@@ -100,23 +103,37 @@ class StableGate(Gate):
         if not coefficients(options, cls).get("distill") or stable_updates(options) == 0:
             yield ("--moe-gate stable: routing will be frozen as a router has it that has learned "
                    "nothing; --moe-aux distill=0.3 teaches it until --moe-stable-updates")
-        if options.max_update and stable_updates(options) >= options.max_update:
+        frozen = stable_updates(options) + (options.moe_spawn_updates or 0)
+        if options.max_update and frozen >= options.max_update:
             yield (f"--max-update {options.max_update}: the run ends before routing is frozen at "
-                   f"update {stable_updates(options)}")
+                   f"update {frozen}")
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
         return True
 
     def flops_per_token(self) -> int:
-        return 2 * (self.scorer.weight.numel() + self.word_centroids.numel())
+        embedding = 2 * self.word_embedding.numel()  # looked up, not multiplied
+        return super().flops_per_token() - embedding
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:
             raise ValueError("the gate stable routes by the tokens' symbols: give token_ids_T")
-        if context.num_updates < self.stable_updates:
-            return self._learned(x_TD, context)
-        return self._frozen(x_TD, context)
+        if self._is_frozen(context.num_updates):
+            return self._frozen(x_TD, context)
+        return self._learned(x_TD, context)
+
+    @torch.no_grad()
+    def _is_frozen(self, num_updates: int) -> bool:
+        if 0 <= int(self.frozen_at) <= num_updates:
+            return True
+        if num_updates < self.stable_updates:
+            if self.training:
+                self.frozen_at.fill_(-1)
+            return False
+        self.table_V.copy_(self._word_logits(self.word_embedding.float()).argmax(1))
+        self.frozen_at.fill_(num_updates)
+        return True
 
     def _learned(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
@@ -139,7 +156,6 @@ class StableGate(Gate):
         )
 
     def _frozen(self, x_TD: Tensor, context: GateContext) -> Choice:
-        self._set_table()
         logits_TE = self.score(x_TD)
         mask_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts).bool()
         return Choice(
@@ -154,12 +170,6 @@ class StableGate(Gate):
         """0 with a gradient of 0 for the word router: DistributedDataParallel waits for a gradient
         of every parameter, also when no loss is left that teaches it."""
         return 0.0 * (self.word_embedding[0, 0] + self.word_centroids[0, 0])
-
-    @torch.no_grad()
-    def _set_table(self) -> None:
-        if not self.table_is_set:
-            self.table_V.copy_(self._word_logits(self.word_embedding.float()).argmax(1))
-            self.table_is_set.fill_(True)
 
     def _word_logits(self, words: Tensor) -> Tensor:
         words = words.float() if self.use_fp32 and words.dtype != torch.float64 else words

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomoe_plugin.gates.base import Gate, GateContext, register_gate
+from evomoe_plugin.gates.picks import best
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.choice import Choice
 
@@ -20,6 +20,7 @@ class SwitchGate(Gate):
     """
 
     Options = ScorerOptions
+    FIXED_PICKS = True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
@@ -36,9 +37,3 @@ class SwitchGate(Gate):
             probs_TC=probs_TC,
             logits_TC=logits_TC,
         )
-
-
-def best(scores_TC: Tensor) -> Tensor:
-    """bool [T, C]: the largest of each row, the first of equals."""
-    mask_TC = torch.zeros_like(scores_TC, dtype=torch.bool)
-    return mask_TC.scatter_(1, scores_TC.argmax(1, keepdim=True), True)

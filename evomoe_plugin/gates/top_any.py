@@ -226,7 +226,7 @@ class TopAnyGate(Gate):
 
     def after_update(self, num_updates: int, own: Mapping[str, Tensor],
                      layers: Mapping[str, Tensor]) -> None:
-        self.record.add(own)
+        self.record.add(own, num_updates)
 
 
 def _shares(values_TE: Tensor, routed_T1: Tensor) -> Tensor:

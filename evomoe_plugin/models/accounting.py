@@ -73,7 +73,8 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
         embeddings += (options.max_target_positions + 2) * width
     if options.layernorm_embedding:
         embeddings += 2 * width
-    final_norm = 0 if options.no_decoder_final_norm else 2 * width
+    no_final_norm = options.no_decoder_final_norm or options.moe_post_norm
+    final_norm = 0 if no_final_norm else 2 * width
 
     dense_layers = options.decoder_layers - len(moe_layers)
     layers = options.decoder_layers * attention_and_norms + dense_layers * dense_ffn
@@ -90,6 +91,13 @@ class ForwardFlops:
     experts, vocabulary."""
     per_pair: int
     """One routed pair in one MoE layer."""
+    gates: int = 0
+    """What of `per_token` is the gates'."""
+
+    @property
+    def without_gates(self) -> ForwardFlops:
+        """The same while no gate works."""
+        return ForwardFlops(self.per_token - self.gates, self.per_pair)
 
 
 def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
@@ -101,12 +109,13 @@ def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
     context = options.tokens_per_sample
     attention = 8 * width * width + 4 * width * context
     dense_layers = options.decoder_layers - len(moe_layers)
+    gates = sum(gate.flops_per_token() for gate in _gates(options, vocabulary))
     per_token = (
         options.decoder_layers * attention
         + dense_layers * 4 * width * options.decoder_ffn_embed_dim
-        + sum(gate.flops_per_token() for gate in _gates(options, vocabulary))
+        + gates
         + len(moe_layers) * options.moe_shared_experts * 2 * matrices * width
         * shared_ffn_dim(options)
         + 2 * (options.decoder_output_dim or width) * vocabulary
     )
-    return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options))
+    return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options), gates)

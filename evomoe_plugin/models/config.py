@@ -11,7 +11,7 @@ from omegaconf import II
 
 from evomoe_plugin.compat.dataclass_fields import add_field
 from evomoe_plugin.gates.base import Gate, on_registration, option_fields
-from evomoe_plugin.options import MoEOptions
+from evomoe_plugin.options import ACTIVATIONS, MoEOptions
 
 GateOptions = dataclasses.make_dataclass("GateOptions", [
     (option.name, option.type, field(default=option.default, metadata=option.metadata))
@@ -30,6 +30,11 @@ class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelCo
     )
     decoder_output_dim: int = field(
         default=0, metadata={"help": "decoder output dimension; 0 takes --decoder-embed-dim"}
+    )
+    # Of any name that fairseq knows; its own list of choices leaves out swish.
+    activation_fn: str = field(
+        default="relu",
+        metadata={"help": "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)},
     )
     # Read from other groups: the noise of the gates is keyed by the seed, and the annealing takes
     # a share of the run by default.

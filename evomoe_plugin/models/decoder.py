@@ -14,11 +14,14 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.compat.fsdp_frozen import built_unwrapped, is_wrapping
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
+from evomoe_plugin.models.freeze import freeze, wrap_apart
+from evomoe_plugin.models.segments import Segments
 from evomoe_plugin.options import OptionError, expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
@@ -39,7 +42,10 @@ class MoEDecoder(TransformerDecoder):
         self._layers_built = 0
         self._token_counts = tuple(getattr(dictionary, "count", ()))
         self._aux_coefficients = coefficients(args, gate_class(args.moe_gate))
-        super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
+        with built_unwrapped(args.moe_train_only is not None):
+            super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
+        if args.moe_train_only is not None:
+            self._freeze(args)
         # Found through whatever wraps the layers. A tuple, since these are no new submodules.
         self.moe_layers: tuple[MoELayer, ...] = tuple(
             module for module in self.layers.modules() if isinstance(module, MoELayer)
@@ -47,6 +53,14 @@ class MoEDecoder(TransformerDecoder):
         self._recording = True
         self._update_totals: dict[int, Tensor] = {}
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
+
+    def _freeze(self, args: Any) -> None:
+        freeze(self, args, prefix="decoder.")
+        if is_wrapping():
+            wrap_apart(self, args.moe_train_only, fsdp_wrap)
+            least = 0 if args.checkpoint_activations else args.min_params_to_wrap
+            for i, layer in enumerate(self.layers):
+                self.layers[i] = fsdp_wrap(layer, min_num_params=least)
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer, wrapped as fairseq does for checkpointing and FSDP."""
@@ -71,6 +85,11 @@ class MoEDecoder(TransformerDecoder):
             layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         )
 
+    @property
+    def is_single(self) -> bool:
+        """Whether each MoE layer has one working expert still (`MoELayer.is_single`)."""
+        return self.moe_layers[0].is_single
+
     def layer_name(self, moe_layer: int) -> str:
         """Name of the n-th MoE layer as in the checkpoint."""
         return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
@@ -87,13 +106,15 @@ class MoEDecoder(TransformerDecoder):
         src_lengths: Tensor | None = None,
         return_all_hiddens: bool = False,
         token_weights: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """As fairseq's decoder; `token_weights` [batch, length] weigh the auxiliary losses."""
+        """As fairseq's decoder; `token_weights` and `segments` as in `extract_features`."""
         x, extra = self.extract_features(
             prev_output_tokens,
             incremental_state=incremental_state,
             full_context_alignment=full_context_alignment,
             token_weights=token_weights,
+            segments=segments,
         )
         return (x if features_only else self.output_layer(x)), extra
 
@@ -106,6 +127,7 @@ class MoEDecoder(TransformerDecoder):
         alignment_layer: int | None = None,
         alignment_heads: int | None = None,
         token_weights: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Features before the output projection.
 
@@ -114,17 +136,27 @@ class MoEDecoder(TransformerDecoder):
             incremental_state: for incremental decoding, in which only the last position is new.
             full_context_alignment: attend to the future too.
             token_weights: [batch, length], weights of the tokens in the auxiliary losses.
+            segments: [batch, length], the examples that tokens belong to (`models.segments`), where
+                rows hold several; none is computed from another. Not in incremental decoding.
         Returns:
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
             `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L], and
             `tokens_per_expert` -> [L, E] filled up with NaN).
         """
+        if segments is not None and (incremental_state is not None or full_context_alignment):
+            raise ValueError("rows of several examples are neither decoded incrementally nor seen "
+                             "from both sides")
         padding_mask = prev_output_tokens.eq(self.padding_idx)
+        packed = None if segments is None else Segments(segments, padding_mask)
         token_keys = None
         if self.training:
-            token_keys = sequence_keys(prev_output_tokens, ~padding_mask).t()
+            keys_BT = (packed.token_keys(prev_output_tokens) if packed
+                       else sequence_keys(prev_output_tokens, ~padding_mask))
+            token_keys = keys_BT.t()
         positions = None
-        if self.embed_positions is not None:
+        if self.embed_positions is not None and packed:
+            positions = packed.embed_positions(self.embed_positions)
+        elif self.embed_positions is not None:
             positions = self.embed_positions(
                 prev_output_tokens, incremental_state=incremental_state
             )
@@ -152,6 +184,9 @@ class MoEDecoder(TransformerDecoder):
         }
         if incremental_state is None and not full_context_alignment:
             attention["self_attn_mask"] = self.buffered_future_mask(x)
+            if packed:
+                attention["self_attn_mask"] = packed.attention_mask(
+                    attention["self_attn_mask"], self.args.decoder_attention_heads)
         inner_states, aux, stats = [x], {}, {}
         for layer in self.layers:  # LayerDrop leaves some out
             if id(layer) in self._moe_ids:
@@ -192,7 +227,7 @@ class MoEDecoder(TransformerDecoder):
             fill = (0, most - layer.num_experts)
             stats[st.LOAD_E] = nn.functional.pad(stats[st.LOAD_E], fill, value=float("nan"))
             for record in layer.gate.record_sizes():
-                del stats[record]
+                stats.pop(record, None)
             named.append(stats)
         return {name: torch.stack([stats[name] for stats in named]) for name in named[0]}
 
@@ -200,7 +235,7 @@ class MoEDecoder(TransformerDecoder):
     # layers, whose forward pass activation checkpointing runs twice.
 
     def _add_to_update(self, flat_stats: Mapping[int, Tensor]) -> None:
-        if not self._recording or not any(
+        if self.is_single or not self._recording or not any(
                 layer.gate.learns_after_updates for layer in self.moe_layers):
             return
         for n, flat in flat_stats.items():
@@ -235,6 +270,8 @@ class MoEDecoder(TransformerDecoder):
             for n, layer in enumerate(self.moe_layers)
         ]
         self._update_totals.clear()
+        if num_updates <= self.moe_layers[0].spawn_updates:  # the gates had no part in it
+            return
         if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
             return
         whole = torch.cat(flats)
@@ -243,7 +280,8 @@ class MoEDecoder(TransformerDecoder):
         flats = whole.split([layer.stats_size for layer in self.moe_layers])
         layers = self._stack_stats(dict(enumerate(flats)))
         for layer, flat in zip(self.moe_layers, flats, strict=True):
-            layer.gate.after_update(num_updates, layer.named_stats(flat), layers)
+            layer.gate.after_update(
+                layer.gate_updates(num_updates), layer.named_stats(flat), layers)
 
     def begin_record_routing(self) -> None:
         """Record what is routed from now on, for DynMoE's adaptive process; call it on all ranks.

@@ -52,7 +52,8 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         Args:
             x: [length, batch, D], fairseq's order.
             incremental_state: keys and values of earlier steps, in incremental decoding.
-            self_attn_mask: additive causal mask [length, length].
+            self_attn_mask: additive causal mask [length, length], or one for each sequence and
+                head [batch * heads, length, length].
             self_attn_padding_mask: bool [batch, length], True for padding.
             token_keys: int64 noise keys [length, batch].
             token_ids: int64 symbols [length, batch].

@@ -14,7 +14,13 @@ from omegaconf import open_dict
 
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.options import OptionError, expert_counts, moe_layer_indices, validate
+from evomoe_plugin.options import (
+    OptionError,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+    validate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +29,13 @@ class MoELanguageModel(TransformerLanguageModel):
 
     def __init__(self, decoder: MoEDecoder, forward_flops: ForwardFlops):
         super().__init__(decoder)
-        self.forward_flops = forward_flops
+        self._forward_flops = forward_flops
+
+    @property
+    def forward_flops(self) -> ForwardFlops:
+        """What a forward pass costs now."""
+        flops = self._forward_flops
+        return flops.without_gates if self.decoder.is_single else flops
 
     def not_recording(self) -> AbstractContextManager[None]:
         """For batches that are no part of an update, though in training mode."""
@@ -60,12 +72,13 @@ class MoELanguageModel(TransformerLanguageModel):
         Raises:
             OptionError: an option cannot work, or does not go with MoE layers.
         """
-        validate(args)
+        validate(args, warn=False)  # said before the run, once for all ranks
         with open_dict(args):
             for dim in ("decoder_input_dim", "decoder_output_dim"):
                 args[dim] = args[dim] or args.decoder_embed_dim
-            # Post-norm decoders of this depth do not train; fairseq's own LM forces it too.
-            args.decoder_normalize_before = True
+            # Post-norm decoders of this depth do not train from scratch; most of fairseq's own
+            # architectures force it too.
+            args.decoder_normalize_before = not args.moe_post_norm
             args.checkpoint_activations |= args.offload_activations
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample or DEFAULT_MAX_TARGET_POSITIONS
@@ -93,11 +106,12 @@ class MoELanguageModel(TransformerLanguageModel):
 
 def _log_sizes(args: Any, vocabulary: int) -> None:
     layers = moe_layer_indices(args, args.decoder_layers)
-    counts = expert_counts(args, len(layers))
+    counts, slots = expert_counts(args, len(layers)), expert_slots(args, len(layers))
     sizes = count_parameters(args, vocabulary)
     logger.info(
-        "MoE: %d of %d layers, gate %s, experts a layer %s", len(layers), args.decoder_layers,
+        "MoE: %d of %d layers, gate %s, experts a layer %s%s", len(layers), args.decoder_layers,
         args.moe_gate, counts[0] if len(set(counts)) == 1 else counts,
+        "" if slots == counts else f", room for {args.moe_max_experts}",
     )
     logger.info(
         "parameters: %s in total, %s of them in experts; %s work on a token at one expert a layer",

@@ -35,7 +35,8 @@ class CapacityRule:
             num_tokens: tokens that are not padding.
         """
         if self.factor > 0:
-            wanted = math.ceil(self.factor * num_pairs / num_experts)
+            # No expert can have more than all pairs, however large the factor.
+            wanted = math.ceil(min(self.factor * num_pairs / max(num_experts, 1), num_pairs))
         else:
             wanted = math.ceil(self.token_fraction * num_tokens)
         return max(wanted, self.minimum)

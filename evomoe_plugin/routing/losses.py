@@ -59,8 +59,10 @@ def entropy_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    # Zeros are moved before the logarithm: its gradient there is infinite.
-    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
+    # Without a gradient at 0, where it is infinite.
+    positive = probs > 0
+    logs = torch.where(positive, probs, 1.0).log()
+    return -torch.where(positive, probs * logs, 0.0).sum(-1)
 
 
 def cv_squared(x_C: Tensor) -> Tensor:

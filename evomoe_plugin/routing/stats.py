@@ -68,22 +68,29 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
             than E is filled with NaN.
     Returns:
         experts_per_token, dead_experts (share of experts without a token), load_max (largest
-        load over the mean load, averaged over layers), gate_entropy (nats), and, where the layers
+        load over the mean load, averaged over layers), load_cv2 (squared coefficient of variation
+        of the load), gate_entropy (nats), and, where the layers
         have what it speaks of: temperature, coefficient, null_rate (picks of null experts a
         token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
         active_experts.
     """
-    tokens_L = stats[TOKENS].clamp(min=1)
-    load_LE = stats[LOAD_E]
+    # LayerDrop leaves layers out; they have nothing to say of this batch.
+    present_L = stats[TOKENS] > 0
+    stats = {name: value[present_L] for name, value in stats.items()}
+    ids = present_L.nonzero().flatten().tolist()
+    tokens_L, load_LE = stats[TOKENS], stats[LOAD_E]
     experts_L = stats[EXPERTS] / tokens_L
+    slots_L = load_LE.isfinite().sum(1)
+    load_LE = torch.nan_to_num(load_LE, nan=0.0)
     used_L = (load_LE > 0).sum(1)
     # What the mean load is over: experts that can be chosen, also where slots stand empty.
     mean_L = stats[PAIRS] / experts_L.clamp(min=1)
-    peak_L = torch.nan_to_num(load_LE, nan=0.0).amax(1)
+    square_L = mean_L.square().clamp(min=1e-24)
     numbers = {
         "experts_per_token": (stats[PAIRS] / tokens_L).mean(),
         "dead_experts": ((experts_L - used_L).clamp(min=0).sum() / experts_L.sum().clamp(min=1)),
-        "load_max": (peak_L / mean_L.clamp(min=1e-12)).mean(),
+        "load_max": (load_LE.amax(1) / mean_L.clamp(min=1e-12)).mean(),
+        "load_cv2": (load_LE.square().sum(1) / experts_L.clamp(min=1) / square_L - 1).mean(),
         "gate_entropy": (stats[ENTROPY] / tokens_L).mean(),
     }
     for name in (TEMPERATURE, COEFFICIENT):
@@ -94,7 +101,7 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
     if DROPPED in stats:
         overflow_L = stats[DROPPED] / (stats[DROPPED] + stats[PAIRS]).clamp(min=1)
         numbers["overflow"] = overflow_L.mean()
-        numbers |= {f"overflow_{n}": value for n, value in enumerate(overflow_L)}
-    if (experts_L != load_LE.isfinite().sum(1)).any():
+        numbers |= {f"overflow_{n}": value for n, value in zip(ids, overflow_L, strict=True)}
+    if (experts_L != slots_L).any():
         numbers["active_experts"] = experts_L.mean()
     return {name: float(value) for name, value in numbers.items()}

@@ -46,7 +46,7 @@ def other_dictionary(data_bin, tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("--moe-gate", "dense2sparse"), "--moe-gate dense2sparse: unknown gate; one of: dense_to"),
+        (("--moe-gate", "dense2sparse"), "--moe-gate dense2sparse: unknown gate; one of: base"),
         (("--moe-freq", "3"), "--moe-freq 3: gives no MoE layer in 2 decoder layers"),
         (("--moe-expert-count", "0"), "--moe-expert-count 0: give one number of at least 1"),
         (("--moe-gate-threshold", "1.5"), "--moe-gate-threshold 1.5: gate values are prob"),

@@ -58,6 +58,7 @@ def test_its_options_are_checked_like_ours(folder, data_bin, run_command):
     assert error.startswith("error: --moe-sample-top-k 1: the gate cautious does not use it")
 
 
+@pytest.mark.slow
 def test_its_options_are_hydra_fields(folder, data_bin, run_command, hydra_path):
     run = run_command(
         "hydra_train", "--config-name", "small/evomoe_dts",

@@ -214,11 +214,8 @@ def test_the_same_again_in_the_second_forward_of_checkpointing(make_layer, given
         assert torch.equal(a, b)
 
 
-@every(also_of_the_layer=True)
-@pytest.mark.parametrize("kind", ["no token", "one token", "only padding", "equal", "huge", "zero"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_odd_batches_give_numbers(make_layer, given, kind, training):
-    layer = make_layer(dtype=torch.float32, **given).train(training)
+def odd_batch(layer, kind):
+    """The layer on a batch of this kind: nothing that leaves it, forward or back, is NaN."""
     count = {"no token": 0, "one token": 1}.get(kind, T)
     x, known = tokens(count, dtype=torch.float32)
     with torch.no_grad():
@@ -229,7 +226,7 @@ def test_odd_batches_give_numbers(make_layer, given, kind, training):
         elif kind == "zero":
             x.zero_()
     mask = torch.zeros(count, dtype=torch.bool) if kind == "only padding" else None
-    if not training:
+    if not layer.training:
         known["token_keys_T"] = None
     y, aux, flat = layer(x, mask, **known)
     (y.sum() * 1e-6 + aux.sum()).backward()
@@ -239,6 +236,19 @@ def test_odd_batches_give_numbers(make_layer, given, kind, training):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
     assert x.grad is None or x.grad.isfinite().all()
+
+
+@every()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_odd_batches_give_numbers(make_layer, given, training):
+    for kind in ("no token", "one token", "only padding", "equal", "huge", "zero"):
+        odd_batch(make_layer(dtype=torch.float32, **given).train(training), kind)
+
+
+@every(also_of_the_layer=True)
+def test_odd_batches_give_numbers_with_all_else_that_a_layer_may_have(make_layer, given):
+    for kind in ("no token", "only padding", "huge"):
+        odd_batch(make_layer(dtype=torch.float32, **given), kind)
 
 
 @every()
@@ -327,3 +337,13 @@ def test_noise_comes_from_the_keys_alone(make_layer, given):
     before = torch.get_rng_state()
     layer(x, **known)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@every()
+def test_every_parameter_has_a_gradient_without_auxiliary_losses(make_layer, given):
+    """DistributedDataParallel waits for one of each, in every step."""
+    layer = make_layer(**given, moe_aux="none")
+    x, known = tokens()
+    layer(x, **known)[0].sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name

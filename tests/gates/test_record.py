@@ -10,9 +10,9 @@ REAL = torch.tensor([True, True, True, False])
 
 
 def test_sums_by_hand():
-    record = RoutingRecord(E, D, interval=1, window=1)
-    for _ in range(2):
-        record.add(record.measure(X, MASK, REAL, 0))
+    record = RoutingRecord(E, D, interval=2, window=2)
+    for update in (1, 2):
+        record.add(record.measure(X, MASK, REAL, 0), update)
     assert record.routed_E.tolist() == [4, 2]
     assert record.unrouted == 2
     assert record.unrouted_sum_D.tolist() == [8, 10, 12]
@@ -40,7 +40,7 @@ def test_without_an_interval_nothing_is_recorded_but_between_begin_and_end():
     assert not record.is_complete(8)
     record.end()
     second = record.measure(X, MASK, REAL, 7)  # a later micro-batch of the same update
-    record.add({name: first[name] + second[name] for name in first})
+    record.add({name: first[name] + second[name] for name in first}, 8)
     assert record.routed_E.tolist() == [2, 1]
     assert record.is_complete(8)
     record.clear()
@@ -51,7 +51,7 @@ def test_without_an_interval_nothing_is_recorded_but_between_begin_and_end():
 def test_beginning_again_forgets():
     record = RoutingRecord(E, D, interval=0, window=0)
     record.begin()
-    record.add(record.measure(X, MASK, REAL, 0))
+    record.add(record.measure(X, MASK, REAL, 0), 1)
     record.begin()
     assert not record.routed_E.any()
     assert not record.unrouted_sum_D.any()
@@ -61,8 +61,21 @@ def test_half_precision_and_a_checkpoint_lose_nothing():
     record = RoutingRecord(E, D, interval=0, window=0)
     record.begin()
     third = torch.tensor([[1 / 3, 1e5, -1e-9]], dtype=torch.float64)
-    record.add(record.measure(third, torch.zeros(1, E, dtype=torch.bool), None, 0))
+    record.add(record.measure(third, torch.zeros(1, E, dtype=torch.bool), None, 0), 1)
     other = RoutingRecord(E, D, interval=0, window=0).half()
     other.load_state_dict(record.half().state_dict())
     assert torch.equal(other.unrouted_sum_D, third[0])
     assert other.is_recording(0)
+
+
+def test_a_window_begins_empty_in_a_run_that_is_begun_anew():
+    """Weights may come with the half-full record of the run they are from."""
+    record = RoutingRecord(E, D, interval=5, window=2)
+    record.add(record.measure(X, MASK, REAL, 3), 4)
+    assert record.routed_E.any()
+    anew = RoutingRecord(E, D, interval=5, window=2)
+    anew.load_state_dict(record.state_dict())
+    anew.add(anew.measure(X, MASK, REAL, 3), 4)
+    assert anew.routed_E.tolist() == [2, 1]
+    anew.add(anew.measure(X, MASK, REAL, 4), 5)
+    assert anew.routed_E.tolist() == [4, 2]

@@ -167,11 +167,11 @@ def test_a_checkpoint_of_exactly_the_switch_evaluates_as_training_goes_on(make_g
     trained, evaluated = make_gate(), make_gate()
     evaluated.load_state_dict(trained.state_dict())
     x = torch.randn(T, D)
-    assert not trained.table_is_set
+    assert trained.frozen_at == -1
     wanted = trained(x, context(SWITCH))
     got = evaluated.eval()(x, context(SWITCH))
     assert torch.equal(experts(got), experts(wanted))
-    assert trained.table_is_set
+    assert trained.frozen_at == SWITCH
     later = make_gate()
     later.load_state_dict(trained.state_dict())
     assert torch.equal(experts(later.eval()(x, context(SWITCH + 50))), experts(wanted))
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_exactly_the_switch_evaluates_as_training_goes_on(make_g
 def test_evaluation_before_the_switch_sets_nothing(make_gate):
     gate = make_gate().eval()
     gate(torch.randn(T, D), context(SWITCH - 1))
-    assert not gate.table_is_set
+    assert gate.frozen_at == -1
 
 
 def test_activation_checkpointing_at_the_switch(make_gate):
@@ -287,3 +287,29 @@ def test_doubtful_values_are_warned_of(moe_options, caplog, given, warning):
 def test_defaults_pass_without_a_word(moe_options, caplog):
     validate(moe_options(moe_gate="stable"))
     assert not caplog.text
+
+
+def test_a_later_end_of_stage_1_does_not_unfreeze(make_gate):
+    """The default is a share of --max-update, which a prolonged run changes."""
+    gate, x = make_gate(), torch.randn(T, D)
+    gate(x, context(SWITCH))
+    prolonged = make_gate(moe_stable_updates=2 * SWITCH)
+    prolonged.load_state_dict(gate.state_dict())
+    with torch.no_grad():
+        prolonged.scorer.weight.neg_()
+    for mode in (True, False):
+        plan = prolonged.train(mode)(x, context(SWITCH + 1))
+        assert torch.equal(experts(plan), experts(gate(x, context(SWITCH + 1))))
+
+
+def test_training_from_update_0_again_begins_with_stage_1(make_gate):
+    gate, x = make_gate(), torch.randn(T, D)
+    gate(x, context(SWITCH))
+    gate(x, context(0))
+    assert gate.frozen_at == -1
+    with torch.no_grad():
+        gate.word_centroids.neg_()
+    old = gate.table_V.clone()
+    gate(x, context(SWITCH))
+    assert gate.frozen_at == SWITCH
+    assert not torch.equal(gate.table_V, old)

@@ -269,3 +269,15 @@ def test_bad_options_are_refused_by_name(moe_options, given, option):
 def test_room_that_nothing_fills_is_a_warning(moe_options, caplog):
     validate(moe_options(moe_gate="top_any", moe_expert_count="4", moe_max_experts=8))
     assert "begin_record_routing" in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["switch", "importance", "balance", "mi"])
+def test_losses_do_not_count_empty_places(make_layer, loss):
+    given = {"moe_gate": "top_any", "num_experts": 4, "moe_aux": loss}
+    full = make_layer(**given)
+    roomy = make_layer(**{**given, "num_experts": 8}, moe_max_experts=8)
+    with torch.no_grad():
+        roomy.gate.active_E[4:] = False
+        roomy.gate.weight[:4] = full.gate.weight
+    x = torch.randn(30, full.gate.info.model_dim, dtype=torch.float64)
+    assert torch.allclose(full(x)[1], roomy(x)[1])

@@ -169,9 +169,9 @@ def test_the_bias_moves_by_its_rate_towards_an_even_load(make_gate):
     assert gate.learns_after_updates
     assert gate.record_sizes() == {st.ASKED_C: E}
     update(gate, [60, 0, 10, 10, 9, -29])  # their mean is 10
-    assert (gate.bias_update_rate * gate.bias_steps_C).tolist() == [-0.25, 0.25, 0, 0, 0.25, 0.25]
+    assert gate.bias_C.tolist() == [-0.25, 0.25, 0, 0, 0.25, 0.25]
     update(gate, [60, 0, 10, 10, 10, -30])
-    assert gate.bias_steps_C.tolist() == [-2, 2, 0, 0, 1, 2]
+    assert gate.bias_C.tolist() == [-0.5, 0.5, 0, 0, 0.25, 0.5]
 
 
 def test_without_a_rate_nothing_is_recorded(make_gate):
@@ -183,7 +183,7 @@ def test_without_a_rate_nothing_is_recorded(make_gate):
 def test_the_bias_chooses_but_does_not_weigh(make_gate):
     gate, x = make_gate(moe_bias_update_rate=0.5, moe_top_k=2), tokens()
     before = gate.route(x, GateContext())
-    gate.bias_steps_C[3] = 4  # a bias of 2, above any score
+    gate.bias_C[3] = 2  # above any score
     after = gate.route(x, GateContext())
     assert after.mask_TC[:, 3].all()
     assert not before.mask_TC[:, 3].all()
@@ -209,17 +209,46 @@ def test_the_bias_evens_out_the_load(make_layer):
     for n in range(200):
         layer.gate.after_update(n, {st.ASKED_C: load()}, {})
     assert load().max() < 1.3 * 400 / 5
-    assert -100 < int(layer.gate.bias_steps_C[2]) < -20
+    assert -1 < layer.gate.bias_C[2] < -0.2
 
 
 def test_no_precision_loses_the_bias(make_gate):
-    """In fp16, 0.001 added to 4 is lost; the count of steps is not."""
+    """In fp16, 0.001 added to 4 is lost."""
     gate = make_gate(moe_bias_update_rate=0.001).half()
-    gate.bias_steps_C.fill_(4000)
+    gate.bias_C.fill_(4)
     update(gate, [0, 20, 10, 10, 10, 10])
-    assert gate.bias_steps_C.tolist() == [4001, 3999, 4000, 4000, 4000, 4000]
-    assert gate.bias_steps_C.dtype == torch.int64
-    assert gate.state_dict()["bias_steps_C"].dtype == torch.int64
+    assert gate.bias_C.tolist() == [4.001, 3.999, 4, 4, 4, 4]
+    assert gate.state_dict()["bias_C_bits"].dtype == torch.int64
+
+
+def test_the_bias_stays_when_the_rate_is_set_to_0(make_gate):
+    """As DeepSeek-V3's last phase, and evaluation with other options."""
+    gate, x = make_gate(moe_bias_update_rate=0.5), tokens()
+    update(gate, [60, 0, 10, 10, 9, -29])
+    later = make_gate()
+    later.load_state_dict(gate.state_dict())
+    assert torch.equal(chosen(later, x, GateContext()), chosen(gate, x, GateContext()))
+    assert not torch.equal(chosen(make_gate(), x, GateContext()), chosen(gate, x, GateContext()))
+
+
+def test_renormalized_weights_of_unlikely_picks_sum_to_1(make_gate):
+    gate = make_gate(moe_scorer="sigmoid", moe_top_k_weights="renormalized", moe_top_k=2)
+    with torch.no_grad():
+        gate.scorer.weight.copy_(-torch.arange(90, 90 + E * D).view(E, D) * 1.0)
+    choice = gate.route(torch.ones(1, D), GateContext())
+    weights = choice.weights_TC[choice.mask_TC]
+    assert weights.sum().item() == pytest.approx(1)
+    assert choice.probs_TC.sum().item() == pytest.approx(1)
+
+
+def test_saturated_scores_are_still_told_apart(make_gate):
+    gate = make_gate(moe_scorer="sigmoid", moe_top_k=1)
+    with torch.no_grad():
+        gate.scorer.weight.zero_()
+        gate.scorer.weight[:4, 0] = torch.tensor([20.0, 30.0, 25.0, -1.0])
+    x = torch.zeros(1, D)
+    x[0, 0] = 1
+    assert gate.route(x, GateContext()).mask_TC[0].nonzero().tolist() == [[1]]
 
 
 # Null experts and capacity
@@ -264,7 +293,7 @@ def test_batch_prioritized_routing_lets_the_surest_tokens_go_first(make_layer):
     ({"moe_top_k_weights": "soft"}, "--moe-top-k-weights soft: one of: raw, renormalized"),
     ({"moe_sample_top_k": 3}, r"--moe-sample-top-k 3: give 0 to --moe-top-k \(2\)"),
     ({"moe_sample_top_k": -1}, "--moe-sample-top-k -1: "),
-    ({"moe_bias_update_rate": -0.1}, "--moe-bias-update-rate -0.1: give 0 or more"),
+    ({"moe_bias_update_rate": -0.1}, "--moe-bias-update-rate -0.1: scores are at most 1"),
     ({"moe_bias_update_rate": float("inf")}, "--moe-bias-update-rate inf: "),
     ({"moe_batch_prioritized_routing": True},
      "--moe-batch-prioritized-routing True: no expert has a capacity in training"),

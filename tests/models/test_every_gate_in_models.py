@@ -14,7 +14,7 @@ GIVEN = {
     "stable": {"moe_stable_updates": 10},
     "switch": {"moe_capacity_factor": 0.8, "moe_drop_policy": "probs"},
     "top_any": {"moe_max_experts": 6, "moe_adapt_record_interval": 4, "moe_adapt_window": 2},
-    "top_k": {"moe_scorer": "mlp", "moe_bias_update_rate": 0.1, "moe_sample_top_k": 1},
+    "top_k": {"moe_scorer": "mlp", "moe_bias_update_rate": 0.1},
     "top_p": {"moe_null_experts": 1, "moe_shared_experts": 2, "moe_shared_combine": "softmax",
               "moe_expert_size_factor": 2, "moe_expert_gated": True},
     "relu": {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_layers": "0,3"},

@@ -152,3 +152,11 @@ def test_a_checkpoint_of_another_dictionary_is_refused(make_model):
     state["decoder.embed_tokens.weight"] = torch.zeros(33, 16)
     with pytest.raises(OptionError, match="dict.txt: has 40 symbols, .* trained with 33"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_accurate", "swish"])
+def test_activations_of_dense_and_moe_layers(make_model, activation, gated):
+    model = make_model(activation_fn=activation, moe_expert_gated=gated)
+    model(tokens())[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

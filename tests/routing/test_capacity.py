@@ -83,7 +83,7 @@ def test_nothing_to_drop_is_the_same_plan():
     [(CapacityRule(factor=1.0), 20), (CapacityRule(factor=1.25), 25),
      (CapacityRule(factor=0.01), 1), (CapacityRule(factor=0.01, minimum=8), 8),
      (CapacityRule(token_fraction=0.25), 13), (CapacityRule(token_fraction=1.0), 50),
-     (CapacityRule(factor=1e6), 2 * 10**7)],
+     (CapacityRule(factor=1e6), 100), (CapacityRule(factor=1e308), 100)],
 )
 def test_capacity_of_100_pairs_50_tokens_5_experts(rule, wanted):
     assert rule

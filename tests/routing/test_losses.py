@@ -174,3 +174,12 @@ class TestVectors:
         for loss in (losses.diversity_loss, losses.simplicity_loss):
             assert torch.autograd.gradcheck(
                 lambda v, loss=loss: loss(vectors_CD=v, active_C=active), vectors)
+
+
+@pytest.mark.parametrize("name", ["entropy", "mi"])
+def test_what_was_given_no_probability_has_no_say(name):
+    """A straight-through gradient may reach zeros, where that of p log p is infinite."""
+    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    loss = {"entropy": losses.entropy_loss, "mi": losses.mutual_information_loss}[name]
+    loss(probs_TC=probs).backward()
+    assert probs.grad.abs().max() < 3

@@ -80,3 +80,23 @@ def test_overflow_is_told_for_each_layer():
     summary = st.summarize(stats)
     assert (summary["overflow_0"], summary["overflow_1"]) == (0.5, 0)
     assert summary["overflow"] == 0.25
+
+
+def test_layers_that_layer_drop_left_out_say_nothing():
+    mask, probs = torch.eye(4, dtype=torch.bool), torch.full((4, 4), 0.25)
+    one = layer_stats(mask, probs)
+    stats = {name: torch.stack([value, torch.zeros_like(value)]) for name, value in one.items()}
+    stats[st.DROPPED] = torch.zeros(2)
+    numbers = st.summarize(stats)
+    assert numbers["experts_per_token"] == 1
+    assert numbers["load_max"] == 1
+    assert numbers["dead_experts"] == 0
+    assert "active_experts" not in numbers
+    assert "overflow_1" not in numbers
+
+
+def test_squared_variation_of_the_load():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    probs = torch.full((3, 4), 0.25)
+    numbers = st.summarize({k: v.unsqueeze(0) for k, v in layer_stats(mask, probs).items()})
+    assert numbers["load_cv2"] == pytest.approx((2**2 + 0 + 1 + 1) / 4)  # loads 3, 1, 0, 0

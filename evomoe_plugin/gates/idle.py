@@ -1,0 +1,31 @@
+"""Gradients of zero for a module that had no part in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _Idle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, *parameters):
+        # Not the parameters themselves: FSDP frees them between the passes.
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device)
+                       for shape, dtype, device in ctx.like)
+
+
+def idle(y: Tensor, module: nn.Module) -> Tensor:
+    """`y`, through which the parameters of `module` get gradients of zero instead of none.
+
+    Data-parallel processes then sum the same gradients, and optimizers hold the same state,
+    whether the module works or not.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return _Idle.apply(y, *parameters) if parameters else y

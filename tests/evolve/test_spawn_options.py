@@ -1,0 +1,106 @@
+"""Options of the spawn that make no sense are refused; what is doubtful is warned of."""
+
+import logging
+import types
+
+import pytest
+from omegaconf import OmegaConf
+
+from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
+from evomoe_plugin.gates.stable import stable_updates
+from evomoe_plugin.options import OptionError, spawn_rate, validate, validate_run
+
+
+def after(updates=20, **given):
+    return {"moe_spawn_updates": updates, **given}
+
+
+# With 100 updates.
+BAD = [
+    (after(0), "--moe-spawn-updates 0: give the number of updates before the spawn, 1 or more; "
+               "leave it out for none"),
+    (after(-1), "--moe-spawn-updates -1: give the number"),
+    (after(100), "--moe-spawn-updates 100: the run ends at update 100: give less than"),
+    (after(moe_spawn_method="slice"), "--moe-spawn-method slice: one of: copy, mask, noise, rein"),
+    (after(moe_spawn_moments="keep"), "--moe-spawn-moments keep: one of: copy, reset"),
+    (after(moe_spawn_rate=0.0), "--moe-spawn-rate 0.0: it is a share of the weights"),
+    (after(moe_spawn_rate=1.0), "--moe-spawn-rate 1.0: it is a share of the weights"),
+    (after(moe_spawn_rate=float("nan")), "--moe-spawn-rate nan"),
+    (after(moe_spawn_method="reinit", moe_spawn_rate=1.5), "1.5: it is a share of the hidden uni"),
+    (after(moe_spawn_method="noise", moe_spawn_rate=-1.0), "--moe-spawn-rate -1.0: give a number"),
+    (after(moe_spawn_method="noise", moe_spawn_rate=float("inf")), "--moe-spawn-rate inf: give"),
+    (after(moe_spawn_method="copy", moe_spawn_rate=0.3), "--moe-spawn-rate 0.3: --moe-spawn-meth"),
+    (after(moe_spawn_method="noise", moe_spawn_rescale=True), "rescale True: --moe-spawn-method n"),
+    (after(moe_spawn_method="reinit", moe_spawn_trainable_masked="false"),
+     "--moe-spawn-trainable-masked false: --moe-spawn-method reinit masks nothing"),
+    (after(moe_spawn_trainable_masked="never"), "never: give true or false"),
+    ({"moe_spawn_method": "noise"}, "--moe-spawn-method noise: experts are not spawned: leave it "
+                                    "out, or give --moe-spawn-updates"),
+    ({"moe_spawn_rate": 0.5}, "--moe-spawn-rate 0.5: experts are not spawned"),
+    ({"moe_spawn_rescale": True}, "--moe-spawn-rescale True: experts are not spawned"),
+    ({"moe_spawn_trainable_masked": "false"}, "--moe-spawn-trainable-masked false: experts are n"),
+    ({"moe_spawn_moments": "reset"}, "--moe-spawn-moments reset: experts are not spawned"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD, ids=[m[:40] for _, m in BAD])
+def test_bad_options_are_refused_in_one_line(moe_options, given, message):
+    with pytest.raises(OptionError) as raised:
+        validate(moe_options(**given))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("given", [
+    after(), after(99, moe_temperature_updates=1), after(moe_spawn_trainable_masked="False"),
+    after(moe_spawn_method="reinit", moe_spawn_rate=1.0),
+    after(moe_spawn_method="noise", moe_spawn_rate=3.0), after(moe_spawn_rescale=True),
+    after(moe_gate="top_any", moe_expert_count="4", moe_max_experts=8,
+          moe_adapt_record_interval=10),
+    after(1000, max_update=0, moe_temperature_updates=50),
+    {"moe_spawn_trainable_masked": "True"},
+])
+def test_good_options_pass_without_a_word(moe_options, given, caplog):
+    validate(moe_options(**given))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("given, warning", [
+    (after(moe_expert_count="1"), "a layer has one expert only"),
+    (after(moe_spawn_method="copy"), "experts begin alike"),
+    (after(moe_shared_experts=1, moe_shared_combine="mix"), "shared experts count in full"),
+    (after(80, moe_temperature_updates=30), "to its end at update 110"),
+    (after(80, moe_gate="stable", moe_stable_updates=20), "routing is frozen at update 100"),
+])
+def test_what_is_doubtful_is_said(moe_options, given, warning, caplog):
+    with caplog.at_level(logging.WARNING):
+        validate(moe_options(**given))
+    assert warning in caplog.text
+
+
+def test_default_lengths_are_shares_of_what_follows_the_spawn(moe_options):
+    options = moe_options(**after(40))
+    assert (annealing_updates(options), hard_updates(options)) == (18, 18)
+    assert stable_updates(moe_options(**after(40, moe_gate="stable"))) == 6
+    assert annealing_updates(moe_options(**after(40, moe_temperature_updates=50))) == 50
+    assert annealing_updates(moe_options()) == 30
+
+
+@pytest.mark.parametrize("updates", [None, 20])
+def test_averaged_weights_are_refused_with_a_spawn(moe_options, updates):
+    model = moe_options(moe_spawn_updates=updates)
+    cfg = types.SimpleNamespace(
+        task=None, model=OmegaConf.create(vars(model)), criterion=None,
+        ema=types.SimpleNamespace(store_ema=True))
+    if updates is None:
+        validate_run(cfg)
+    else:
+        with pytest.raises(OptionError, match="--store-ema True: the averages of experts would"):
+            validate_run(cfg)
+
+
+def test_default_rates(moe_options):
+    rates = {method: spawn_rate(moe_options(**after(moe_spawn_method=method)))
+             for method in ("mask", "noise", "reinit", "copy")}
+    assert rates == {"mask": 0.3, "noise": 0.1, "reinit": 0.5, "copy": 0.0}
+    assert spawn_rate(moe_options(**after(moe_spawn_rate=0.2))) == 0.2
