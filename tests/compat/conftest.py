@@ -84,6 +84,7 @@ class Runs:
         before, level = sys.argv, logging.getLogger().level
         sys.argv = [f"fairseq-{command}", *map(str, arguments)]
         logging.getLogger().setLevel(logging.INFO)
+        _forget_run()  # of other tests too
         try:
             module.cli_main()
         except SystemExit as end:

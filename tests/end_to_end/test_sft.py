@@ -57,6 +57,7 @@ def one_process(tune, tmp_path_factory):
     return folder, tune(folder, *SAME, "--update-freq", "2")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_twice_the_update_frequency(
     one_process, tune, tmp_path
 ):
@@ -73,9 +74,9 @@ def test_two_ranks_equal_one_process_with_twice_the_update_frequency(
 PACKED = ("--pack-examples", "--dropout", "0.1", "--moe-aux-balance-weight", "10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [
-    (), pytest.param(("--distributed-world-size", "2", "--ddp-backend", "fully_sharded"),
-                     marks=pytest.mark.slow),
+    (), ("--distributed-world-size", "2", "--ddp-backend", "fully_sharded"),
 ], ids=["one process", "two ranks"])
 def test_a_resumed_run_is_bit_equal(tune, tmp_path, layout):
     given = (*PACKED, *layout)

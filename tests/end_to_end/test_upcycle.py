@@ -102,6 +102,7 @@ def test_a_resume_does_not_need_the_dense_model(begun, dense, train, tmp_path):
     assert_same_weights(saved / "checkpoint_last.pt", folder / "checkpoint_last.pt")
 
 
+@pytest.mark.slow
 def test_fully_sharded_begins_with_the_dense_model(begun, dense, train, tmp_path):
     sharded = train(tmp_path, *GATE, *SAME, *TWO, "--moe-init-from-dense", dense)
     for a, b in zip(sharded.logged("train_inner"), begun[1].logged("train_inner"), strict=True):
@@ -134,6 +135,7 @@ def test_frozen_parameters_stay_and_have_no_state(frozen, dense):
     assert_only_experts_and_gates_moved(frozen[0] / "checkpoint_last.pt", dense)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_fully_sharded(frozen, dense, train, tmp_path):
     given = (*GATE, *SAME, *FROZEN, *TWO, "--moe-init-from-dense", dense)
     train(tmp_path / "two", *given, "--max-update", "6")

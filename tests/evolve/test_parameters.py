@@ -196,11 +196,8 @@ def sharded_rank(rank, folder, flatten, mixed):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("flatten, mixed", [
-    (True, True),
-    pytest.param(True, False, marks=pytest.mark.slow),
-    pytest.param(False, False, marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("flatten, mixed", [(True, True), (True, False), (False, False)])
 def test_fully_sharded_on_two_ranks(tmp_path, flatten, mixed):
     """The flat parameters are divided amid `extra`, and one has padding."""
     torch.multiprocessing.spawn(sharded_rank, (str(tmp_path), flatten, mixed), nprocs=2)

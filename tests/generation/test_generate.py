@@ -37,9 +37,13 @@ def tokens_of(trained, given, **options):
     return [c.new for c in done.continuations]
 
 
+QUICK = [("dense_to_sparse", "greedy"), ("dense_to_sparse", "sampling"), ("top_any", "greedy")]
+LONGER = {*((gate, "greedy") for gate in GATES), *(("dense_to_sparse", way) for way in WAYS),
+          ("top_k", "beam"), ("hash", "sampling")} - set(QUICK)
+
+
 @pytest.mark.parametrize("gate, way", [
-    *((gate, "greedy") for gate in GATES), *(("dense_to_sparse", way) for way in WAYS),
-    ("top_k", "beam"), ("hash", "sampling")])
+    *QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(LONGER))])
 def test_the_same_tokens_at_any_batch_size(make_trained, gate, way):  # noqa: F811
     trained = make_trained(20, moe_gate=gate, **NEEDED.get(gate, {}))
     alone = tokens_of(trained, prompts(), batch_size=1, **WAYS[way])
@@ -55,7 +59,8 @@ def best_next(model, rows):
     return int(logits.argmax())
 
 
-@pytest.mark.parametrize("gate", ["dense_to_sparse", "top_k", "hash"])
+@pytest.mark.parametrize("gate", [
+    "dense_to_sparse", *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash"))])
 def test_greedy_takes_the_most_probable_token(make_trained, gate):  # noqa: F811
     trained = make_trained(20, moe_gate=gate)
     for prompt, new in zip(prompts(), tokens_of(trained, prompts()), strict=True):
