@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evomoe_plugin.dispatch import LocalDispatcher
 from evomoe_plugin.experts import ExpertFFN, SharedExperts
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
-from evomoe_plugin.gates.idle import idle
+from evomoe_plugin.gates.gradients import with_gradients
 from evomoe_plugin.options import expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
@@ -126,8 +126,8 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(rows_ND, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, plan.shared_weights_TS)
-        if self.is_single:
-            y_TD = idle(y_TD, self.gate)
+        # Also of parameters that this gate, in this update and with these losses, has no use for.
+        y_TD = with_gradients(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
@@ -166,7 +166,7 @@ class MoELayer(nn.Module):
         if self._has_capacity:
             scalars.append(st.DROPPED)
         if self.gate.info.num_null:
-            scalars.append(st.NULL_PAIRS)
+            scalars += [st.NULL_PAIRS, st.NULL_MASS]
         records = {} if self.is_single else self.gate.record_sizes()
         return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts, **records}
 

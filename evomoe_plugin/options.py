@@ -471,7 +471,7 @@ def _capacity_warnings(options: Any, gate: Any) -> Iterator[str]:
             options.moe_eval_capacity_token_fraction != -1):
         yield ("a capacity in evaluation: what a token gets depends on the tokens beside it, and "
                "perplexity on the batch size")
-    fixed = gate.FIXED_PICKS and not options.moe_null_experts
+    fixed = gate.has_fixed_picks(options) and not options.moe_null_experts
     if options.moe_capacity_factor is not None and not fixed:
         yield (f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the "
                "number of pairs, which later tokens have a part in: training is not causal; "
@@ -584,9 +584,8 @@ def _strong_losses(model: Any, weight: float) -> Iterator[str]:
     chosen = coefficients(model, gate_class(model.moe_gate))
     strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
     if strong:
-        yield (f"--moe-gate-loss-wt {weight}: with it the auxiliary loss {strong[0]} counts "
-               f"{chosen[strong[0]] * weight:g} times, as much as the language-model loss or more; "
-               "0.01 is usual")
+        yield (f"--moe-gate-loss-wt {weight}: the auxiliary loss {strong[0]} is added "
+               f"{chosen[strong[0]] * weight:g} times; 0.01 is usual")
 
 
 def _check_data(cfg: Any) -> None:

@@ -15,6 +15,7 @@ from evomoe_plugin.gates.scorers import SCORERS, SOFTMAX_SCORERS, Scorer, valida
 from evomoe_plugin.gates.shared import SharedWeights
 from evomoe_plugin.options import OptionError, parse_bool
 from evomoe_plugin.routing import noise
+from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 from evomoe_plugin.routing.stats import routing_stats
@@ -51,7 +52,7 @@ class GateContext:
     """What a gate may know beside the tokens themselves."""
 
     num_updates: int = 0
-    """Completed updates of the training run."""
+    """Completed updates in which gates work: of the run, or since the spawn."""
     token_mask_T: Tensor | None = None
     """bool, False for padding; None: no padding."""
     noise_keys_T: Tensor | None = None
@@ -101,9 +102,6 @@ class Gate(nn.Module):
     TAKES_NULL: ClassVar[bool] = True
     """Whether null experts can be candidates."""
     TAKES_CAPACITY: ClassVar[bool] = True
-    FIXED_PICKS: ClassVar[bool] = False
-    """Whether every token goes to as many candidates: a capacity then depends on their number
-    alone, and not on what later tokens are."""
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()
@@ -127,6 +125,12 @@ class Gate(nn.Module):
         Only the gate's own options: what all gates share has been checked.
         """
         return ()
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        """Whether every token goes to as many candidates: a capacity then depends on the number
+        of tokens alone, and not on what later ones are."""
+        return False
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
@@ -213,12 +217,16 @@ class Gate(nn.Module):
             return self._plan(choice, weights_TC, context, aux=aux, stats=stats,
                               shared_weights_TS=shared_weights_TS)
 
-    def _plan(self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields):
+    def _plan(
+        self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields: Any
+    ) -> RoutingPlan:
         E = self.num_experts
         mask_TC = choice.mask_TC
         if self.info.num_null:
             null_TC = weights_TC.detach()[:, E:].masked_fill(~mask_TC[:, E:], 0.0)
-            fields["null_mass_T"] = null_TC.sum(1)
+            null_mass_T = null_TC.sum(1)
+            fields["null_mass_T"] = null_mass_T
+            fields["stats"][st.NULL_MASS] = null_mass_T.sum(dtype=torch.float64)
         plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], **fields)
         priority_TC = self._priority(choice, context)
         if priority_TC is None:

@@ -52,13 +52,16 @@ class GShardGate(Gate):
     """
 
     Options = GShardOptions
-    FIXED_PICKS = True
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
         self.policy = options.moe_second_expert_policy
         self.normalize_first = options.moe_normalize_gate_prob_before_dropping
         self.prioritized = options.moe_batch_prioritized_routing
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        return options.moe_second_expert_policy != "random"
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:

@@ -96,7 +96,6 @@ class HashGate(Gate):
     """
 
     Options = HashOptions
-    FIXED_PICKS = True
     DEFAULT_AUX = "none"
     HAS_LOGITS = False
     TAKES_NULL = False
@@ -115,6 +114,10 @@ class HashGate(Gate):
             table_V = clustered_table(counts_V, E)
         # In the checkpoint: another dictionary's counts must not move a symbol.
         self.register_buffer("table_V", table_V)
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        return True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:

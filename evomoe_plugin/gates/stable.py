@@ -73,7 +73,6 @@ class StableGate(Gate):
     """
 
     Options = StableOptions
-    FIXED_PICKS = True
     LOSSES = ("greedy_balance", "distill")
     DEFAULT_AUX = "greedy_balance=0.3,distill=0.3"
     TAKES_NULL = False
@@ -92,6 +91,10 @@ class StableGate(Gate):
         self.register_buffer("table_V", torch.zeros(symbols, dtype=torch.int64))
         # The update that the table is of; -1: there is none.
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        return True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
@@ -145,7 +148,7 @@ class StableGate(Gate):
         weight_T = context.loss_weights_T
         return Choice(
             mask_TC=mask_TE,
-            weights_TC=scores_TE + self._no_change(),
+            weights_TC=scores_TE,
             probs_TC=torch.softmax(logits_TE, dim=1),
             logits_TC=logits_TE,
             aux={
@@ -160,16 +163,11 @@ class StableGate(Gate):
         mask_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts).bool()
         return Choice(
             mask_TC=mask_TE,
-            weights_TC=torch.sigmoid(logits_TE) + self._no_change(),
+            weights_TC=torch.sigmoid(logits_TE),
             probs_TC=mask_TE.to(logits_TE.dtype),
             logits_TC=logits_TE,
             aux=dict.fromkeys(self.LOSSES, logits_TE.new_zeros(())),
         )
-
-    def _no_change(self) -> Tensor:
-        """0 with a gradient of 0 for the word router: DistributedDataParallel waits for a gradient
-        of every parameter, also when no loss is left that teaches it."""
-        return 0.0 * (self.word_embedding[0, 0] + self.word_centroids[0, 0])
 
     def _word_logits(self, words: Tensor) -> Tensor:
         words = words.float() if self.use_fp32 and words.dtype != torch.float64 else words

@@ -20,7 +20,10 @@ class SwitchGate(Gate):
     """
 
     Options = ScorerOptions
-    FIXED_PICKS = True
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        return True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:

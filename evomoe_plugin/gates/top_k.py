@@ -55,7 +55,6 @@ class TopKGate(Gate):
     """
 
     Options = TopKOptions
-    FIXED_PICKS = True
     SCORERS = tuple(SCORERS)
 
     def __init__(self, info: LayerInfo, options: Any):
@@ -66,6 +65,10 @@ class TopKGate(Gate):
         self.bias_update_rate = options.moe_bias_update_rate
         self.prioritized = options.moe_batch_prioritized_routing
         register_exact(self, "bias_C", torch.zeros(info.num_candidates))
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        return True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:

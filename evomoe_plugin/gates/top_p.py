@@ -98,9 +98,7 @@ class TopPGate(Gate):
             rank_C = torch.arange(logits_TC.size(1), device=logits_TC.device)
             mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter_(
                 1, order_TC, rank_C < picks_T1)
-            values_TC = probs_TC
-            if self.weights == "uniform":  # with a gradient of 0: DDP waits for one
-                values_TC = 1 + 0 * probs_TC
+            values_TC = probs_TC if self.weights == "softmax" else torch.ones_like(probs_TC)
         total_T1 = (values_TC * mask_TC).sum(1, keepdim=True)
         return Choice(
             mask_TC=mask_TC,

@@ -43,5 +43,6 @@ def first_expert_plan(
         stats={
             st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E.double(),
             st.ENTROPY: none, st.NONFINITE: none, st.DROPPED: none, st.NULL_PAIRS: none,
+            st.NULL_MASS: none,
         },
     )

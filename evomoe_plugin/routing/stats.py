@@ -24,6 +24,7 @@ ASKED_C = "asked"  # picks of each candidate before any is dropped, [C]
 # These where the layer has what they speak of.
 DROPPED = "dropped"  # pairs dropped by the capacity
 NULL_PAIRS = "null_pairs"  # picks of null experts
+NULL_MASS = "null_mass"  # weight given to null experts, summed over tokens
 TEMPERATURE = "temperature"  # temperature, summed over tokens
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 
@@ -69,9 +70,9 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
     Returns:
         experts_per_token, dead_experts (share of experts without a token), load_max (largest
         load over the mean load, averaged over layers), load_cv2 (squared coefficient of variation
-        of the load), gate_entropy (nats), and, where the layers
-        have what it speaks of: temperature, coefficient, null_rate (picks of null experts a
-        token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
+        of the load), gate_entropy (nats), and, where the layers have what it speaks of:
+        temperature, coefficient, null_rate and null_mass (picks of null experts and their weight,
+        a token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
         active_experts.
     """
     # LayerDrop leaves layers out; they have nothing to say of this batch.
@@ -98,6 +99,7 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
             numbers[name] = (stats[name] / tokens_L).mean()
     if NULL_PAIRS in stats:
         numbers["null_rate"] = (stats[NULL_PAIRS] / tokens_L).mean()
+        numbers["null_mass"] = (stats[NULL_MASS] / tokens_L).mean()
     if DROPPED in stats:
         overflow_L = stats[DROPPED] / (stats[DROPPED] + stats[PAIRS]).clamp(min=1)
         numbers["overflow"] = overflow_L.mean()

@@ -1,4 +1,4 @@
-"""Gradients of zero for a module that had no part in the forward pass."""
+"""Gradients of zero for parameters that had no part in the forward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class _Idle(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, *parameters):
         # Not the parameters themselves: FSDP frees them between the passes.
@@ -21,11 +21,12 @@ class _Idle(torch.autograd.Function):
                        for shape, dtype, device in ctx.like)
 
 
-def idle(y: Tensor, module: nn.Module) -> Tensor:
+def with_gradients(y: Tensor, module: nn.Module) -> Tensor:
     """`y`, through which the parameters of `module` get gradients of zero instead of none.
 
-    Data-parallel processes then sum the same gradients, and optimizers hold the same state,
-    whether the module works or not.
+    Data-parallel processes wait for a gradient of every parameter, and sum the same ones whether
+    the module, or a part of it, worked or not; optimizers hold the same state. What other paths
+    bring is added.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return _Idle.apply(y, *parameters) if parameters else y
+    return _WithGradients.apply(y, *parameters) if parameters else y
