@@ -23,7 +23,7 @@ HAS_NO_WHEEL = (
 EXTRAS = {
     "plots": ["matplotlib"],
     "tensorboard": ["tensorboard"],
-    "export": ["safetensors", "transformers"],
+    "export": ["transformers"],
     "benchmarks": ["matplotlib", "psutil"],
     "tests": ["hypothesis", "psutil", "pytest", "pytest-xdist", "transformers"],
     "lint": ["ruff"],
@@ -58,6 +58,7 @@ setup(
         "packaging",
         "pyarrow",
         "rich",
+        "safetensors",
         "sentencepiece",
         "torch>=2.10",
     ],

@@ -2,7 +2,8 @@
 
 import pytest
 
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 NAN, INF = float("nan"), float("inf")
 

@@ -23,8 +23,8 @@ import evomoe_plugin  # noqa: F401  registers the models, whose options are aske
 from evomoe_plugin.cli import VERBS
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.language_model import MoELanguageModel
-from evomoe_plugin.options import validate
 from evomoe_plugin.routing import stats as st
+from evomoe_plugin.validation import validate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "hydra_configs"

@@ -10,9 +10,8 @@ from evomoe_plugin.options import (
     expert_counts,
     moe_layer_indices,
     parse_bool,
-    validate,
-    validate_run,
 )
+from evomoe_plugin.validation import validate, validate_run
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.first import first_checkpoint
 from evomoe_plugin.checkpoint.safetensors import read_safetensors
 from evomoe_plugin.options import OptionError
 
@@ -67,7 +68,7 @@ def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     sizes = {"vocabulary": table.size(0), "width": table.size(1)}
     cfg = _run_config(config, sizes, tied="decoder.output_projection.weight" not in model or (
         model["decoder.output_projection.weight"] is model["decoder.embed_tokens.weight"]))
-    return Imported(_checkpoint(cfg, model), dictionary)
+    return Imported(first_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary)
 
 
 def _config(folder: str) -> dict[str, Any]:
@@ -240,20 +241,3 @@ def _run_config(config: Mapping[str, Any], sizes: Mapping[str, int], tied: bool)
         parser, ["data-bin", *flags, *(str(x) for pair in arguments.items() for x in pair)])
     cfg = convert_namespace_to_omegaconf(args)
     return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-
-
-def _checkpoint(cfg: dict[str, Any], model: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        "args": None, "cfg": cfg, "model": model, "criterion": None,
-        "optimizer_history": [{
-            "criterion_name": "CrossEntropyCriterion", "optimizer_name": "none",
-            "lr_scheduler_state": {}, "num_updates": 0,
-        }],
-        "task_state": {},
-        "extra_state": {
-            "metrics": [], "previous_training_time": 0.0,
-            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0,
-                               "shuffle": True},
-        },
-        "last_optimizer_state": None,
-    }

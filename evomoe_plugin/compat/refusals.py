@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
-from evomoe_plugin import options as moe_options
 from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate_run
 
 
 def check_run(cfg: Any) -> None:
-    """Refuse what cannot work; the plugin's own options are checked too, if they offer that."""
+    """Refuse what cannot work; the plugin's own options are checked too."""
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.model is not None:
         _check_training(cfg, on_gpu)
-    if hasattr(moe_options, "validate_run"):
-        moe_options.validate_run(cfg)
+    validate_run(cfg)
 
 
 def _check_training(cfg: Any, on_gpu: bool) -> None:

@@ -17,7 +17,9 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.first import first_checkpoint
 from evomoe_plugin.compat.checkpoint_files import write_whole
+from evomoe_plugin.evolve.agreement import Agreement, agreement
 from evomoe_plugin.evolve.dense_checkpoint import (
     SIZES,
     STRUCTURE,
@@ -25,10 +27,8 @@ from evomoe_plugin.evolve.dense_checkpoint import (
     read_dense_checkpoint,
 )
 from evomoe_plugin.evolve.upcycle import (
-    Agreement,
     Recipe,
     Upcycling,
-    agreement,
     check_structure,
 )
 from evomoe_plugin.models.config import MoELanguageModelConfig
@@ -85,7 +85,8 @@ def convert(
     upcycling = Upcycling(dense, built, recipe)
     weights = _weights(model, upcycling)
     cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update)
-    return Converted(_checkpoint(cfg, weights), dense, upcycling, agreement(upcycling))
+    state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
+    return Converted(state, dense, upcycling, agreement(upcycling))
 
 
 def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
@@ -216,24 +217,3 @@ def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str 
     if data is not None:
         run["task"]["data"] = data
     return run
-
-
-def _checkpoint(cfg: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """What fairseq would have saved before the first update; the optimizer has no state yet."""
-    return {
-        "args": None,
-        "cfg": cfg,
-        "model": weights,
-        "criterion": None,
-        "optimizer_history": [{
-            "criterion_name": "MoECrossEntropyCriterion", "optimizer_name": "none",
-            "lr_scheduler_state": {}, "num_updates": 0,
-        }],
-        "task_state": {},
-        "extra_state": {
-            "metrics": [], "previous_training_time": 0.0,
-            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0,
-                               "shuffle": True},
-        },
-        "last_optimizer_state": None,
-    }

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.compat.optimizer_layout import fsdp_layout
+from evomoe_plugin.evolve.agreement import agreement
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
-from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, agreement
+from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
 from evomoe_plugin.models.decoder import MoEDecoder
 
 logger = logging.getLogger(__name__)

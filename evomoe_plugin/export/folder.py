@@ -8,6 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.export.tokenizer import write_tokenizer
 from evomoe_plugin.export.weights import exported_model
@@ -25,16 +28,10 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
 
     Raises:
         OptionError: `out` exists, or something cannot be exported; nothing is written.
-        RunFailed: the disk is full or safetensors is not installed; nothing stays behind.
+        RunFailed: the disk is full; nothing stays behind.
     """
     target = Path(out)
     check_free(out)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise RunFailed("safetensors is not installed: pip install 'evomoe_plugin[export]'"
-                        ) from None
     config, tensors = exported_model(trained, without_eval_capacity)
     work = None
     try:

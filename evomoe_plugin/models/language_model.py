@@ -19,8 +19,8 @@ from evomoe_plugin.options import (
     expert_counts,
     expert_slots,
     moe_layer_indices,
-    validate,
 )
+from evomoe_plugin.validation import validate
 
 logger = logging.getLogger(__name__)
 

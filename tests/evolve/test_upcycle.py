@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 
+from evomoe_plugin.evolve.agreement import agreement
 from evomoe_plugin.evolve.convert import convert, write
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.methods import kept_mask, seed_of
-from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling, agreement
+from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling
 from evomoe_plugin.gates import gate_names
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 from tests.evolve.dense_models import (
     SIZES,
     VOCABULARY,

@@ -5,7 +5,8 @@ import torch
 
 from evomoe_plugin.gates.base import GateContext, LayerInfo
 from evomoe_plugin.gates.base_layer import BaseGate
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 T, D, E = 30, 8, 4
 

@@ -5,7 +5,8 @@ import torch
 
 from evomoe_plugin.experts.loop import one_expert
 from evomoe_plugin.gates import GateContext
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 T, D, E = 11, 6, 5
 

@@ -5,7 +5,8 @@ import torch
 
 from evomoe_plugin.gates.base import GateContext, LayerInfo
 from evomoe_plugin.gates.dselect_k import LEAST_VALID_MASS, DSelectKGate
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 T, D = 17, 8
 

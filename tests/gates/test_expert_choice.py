@@ -6,7 +6,8 @@ import torch
 
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates.expert_choice import ExpertChoiceGate
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 T, D, E = 23, 6, 5
 

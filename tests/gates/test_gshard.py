@@ -6,8 +6,9 @@ import torch
 
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates.gshard import GShardGate
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
+from evomoe_plugin.validation import validate
 
 T, D, E = 30, 6, 5
 POLICIES = ("all", "random", "sampling")

@@ -9,7 +9,8 @@ from evomoe_plugin.gates.hash import (
     clustered_table,
     random_table,
 )
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 D, E, V = 8, 4, 50
 ZIPF = tuple(10_000 // (rank + 1) for rank in range(V))

@@ -9,7 +9,8 @@ from evomoe_plugin.gates.base import GateContext, LayerInfo
 from evomoe_plugin.gates.gradients import with_gradients
 from evomoe_plugin.gates.stable import StableGate, greedy_balance_loss, stable_updates
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import OptionError, validate
+from evomoe_plugin.options import OptionError
+from evomoe_plugin.validation import validate
 
 T, D, E, V, SWITCH = 40, 8, 4, 30, 10
 
