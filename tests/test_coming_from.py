@@ -199,7 +199,7 @@ def test_numbers_of_the_log_exist():
     one_L = torch.ones(1, dtype=torch.float64)
     logged = st.summarize({
         st.TOKENS: 4 * one_L, st.PAIRS: 4 * one_L, st.LOAD_E: load_LE, st.EXPERTS: 8 * one_L,
-        st.ENTROPY: one_L, st.DROPPED: one_L, st.NULL_PAIRS: one_L,
+        st.ENTROPY: one_L, st.DROPPED: one_L, st.NULL_PAIRS: one_L, st.NULL_MASS: one_L,
     })
     named = {name for _, ours, _ in sum(ROWS.values(), []) if "in the log" in ours
              for name in re.findall(r"`(\w+)`", ours)}
