@@ -23,7 +23,7 @@ from evomoe_plugin.observe import read_log
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "examples/quickstart/run.py"
-UPDATES = 120
+UPDATES = 60
 TEXT = Path(email.__file__).parent  # more than the run sees once
 
 

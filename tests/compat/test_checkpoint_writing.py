@@ -59,7 +59,9 @@ def test_written_in_the_background_is_what_was_trained(runs, options):
         assert one["extra_state"]["best"] == other["extra_state"]["best"]
 
 
-@pytest.mark.parametrize("options", [(), ASYNC], ids=["", "async"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ASYNC], ids=["", "async"]
+)
 def test_links_are_never_dangling(runs, options):
     result = runs.train("run", "--symlink", *EVERY_2, *options, validate=True)
     assert result.status == 0
@@ -81,7 +83,9 @@ def test_the_best_outlives_its_numbered_file(runs):
     assert updates(result.folder / "checkpoint_last.pt") == 6
 
 
-@pytest.mark.parametrize("options", [(), ASYNC], ids=["", "async"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ASYNC], ids=["", "async"]
+)
 def test_a_full_disk_ends_the_run_in_one_line(runs, capsys, options):
     first = runs.train("run", *options, updates=3)
     with files_of_at_most(100_000):

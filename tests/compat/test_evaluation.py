@@ -40,6 +40,7 @@ def test_shards_evaluate_as_one_file_and_as_in_training(trained, module_runs, ca
     assert float(validated[-1]) == pytest.approx(one, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_named(trained, module_runs, caplog, capsys):
     _, sharded = trained
     shard = sharded.folder / "checkpoint_last-shard1.pt"
@@ -98,9 +99,10 @@ def test_a_model_of_another_size_is_refused(trained, runs, capsys):
 
 @pytest.mark.parametrize("command, more", [
     ("validate", ("--task", "language_modeling", "--valid-subset", "valid")),
-    ("generate", ("--task", "language_modeling", "--gen-subset", "valid", "--beam", "1",
-                  "--prefix-size", "4", "--max-len-b", "40",
-                  "--skip-invalid-size-inputs-valid-test", "--sample-break-mode", "eos")),
+    pytest.param("generate", (
+        "--task", "language_modeling", "--gen-subset", "valid", "--beam", "1", "--prefix-size",
+        "4", "--max-len-b", "40", "--skip-invalid-size-inputs-valid-test",
+        "--sample-break-mode", "eos"), marks=pytest.mark.slow),
 ])
 def test_the_other_commands_read_shards(trained, module_runs, command, more):
     _, sharded = trained

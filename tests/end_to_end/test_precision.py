@@ -19,7 +19,7 @@ def assert_close(run, wanted):
     assert all(math.isfinite(record["gnorm"]) for record in run)
 
 
-@pytest.mark.parametrize("given", ["--fp16", "--bf16"])
+@pytest.mark.parametrize("given", ["--fp16", pytest.param("--bf16", marks=pytest.mark.slow)])
 def test_trains_close_to_full_precision(given, full_precision, train, tmp_path):
     assert_close(train(tmp_path, *ANNEAL, given).logged("train_inner"), full_precision)
 

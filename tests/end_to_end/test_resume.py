@@ -19,8 +19,8 @@ def unbroken(train, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [
-    "during", "at the switch", pytest.param("before", marks=pytest.mark.slow),
-    pytest.param("after", marks=pytest.mark.slow),
+    "at the switch", *(pytest.param(stage, marks=pytest.mark.slow)
+                       for stage in ("before", "during", "after")),
 ])
 def test_resumed_run_is_bit_equal(stage, unbroken, train, tmp_path):
     folder, whole = unbroken
@@ -56,7 +56,10 @@ def two_epochs(train, tmp_path_factory):
     return folder, train(folder, *EPOCHS)
 
 
-@pytest.mark.parametrize("update", [7, 9], ids=["at an epoch's end", "in the second epoch"])
+@pytest.mark.parametrize("update", [
+    pytest.param(7, marks=pytest.mark.slow, id="at an epoch's end"),
+    pytest.param(9, id="in the second epoch"),
+])
 def test_resumed_later_epochs_are_bit_equal(update, two_epochs, train, tmp_path):
     folder, whole = two_epochs
     records = whole.logged("train_inner")

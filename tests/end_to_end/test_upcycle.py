@@ -89,6 +89,7 @@ def test_a_run_begins_with_the_dense_model(dense, begun, train, tmp_path, data_b
         loss(data_bin, dense), abs=0.5)
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_need_the_dense_model(begun, dense, train, tmp_path):
     folder, run = begun
     saved = tmp_path / "run"
@@ -171,6 +172,7 @@ def test_every_part_alone_fully_sharded(dense, train, tmp_path, train_only):
         assert a["gnorm"] == pytest.approx(b["gnorm"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_frozen_with_the_whole_resumes_not(frozen, train, tmp_path):
     """Another choice of parameters has another optimizer state: told, not guessed."""
     (tmp_path / "checkpoint_last.pt").write_bytes(

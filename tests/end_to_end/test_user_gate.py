@@ -35,6 +35,7 @@ def test_it_is_about_thirty_lines():
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
 
 
+@pytest.mark.slow
 def test_it_trains_on_two_ranks_and_evaluates(folder, data_bin, run_command):
     run = run_command(
         "train", *options(data_bin, "ck"), "--moe-caution", "0.6", "--moe-scorer", "mlp",

@@ -1,17 +1,19 @@
 """Experts from a dense model: which gates compute the same, what methods make, what is refused."""
 
+import dataclasses
 import itertools
 import re
 
 import pytest
 import torch
 
-from evomoe_plugin.evolve.agreement import agreement
+from evomoe_plugin.evolve.agreement import Agreement
 from evomoe_plugin.evolve.convert import convert, write
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.methods import kept_mask, seed_of
 from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling
-from evomoe_plugin.gates import gate_names
+from evomoe_plugin.gates import Gate, WeightSum, gate_names, register_gate
+from evomoe_plugin.gates.switch import SwitchGate
 from evomoe_plugin.options import OptionError
 from evomoe_plugin.validation import validate
 from tests.evolve.dense_models import (
@@ -110,10 +112,38 @@ def test_every_gate_of_ours_is_in_the_table():
         name for name in gate_names() if not name.startswith(("user", "test"))}
 
 
-def test_an_unknown_gate_is_left_to_the_measurement(dense, data):
-    upcycling = made(dense, data, moe_gate="dense").upcycling
-    upcycling.options.moe_gate = "of a user"
-    assert agreement(upcycling).equal is None
+class FirstGate(SwitchGate):
+    """A user's gate: all tokens to expert 0, with a weight of 1."""
+
+    HAS_WEIGHTS = False
+
+    def route(self, x_TD, context):
+        choice = super().route(x_TD, context)
+        mask_TC = torch.zeros_like(choice.mask_TC).index_fill_(1, torch.tensor([0]), True)
+        return dataclasses.replace(choice, mask_TC=mask_TC, weights_TC=mask_TC.to(x_TD.dtype))
+
+    weight_sum = Gate.weight_sum  # a user's gate inherits this
+
+
+class FirstAndSaysSoGate(FirstGate):
+    @classmethod
+    def weight_sum(cls, options, expert_counts, zero_logits=False):
+        return WeightSum(True, f"{expert_counts[0]} experts, one of weight 1")
+
+
+def test_a_gate_of_the_users_own_says_itself_what_its_weights_are(dense):
+    register_gate("test_first")(FirstGate)
+    register_gate("test_first_and_says_so")(FirstAndSaysSoGate)
+    silent = made(dense, moe_gate="test_first")
+    assert silent.agreement == Agreement(
+        None, "the gate test_first does not say what its weights sum to")
+    telling = made(dense, moe_gate="test_first_and_says_so")
+    assert telling.agreement == Agreement(True, "4 experts, one of weight 1")
+    for converted in (silent, telling):
+        difference = largest_difference(build(converted.state, dictionary_of()), dense_model(dense))
+        assert difference < ROUNDING
+    with pytest.raises(OptionError, match="--gate-init zero: the gate test_first has no weights"):
+        made(dense, moe_gate="test_first", recipe=Recipe(gate_init="zero"))
 
 
 @pytest.mark.parametrize("given", [
@@ -271,7 +301,10 @@ ONE_LINE = [
     ({}, Recipe("copy", rescale=True), "--rescale True: the method copy"),
     ({}, Recipe(slices="shuffled"), "--slices shuffled: the method copy cuts nothing"),
     ({}, Recipe(gate_init="normal:x"), "--gate-init normal:x: give default, zero or|--gate-init"),
-    ({"moe_scorer": "cosine"}, Recipe(gate_init="zero"), "--gate-init zero: the gate"),
+    ({"moe_scorer": "cosine"}, Recipe(gate_init="zero"), "--gate-init zero: the gate top_p with "
+                                                        "--moe-scorer cosine cannot learn"),
+    ({"moe_gate": "top_any"}, Recipe(gate_init="zero"), "--gate-init zero: the gate top_any cannot "
+                                                       "learn from weights of 0"),
     ({}, Recipe("mask", rate=1.0, in_run=True), "--moe-init-rate 1.0: "),
     ({}, Recipe(gate_init="x", in_run=True), "--moe-init-gate x: "),
 ]

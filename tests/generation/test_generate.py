@@ -92,6 +92,7 @@ def test_a_wide_beam_finds_what_is_more_probable(make_trained):  # noqa: F811
     assert any(wide > narrow + 1e-3 for narrow, wide in pairs)
 
 
+@pytest.mark.slow
 def test_sampling_follows_seed_and_probabilities(make_trained):  # noqa: F811
     trained = make_trained(20)
     given = [[7, 8, 9]] * 2000
