@@ -11,27 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fairseq.data import Dictionary
-from fairseq.data.indexed_dataset import MMapIndexedDataset
+from processes import ROOT, call
+from quickstart_text import prepare, program, unigram_perplexity
 
 from evomoe_plugin.observe.log import parse_log
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples/quickstart"))
-
-from commands import program  # noqa: E402
-from recipe import Recipe, flags  # noqa: E402
 
 RUNS = sorted(path.stem for path in (ROOT / "hydra_configs/small").glob("*.yaml"))
 
@@ -51,44 +42,6 @@ class Result:
     """Median over the logged intervals, the first left out."""
     million_flops: float
     """Analytic forward FLOPs a token, at the end."""
-
-
-def prepare(data: Path, quick: bool) -> None:
-    """The quickstart's text, unless it is there."""
-    if not (data / "dict.txt").exists():
-        recipe = Recipe(quick=quick)
-        call([program("evomoe"), "prepare", *recipe.inputs, "--out", str(data),
-              *flags(recipe.prepare)])
-
-
-def call(command: list[str]) -> str:
-    """What the command prints.
-
-    Raises:
-        SystemExit: it failed; with the end of its output.
-    """
-    ended = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT)
-    if ended.returncode:
-        sys.exit(f"{ended.stdout[-3000:]}\nerror: {' '.join(command[:4])} … failed")
-    return ended.stdout
-
-
-def unigram_perplexity(data: Path) -> float:
-    """Of the test part, under the add-one smoothed counts of the training part."""
-    size = len(Dictionary.load(str(data / "dict.txt")))
-    counts_V, tested_V = (count_symbols(data / split, size) for split in ("train", "test"))
-    log_probs_V = ((counts_V + 1) / (counts_V.sum() + size)).log()
-    return math.exp(-float((tested_V * log_probs_V).sum() / tested_V.sum()))
-
-
-def count_symbols(path: Path, size: int) -> torch.Tensor:
-    """How often each of `size` symbols stands in a split."""
-    sentences = MMapIndexedDataset(str(path))
-    counts_V = torch.zeros(size, dtype=torch.float64)
-    for i in range(len(sentences)):
-        counts_V += sentences[i].bincount(minlength=size)
-    return counts_V
 
 
 def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str]) -> Result:

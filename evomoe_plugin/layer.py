@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.dispatch import LocalDispatcher
+from evomoe_plugin.dispatch import Dispatched, LocalDispatcher, expert_rows
+from evomoe_plugin.dispatch.exchange import WIRE_DTYPES, Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, SharedExperts
+from evomoe_plugin.experts.parallel import ParallelExpertFFN
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
 from evomoe_plugin.gates.gradients import with_gradients
 from evomoe_plugin.options import expert_ffn_dim, parse_bool, shared_ffn_dim
@@ -37,6 +41,9 @@ class MoELayer(nn.Module):
         eval_capacity: what it takes in evaluation.
         spawn_updates: so many updates every token goes to expert 0 and the gate does nothing
             (EvoMoE's first phase, arXiv 2112.14397); its schedules count from there.
+        groups: of processes, where experts are divided over them; `experts` then is a
+            `ParallelExpertFFN`.
+        meter: of its exchanges.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class MoELayer(nn.Module):
         capacity: CapacityRule = UNLIMITED,
         eval_capacity: CapacityRule = UNLIMITED,
         spawn_updates: int = 0,
+        groups: ExpertGroups | None = None,
+        meter: Meter | None = None,
     ):
         super().__init__()
         self.gate = gate
@@ -55,16 +64,28 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.eval_capacity = eval_capacity
         self.spawn_updates = spawn_updates
+        self.groups = groups
+        self.meter = meter
+        # FSDP makes one parameter of them.
+        self.expert_names = tuple(experts.state_dict())
         self.dispatcher = LocalDispatcher()
         # In the checkpoint, since evaluation routes as training did when it was written.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._num_updates = 0
         self.register_load_state_dict_post_hook(_read_num_updates)
+        if groups is not None:
+            self.register_state_dict_post_hook(_leave_experts_out)
+            self.register_load_state_dict_pre_hook(_take_own_experts)
 
     @property
     def num_experts(self) -> int:
         """E."""
         return self.gate.num_experts
+
+    @property
+    def held_experts(self) -> slice:
+        """The experts whose weights this process has."""
+        return slice(None) if self.groups is None else self.groups.own(self.num_experts)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Tell the number of completed updates; schedules follow it."""
@@ -122,16 +143,38 @@ class MoELayer(nn.Module):
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
             plan = self._within_capacity(self.gate(x_TD, context))
         dispatched = self.dispatcher.dispatch(x_TD, plan)
-        rows_ND = self.experts(dispatched.rows_ND, dispatched.counts)
+        rows_ND, shared_TD = self._answers(dispatched, x_TD, plan)
         y_TD = self.dispatcher.combine(rows_ND, dispatched)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, plan.shared_weights_TS)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         # Also of parameters that this gate, in this update and with these losses, has no use for.
         y_TD = with_gradients(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
-        return y_TD, aux, torch.cat([plan.stats[name].reshape(-1) for name in self._stat_sizes()])
+        stats = {**plan.stats, **self._travel(plan)}
+        return y_TD, aux, torch.cat([stats[name].reshape(-1) for name in self._stat_sizes()])
+
+    def _travel(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        """Statistics of what leaves this process, in the places of the processes' own."""
+        if self.groups is None:
+            return {}
+        to_R = plan.tokens_per_expert_E.double().view(self.groups.size, -1).sum(1)
+        to_R[self.groups.rank] = 0
+        sent_R = torch.zeros_like(to_R)
+        sent_R[self.groups.rank] = to_R.sum()
+        return {st.SENT_R: sent_R, st.RECEIVED_R: to_R}
+
+    def _answers(
+        self, dispatched: Dispatched, x_TD: Tensor, plan: RoutingPlan
+    ) -> tuple[Tensor, Tensor | None]:
+        """What routed experts, and what shared ones, give."""
+        if self.shared is None:
+            return self.experts(dispatched.rows_ND, dispatched.counts), None
+        shared = partial(self.shared, x_TD, plan.shared_weights_TS)
+        if self.groups is not None:  # while rows are under way
+            return self.experts(dispatched.rows_ND, dispatched.counts, meanwhile=shared)
+        return self.experts(dispatched.rows_ND, dispatched.counts), shared()
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         rule = self.capacity if self.training else self.eval_capacity
@@ -168,7 +211,9 @@ class MoELayer(nn.Module):
         if self.gate.info.num_null:
             scalars += [st.NULL_PAIRS, st.NULL_MASS]
         records = {} if self.is_single else self.gate.record_sizes()
-        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts, **records}
+        travel = {} if self.groups is None else dict.fromkeys(
+            (st.SENT_R, st.RECEIVED_R), self.groups.size)
+        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts, **travel, **records}
 
     @property
     def stats_size(self) -> int:
@@ -176,10 +221,10 @@ class MoELayer(nn.Module):
         return sum(self._stat_sizes().values())
 
     def named_stats(self, flat: Tensor) -> Mapping[str, Tensor]:
-        """Name the statistics `forward` returned: scalars, and vectors for `tokens_per_expert`
-        and the gate's records."""
+        """Name the statistics `forward` returned: scalars, and vectors for `tokens_per_expert`,
+        what travels between processes and the gate's records."""
         sizes = self._stat_sizes()
-        vectors = {st.LOAD_E, *self.gate.record_sizes()}
+        vectors = {st.LOAD_E, st.SENT_R, st.RECEIVED_R, *self.gate.record_sizes()}
         parts = flat.split(list(sizes.values()))
         return {
             name: part if name in vectors else part.squeeze(0)
@@ -189,6 +234,27 @@ class MoELayer(nn.Module):
 
 def _read_num_updates(layer: MoELayer, _incompatible_keys) -> None:
     layer._num_updates = int(layer.num_updates)
+
+
+def _leave_experts_out(_layer: MoELayer, state: dict[str, Any], prefix: str, _metadata) -> None:
+    """One process's experts are not the model's: checkpoints gather them from all."""
+    for name in [name for name in state if name.startswith(f"{prefix}experts.")]:
+        del state[name]
+
+
+def _take_own_experts(
+    layer: MoELayer, state: dict[str, Any], prefix: str, _metadata, _strict, _missing, _unexpected,
+    _errors,
+) -> None:
+    """The rows of the experts that this process holds, of whole parameters or from their file."""
+    own = layer.held_experts
+    source = expert_rows.source.get()
+    for name in layer.expert_names:
+        key = f"{prefix}experts.{name}"
+        if key in state:
+            state[key] = state[key][own]
+        elif source is not None:
+            state[key] = source(expert_rows.plain_name(key), own)
 
 
 def build_layer(
@@ -205,9 +271,12 @@ def build_layer(
         activation: of the experts.
         dropout: applied to their hidden rows.
     """
-    def stack(count: int, ffn_dim: int, freezes: bool = False) -> ExpertFFN:
-        return ExpertFFN(count, info.model_dim, ffn_dim, activation, dropout,
-                         gated=options.moe_expert_gated, freezes=freezes)
+    groups = expert_groups(options.moe_expert_parallel_size)
+    meter = Meter()
+
+    def stack(make: Callable[..., ExpertFFN], count: int, ffn_dim: int, **given) -> ExpertFFN:
+        return make(count, info.model_dim, ffn_dim, activation, dropout,
+                    gated=options.moe_expert_gated, **given)
 
     def rule(factor: float | None, token_fraction: float = -1.0) -> CapacityRule:
         return CapacityRule(
@@ -220,11 +289,22 @@ def build_layer(
     gate = gate_class(options.moe_gate)(info, options)
     shared = None
     if options.moe_shared_experts:
-        shared = SharedExperts(stack(options.moe_shared_experts, shared_ffn_dim(options)))
+        shared = SharedExperts(
+            stack(ExpertFFN, options.moe_shared_experts, shared_ffn_dim(options)))
+    make = ExpertFFN
+    if groups is not None:
+        make = partial(
+            ParallelExpertFFN,
+            groups=groups,
+            exchange=partial(Exchange, groups.exchange, meter=meter,
+                             wire_dtype=WIRE_DTYPES[options.moe_ep_wire_dtype]),
+            exchange_counts=exchange_counts,
+            chunks=options.moe_ep_chunks,
+        )
     return MoELayer(
         gate=gate,
         experts=stack(
-            info.num_experts, expert_ffn_dim(options),
+            make, info.num_experts, expert_ffn_dim(options),
             freezes=not parse_bool("moe_spawn_trainable_masked",
                                    options.moe_spawn_trainable_masked)),
         shared=shared,
@@ -232,4 +312,6 @@ def build_layer(
         eval_capacity=rule(options.moe_eval_capacity_factor,
                            options.moe_eval_capacity_token_fraction),
         spawn_updates=options.moe_spawn_updates or 0,
+        groups=groups,
+        meter=meter,
     )

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 class OptionError(ValueError):
     """An option has a value that cannot work: one line with option, value and remedy."""
 
+    exit_status = 2
+
     def __init__(self, option: str, value: Any, remedy: str):
         flag = "--" + option.replace("_", "-") if re.fullmatch(r"[a-z0-9_]+", option) else option
         super().__init__(f"{flag} {value}: {remedy}")
@@ -166,6 +168,31 @@ class MoEOptions:
         metadata={"help": "train these parameters alone, the others are frozen: words (experts, "
                           "shared, gate, attention, ffn, embeddings, norms) or regular expressions "
                           "over their names, with commas between"},
+    )
+    moe_expert_parallel_size: int = field(
+        default=1,
+        metadata={"help": "processes that divide each layer's experts between them, tokens "
+                          "travelling to them; 1: every process has all experts"},
+    )
+    moe_ep_chunks: int = field(
+        default=1,
+        metadata={"help": "with --moe-expert-parallel-size, tokens travel in so many parts, one "
+                          "under way while another is computed"},
+    )
+    moe_ep_wire_dtype: str = field(
+        default="same",
+        metadata={"help": "precision of tokens under way: same (as they are), fp32, fp16, bf16"},
+    )
+    moe_ep_checkpoint: str = field(
+        default="auto",
+        metadata={"help": "with --moe-expert-parallel-size, checkpoints are one file "
+                          "(consolidated), or have the experts in a file of each process beside "
+                          "it (sharded); auto: by --moe-ep-consolidate-below"},
+    )
+    moe_ep_consolidate_below: float = field(
+        default=4.0,
+        metadata={"help": "GiB that all experts and what the optimizer keeps of them may have for "
+                          "--moe-ep-checkpoint auto to write one file"},
     )
     moe_spawn_updates: Optional[int] = field(
         default=None,

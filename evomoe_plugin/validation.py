@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from evomoe_plugin.dispatch.exchange import WIRE_DTYPES
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import gate_class, validate_gate
 from evomoe_plugin.options import (
@@ -21,6 +22,7 @@ from evomoe_plugin.options import (
     check_choice,
     check_number,
     expert_counts,
+    expert_slots,
     moe_layer_indices,
     parse_bool,
 )
@@ -62,6 +64,7 @@ def validate(options: Any, warn: bool = True) -> None:
     gate = gate_class(options.moe_gate)
     check_choice(options, "activation_fn", ACTIVATIONS)
     _check_experts(options)
+    _check_expert_parallel(options)
     check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
     _check_capacity(options, gate)
     _check_init(options)
@@ -97,6 +100,58 @@ def _check_experts(options: Any) -> None:
         if not options.moe_shared_experts and value != getattr(MoEOptions, option):
             raise OptionError(option, value, "there are no shared experts: leave it out, or give "
                                              "--moe-shared-experts")
+
+
+def _check_expert_parallel(options: Any) -> None:
+    size = options.moe_expert_parallel_size
+    check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
+    check_choice(options, "moe_ep_wire_dtype", tuple(WIRE_DTYPES))
+    check_choice(options, "moe_ep_checkpoint", ("auto", "consolidated", "sharded"))
+    check_number(options, "moe_ep_consolidate_below", least=0,
+                 remedy="give a number of GiB, 0 or more")
+    slots = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
+    for count in slots:
+        if count % size:
+            raise OptionError("moe_expert_parallel_size", size,
+                              f"does not divide the {count} experts of a layer")
+    least = min(slots) // size
+    check_number(options, "moe_ep_chunks", least=1, most=least,
+                 remedy=f"give 1 to {least}, the experts of a layer that a process holds")
+    if size > 1 and getattr(options, "decoder_layerdrop", 0):
+        raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
+                          "processes would leave out different layers, and wait for each other "
+                          "for ever: leave it out, or --moe-expert-parallel-size")
+
+
+def _check_expert_parallel_run(cfg: Any) -> None:
+    """What else the run must be for experts to be divided over processes."""
+    size = cfg.model.moe_expert_parallel_size
+    if size == 1:
+        return
+    parallel = cfg.distributed_training
+    world = parallel.distributed_world_size
+    if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+        world = max(world, int(os.environ["WORLD_SIZE"]))
+    elif "SLURM_NTASKS" in os.environ and parallel.distributed_init_method is None:
+        world = max(world, int(os.environ["SLURM_NTASKS"]))
+    if world % size:
+        raise OptionError("moe_expert_parallel_size", size,
+                          f"does not divide the {world} processes of --distributed-world-size")
+    if parallel.ddp_backend not in ("fully_sharded", "legacy_ddp"):
+        raise OptionError("ddp_backend", parallel.ddp_backend,
+                          "with --moe-expert-parallel-size give fully_sharded or legacy_ddp")
+    if parallel.use_sharded_state:
+        raise OptionError("use_sharded_state", "with --moe-expert-parallel-size",
+                          "leave it out: --moe-ep-checkpoint sharded writes a file a process")
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", parallel.zero_sharding,
+                          "with --moe-expert-parallel-size give --ddp-backend fully_sharded")
+    if cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", True,
+                          "knows nothing of experts on other processes: leave it out, or "
+                          "--moe-expert-parallel-size")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", "with --moe-expert-parallel-size", "leave it out")
 
 
 def _check_null(options: Any) -> None:
@@ -234,6 +289,7 @@ def validate_run(cfg: Any) -> None:
     if model is None or any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
+    _check_expert_parallel_run(cfg)
     if model.moe_spawn_updates is not None and cfg.ema is not None and cfg.ema.store_ema:
         raise OptionError("store_ema", True,
                           "the averages of experts would be of before the spawn: leave it out, or "

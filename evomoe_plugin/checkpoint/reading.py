@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 
+from evomoe_plugin.compat import shards
 from evomoe_plugin.options import OptionError
 
 
@@ -19,17 +20,16 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
 
     Args:
         option: what the user named the file with, for messages.
-        path: the file; of `--use-sharded-state`, that of any rank.
+        path: the file; of `--use-sharded-state`, the common name of the files of all ranks, or
+            that of any rank.
     Returns:
         fairseq's state: `cfg` a configuration, `model` tensors by name.
     Raises:
         OptionError: no such file, cut short, not fairseq's, or with objects in it that are not
-            data.
+            data; of shards, that one is missing or of another update.
     """
-    if not os.path.isfile(path):
-        raise OptionError(option, path, "there is no such file")
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(path)
+        state = checkpoint_utils.load_checkpoint_to_cpu(existing_file(option, path))
     except OptionError as error:
         raise OptionError(option, path, error.arguments[2]) from error
     except OSError as error:  # torch seeks to before the beginning of some
@@ -46,6 +46,18 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
         raise OptionError(option, path, "is no checkpoint of fairseq: its 'model' is not tensors "
                                         "by name")
     return state
+
+
+def existing_file(option: str, path: str) -> str:
+    """`path`, or the file of rank 0 where it is the common name of `--use-sharded-state`.
+
+    Raises:
+        OptionError: there is neither.
+    """
+    for file in (path, shards.shard_path(path, 0)):
+        if os.path.isfile(file):
+            return file
+    raise OptionError(option, path, "there is no such file")
 
 
 def _first_line(error: Exception) -> str:

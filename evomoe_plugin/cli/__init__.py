@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import evomoe_plugin
+from evomoe_plugin.cli.user_dir import import_user_dir
 
 VERBS = ("doctor", "prepare", "plot", "upcycle", "import-hf", "generate", "export")
+# Those that take the gates and architectures of a user's own package.
+TAKE_USER_DIR = ("upcycle", "generate", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +49,8 @@ def _run(argv: Sequence[str]) -> int:
         verb = import_module(f"evomoe_plugin.cli.{name.replace('-', '_')}")
         subparser = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
         if name == chosen:
+            if name in TAKE_USER_DIR:
+                import_user_dir(subparser, argv)
             verb.add_arguments(subparser)
             subparser.set_defaults(run=verb.run)
     args = parser.parse_args(argv)
@@ -57,10 +62,11 @@ def _run(argv: Sequence[str]) -> int:
 
 def _told(error: Exception) -> tuple[str, int] | None:
     """What to print and the exit status, or None where only a traceback will do."""
-    # Importing the module here could fail for the very reason that is to be told.
-    options = sys.modules.get("evomoe_plugin.options")
-    if options is not None and isinstance(error, options.OptionError):
-        return str(error), 2
+    # By the attribute of `OptionError` and `RunFailed`: importing `compat` could fail for the very
+    # reason that is to be told.
+    status = getattr(error, "exit_status", None)
+    if status is not None:
+        return str(error), status
     if evomoe_plugin.fairseq_error is not None:
         return f"fairseq cannot be imported ({evomoe_plugin.fairseq_error}); " \
                "`evomoe doctor` tells why", 1

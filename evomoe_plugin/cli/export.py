@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 HELP = "write a checkpoint as safetensors, for transformers and what builds on it"
 
@@ -21,17 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.compat.errors import FAILED, RunFailed
     from evomoe_plugin.export.folder import check_free, export
     from evomoe_plugin.generation import load_trained_model
 
     check_free(args.out)
     trained = load_trained_model("CKPT", args.checkpoint, args.data)
-    try:
-        export(trained, args.out, args.without_eval_capacity)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    export(trained, args.out, args.without_eval_capacity)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}, "
           "trust_remote_code=True) loads it")
     return 0

@@ -23,8 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR",
                         help="the folder that evomoe prepare wrote, with dict.txt and the "
                              "tokenizer (default: the one that the checkpoint was trained with)")
-    parser.add_argument("--user-dir", metavar="DIR",
-                        help="the package that registers a gate of your own")
     parser.add_argument("--max-new-tokens", type=int, metavar="N",
                         default=default["max_new_tokens"],
                         help="tokens after each prompt, at most (default: %(default)s)")
@@ -47,27 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from fairseq import utils
 
-    from evomoe_plugin.compat.errors import FAILED, RunFailed
     from evomoe_plugin.generation import GenerationOptions, generate, load_trained_model
 
     texts = _prompts(args.prompt, args.prompts_file)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(GenerationOptions)}
     options = GenerationOptions(**given)
-    if args.user_dir is not None:
-        utils.import_user_module(args)
     trained = load_trained_model("path", args.path, args.data)
     prompts = [trained.codec.encode(text) for text in texts]
     if unknown := sum(prompt.count(trained.dictionary.unk()) for prompt in prompts):
         print(f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
               file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    try:
-        done = generate(trained, prompts, options, device)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    done = generate(trained, prompts, options, device)
     for number, found in enumerate(done.continuations, 1):
         if len(prompts) > 1:
             print(f"--- {number}")

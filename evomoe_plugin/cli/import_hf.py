@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 HELP = "turn a GPT-2 model of Hugging Face into a dense fairseq checkpoint"
 
@@ -27,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
 
     from evomoe_plugin.checkpoint.huggingface import import_gpt2
     from evomoe_plugin.compat.checkpoint_files import write_whole
-    from evomoe_plugin.compat.errors import FAILED, RunFailed
     from evomoe_plugin.options import OptionError
 
     paths = [os.path.join(args.out, name) for name in ("dict.txt", "model.pt")]
@@ -43,15 +41,11 @@ def run(args: argparse.Namespace) -> int:
         dictionary = Dictionary.load(args.dict)
     imported = import_gpt2(args.folder, dictionary)
     os.makedirs(args.out, exist_ok=True)
-    try:
-        rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
-            imported.dictionary.symbols[imported.dictionary.nspecial:],
-            imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
-        write_whole(paths[0], lambda file: file.write(rows.encode()))
-        write_whole(paths[1], lambda file: torch.save(imported.state, file))
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
+        imported.dictionary.symbols[imported.dictionary.nspecial:],
+        imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
+    write_whole(paths[0], lambda file: file.write(rows.encode()))
+    write_whole(paths[1], lambda file: torch.save(imported.state, file))
     model = imported.state["cfg"]["model"]
     print(f"{paths[1]}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
           f"{len(imported.dictionary):,} symbols, {model['activation_fn']}")

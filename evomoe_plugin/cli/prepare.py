@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.compat.errors import FAILED, INTERRUPTED, RunFailed
+    from evomoe_plugin.compat.errors import INTERRUPTED
     from evomoe_plugin.data import PrepareOptions, prepare
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareOptions)}
@@ -85,9 +85,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"interrupted: {args.out} is as it was; the same command goes on from here",
               file=sys.stderr)
         return INTERRUPTED
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
     print(f"{args.out}: {card.splits['train']['tokens']:,} tokens to train on, "
           f"{card.tokenizer['rows']:,} dictionary rows; DATA_CARD.md tells more")
     print(f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "

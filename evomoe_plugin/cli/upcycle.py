@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 HELP = "make an MoE checkpoint from a dense transformer_lm's"
 
 _OWN = ("dense", "moe", "method", "rate", "rescale", "slices", "gate_init", "seed", "arch", "data",
-        "subset", "tokens_per_sample", "max_update", "overwrite", "run", "verb")
+        "subset", "tokens_per_sample", "max_update", "overwrite", "user_dir", "run", "verb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from evomoe_plugin.evolve.upcycle import METHODS, SLICES
     from evomoe_plugin.models.config import MoELanguageModelConfig
 
-    parser.usage = "evomoe upcycle DENSE MOE [--method …] [--data DIR] [--moe-… options]"
+    parser.usage = ("evomoe upcycle DENSE MOE [--method …] [--data DIR] [--user-dir DIR] "
+                    "[--moe-… options]")
     parser.add_argument("dense", metavar="DENSE", help="checkpoint of fairseq's transformer_lm")
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
     parser.add_argument("--overwrite", action="store_true", help="replace MOE if it exists")
@@ -61,24 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.compat.errors import FAILED, RunFailed
     from evomoe_plugin.evolve.convert import check_output, convert, write
     from evomoe_plugin.evolve.upcycle import Recipe
 
     given = {name: value for name, value in vars(args).items() if name not in _OWN}
     recipe = Recipe(args.method, args.rate, args.rescale, args.slices, args.gate_init, args.seed)
-    try:
-        check_output("MOE", args.moe, args.overwrite)
-        converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
-                            max_update=args.max_update)
-        before = evaluate(args, args.dense) if args.data else None
-        write(converted.state, args.moe, args.overwrite)
-        _tell(args, converted)
-        if before is not None:
-            _tell_perplexity(args, before, evaluate(args, args.moe))
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    check_output("MOE", args.moe, args.overwrite)
+    converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
+                        max_update=args.max_update, user_dir=args.user_dir)
+    before = evaluate(args, args.dense) if args.data else None
+    write(converted.state, args.moe, args.overwrite)
+    _tell(args, converted)
+    if before is not None:
+        _tell_perplexity(args, before, evaluate(args, args.moe))
     return 0
 
 

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from fairseq.file_io import PathManager
 
+from evomoe_plugin.compat import expert_files
 from evomoe_plugin.compat.errors import RunFailed
-
-TEMPORARY = ".tmp"
+from evomoe_plugin.compat.expert_files import TEMPORARY, sync_folder
 
 # Whether the checkpoint being saved in this thread links its other names to its first.
 _symlink: ContextVar[bool] = ContextVar("symlink", default=False)
@@ -45,7 +45,7 @@ def write_whole(path: str, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path)
+        sync_folder(os.path.dirname(os.path.abspath(path)))
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -63,14 +63,6 @@ def _reason(path: str, error: Exception) -> str:
     reason = system.strerror if system else str(error).split("\n")[0]
     return (f"cannot write {path}: {reason} ({free / 2**20:.0f} MiB free); "
             "earlier checkpoints are intact, a run with the same --save-dir resumes from the last")
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save(obj: Any, filename: str, async_write: bool = False) -> None:
@@ -95,8 +87,9 @@ class CheckpointFiles(PathManager):
             return PathManager.copy(source, target, overwrite=overwrite)
         if _symlink.get() and os.path.dirname(source) == os.path.dirname(target):
             _link(os.path.basename(source), target)
+            expert_files.keep_only(target, ())
         else:
-            with open(source, "rb") as original:
+            with expert_files.follow(source, target), open(source, "rb") as original:
                 write_whole(target, lambda file: shutil.copyfileobj(original, file, 2**24))
         return True
 
@@ -120,9 +113,14 @@ def remove(path: str) -> None:
         if entry.is_symlink() and os.readlink(entry.path) == name
     ]
     if not links:
-        os.remove(path)
+        # Under this name it is finished off at the next start, if we are killed here.
+        os.replace(path, path + TEMPORARY)
+        expert_files.keep_only(path, ())
+        os.remove(path + TEMPORARY)
         return
-    os.replace(path, links[0])
+    with expert_files.follow(path, links[0]):
+        os.replace(path, links[0])
+    expert_files.keep_only(path, ())
     for link in links[1:]:
         _link(os.path.basename(links[0]), link)
 
@@ -130,6 +128,9 @@ def remove(path: str) -> None:
 def remove_leftovers(folder: str) -> None:
     """Remove what a killed process left half-written. Nobody else may write there now."""
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("checkpoint") and entry.name.endswith(".pt" + TEMPORARY):
+                path = entry.path.removesuffix(TEMPORARY)
+                if not os.path.lexists(path):
+                    expert_files.keep_only(path, ())
                 os.remove(entry.path)

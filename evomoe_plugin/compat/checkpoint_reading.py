@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from typing import Any, BinaryIO
 
 import torch
@@ -21,15 +22,21 @@ def needed() -> str | None:
     return "unreadable files are explained"
 
 
-def load(file: BinaryIO, map_location: Any = None) -> dict:
+def load(file: BinaryIO, map_location: Any = None, mapped: bool = False) -> dict:
     """`torch.load` as `checkpoint_utils` shall see it.
 
+    Args:
+        mapped: whether tensors are read when they are looked at, if the file is of the kind.
     Raises:
         OptionError: naming the file, and what is wrong with it.
     """
     try:
         with safe_globals(allowed_globals()):
-            state = torch.load(file, map_location=map_location, weights_only=True)
+            if mapped and zipfile.is_zipfile(file.name):
+                state = torch.load(file.name, map_location=map_location, weights_only=True,
+                                   mmap=True)
+            else:
+                state = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise OptionError("checkpoint", file.name, _unpickling_reason(str(error))) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:

@@ -16,7 +16,12 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import data_utils
 from fairseq.file_io import PathManager
 
-from evomoe_plugin.compat import background, checkpoint_files
+from evomoe_plugin.compat import (
+    background,
+    checkpoint_files,
+    expert_checkpoints,
+    expert_files,
+)
 from evomoe_plugin.compat.checkpoint_files import CheckpointFiles
 from evomoe_plugin.compat.mend import Mend, ModuleView, always, wrap
 from evomoe_plugin.options import OptionError
@@ -42,16 +47,28 @@ class _TakenState:
     have taken place by then, on all ranks, even where no file turns out to be due.
     """
 
-    def __init__(self, trainer: Any, for_later: bool):
-        trainer.consolidate_optimizer()
-        self._state = utils.move_to_cpu(trainer.state_dict())
-        if for_later:
-            self._state = _own_copy(self._state, {})
+    def __init__(self, trainer: Any, experts: Any = None):
+        self._experts = None
+        if experts is None:
+            trainer.consolidate_optimizer()
+            self._state = utils.move_to_cpu(trainer.state_dict())
+        else:
+            self._state, self._experts = expert_checkpoints.take(trainer, experts)
         self._num_updates = trainer.get_num_updates()
         self.task = trainer.task
         self.checkpoint_suffix = trainer.checkpoint_suffix
         self.data_parallel_rank = trainer.data_parallel_rank
-        self.should_save_checkpoint_on_current_rank = True
+        self.should_save_checkpoint_on_current_rank = trainer.should_save_checkpoint_on_current_rank
+        self.always_call_state_dict_during_save_checkpoint = False
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether other processes write a part of it."""
+        return self._experts is not None
+
+    def own_copy(self) -> None:
+        """Let the training go on without changing what is to be written."""
+        self._state = _own_copy(self._state, {})
 
     def consolidate_optimizer(self) -> None:
         """It was done when the state was taken."""
@@ -61,8 +78,18 @@ class _TakenState:
 
     def save_checkpoint(self, filename: str, extra_state: dict) -> str:
         self._state["extra_state"].update(extra_state)
-        checkpoint_files.save(self._state, filename)
+        if self._experts is None:
+            checkpoint_files.save(self._state, filename)
+            expert_files.keep_only(filename, ())
+        else:
+            with self._experts.beside(self._state, filename):
+                checkpoint_files.save(self._state, filename)
         return os.path.abspath(filename)
+
+    def finish(self) -> None:
+        """To be called on every process, when all that was to be saved is."""
+        if self._experts is not None:
+            self._experts.finish()
 
 
 class _TakenIterator:
@@ -107,26 +134,42 @@ def _save_checkpoint(
             not be written.
     """
     background.wait()
-    if cfg.no_save or not trainer.should_save_checkpoint_on_current_rank:
+    experts = expert_checkpoints.divided(trainer)
+    saves = trainer.should_save_checkpoint_on_current_rank
+    if cfg.no_save or not (saves or experts is not None):
         return upstream(cfg, trainer, epoch_itr, val_loss)
+    state = _TakenState(trainer, experts)
     # A task that asks to see each file gets it at once.
     later = cfg.write_checkpoints_asynchronously and not hasattr(trainer.task, "post_save")
+    if later and state.needs_all_ranks:
+        _tell_not_asynchronous()
+        later = False
+    if later and saves:
+        state.own_copy()
     in_turn = copy.deepcopy(cfg)
     in_turn.write_checkpoints_asynchronously = False
     job = functools.partial(
-        _save, upstream, in_turn, _TakenState(trainer, later), _TakenIterator(epoch_itr), val_loss
+        _save, upstream, in_turn, state, _TakenIterator(epoch_itr), val_loss
     )
-    if not later:
+    if not later or not saves:
         return job()
     background.submit(job)
     return None
+
+
+@functools.cache
+def _tell_not_asynchronous() -> None:
+    logger.warning("--write-checkpoints-asynchronously: training waits while processes write "
+                   "their experts; --moe-ep-checkpoint consolidated does not")
 
 
 def _save(
     upstream: Callable, cfg: Any, state: _TakenState, iterator: _TakenIterator, val_loss: Any
 ) -> str | None:
     with checkpoint_files.linking(getattr(cfg, "symlink", False)):
-        return upstream(cfg, state, iterator, val_loss)
+        saved = upstream(cfg, state, iterator, val_loss)
+    state.finish()
+    return saved
 
 
 def _wait_for_background() -> bool:
@@ -139,6 +182,7 @@ def _load_checkpoint(upstream: Callable, cfg: Any, trainer: Any, **kwargs: Any) 
     """As upstream, after removing what a killed run left half-written."""
     if trainer.data_parallel_rank == 0 and not cfg.no_save:
         checkpoint_files.remove_leftovers(cfg.save_dir)
+        expert_checkpoints.remove_stale(cfg.save_dir)
     return upstream(cfg, trainer, **kwargs)
 
 

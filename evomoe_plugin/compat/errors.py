@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from evomoe_plugin.options import OptionError
 
-BAD_OPTION = 2
 FAILED = 1
 INTERRUPTED = 130
 
@@ -16,12 +15,12 @@ INTERRUPTED = 130
 class RunFailed(RuntimeError):
     """The run cannot go on, for a reason that one line explains (a full disk, a dead rank)."""
 
+    exit_status = FAILED
+
 
 def exit_status(error: BaseException) -> int | None:
     """The exit status of an error whose message is all that the user needs, else None."""
-    if isinstance(error, OptionError):
-        return BAD_OPTION
-    return FAILED if isinstance(error, RunFailed) else None
+    return getattr(error, "exit_status", None)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,15 @@ def is_wrapping() -> bool:
     return ConfigAutoWrap.in_autowrap_context
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `module` is an FSDP instance."""
+    if needed() is None:
+        return False
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
 def _get_fsdp_instances(upstream: Callable, module: nn.Module, skip_empty: bool = False) -> Any:
     """With `skip_empty` it is asked for what the optimizer has state of: not for frozen ones."""
     instances = upstream(module, skip_empty)

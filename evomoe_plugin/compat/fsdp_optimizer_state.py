@@ -49,6 +49,25 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
     return gathered, scalars
 
 
+def _get_shard_from_optim_state_dict(self: Any, full: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a gathered state, each module's as that module is divided."""
+    from fairscale.nn.data_parallel import fsdp_optim_utils
+    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+
+    instances = get_fsdp_instances(self, skip_empty=True)
+    fsdp_optim_utils.check_param_counts_before_sharding(full, len(instances))
+    whole = set(full["uncollected_local_ids"])
+    if self.flatten_parameters:
+        full = fsdp_optim_utils.flatten_optim_state_dict(full)
+    for i, state in full["state"].items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and i not in whole:
+                state[name], _ = instances[i]._get_shard(value)
+            elif isinstance(value, list):  # a number of each rank; of fewer, perhaps
+                state[name] = value[self.rank if self.rank < len(value) else 0]
+    return full
+
+
 def _load_local_state_dict(upstream: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
 
@@ -63,6 +82,7 @@ def apply() -> None:
     from fairscale.nn.data_parallel import FullyShardedDataParallel
 
     FullyShardedDataParallel._gather_optim_state = _gather_optim_state
+    FullyShardedDataParallel.get_shard_from_optim_state_dict = _get_shard_from_optim_state_dict
     wrap(FullyShardedDataParallel, "load_local_state_dict", _load_local_state_dict)
 
 
@@ -70,9 +90,10 @@ MEND = Mend(
     name="fsdp-optimizer-state",
     broken="on a CPU Adam's second moment is saved in place of the first, and a resumed run is "
            "silently wrong; with one process saving ends in AttributeError: _full_param_padded, "
-           "as does loading shards into nested FSDP, on any device",
+           "as does loading shards into nested FSDP, on any device; modules over fewer processes "
+           "than the whole get parts of another size",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
-             "load_local_state_dict",
+             "get_shard_from_optim_state_dict, load_local_state_dict",
     remove_when="training moves to torch's own fully_shard",
     needed=needed,
     apply=apply,

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
-from evomoe_plugin.compat import shards
+from evomoe_plugin.compat import expert_checkpoints, shards
+from evomoe_plugin.compat.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.compat.mend import Mend, always, wrap
 from evomoe_plugin.compat.optimizer_layout import (
+    OptimizerLayout,
     check_number_trained,
     fsdp_layout,
+    is_flat,
     model_layout,
     plain_layout,
 )
@@ -42,7 +45,8 @@ def _load_checkpoint(
     resets = args[0] if args else kwargs.get("reset_optimizer", False)
     reset_token = _resets_optimizer.set(resets)
     try:
-        extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
+        with expert_checkpoints.loading(trainer):
+            extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
     finally:
         _trainer.reset(token)
         _resets_optimizer.reset(reset_token)
@@ -117,43 +121,84 @@ def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> di
 
     if not shards.SHARD.search(path):
         state = read(path)
-        return state if trainer is None else _adapt(state, trainer)
+        return _complete(state, path) if trainer is None else _adapt(state, trainer, path)
     if trainer is None:
         state = shards.consolidated(path, read)
         del state["fsdp_metadata"]  # makes upstream look for shards
         return state
     if not _reads_own_shard(trainer):
-        return _adapt(shards.consolidated(path, read), trainer)
+        return _adapt(shards.consolidated(path, read), trainer, path)
     state = read(path)
     if shards.world_size(state) != trainer.data_parallel_world_size:
         raise _other_world_size(shards.world_size(state), trainer)
     return state
 
 
-def _adapt(state: dict, trainer: Trainer) -> dict:
+def _complete(state: dict, path: str) -> dict:
+    """With the experts that have files of their own."""
+    manifest = manifest_of(state, path)
+    if manifest is not None:
+        merge(state, ExpertShards(path, manifest))
+    return state
+
+
+def _adapt(state: dict, trainer: Trainer, path: str) -> dict:
     """Change `state` to what a run like `trainer`'s would have written."""
     _adapt_iterator(state, trainer)
-    if not state.get("last_optimizer_state") or _resets_optimizer.get():
+    experts = expert_checkpoints.divided(trainer)
+    if experts is None:
+        _adapt_optimizer(_complete(state, path), trainer)
         return state
-    was_fsdp = "param_id_map" in state["last_optimizer_state"]
-    new = model_layout(trainer)
-    if not was_fsdp and not trainer.is_fsdp:
-        check_number_trained(state["last_optimizer_state"], new)
-        return state
-    old = fsdp_layout(state, new.names) if was_fsdp else plain_layout(state, new)
-    check_number_trained(state["last_optimizer_state"], old)
-    if old == new:
-        return state
-    logger.info("converting the optimizer's state from %s to %s",
-                "fully sharded" if was_fsdp else "plain",
-                "fully sharded" if trainer.is_fsdp else "plain")
-    optimizer = state["last_optimizer_state"]
-    state["last_optimizer_state"] = new.state(old.by_name(optimizer), optimizer)
+    expert_checkpoints.check_experts(state, experts, path)
+    manifest = manifest_of(state, path)
+    if manifest is None:
+        _adapt_optimizer(state, trainer, experts)
+    else:
+        merge(state, ExpertShards(path, manifest), experts.groups.own,
+              with_optimizer=not _resets_optimizer.get())
+        _adapt_optimizer(state, trainer)
+    expert_checkpoints.take_experts_out(state, experts)
+    return state
+
+
+def _adapt_optimizer(
+    state: dict, trainer: Trainer, whole: expert_checkpoints.Divided | None = None
+) -> None:
+    """Change the optimizer's state to the layout of `trainer`'s.
+
+    Args:
+        whole: the layers whose experts are to be divided still.
+    """
+    optimizer = state.get("last_optimizer_state")
+    if not optimizer or _resets_optimizer.get():
+        return
     history = state["optimizer_history"][-1]
     if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
         efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
         history["optimizer_name"] = HALF_PRECISION[efficient]
-    return state
+    was_fsdp = "param_id_map" in optimizer
+    new = model_layout(trainer)
+    if not was_fsdp and not trainer.is_fsdp and whole is None and (
+            is_flat(optimizer, new) == new.is_flat):
+        check_number_trained(optimizer, new)
+        return
+    written = new if whole is None else whole.undivided(new)
+    old = fsdp_layout(state, new.names) if was_fsdp else plain_layout(state, written)
+    check_number_trained(optimizer, old)
+    if old == new:
+        return
+    logger.info("converting the optimizer's state from %s to %s",
+                _layout_name(old), _layout_name(new))
+    named = old.by_name(optimizer)
+    if whole is not None:
+        named = whole.own_moments(named)
+    state["last_optimizer_state"] = new.state(named, optimizer)
+
+
+def _layout_name(layout: OptimizerLayout) -> str:
+    if layout.modules is not None:
+        return "fully sharded"
+    return "flat" if layout.is_flat else "plain"
 
 
 def _adapt_iterator(state: dict, trainer: Trainer) -> None:

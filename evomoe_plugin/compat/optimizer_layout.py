@@ -173,11 +173,15 @@ def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:
     """
     shapes = dict(zip(model.names, model.shapes, strict=True))
     names = tuple(name for name in state["model"] if name in shapes)
-    entries = state["last_optimizer_state"]["param_groups"][0]["params"]
     return OptimizerLayout(
         names, tuple(shapes[name] for name in names),
-        is_flat=len(entries) == 1 and len(names) > 1,
+        is_flat=is_flat(state["last_optimizer_state"], model),
     )
+
+
+def is_flat(state: dict[str, Any], model: OptimizerLayout) -> bool:
+    """Whether a state without FSDP has all of the model's parameters end to end."""
+    return len(state["param_groups"][0]["params"]) == 1 and len(model.names) > 1
 
 
 def _is_moment(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import types
@@ -13,7 +14,11 @@ import torch
 from fairseq import models
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.data import Dictionary
-from fairseq.models import MODEL_DATACLASS_REGISTRY
+from fairseq.models import (
+    ARCH_CONFIG_REGISTRY,
+    ARCH_MODEL_NAME_REGISTRY,
+    MODEL_DATACLASS_REGISTRY,
+)
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -61,6 +66,7 @@ def convert(
     arch: str = DEFAULT_ARCH,
     data: str | None = None,
     max_update: int | None = None,
+    user_dir: str | None = None,
 ) -> Converted:
     """Make an MoE model from a dense one.
 
@@ -68,9 +74,11 @@ def convert(
         path: the dense checkpoint.
         given: the model's options that are not to be the dense model's or the defaults.
         recipe: how.
-        arch: an MoE architecture; sizes are the dense model's.
+        arch: an MoE architecture, ours or a user's; sizes are the dense model's.
         data: the folder with the dictionary; gates that look at symbols need it.
         max_update: of the run to come, which schedules take a share of.
+        user_dir: the package that registered the user's gate or architecture, for the checkpoint's
+            configuration; None: ours.
     Raises:
         OptionError: unreadable or unfit input, or options that cannot work.
     """
@@ -84,7 +92,7 @@ def convert(
     built = types.SimpleNamespace(**{**options, **_resolved_dims(options)})
     upcycling = Upcycling(dense, built, recipe)
     weights = _weights(model, upcycling)
-    cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update)
+    cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
     state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     return Converted(state, dense, upcycling, agreement(upcycling))
 
@@ -117,17 +125,7 @@ def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Rec
     Raises:
         OptionError: an option that the dense model decides is given another value.
     """
-    kind = MODEL_DATACLASS_REGISTRY.get(arch)
-    if kind is None or not issubclass(kind, MoELanguageModelConfig):
-        known = sorted(name for name, cls in MODEL_DATACLASS_REGISTRY.items()
-                       if isinstance(cls, type) and issubclass(cls, MoELanguageModelConfig))
-        raise OptionError("arch", arch, f"one of: {', '.join(known)}")
-    if arch != DEFAULT_ARCH:
-        _check_arch(dense, kind, arch)
-    options = {}
-    for field in dataclasses.fields(kind):
-        default = getattr(kind, field.name, None)
-        options[field.name] = getattr(default, "value", default)
+    options = _arch_options(dense, arch, given)
     options.update(dense.model, moe_post_norm=dense.post_norm)
     decided = [name for name in given if name in STRUCTURE]
     check_structure(dense, types.SimpleNamespace(**{**options, **given}), decided)
@@ -141,15 +139,45 @@ def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Rec
     return options
 
 
-def _check_arch(dense: DenseCheckpoint, kind: type, arch: str) -> None:
+def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of an architecture without the user's: those of its dataclass and, of one that
+    is registered by a function, what that sets.
+
+    Raises:
+        OptionError: no such MoE architecture, or one of other sizes.
+    """
+    kind = _dataclass_of(arch)
+    if kind is None:
+        known = sorted(name for name in ARCH_MODEL_NAME_REGISTRY if _dataclass_of(name))
+        raise OptionError("arch", arch, f"one of: {', '.join(known)}; --user-dir brings your own")
+    options = {}
+    for field in dataclasses.fields(kind):
+        default = getattr(kind, field.name, None)
+        options[field.name] = getattr(default, "value", default)
+    args = argparse.Namespace(**given)
+    ARCH_CONFIG_REGISTRY[arch](args)
+    chosen = {name: value for name, value in vars(args).items() if name not in given}
+    options.update(chosen)
+    # The default's are fairseq's, which nobody chose.
+    is_default = kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH]
+    _check_sizes(dense, arch, chosen if is_default else options)
+    return options
+
+
+def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
+    """Of an MoE architecture."""
+    kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
+    is_moe = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
+    return kind if is_moe else None
+
+
+def _check_sizes(dense: DenseCheckpoint, arch: str, options: Mapping[str, Any]) -> None:
     for field in SIZES:
-        size = getattr(kind, field)
-        size = getattr(size, "value", size)
-        if field.endswith("put_dim") or field == "activation_fn":
+        if field not in options or field.endswith("put_dim") or field == "activation_fn":
             continue
-        if size != dense.model[field]:
+        if options[field] != dense.model[field]:
             raise OptionError("arch", arch,
-                              f"has {field} {size}, the dense checkpoint {dense.path} "
+                              f"has {field} {options[field]}, the dense checkpoint {dense.path} "
                               f"{dense.model[field]}: leave it out, sizes are the dense model's")
 
 
@@ -201,7 +229,7 @@ def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
 
 
 def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str | None,
-                max_update: int | None) -> dict[str, Any]:
+                max_update: int | None, user_dir: str | None) -> dict[str, Any]:
     """The dense run's configuration, with the new model and the criterion that goes with it."""
     run = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     run["model"] = dict(model)
@@ -211,7 +239,7 @@ def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str 
         if field.name == "sentence_avg" else getattr(criterion, field.name)
         for field in dataclasses.fields(criterion)}
     run["criterion"]["_name"] = "moe_cross_entropy"
-    run["common"].update(seed=seed, user_dir="evomoe_plugin")
+    run["common"].update(seed=seed, user_dir=user_dir or "evomoe_plugin")
     if max_update is not None:
         run["optimization"]["max_update"] = max_update
     if data is not None:

@@ -1,8 +1,9 @@
 """Editing parameters by name between updates, whichever way the run keeps them.
 
 A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
-fp32 masters, flat or one by one), or in pieces on all ranks (FSDP). What is edited is what the
-optimizer updates; half-precision copies follow, and moments are edited and reset where asked for.
+fp32 masters, flat or one by one), or in pieces on all ranks (FSDP); and of experts a rank may hold
+some only. What is edited is what the optimizer updates; half-precision copies follow, and moments
+are edited and reset where asked for.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from evomoe_plugin.compat.expert_parallel import all_rows, dividing_groups, is_experts
 from evomoe_plugin.compat.optimizer_layout import trained_parameters
 from evomoe_plugin.compat.shards import flat_parameters
 
 Edit = Callable[[Tensor], Tensor]
-"""Changes a whole parameter, given in fp32, in place. Returns a bool mask that broadcasts to its
-shape: the elements whose moments are reset."""
+"""Changes a whole parameter, all experts', given in fp32, in place. Returns a bool mask that
+broadcasts to its shape: the elements whose moments are reset."""
 
 MomentEdit = Callable[[Tensor], None]
 """Changes a whole moment, of the parameter's shape and in its own precision, in place."""
@@ -34,8 +36,9 @@ def edit_parameters(
     """Edit parameters, and set the optimizer's state of chosen elements to zero.
 
     All ranks must call it with the same edits; under FSDP they gather one flat parameter at a
-    time. Moments are all state that has an element's place, as Adam's; counts of steps and
-    Adafactor's sums over rows and columns stay.
+    time, and of experts that are divided over ranks one parameter at a time. Moments are all state
+    that has an element's place, as Adam's; counts of steps and Adafactor's sums over rows and
+    columns stay.
 
     Args:
         trainer: fairseq's, between updates.
@@ -46,14 +49,15 @@ def edit_parameters(
         KeyError: a name is not that of a trained parameter.
     """
     optimizer = trainer.optimizer
+    groups = dividing_groups(trainer.get_model())
     unknown = set(edits)
     for storage in _sharded(trainer) if trainer.is_fsdp else _whole(trainer, optimizer):
         wanted = [name for name in storage.names if name in edits]
         if wanted:
             unknown -= set(wanted)
             state = optimizer.optimizer.state.get(storage.owner, {})
-            _edit_moments(storage, moment_edits or {}, state)
-            _edit_storage(storage, edits, state)
+            _edit_moments(storage, moment_edits or {}, state, groups)
+            _edit_storage(storage, edits, state, groups)
     if unknown:
         raise KeyError(f"no trained parameter: {', '.join(sorted(unknown))}")
 
@@ -95,7 +99,7 @@ def _moments(storage: _Storage, state: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _edit_moments(
-    storage: _Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any]
+    storage: _Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any], groups: Any
 ) -> None:
     if not any(name in edits for name in storage.names):
         return
@@ -103,12 +107,16 @@ def _edit_moments(
         whole, start = storage.gathered(own)
         for name, shape, begin, end in storage.pieces():
             if name in edits:
-                edits[name](whole[begin:end].view(shape))
+                held = whole[begin:end].view(shape)
+                value, rows = _all_experts(name, held, groups)
+                edits[name](value)
+                if value is not held:
+                    held.copy_(value[rows])
         own.copy_(whole[start : start + own.numel()])
 
 
 def _edit_storage(
-    storage: _Storage, edits: Mapping[str, Edit], state: Mapping[str, Any]
+    storage: _Storage, edits: Mapping[str, Edit], state: Mapping[str, Any], groups: Any
 ) -> None:
     own = storage.owner.data.view(-1)
     whole, start = storage.gathered(own)
@@ -117,19 +125,29 @@ def _edit_storage(
         if name not in edits:
             continue
         # A copy in any case: what is held may be of less precision.
-        value = whole[begin:end].view(shape).to(torch.float32, copy=True)
-        reset = edits[name](value).expand(shape)
+        value, rows = _all_experts(
+            name, whole[begin:end].view(shape).to(torch.float32, copy=True), groups)
+        reset = edits[name](value).expand(value.shape)[rows]
+        value = value[rows]
         if storage.copies:
             storage.copies[i].data.copy_(value)
         low, high = max(begin, start), min(end, start + own.numel())
         if low >= high:  # lies on other ranks
             continue
-        own[low - start : high - start].copy_(value.view(-1)[low - begin : high - begin])
+        own[low - start : high - start].copy_(value.reshape(-1)[low - begin : high - begin])
         reset = reset.reshape(-1)[low - begin : high - begin]
         for moment in moments:
             moment[low - start : high - start].masked_fill_(reset.to(moment.device), 0)
     if storage.module is not None and storage.module.has_full_params:
         storage.module._free_full_params()  # they are of before
+
+
+def _all_experts(name: str, held: Tensor, groups: Any) -> tuple[Tensor, slice]:
+    """The rows of all experts, and where those that are held here lie in them."""
+    if groups is None or not is_experts(name):
+        return held, slice(None)
+    rows = slice(groups.rank * held.size(0), (groups.rank + 1) * held.size(0))
+    return all_rows(held, groups), rows
 
 
 def _whole(trainer: Any, optimizer: Any) -> Iterator[_Storage]:

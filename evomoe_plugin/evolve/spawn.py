@@ -18,7 +18,8 @@ from torch import Tensor
 from evomoe_plugin.compat.optimizer_layout import model_layout
 from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
-from evomoe_plugin.experts.ffn import ExpertFFN, frozen_name
+from evomoe_plugin.experts.ffn import frozen_name
+from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.options import spawn_rate
 
@@ -51,27 +52,29 @@ def _spawn(trainer: Any, decoder: MoEDecoder) -> None:
             if not parameter.startswith(prefix):
                 continue
             name = parameter.removeprefix(prefix)
-            edits[parameter] = _edit(name, layer.experts, layer.gate.info.layer_id, options)
+            edits[parameter] = _edit(name, layer, options)
             if options.moe_spawn_moments == "copy":
                 moment_edits[parameter] = _as_the_first
     edit_parameters(trainer, edits, moment_edits)
 
 
-def _edit(name: str, experts: ExpertFFN, layer_id: int, options: Any) -> Edit:
+def _edit(name: str, layer: MoELayer, options: Any) -> Edit:
     """Spawns the experts' parameter `name`."""
     spawn = functools.partial(
         spawn_tensor, name, method=options.moe_spawn_method, rate=spawn_rate(options),
         rescale=options.moe_spawn_rescale)
     resets = options.moe_spawn_moments == "reset"
-    frozen = getattr(experts, frozen_name(name), None)
+    frozen = getattr(layer.experts, frozen_name(name), None)
+    layer_id = layer.gate.info.layer_id
+    held = range(layer.num_experts)[layer.held_experts]
 
     def edit(value: Tensor) -> Tensor:
         source = value[0].clone()
         reset = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         for e in range(value.size(0)):
             value[e], kept = spawn(source, key=seed_of(options.seed, layer_id, e))
-            if frozen is not None:
-                frozen[e] = ~kept
+            if frozen is not None and e in held:
+                frozen[e - held.start] = ~kept
             if not resets:
                 reset[e] = ~kept
         return reset

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.compat.expert_parallel import dividing_groups, is_experts
 from evomoe_plugin.compat.optimizer_layout import fsdp_layout
 from evomoe_plugin.evolve.agreement import agreement
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
@@ -49,8 +50,15 @@ def init_from_dense(trainer: Any) -> None:
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
     trained, frozen = _parameters(trainer)
     # All are worked out before the first is set: what does not fit shall change nothing.
-    values = {name: upcycling.value(name, shape) for name, shape in trained.items()}
-    values |= {name: upcycling.value(name, p.shape) for name, p in frozen.items()}
+    groups = dividing_groups(model)
+
+    def value(name: str, shape: torch.Size) -> Tensor | None:
+        if groups is not None and is_experts(name):
+            shape = torch.Size([shape[0] * groups.size, *shape[1:]])
+        return upcycling.value(name, shape)
+
+    values = {name: value(name, shape) for name, shape in trained.items()}
+    values |= {name: value(name, p.shape) for name, p in frozen.items()}
     buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
     upcycling.check_complete([*values, *buffers, "decoder.output_projection.weight"])
     edit_parameters(trainer, {name: _set(values[name]) for name in trained
@@ -58,7 +66,9 @@ def init_from_dense(trainer: Any) -> None:
     with torch.no_grad():
         for name, parameter in frozen.items():
             if values[name] is not None:
-                parameter.copy_(values[name])
+                divided = groups is not None and is_experts(name)
+                parameter.copy_(
+                    values[name].chunk(groups.size)[groups.rank] if divided else values[name])
     logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,
                 {True: "are equal to the dense model's", False: "are not the dense model's",
                  None: "may not be the dense model's"}[agreement(upcycling).equal],

@@ -18,6 +18,7 @@ from torch import Tensor
 from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint, same
 from evomoe_plugin.evolve.methods import METHODS as SPAWN_METHODS
 from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
+from evomoe_plugin.gates import gate_class
 from evomoe_plugin.options import (
     DEFAULT_SPAWN_RATES,
     OptionError,
@@ -178,11 +179,12 @@ class Upcycling:
         option = recipe.option("gate_init")
         scorer = getattr(self.options, "moe_scorer", "linear")
         gate = self.options.moe_gate
-        if gate == "hash":
+        cls = gate_class(gate)
+        if not cls.HAS_WEIGHTS:
             raise OptionError(option, recipe.gate_init,
-                              "the gate hash has no weights: leave it out")
+                              f"the gate {gate} has no weights: leave it out")
         if recipe.gate_deviation == 0.0 and (
-                gate in ("top_any", "dselect_k", "stable") or scorer not in ("linear", "sigmoid")):
+                not cls.LEARNS_FROM_ZERO or scorer not in ("linear", "sigmoid")):
             with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
             raise OptionError(option, "zero", f"the gate {gate}{with_scorer} cannot learn from "
                                               "weights of 0: give default or normal:STD")

@@ -48,13 +48,17 @@ class ExpertFFN(nn.Module):
         self.gated = gated
         self.activation = activation
         self.dropout = dropout or nn.Identity()
+        self.grad_scale = 1.0  # what the parameters' gradients are multiplied by
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
         for name, shape, fan_in in self._shapes(num_experts, model_dim, ffn_dim, gated):
-            bound = fan_in**-0.5
-            parameter = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+            parameter = self._new_parameter(shape, fan_in**-0.5)
             self.register_parameter(name, parameter)
             if freezes and name.endswith("_weight"):
-                self.register_buffer(frozen_name(name), torch.zeros(shape, dtype=torch.bool))
+                frozen = torch.zeros(parameter.shape, dtype=torch.bool)
+                self.register_buffer(frozen_name(name), frozen)
+
+    def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
     @staticmethod
     def _shapes(
@@ -94,16 +98,32 @@ class ExpertFFN(nn.Module):
             rows_ND: rows sorted by expert.
             counts: rows of each expert, E numbers that sum to N.
         """
-        fc1, fc2 = self._matrix("fc1_weight"), self._matrix("fc2_weight")
+        return self._answer(rows_ND, counts, self._weights())
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Matrices and biases by name."""
+        names = ["fc1_weight", "fc3_weight", "fc2_weight"] if self.gated else [
+            "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
+        return {name: self._matrix(name) if name.endswith("_weight") else getattr(self, name)
+                for name in names}
+
+    def _answer(
+        self, rows_ND: Tensor, counts: Sequence[int], weights: dict[str, Tensor]
+    ) -> Tensor:
+        """`forward`, with the weights of as many experts as there are counts."""
+        def linear(rows: Tensor, name: str, bias: Tensor | None, transposed: bool) -> Tensor:
+            weight = weights[f"{name}_weight"]
+            return grouped_linear(rows, weight.transpose(1, 2) if transposed else weight, bias,
+                                  counts, self.grad_scale)
+
         if self.gated:
-            fc3 = self._matrix("fc3_weight")
-            gates_NF = grouped_linear(rows_ND, fc1.transpose(1, 2), None, counts)
-            hidden_NF = grouped_linear(rows_ND, fc3.transpose(1, 2), None, counts)
+            gates_NF = linear(rows_ND, "fc1", None, True)
+            hidden_NF = linear(rows_ND, "fc3", None, True)
             hidden_NF = self.dropout(self.activation(gates_NF) * hidden_NF)
-            return grouped_linear(hidden_NF, fc2, None, counts)
-        hidden_NF = grouped_linear(rows_ND, fc1.transpose(1, 2), self.fc1_bias, counts)
+            return linear(hidden_NF, "fc2", None, False)
+        hidden_NF = linear(rows_ND, "fc1", weights["fc1_bias"], True)
         hidden_NF = self.dropout(self.activation(hidden_NF))
-        return grouped_linear(hidden_NF, fc2, self.fc2_bias, counts)
+        return linear(hidden_NF, "fc2", weights["fc2_bias"], False)
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape

@@ -16,8 +16,8 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_NI, weight_EIO, bias_EO, counts):
-        ctx.counts = counts
+    def forward(ctx, rows_NI, weight_EIO, bias_EO, counts, grad_scale):
+        ctx.counts, ctx.grad_scale = counts, grad_scale
         ctx.has_bias = bias_EO is not None
         ctx.save_for_backward(rows_NI, weight_EIO)
         out_NO = rows_NI.new_empty(rows_NI.size(0), weight_EIO.size(2))
@@ -35,7 +35,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NO):
         rows_NI, weight_EIO = ctx.saved_tensors
-        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_rows, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_NO = grad_NO.contiguous()
         grad_rows = torch.empty_like(rows_NI) if need_rows else None
         # Keeps the strides of a transposed weight: no copy when autograd transposes it back.
@@ -47,17 +47,24 @@ class _GroupedLinear(torch.autograd.Function):
             if need_rows and count:
                 torch.mm(grad, weight_EIO[e].t(), out=grad_rows[start : start + count])
             if need_weight and count:
-                torch.mm(rows.t(), grad, out=grad_weight[e])
+                torch.addmm(grad_weight[e], rows.t(), grad, beta=0, alpha=ctx.grad_scale,
+                            out=grad_weight[e])
             elif need_weight:
                 grad_weight[e].zero_()
             if need_bias and count:
                 torch.sum(grad, 0, out=grad_bias[e])
             start += count
-        return grad_rows, grad_weight, grad_bias, None
+        if need_bias and ctx.grad_scale != 1:
+            grad_bias *= ctx.grad_scale
+        return grad_rows, grad_weight, grad_bias, None, None
 
 
 def grouped_linear(
-    rows_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, counts: Sequence[int]
+    rows_NI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    counts: Sequence[int],
+    grad_scale: float = 1.0,
 ) -> Tensor:
     """Multiply each expert's segment of rows by its weight.
 
@@ -66,7 +73,8 @@ def grouped_linear(
         weight_EIO: one [I, O] matrix per expert, of any strides (a transposed view is as good).
         bias_EO: added to each row, or None.
         counts: rows of each expert, in order; they sum to N.
+        grad_scale: the gradients of weight and bias are multiplied by this.
     Returns:
         [N, O]. First derivatives only.
     """
-    return _GroupedLinear.apply(rows_NI, weight_EIO, bias_EO, list(counts))
+    return _GroupedLinear.apply(rows_NI, weight_EIO, bias_EO, list(counts), grad_scale)

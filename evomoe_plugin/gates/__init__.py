@@ -24,9 +24,10 @@ from evomoe_plugin.gates.base import (
     register_gate,
 )
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 __all__ = [
-    "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions", "gate_class", "gate_names",
-    "register_gate",
+    "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions", "WeightSum", "gate_class",
+    "gate_names", "register_gate",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evomoe_plugin.gates.auxiliary import LOSSES, coefficients
 from evomoe_plugin.gates.scorers import SCORERS, SOFTMAX_SCORERS, Scorer, validate_scorer
 from evomoe_plugin.gates.shared import SharedWeights
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, parse_bool
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
@@ -102,6 +103,10 @@ class Gate(nn.Module):
     TAKES_NULL: ClassVar[bool] = True
     """Whether null experts can be candidates."""
     TAKES_CAPACITY: ClassVar[bool] = True
+    HAS_WEIGHTS: ClassVar[bool] = True
+    """Whether it has parameters that `--gate-init` can draw."""
+    LEARNS_FROM_ZERO: ClassVar[bool] = True
+    """Whether it learns where they all begin as 0 (`--gate-init zero`)."""
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()
@@ -136,6 +141,20 @@ class Gate(nn.Module):
     def has_vectors(cls, options: Any) -> bool:
         """Whether `vectors` gives a vector for each candidate."""
         return hasattr(cls.Options, "moe_scorer") and SCORERS[options.moe_scorer].HAS_VECTORS
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        """Whether a token's weights over the routed experts sum to 1, in evaluation before the
+        first update, without null experts and capacities.
+
+        Experts made as copies of a dense network then compute what it does, and users are told so.
+
+        Args:
+            expert_counts: of each MoE layer.
+            zero_logits: whether all logits are 0.
+        """
+        return WeightSum(None, f"the gate {options.moe_gate} does not say what its weights sum to")
 
     @classmethod
     def renormalizes_after_drop(cls, options: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
@@ -58,6 +59,11 @@ class BaseGate(Gate):
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
         return True
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

@@ -9,6 +9,7 @@ from torch import Tensor
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -29,6 +30,11 @@ class DenseGate(Gate):
             if name in ("balance", "switch", "load"):
                 yield (f"--moe-aux {name}: every expert gets every token with the gate dense, so "
                        "that this loss is constant")
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "the weights of all experts sum to 1", all_equal=zero_logits)
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

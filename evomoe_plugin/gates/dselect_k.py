@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.picks import PicksOptions, validate_picks
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import check_number
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
@@ -57,6 +58,7 @@ class DSelectKGate(Gate):
     DEFAULT_AUX = "selector_entropy=0.01,selector_validity=0.01"
     HAS_LOGITS = False
     TAKES_NULL = False
+    LEARNS_FROM_ZERO = False
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -74,6 +76,11 @@ class DSelectKGate(Gate):
         validate_picks(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
         return ()
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "the weights of all selectors sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         E, K = self.num_experts, self.selectors

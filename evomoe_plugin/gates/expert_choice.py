@@ -10,6 +10,7 @@ from torch import Tensor
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, check_number
 from evomoe_plugin.routing.choice import Choice
 
@@ -49,7 +50,7 @@ class ExpertChoiceGate(Gate):
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
         self.factor = options.moe_expert_choice_factor
-        self.top_k = min(max(int(self.factor + 0.5), 1), info.num_experts)
+        self.top_k = min(_picks_in_evaluation(options), info.num_experts)
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
@@ -69,6 +70,13 @@ class ExpertChoiceGate(Gate):
             if name in ("balance", "switch"):
                 yield (f"--moe-aux {name}: every expert gets as many tokens with the gate "
                        "expert_choice, so that this loss is constant")
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        if _picks_in_evaluation(options) >= max(expert_counts):
+            return WeightSum(True, "all experts work, and their weights sum to 1")
+        return WeightSum(False, "a token's weights are probabilities that sum to less than 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
@@ -95,3 +103,8 @@ class ExpertChoiceGate(Gate):
         place_T1 = torch.arange(probs_TE.size(0), device=probs_TE.device).unsqueeze(1)
         return torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
             0, order_TE, (place_T1 < capacity).expand_as(order_TE))
+
+
+def _picks_in_evaluation(options: Any) -> int:
+    """Experts that each token is given, of as many as there are."""
+    return max(int(options.moe_expert_choice_factor + 0.5), 1)

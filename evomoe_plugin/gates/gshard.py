@@ -10,6 +10,7 @@ from torch import Tensor
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.picks import PriorityOptions, best, validate_priority
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, check_choice
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
@@ -91,6 +92,11 @@ class GShardGate(Gate):
     @classmethod
     def renormalizes_after_drop(cls, options: Any) -> bool:
         return not options.moe_normalize_gate_prob_before_dropping
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "the weights of both picks sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, check_choice
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing.choice import Choice
@@ -99,6 +100,7 @@ class HashGate(Gate):
     DEFAULT_AUX = "none"
     HAS_LOGITS = False
     TAKES_NULL = False
+    HAS_WEIGHTS = False
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -123,6 +125,11 @@ class HashGate(Gate):
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
         check_choice(options, "moe_hash", HASHES)
         return ()
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "each token has one expert, of weight 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:

@@ -12,6 +12,7 @@ from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.exact import exact, register_exact
 from evomoe_plugin.gates.picks import PicksOptions, validate_picks
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import check_number
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -88,6 +89,11 @@ class ReluGate(Gate):
     def coefficient(self) -> Tensor:
         """λ, fp64."""
         return exact(self, "coefficient")
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(False, "the weights are positive logits, of any sum")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.base_layer import centroids
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, check_number, gated_updates
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
@@ -76,6 +77,7 @@ class StableGate(Gate):
     LOSSES = ("greedy_balance", "distill")
     DEFAULT_AUX = "greedy_balance=0.3,distill=0.3"
     TAKES_NULL = False
+    LEARNS_FROM_ZERO = False
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -118,6 +120,11 @@ class StableGate(Gate):
     def flops_per_token(self) -> int:
         embedding = 2 * self.word_embedding.numel()  # looked up, not multiplied
         return super().flops_per_token() - embedding
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:

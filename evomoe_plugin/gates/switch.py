@@ -8,6 +8,7 @@ from torch import Tensor
 from evomoe_plugin.gates.base import Gate, GateContext, register_gate
 from evomoe_plugin.gates.picks import best
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -30,6 +31,13 @@ class SwitchGate(Gate):
         if options.moe_renormalize_after_drop:
             yield ("--moe-renormalize-after-drop: a token of the gate switch has one pick, kept "
                    "whole or dropped; this changes nothing")
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        if max(expert_counts) == 1:
+            return WeightSum(True, "a lone expert has the weight 1")
+        return WeightSum(False, "the weight of the one pick is its probability, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import OptionError, check_choice, check_number
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st
@@ -84,6 +85,7 @@ class TopAnyGate(Gate):
     HAS_LOGITS = False
     # A token may have no expert as it is.
     TAKES_NULL = False
+    LEARNS_FROM_ZERO = False
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -159,6 +161,12 @@ class TopAnyGate(Gate):
         if self.log_scale is None:
             return self.scale
         return self.log_scale.to(dtype).clamp(max=math.log(100)).exp()
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "the weights of a token's experts sum to 1, and one that reaches "
+                               "none has its best in evaluation; in training it has none")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         dtype, scale = x_TD.dtype, self._scale(x_TD.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.picks import PicksOptions, validate_picks
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.options import check_choice, check_number
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
@@ -82,6 +83,11 @@ class TopPGate(Gate):
         if options.moe_top_p_weights == "sparsemixer":
             yield ("--moe-top-p-weights sparsemixer: but for tokens with near ties, the gate "
                    "learns from auxiliary losses and softmax weights of shared experts alone")
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(True, "the weights of the picks sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         keys_T = context.noise_keys_T if self.training else None

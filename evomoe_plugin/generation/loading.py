@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
-from fairseq.models import BaseFairseqModel
+from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
 from omegaconf import open_dict
 
-from evomoe_plugin.checkpoint.reading import read_checkpoint
-from evomoe_plugin.compat import shards
+from evomoe_plugin.checkpoint.reading import existing_file, read_checkpoint
+from evomoe_plugin.gates import gate_names
 from evomoe_plugin.generation.text import TextCodec
 from evomoe_plugin.options import OptionError
 
@@ -50,9 +49,6 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
     Raises:
         OptionError: no such file or folder, not a language model's, or they do not fit.
     """
-    first_shard = shards.shard_path(path, 0)
-    if not os.path.exists(path) and os.path.exists(first_shard):
-        path = first_shard
     state = read_checkpoint(option, path)
     task = state["cfg"].task
     if not str(task.get("_name", "")).startswith("language_modeling"):
@@ -61,13 +57,28 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
     folder = _data_folder(data, task.data)
     with open_dict(state["cfg"]):
         task.data = str(folder)
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
+    _check_registered(option, path, state["cfg"])
+    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+        [existing_file(option, path)], state=state)
     dictionary = task.source_dictionary
     if len(task.target_dictionary) != len(dictionary):
         raise OptionError("output_dictionary_size", len(task.target_dictionary),
                           f"the model gives other symbols than it takes ({len(dictionary)}): it "
                           "cannot go on from its own output")
     return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)
+
+
+def _check_registered(option: str, path: str, cfg: Any) -> None:
+    """Raise `OptionError` if the model is of a user's own package that is not imported."""
+    model, own = cfg.model, (cfg.get("common") or {}).get("user_dir") or ""
+    own = "" if Path(own).name == "evomoe_plugin" else f" {own}"
+    remedy = f"give --user-dir{own}, the package that registers it"
+    name = model.get("_name") or model.get("arch")
+    if name not in ARCH_MODEL_REGISTRY:
+        raise OptionError(option, path, f"is of the architecture {name}: {remedy}")
+    gate = model.get("moe_gate")
+    if gate is not None and gate not in gate_names():
+        raise OptionError(option, path, f"has the gate {gate}: {remedy}")
 
 
 def _data_folder(given: str | None, trained_with: str | None) -> Path:

@@ -14,6 +14,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.compat.expert_parallel import wrap_experts
 from evomoe_plugin.compat.fsdp_frozen import built_unwrapped, is_wrapping
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.auxiliary import coefficients
@@ -57,6 +58,8 @@ class MoEDecoder(TransformerDecoder):
     def _freeze(self, args: Any) -> None:
         freeze(self, args, prefix="decoder.")
         if is_wrapping():
+            for layer in [m for m in self.modules() if isinstance(m, MoELayer)]:
+                wrap_experts(layer)
             wrap_apart(self, args.moe_train_only, fsdp_wrap)
             least = 0 if args.checkpoint_activations else args.min_params_to_wrap
             for i, layer in enumerate(self.layers):
@@ -79,6 +82,7 @@ class MoEDecoder(TransformerDecoder):
             token_counts_V=self._token_counts,
         )
         layer = MoEDecoderLayer(cfg, self.args, info)
+        wrap_experts(layer.moe)
         if cfg.checkpoint_activations:
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
         return fsdp_wrap(
@@ -140,8 +144,8 @@ class MoEDecoder(TransformerDecoder):
                 rows hold several; none is computed from another. Not in incremental decoding.
         Returns:
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
-            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L], and
-            `tokens_per_expert` -> [L, E] filled up with NaN).
+            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L]; or [L, R] for what
+            travels, and `tokens_per_expert` -> [L, E] filled up with NaN).
         """
         if segments is not None and (incremental_state is not None or full_context_alignment):
             raise ValueError("rows of several examples are neither decoded incrementally nor seen "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from evomoe_plugin.compat.fsdp_frozen import is_wrapped
 from evomoe_plugin.gates import Gate
 from evomoe_plugin.options import OptionError
 
@@ -54,6 +56,7 @@ def freeze(model: nn.Module, options: Any, prefix: str = "") -> None:
     """Freeze the parameters of `model` that `--moe-train-only` does not match.
 
     Args:
+        model: a decoder; its `layers` may be wrapped for activation checkpointing.
         options: the model's.
         prefix: of its parameter names in the checkpoint.
     Raises:
@@ -64,6 +67,19 @@ def freeze(model: nn.Module, options: Any, prefix: str = "") -> None:
     check_frozen(options, trained, named)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
+    if options.checkpoint_activations:
+        for layer in model.layers:
+            if any(p.requires_grad for p in layer.parameters()):
+                layer.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A checkpointed layer has gradients only if its input asks for one, which it does not where
+    all before it is frozen."""
+    x, *others = given
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return (x, *others)
 
 
 def check_frozen(options: Any, trained: set[str], names: Iterable[str]) -> None:
@@ -86,39 +102,55 @@ def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn
     Raises:
         OptionError: what is trained cannot be wrapped by itself.
     """
-    cuts = _cut(model)
-    if cuts is None:
+    try:
+        cuts = list(_cut(model, ""))
+    except _Inseparable as error:
         raise OptionError("moe_train_only", train_only,
-                          "trains a gate without its experts, embeddings, or a part of a "
-                          "module, which cannot be sharded apart from what is frozen: train more, "
-                          "as experts,gate, or "
-                          "leave --ddp-backend fully_sharded out")
+                          f"--ddp-backend fully_sharded cannot shard {error}, or take "
+                          "--ddp-backend pytorch_ddp") from None
     for parent, name in cuts:
         setattr(parent, name, wrap(getattr(parent, name)))
 
 
-def _cut(module: nn.Module) -> list[tuple[nn.Module, str]] | None:
-    """Parts of `module` (parent and name) without which all its parameters are frozen; None: there
-    is no such division."""
-    if isinstance(module, Gate) or any(p.requires_grad for p in module.parameters(recurse=False)):
-        return None
-    cuts: list[tuple[nn.Module, str]] = []
+class _Inseparable(Exception):
+    """Says what cannot be wrapped by itself, and what could be trained instead."""
+
+
+def _cut(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """Parts of `module` (parent and name) without which all its parameters are frozen.
+
+    Args:
+        path: of the module in the model.
+    Raises:
+        _Inseparable: there is no such division.
+    """
+    if _holds_tied_weights(module):
+        raise _Inseparable(f"{path}, whose weights may be tied, apart from what is frozen: leave "
+                           "embeddings out")
+    own = dict(module.named_parameters(recurse=False))
+    trained = [name for name, parameter in own.items() if parameter.requires_grad]
+    if trained:
+        raise _Inseparable(f"a part of {path} apart from the rest: match all of its parameters, "
+                           f"not {trained[0]} alone")
     for name, child in module.named_children():
         kinds = {p.requires_grad for p in child.parameters()}
-        if True not in kinds:
+        if True not in kinds or is_wrapped(child):
             continue
+        inside = f"{path}.{name}".lstrip(".")
+        if isinstance(child, Gate):  # it answers with a plan, through which FSDP sees no gradient
+            words = ["experts", "gate", *(["shared"] if getattr(module, "shared", None) else [])]
+            raise _Inseparable(f"the gate {inside} apart from its experts: train "
+                               f"{','.join(words)}")
         if False not in kinds and _can_be_wrapped(child):
-            cuts.append((module, name))
-            continue
-        inner = _cut(child)
-        if inner is None:
-            return None
-        cuts += inner
-    return cuts
+            yield module, name
+        else:
+            yield from _cut(child, inside)
+
+
+def _holds_tied_weights(module: nn.Module) -> bool:
+    is_projection = isinstance(module, nn.Linear) and module.bias is None
+    return isinstance(module, nn.Embedding) or is_projection
 
 
 def _can_be_wrapped(module: nn.Module) -> bool:
-    """Not embeddings and projections, whose weights may be tied, nor gates and lists."""
-    inside = (nn.Embedding, nn.ModuleList, Gate)
-    is_projection = isinstance(module, nn.Linear) and module.bias is None
-    return not (isinstance(module, inside) or is_projection)
+    return not (isinstance(module, nn.ModuleList) or _holds_tied_weights(module))

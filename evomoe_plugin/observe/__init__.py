@@ -1,7 +1,7 @@
 """Looking at runs: fairseq's JSON log as numbers, as a picture, as a table."""
 
 from evomoe_plugin.observe.log import Record, TrainingLog, parse_log, read_log
-from evomoe_plugin.observe.phases import Phase, dense_start, sparse_end
+from evomoe_plugin.observe.phases import Phase, dense_start, one_expert_start, sparse_end
 from evomoe_plugin.observe.steps import seconds_per_update
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Record",
     "TrainingLog",
     "dense_start",
+    "one_expert_start",
     "parse_log",
     "read_log",
     "seconds_per_update",

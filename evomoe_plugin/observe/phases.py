@@ -1,4 +1,4 @@
-"""The two ends of an evolution: what a run was like while dense, and since it is sparse."""
+"""The phases of an evolution: one expert, all of them from the spawn on, few at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from evomoe_plugin.observe.log import Record, TrainingLog
 from evomoe_plugin.observe.steps import seconds_per_update
 
 EXPERTS = "experts_per_token"
+ACTIVE = "active_experts"
 # Intervals whose experts per token lie this near to those of the run's first or last belong to it.
 _NEAR = 0.05
 
@@ -28,14 +29,38 @@ class Phase:
     """Median over the intervals, if logged."""
 
 
-def dense_start(log: TrainingLog) -> Phase | None:
-    """The intervals at the beginning of the run; None if it logs no experts per token."""
+def one_expert_start(log: TrainingLog) -> Phase | None:
+    """The intervals before the spawn, in which one expert works; None if there was no spawn."""
+    if spawn_update(log) is None:
+        return None
     return _phase(log, [r for r in log.intervals if EXPERTS in r.values])
+
+
+def dense_start(log: TrainingLog) -> Phase | None:
+    """The intervals at the beginning of the run, or from the spawn on; None if they log no experts
+    per token."""
+    spawned = spawn_update(log) or 0
+    return _phase(log, [r for r in log.intervals if EXPERTS in r.values and r.update > spawned])
 
 
 def sparse_end(log: TrainingLog) -> Phase | None:
     """The intervals at the end of the run; None if it logs no experts per token."""
     return _phase(log, [r for r in reversed(log.intervals) if EXPERTS in r.values])
+
+
+def spawn_update(log: TrainingLog) -> int | None:
+    """The update after which experts were spawned from the one that worked; None if the log begins
+    later, or ends before.
+
+    Exact where an interval of the log ends there, else the next end of one.
+    """
+    updates, active = log.series(ACTIVE)
+    single = len(list(itertools.takewhile(lambda experts: experts == 1, active)))
+    if single in (0, len(active)):
+        return None
+    # An interval with both in it has fewer experts, on average, than the next.
+    has_both = active[single:][1:] and active[single] < active[single + 1]
+    return updates[single] if has_both else updates[single - 1]
 
 
 def _phase(log: TrainingLog, records: list[Record]) -> Phase | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evomoe_plugin.observe import panels
 from evomoe_plugin.observe.log import TrainingLog
-from evomoe_plugin.observe.phases import annealing_end, top1_start
+from evomoe_plugin.observe.phases import annealing_end, spawn_update, top1_start
 from evomoe_plugin.options import OptionError
 
 _COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#444444")
@@ -78,19 +78,19 @@ def _dress(axes: Any, last_update: int) -> None:
 
 
 def _mark(axes: Any, log: TrainingLog, named: bool) -> None:
-    """Upright lines where the gate changes its ways."""
-    annealed, top1 = annealing_end(log), top1_start(log)
-    marks = {annealed: "annealing ends", top1: "top-1 from here"}
-    if annealed == top1:
-        marks = {top1: "annealing ends, top-1 from here"}
-    for update, text in marks.items():
-        if update is None:
-            continue
+    """Upright lines where experts are spawned and where the gate changes its ways."""
+    marks: dict[int, list[str]] = {}
+    for update, text in ((spawn_update(log), "experts spawned"),
+                         (annealing_end(log), "annealing ends"),
+                         (top1_start(log), "top-1 from here")):
+        if update is not None:
+            marks.setdefault(update, []).append(text)
+    for update, texts in marks.items():
         axes.axvline(update, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         if named:
-            axes.annotate(text, (update, 1), xycoords=axes.get_xaxis_transform(), color=_GREY,
-                          xytext=(-4, -4), textcoords="offset points", rotation=90, fontsize=8,
-                          ha="right", va="top")
+            axes.annotate(", ".join(texts), (update, 1), xycoords=axes.get_xaxis_transform(),
+                          color=_GREY, xytext=(-4, -4), textcoords="offset points", rotation=90,
+                          fontsize=8, ha="right", va="top")
 
 
 def _save(figure: Any, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The closing table of a run: its dense start beside its sparse end, and the way between."""
+"""The closing table of a run: how it was with one expert, dense and sparse, and the way between."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomoe_plugin.observe.log import TrainingLog
-from evomoe_plugin.observe.phases import EXPERTS, Phase, dense_start, sparse_end
+from evomoe_plugin.observe.phases import (
+    EXPERTS,
+    Phase,
+    dense_start,
+    one_expert_start,
+    sparse_end,
+)
 from evomoe_plugin.observe.steps import seconds_per_update
 
 if TYPE_CHECKING:
@@ -21,26 +27,30 @@ _COURSE = {
 
 
 def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) -> Table:
-    """Both ends of the run.
+    """Both ends of the run, and before them the time with one expert if experts were spawned.
 
     Args:
         log: of the whole run; it logs experts per token.
-        evaluated: what was measured apart from the log: name -> cells for start and end.
+        evaluated: what was measured apart from the log: name -> cells for dense start and sparse
+            end.
     """
-    start, end = dense_start(log), sparse_end(log)
-    table = _table("", "dense start", "sparse end", title="From dense to sparse")
+    start, end, single = dense_start(log), sparse_end(log), one_expert_start(log)
+    before = () if single is None else (single,)
+    table = _table("", *("one expert" for _ in before), "dense start", "sparse end",
+                   title="From dense to sparse")
     for name, cells in evaluated.items():
-        table.add_row(name, *cells)
-    table.add_row("experts per token", *(f"{p.experts_per_token:.2f}" for p in (start, end)))
+        table.add_row(name, *("" for _ in before), *cells)
+    phases = (*before, start, end)
+    table.add_row("experts per token", *(f"{p.experts_per_token:.2f}" for p in phases))
     if start.seconds_per_update and end.seconds_per_update:
         faster = start.seconds_per_update / end.seconds_per_update
-        table.add_row("time per update (median)", _time(start),
+        table.add_row("time per update (median)", *map(_time, before), _time(start),
                       f"{_time(end)} ({faster:.1f} times as fast)")
     if start.mflops_per_token and end.mflops_per_token:
         table.add_row("forward MFLOPs per token",
-                      *(f"{phase.mflops_per_token:.1f}" for phase in (start, end)))
+                      *map(_mflops, phases))
     table.add_row("measured over updates",
-                  *(f"{p.first_update:,} to {p.last_update:,}" for p in (start, end)),
+                  *(f"{p.first_update:,} to {p.last_update:,}" for p in phases),
                   style="dim")
     return table
 
@@ -67,7 +77,11 @@ def course_table(log: TrainingLog, columns: int = 7) -> Table:
 
 
 def _time(phase: Phase) -> str:
-    return f"{phase.seconds_per_update:.2f} s"
+    return f"{phase.seconds_per_update:.2f} s" if phase.seconds_per_update else ""
+
+
+def _mflops(phase: Phase) -> str:
+    return f"{phase.mflops_per_token:.1f}" if phase.mflops_per_token else ""
 
 
 def _table(first: str, *others: str, title: str) -> Table:

@@ -26,6 +26,8 @@ DROPPED = "dropped"  # pairs dropped by the capacity
 NULL_PAIRS = "null_pairs"  # picks of null experts
 NULL_MASS = "null_mass"  # weight given to null experts, summed over tokens
 TEMPERATURE = "temperature"  # temperature, summed over tokens
+SENT_R = "sent"  # pairs that each of the processes that divide the experts sent to others, [R]
+RECEIVED_R = "received"  # pairs that each of them got from others, [R]
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 
 
@@ -73,7 +75,9 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
         of the load), gate_entropy (nats), and, where the layers have what it speaks of:
         temperature, coefficient, null_rate and null_mass (picks of null experts and their weight,
         a token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
-        active_experts.
+        active_experts; where experts are divided over processes: ep_sent (pairs that travel, a
+        token), ep_sent_max and ep_received_max (most of a process over the mean of them), and
+        ep_load_max (pairs that the busiest process works on over the mean).
     """
     # LayerDrop leaves layers out; they have nothing to say of this batch.
     present_L = stats[TOKENS] > 0
@@ -104,6 +108,18 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
         overflow_L = stats[DROPPED] / (stats[DROPPED] + stats[PAIRS]).clamp(min=1)
         numbers["overflow"] = overflow_L.mean()
         numbers |= {f"overflow_{n}": value for n, value in zip(ids, overflow_L, strict=True)}
+    if SENT_R in stats:
+        numbers["ep_sent"] = (stats[SENT_R].sum(1) / tokens_L).mean()
+        places = stats[SENT_R].size(1)
+        loads = {
+            "ep_sent_max": stats[SENT_R],
+            "ep_received_max": stats[RECEIVED_R],
+            "ep_load_max": torch.stack([  # layers differ in their number of experts
+                load_E[:slots].view(places, -1).sum(1)
+                for load_E, slots in zip(load_LE, slots_L.tolist(), strict=True)]),
+        }
+        for name, load_LR in loads.items():
+            numbers[name] = (load_LR.amax(1) / load_LR.mean(1).clamp(min=1e-12)).mean()
     if (experts_L != slots_L).any():
         numbers["active_experts"] = experts_L.mean()
     return {name: float(value) for name, value in numbers.items()}

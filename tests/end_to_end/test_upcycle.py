@@ -160,19 +160,46 @@ def test_frozen_parameters_with_another_number_of_processes(frozen, train, tmp_p
         assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=2e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train_only", ["experts", "attention,norms"])
-def test_every_part_alone_fully_sharded(dense, train, tmp_path, train_only):
-    given = (*GATE, *SAME, "--moe-init-from-dense", dense, "--moe-train-only", train_only,
-             "--max-update", "4")
-    one = train(tmp_path / "one", *given, "--update-freq", "2")
-    two = train(tmp_path / "two", *given, *TWO, "--checkpoint-activations")
-    for a, b in zip(two.logged("train_inner"), one.logged("train_inner"), strict=True):
+def assert_same_losses(one, other):
+    for a, b in zip(one.logged("train_inner"), other.logged("train_inner"), strict=True):
         assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=2e-3)
         assert a["gnorm"] == pytest.approx(b["gnorm"], abs=2e-3)
 
 
+SHARED = ("--moe-shared-experts", "1", "--moe-shared-combine", "softmax")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("train_only", "given"), [
+    ("experts", ()), ("attention,norms", ()), ("shared,ffn", SHARED),
+    ("experts,gate,shared", SHARED),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_every_part_alone_fully_sharded(dense, train, tmp_path, train_only, given):
+    given = (*GATE, *SAME, *given, "--moe-init-from-dense", dense, "--moe-train-only", train_only,
+             "--max-update", "4")
+    one = train(tmp_path / "one", *given, "--update-freq", "2")
+    two = train(tmp_path / "two", *given, *TWO, "--checkpoint-activations")
+    assert_same_losses(two, one)
+    assert_same_weights(tmp_path / "one/checkpoint_last.pt", tmp_path / "two/checkpoint_last.pt",
+                        atol=2e-4)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sharded_apart_is_trained_by_pytorch_ddp(dense, train, tmp_path):
+    given = (*GATE, *SAME, "--moe-init-from-dense", dense, "--moe-train-only", "gate",
+             "--max-update", "4")
+    refused = train(tmp_path / "two", *given, *TWO, check=False)
+    assert refused.status == 2
+    error, = [line for line in refused.output.splitlines() if line.startswith("error:")]
+    assert "--moe-train-only gate: --ddp-backend fully_sharded cannot shard the gate" in error
+    assert error.endswith("or take --ddp-backend pytorch_ddp")
+    assert not (tmp_path / "two/checkpoint_last.pt").exists()
+    one = train(tmp_path / "one", *given, "--update-freq", "2")
+    two = train(tmp_path / "two", *given, "--distributed-world-size", "2", "--ddp-backend",
+                "pytorch_ddp")
+    assert_same_losses(two, one)
+
+
 def test_frozen_with_the_whole_resumes_not(frozen, train, tmp_path):
     """Another choice of parameters has another optimizer state: told, not guessed."""
     (tmp_path / "checkpoint_last.pt").write_bytes(

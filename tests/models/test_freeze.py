@@ -68,16 +68,37 @@ def test_an_optimizer_of_what_is_trained(make_model, part):
         assert parameter.grad is not None or name not in chosen
 
 
+@pytest.mark.parametrize("part", ["experts", "attention,norms", "layers.3.moe", "gate"])
+def test_activation_checkpointing_changes_no_gradient(make_model, part):
+    """Also where nothing before the first trained layer asks for one."""
+    given = {"moe_gate": "top_p", "moe_train_only": part, "dropout": 0.0, "attention_dropout": 0.0}
+    plain, checkpointed = make_model(**given), make_model(**given, checkpoint_activations=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randint(4, 40, (2, 9))
+    for model in (plain, checkpointed):
+        logits, extra = model(x)
+        (logits.square().mean() + sum(aux.sum() for aux in extra["moe_aux"].values())).backward()
+    wanted = dict(plain.named_parameters())
+    for name in trained(plain):
+        assert wanted[name].grad is not None and wanted[name].grad.any(), name
+    for name, parameter in checkpointed.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, wanted[name].grad), name
+        else:
+            assert parameter.grad is None, name
+
+
 class Wrapped(nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
 
-@pytest.mark.parametrize("train_only", ["experts", "attention", "ffn", "norms", "experts,gate",
-                                        "attention,experts", "layers.1.moe"])
+@pytest.mark.parametrize("train_only", [
+    "experts", "shared", "attention", "ffn", "norms", "experts,gate,shared", "attention,experts",
+    "layers.1.moe", "experts,shared,attention,ffn,norms"])
 def test_parts_are_wrapped_apart(make_model, train_only):
-    model = make_model(moe_gate="top_p", moe_train_only=train_only)
+    model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)
     before = trained(model)
     wrapped = []
 
@@ -94,8 +115,18 @@ def test_parts_are_wrapped_apart(make_model, train_only):
     assert {name.replace(".inner", "") for name in trained(model)} == before
 
 
-@pytest.mark.parametrize("train_only", ["gate", "embeddings", "gate.scorer", "experts.fc1"])
-def test_what_cannot_be_wrapped_apart(make_model, train_only):
-    model = make_model(moe_gate="top_p", moe_train_only=train_only)
-    with pytest.raises(OptionError, match="cannot be sharded apart"):
+@pytest.mark.parametrize(("train_only", "message"), [
+    ("gate", "the gate decoder.layers.1.moe.gate apart from its experts: train "
+             "experts,gate,shared, or"),
+    ("gate,shared", "the gate decoder.layers.1.moe.gate apart from its experts"),
+    ("embeddings", "decoder.embed_tokens, whose weights may be tied, .*: leave embeddings out, or"),
+    ("gate.scorer", "the gate decoder.layers.1.moe.gate apart from its experts"),
+    ("experts.fc1", "a part of decoder.layers.1.moe.experts .*: match all of its parameters, not "
+                    "fc1_weight alone, or take --ddp-backend pytorch_ddp"),
+])
+def test_what_cannot_be_wrapped_apart(make_model, train_only, message):
+    model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)
+    with pytest.raises(OptionError, match="fully_sharded cannot shard " + message) as caught:
         wrap_apart(model, train_only, Wrapped)
+    assert "\n" not in str(caught.value)
+    assert not any(isinstance(module, Wrapped) for module in model.modules())

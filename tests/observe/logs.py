@@ -19,6 +19,28 @@ def interval(update: int, **values: object) -> str:
     return line("train_inner", num_updates=str(update), **{k: str(v) for k, v in values.items()})
 
 
+def diversified(interval_of: int = 10) -> TrainingLog:
+    """EvoMoE's both phases: one expert, 8 spawned after update 30, hard top-1 from 70 on; the last
+    update is 100."""
+    experts = [1] * 30 + [8] * 20 + [4] * 20 + [1] * 30
+    active = [1] * 30 + [8] * 70
+    temperatures = [None] * 30 + [2] * 20 + [1] * 20 + [0.1] * 30
+    lines = []
+    for end in range(interval_of, 101, interval_of):
+        part = slice(end - interval_of, end)
+        known = [t for t in temperatures[part] if t is not None]
+        values = {"experts_per_token": _mean(experts[part]), "active_experts": _mean(active[part])}
+        if known:
+            values["temperature"] = _mean(known)
+        lines.append(interval(end, inner_loss=9 - end / 50, wpb=1000, wps=2000,
+                              mflops_per_token=2 + values["experts_per_token"], **values))
+    return parse_log(lines, "diversified")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def evolution() -> TrainingLog:
     """From 8 experts to 1 in 100 updates, logged each 10; hard from update 60 on."""
     experts = [8, 8, 7.9, 5, 3, 1.5, 1, 1, 1, 1]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from evomoe_plugin.observe import dense_start, parse_log, sparse_end
-from evomoe_plugin.observe.phases import annealing_end, top1_start
-from tests.observe.logs import evolution, interval
+from evomoe_plugin.observe import dense_start, one_expert_start, parse_log, sparse_end
+from evomoe_plugin.observe.phases import annealing_end, spawn_update, top1_start
+from tests.observe.logs import diversified, evolution, interval
 
 
 def test_the_ends_of_an_evolution():
@@ -45,3 +45,35 @@ def test_what_still_goes_on_has_no_mark():
 def test_what_never_changes_has_no_mark():
     log = parse_log([interval(10 * i, temperature=1, experts_per_token=1) for i in range(1, 5)])
     assert annealing_end(log) is None and top1_start(log) is None
+
+
+def test_both_phases_of_evomoe():
+    log = diversified()
+    assert (spawn_update(log), annealing_end(log), top1_start(log)) == (30, 70, 70)
+    phases = one_expert_start(log), dense_start(log), sparse_end(log)
+    assert [(p.first_update, p.last_update, p.experts_per_token) for p in phases] == [
+        (1, 30, 1), (31, 50, 8), (71, 100, 1)]
+    assert [p.mflops_per_token for p in phases] == [3, 10, 3]
+
+
+def test_a_spawn_within_an_interval():
+    log = diversified(interval_of=20)
+    assert spawn_update(log) == 40
+    assert one_expert_start(log).last_update == 20
+    start = dense_start(log)
+    assert (start.first_update, start.last_update, start.experts_per_token) == (41, 60, 6)
+
+
+@pytest.mark.parametrize("active", [[1, 1, 1], [4, 4, 4], [4, 3, 5]])
+def test_without_a_spawn_the_start_is_the_dense_one(active):
+    """A model of one expert, of several, of a changing number."""
+    log = parse_log([interval(10 * i, experts_per_token=2, active_experts=a)
+                     for i, a in enumerate(active, 1)])
+    assert spawn_update(log) is None and one_expert_start(log) is None
+    assert dense_start(log).first_update == 1
+
+
+def test_a_spawn_with_hard_routing_is_told_by_the_experts_in_use():
+    log = parse_log([interval(10 * i, experts_per_token=1, active_experts=a)
+                     for i, a in enumerate([1, 1, 8, 8], 1)])
+    assert spawn_update(log) == 20 and top1_start(log) is None

@@ -13,7 +13,7 @@ from evomoe_plugin.observe import parse_log  # noqa: E402
 from evomoe_plugin.observe import plot as picture  # noqa: E402
 from evomoe_plugin.observe.panels import smooth  # noqa: E402
 from evomoe_plugin.options import OptionError  # noqa: E402
-from tests.observe.logs import evolution, interval  # noqa: E402
+from tests.observe.logs import diversified, evolution, interval  # noqa: E402
 
 
 @pytest.fixture
@@ -46,6 +46,13 @@ def test_all_that_is_logged_is_drawn(tmp_path, figures):
     assert labels == ["training", "training, smoothed", "valid"]
     notes = {text.get_text() for axes in figures[0].axes for text in axes.texts}
     assert notes == {"annealing ends, top-1 from here"}
+
+
+def test_the_spawn_is_marked(tmp_path, figures):
+    picture.plot([diversified()], tmp_path / "run.png")
+    notes = {text.get_text(): text.xy[0] for axes in figures[0].axes for text in axes.texts}
+    assert notes == {"experts spawned": 30, "annealing ends, top-1 from here": 70}
+    assert drawn(figures[0])["temperature of the gate"][0] == [40, 2.0]
 
 
 def test_perplexity_stands_at_its_loss(tmp_path, figures):

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from evomoe_plugin.observe import parse_log
 from evomoe_plugin.observe.table import closing_table, course_table
-from tests.observe.logs import evolution, interval
+from tests.observe.logs import diversified, evolution, interval
 
 
 def shown(table) -> list[str]:
@@ -23,6 +23,18 @@ def test_closing_table():
     assert "time per update (median) 0.85 s 0.15 s (5.7 times as fast)" in lines
     assert "forward MFLOPs per token 10.0 3.0" in lines
     assert "measured over updates 1 to 30 61 to 100" in lines
+
+
+def test_one_expert_before_the_dense_start():
+    lines = shown(closing_table(diversified(), {"test perplexity": ("4,000", "50.1")}))
+    assert "one expert dense start sparse end" in lines
+    assert "test perplexity 4,000 50.1" in lines
+    assert "experts per token 1.00 8.00 1.00" in lines
+    assert "time per update (median) 0.50 s 0.50 s 0.50 s (1.0 times as fast)" in lines
+    assert "forward MFLOPs per token 3.0 10.0 3.0" in lines
+    assert "measured over updates 1 to 30 31 to 50 71 to 100" in lines
+    course = shown(course_table(diversified(), columns=4))
+    assert "temperature 2.00 1.00 0.10" in course and "experts/token 1.00 8.00 4.00 1.00" in course
 
 
 def test_course_table_goes_from_first_to_last():

@@ -1,0 +1,152 @@
+"""Experts divided over processes, as fairseq's parallelisms must see them.
+
+fairseq takes every parameter for one that all processes hold. Under `fully_sharded` the experts of
+a layer get an FSDP instance over the processes that hold the same ones; the norm of the gradients,
+summed over all ranks' shards, then counts each expert once. Under `legacy_ddp` their gradients are
+averaged over those processes here, and the norm is put together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import fsdp_wrap
+from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from evomoe_plugin.compat.mend import Mend, always, wrap
+from evomoe_plugin.compat.optimizer_layout import trained_parameters
+from evomoe_plugin.compat.update_end import after_update
+
+
+def wrap_experts(layer: Any) -> None:
+    """Give the experts of an `MoELayer` an FSDP instance of their own, if FSDP wraps at all and
+    they are divided."""
+    if layer.groups is not None:
+        replicas = layer.groups.replicas
+        layer.experts = fsdp_wrap(layer.experts, process_group=replicas,
+                                  process_group_reduce_scatter=replicas)
+
+
+def divided_layers(model: nn.Module) -> list[Any]:
+    """The MoE layers of `model` whose experts are divided over processes."""
+    return [m for m in model.modules() if getattr(m, "groups", None) is not None
+            and hasattr(m, "expert_names")]
+
+
+def dividing_groups(model: nn.Module) -> Any | None:
+    """The processes that the experts of `model` are divided over; None: each has all."""
+    return next((layer.groups for layer in divided_layers(model)), None)
+
+
+def is_experts(name: str) -> bool:
+    """Whether a parameter, named as in the checkpoint, has a row for each routed expert."""
+    return ".moe.experts." in name
+
+
+def all_rows(own: Tensor, groups: Any) -> Tensor:
+    """The rows of all experts, on each of the processes that hold some; all must call it."""
+    parts = [torch.empty_like(own) for _ in range(groups.size)]
+    dist.all_gather(parts, own.contiguous(), group=groups.exchange)
+    return torch.cat(parts)
+
+
+def divided_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Their experts' parameters; without FSDP only."""
+    return [p for layer in divided_layers(model) for p in layer.experts.parameters()]
+
+
+def _all_reduce_grads(upstream: Callable, ddp: LegacyDistributedDataParallel) -> None:
+    """Upstream takes parameters with this attribute out, and leaves their gradients as they are."""
+    layers = divided_layers(ddp.module)
+    if ddp.accumulate_grads or not layers:
+        upstream(ddp)
+        return
+    parameters = divided_parameters(ddp.module)
+    for p in parameters:
+        p.expert = True
+    try:
+        upstream(ddp)
+    finally:
+        for p in parameters:
+            del p.expert
+    group = layers[0].groups.replicas
+    if group.size() == 1:
+        return
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.div_(group.size())
+            dist.all_reduce(p.grad, group=group)
+
+
+def _clip_grad_norm(upstream: Callable, trainer: Trainer, clip_norm: float) -> Tensor:
+    layers = divided_layers(trainer.get_model())
+    if trainer.is_fsdp or not layers:
+        return upstream(trainer, clip_norm)
+    group = layers[0].groups.exchange
+
+    def norm_of_all(_own: Tensor) -> Tensor:
+        common, divided = _squares(trainer)
+        dist.all_reduce(divided, group=group)
+        return (common + divided).sqrt()
+
+    return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm_of_all)
+
+
+def _squares(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """Sums of squared gradients: of what all processes hold, and of this one's experts."""
+    sums = [torch.zeros((), device=trainer.device) for _ in range(2)]
+    for grad, is_divided in _gradients(trainer):
+        sums[is_divided] += grad.float().norm() ** 2
+    return sums[0], sums[1]
+
+
+def _gradients(trainer: Trainer) -> Iterator[tuple[Tensor, bool]]:
+    """The gradients that are about to be clipped, and whether they are of divided experts."""
+    model_parameters = [p for _, p in trained_parameters(trainer)]
+    divided = {id(p) for p in divided_parameters(trainer.get_model())}
+    masters = getattr(trainer.optimizer, "fp32_params", model_parameters)
+    if isinstance(masters, dict):  # all of them end to end, by device
+        (flat,) = masters.values()
+        parts = flat.grad.split([p.numel() for p in model_parameters])
+        yield from ((part, id(p) in divided)
+                    for part, p in zip(parts, model_parameters, strict=True))
+        return
+    for p, master in zip(model_parameters, masters, strict=True):
+        if master.grad is not None:
+            yield master.grad, id(p) in divided
+
+
+def _log_waiting(trainer: Trainer) -> None:
+    """How long this process waited for exchanges in the update that has ended."""
+    meters = [layer.meter for layer in divided_layers(trainer.get_model())]
+    if meters:
+        waited = sum(meter.seconds for meter in meters)
+        metrics.log_scalar("ep_wait_ms", 1000 * waited, priority=1500, round=1)
+    for meter in meters:
+        meter.reset()
+
+
+@functools.cache
+def apply() -> None:
+    wrap(LegacyDistributedDataParallel, "all_reduce_grads", _all_reduce_grads)
+    wrap(Trainer, "clip_grad_norm", _clip_grad_norm)
+    after_update(_log_waiting)
+
+
+MEND = Mend(
+    name="expert-parallel",
+    broken="with experts divided over processes their gradients would be averaged as if all held "
+           "the same, or not at all, and the gradient norm would count this process's alone",
+    upstream="fairseq/distributed/legacy_distributed_data_parallel.py: all_reduce_grads; "
+             "fairseq/trainer.py: clip_grad_norm",
+    remove_when="fairseq knows parameters that not all processes hold",
+    needed=always("experts can be divided over processes"),
+    apply=apply,
+)

@@ -1,0 +1,127 @@
+"""Experts divided over real processes, held against one stack in one process."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from evomoe_plugin.dispatch.exchange import Exchange, exchange_counts
+from evomoe_plugin.dispatch.groups import expert_groups
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts.parallel import ParallelExpertFFN
+
+E, D, F = 8, 6, 10
+
+# Rows that each process has for each expert.
+LOADS = {
+    "uneven": lambda rank: [(3 * e + rank) % 5 for e in range(E)],
+    "a rank without tokens": lambda rank: [2] * E if rank else [0] * E,
+    "experts without tokens": lambda rank: [0, 3, 0, 0, 1, 0, 0, 2],
+    "all to one rank": lambda rank: [4, 5] + [0] * (E - 2),
+    "no tokens at all": lambda rank: [0] * E,
+}
+
+
+def on_ranks(world: int, check, *given) -> None:
+    """Run `check(rank, *given)` on `world` gloo processes; what fails on one fails here."""
+    context = mp.get_context("spawn")
+    errors = context.SimpleQueue()
+    port = context.Value("i", 0)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port.value = store.port
+    ranks = [context.Process(target=_rank, args=(r, world, port.value, errors, check, given))
+             for r in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert errors.empty(), errors.get()
+    assert [rank.exitcode for rank in ranks] == [0] * world
+
+
+def _rank(rank, world, port, errors, check, given) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
+    try:
+        check(rank, *given)
+    except BaseException:
+        errors.put(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    dist.destroy_process_group()
+
+
+def make(kind, dtype=torch.float64, **given):
+    torch.manual_seed(0)
+    return kind(E, D, F, torch.nn.functional.gelu, **given).to(dtype)
+
+
+def parallel(groups, wire_dtype=None, chunks=1, **given):
+    return partial(ParallelExpertFFN, groups=groups, chunks=chunks,
+                   exchange=partial(Exchange, groups.exchange, wire_dtype=wire_dtype),
+                   exchange_counts=exchange_counts, **given)
+
+
+def check_equal(rank: int, size: int) -> None:
+    groups = expert_groups(size)
+    own = groups.own(E)
+    assert groups.rank == rank % size
+    ways = itertools.product(LOADS.items(), (1, E // size), (False, True))
+    for (name, load), chunks, gated in ways:
+        whole = make(ExpertFFN, gated=gated)
+        divided = make(parallel(groups, chunks=chunks), gated=gated)
+        state = whole.state_dict()
+        assert all(torch.equal(value, state[key][own])
+                   for key, value in divided.state_dict().items())
+        counts = load(rank)
+        x = torch.randn(sum(counts), D, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        x2 = x.detach().clone().requires_grad_()
+        y, aside = divided(x, counts, meanwhile=lambda x=x: 2 * x)
+        wanted = whole(x2, counts)
+        assert torch.allclose(y, wanted, atol=1e-9), (name, chunks)
+        assert torch.equal(aside, 2 * x)
+        (y.sum() + (y**2).sum()).backward()
+        (wanted.sum() + (wanted**2).sum()).backward()
+        assert torch.allclose(x.grad, x2.grad, atol=1e-9), (name, chunks)
+        for key, parameter in whole.named_parameters():
+            dist.all_reduce(parameter.grad)
+            mean = getattr(divided, key).grad
+            dist.all_reduce(mean, group=groups.replicas)
+            assert torch.allclose(mean, parameter.grad[own] / size, atol=1e-9), (name, key)
+
+
+def check_wire(rank: int) -> None:
+    groups = expert_groups(2)
+    counts = LOADS["uneven"](rank)
+    x = torch.randn(sum(counts), D)
+    wanted = make(ExpertFFN, torch.float32)(x, counts)
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        y = make(parallel(groups, dtype), torch.float32)(x, counts)
+        assert y.dtype == torch.float32
+        error = (y - wanted).abs().max()
+        assert 0 < error < tolerance, (dtype, error)
+
+
+@pytest.mark.parametrize("world, size", [
+    (2, 2), pytest.param(4, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow),
+])
+def test_divided_experts_equal_one_stack(world, size):
+    on_ranks(world, check_equal, size)
+
+
+def test_rows_travel_in_the_precision_that_is_asked_for():
+    on_ranks(2, check_wire)
+
+
+def test_one_process_has_all_experts():
+    assert expert_groups(1) is None
+    assert expert_groups(4) is None  # no process group here
