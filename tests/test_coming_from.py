@@ -247,7 +247,6 @@ def test_other_commands_are_valid():
     ("reinit_mlp", "upcycle"), ("expert_repeat", "upcycle"),
     ("expert-diversify, the first phase", "--moe-spawn-updates"),
     ("--ep_size", "--moe-expert-parallel-size"), ("ep_size", "--moe-expert-parallel-size"),
-    ("multi_gpu_with_ep.py", "--moe-expert-parallel-size"),
     ("Inter-Device Communication", "--moe-expert-parallel-size"),
     ("only_gate_training", "--moe-train-only"),
 ])

@@ -69,11 +69,16 @@ def run_command():
 
 @pytest.fixture(scope="session")
 def train(run_command, data_bin):
-    """Train a tiny model; what is given overrides or adds to these options."""
+    """Train a tiny model; what is given overrides or adds to these options.
 
-    def run(save_dir, *given, **settings) -> Run:
+    With `torchrun`, its options, it starts the processes.
+    """
+
+    def run(save_dir, *given, torchrun=None, **settings) -> Run:
+        command = ["train"] if torchrun is None else [
+            "torch.distributed.run", *torchrun, "-m", "fairseq_cli.train"]
         return run_command(
-            "train", data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
+            *command, data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
             *TINY, "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
             "--tokens-per-sample", "32", "--batch-size", "4", "--optimizer", "adam",
             "--lr", "0.003", "--clip-norm", "1.0", "--max-update", "12",

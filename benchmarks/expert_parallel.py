@@ -1,0 +1,204 @@
+"""What is cheaper between processes: tokens that travel to experts, or experts to tokens?
+
+One MoE layer on several gloo processes of this machine, forward and backward: its experts fully
+sharded (all-gathered before each pass, gradients reduce-scattered), and divided (expert
+parallelism). Both are timed in turn, round after round, in the same processes; ratios are taken
+within a round. Bytes are what a process sends. Rank 0 also measures what the formulas of
+docs/scaling.md ask for: latency and bandwidth of each collective, and the rate of the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import evomoe_plugin  # noqa: F401  mends fairscale's FSDP for CPUs
+from evomoe_plugin.compat import apply_all
+from evomoe_plugin.dispatch.exchange import Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.groups import expert_groups
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.experts.parallel import ParallelExpertFFN
+
+
+def main() -> None:
+    """Print the tables, and write them as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--ffn", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096],
+                        help="of each process")
+    parser.add_argument("--picks", type=int, nargs="+", default=[1, 2], help="experts a token")
+    parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args()
+    context = mp.get_context("spawn")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    ranks = [context.Process(target=run, args=(rank, store.port, args))
+             for rank in range(args.ranks)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise SystemExit("error: a process failed")
+
+
+def run(rank: int, port: int, args: argparse.Namespace) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.TCPStore("localhost", port, is_master=False),
+                            rank=rank, world_size=args.ranks)
+    apply_all()
+    constants = measure_constants(args)
+    meter = Meter()
+    subjects = {"fully sharded": sharded(args), "expert parallel": divided(args, meter)}
+    rows = [row for tokens in args.tokens for picks in args.picks
+            for row in compare(subjects, meter, tokens, picks, args)]
+    if rank == 0:
+        show(args, constants, rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def sharded(args: argparse.Namespace) -> nn.Module:
+    """All experts, fully sharded."""
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    return FullyShardedDataParallel(
+        ExpertFFN(args.experts, args.width, args.ffn, nn.functional.gelu),
+        compute_dtype=torch.float32)
+
+
+def divided(args: argparse.Namespace, meter: Meter) -> nn.Module:
+    """This process's part of them."""
+    torch.manual_seed(0)
+    groups = expert_groups(args.ranks)
+    return ParallelExpertFFN(
+        args.experts, args.width, args.ffn, nn.functional.gelu, groups=groups,
+        exchange=partial(Exchange, groups.exchange, meter=meter), exchange_counts=exchange_counts,
+        chunks=args.chunks)
+
+
+def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, picks: int,
+            args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the subjects on the same rows, evenly routed."""
+    pairs = tokens * picks
+    counts = [pairs // args.experts] * args.experts
+    x = torch.randn(sum(counts), args.width, requires_grad=True)
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    waits = []
+    for round_ in range(args.rounds + 1):
+        for name, experts in subjects.items():
+            dist.barrier()
+            meter.reset()
+            start = time.perf_counter()
+            experts(x, counts).sum().backward()
+            taken = time.perf_counter() - start
+            experts.zero_grad()
+            x.grad = None
+            if round_:  # the first round warms up
+                seconds[name].append(taken)
+                if meter.seconds:
+                    waits.append(meter.seconds)
+    others = (args.ranks - 1) / args.ranks
+    parameters = ExpertFFN.num_parameters(args.experts, args.width, args.ffn)
+    sent = {
+        # Gathered for both passes; one reduce-scatter.
+        "fully sharded": 3 * 4 * parameters * others,
+        # There and back in both passes.
+        "expert parallel": 4 * 4 * sum(counts) * args.width * others,
+    }
+    rows = []
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["fully sharded"], strict=True)]
+        rows.append({
+            "tokens": tokens, "picks": picks, "way": name, "mib_sent": sent[name] / 2**20,
+            "seconds": statistics.median(times), "ratio": statistics.median(ratios),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "wait_seconds": statistics.median(waits) if name == "expert parallel" else None,
+        })
+    return rows
+
+
+def measure_constants(args: argparse.Namespace) -> dict[str, float]:
+    """Latency (s) and bandwidth (B/s that a process sends) of collectives; FLOP/s of products."""
+    constants = {}
+    small, large = 1024, 2**22  # numbers
+    for name, collective, share in collectives(args.ranks):
+        times = {size: timed(partial(collective, size)) for size in (small, large)}
+        constants[f"{name}_latency"] = times[small]
+        constants[f"{name}_bandwidth"] = 4 * large * share / times[large]
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    constants["flops"] = 2 * 1024**3 / timed(lambda: a @ b)
+    return constants
+
+
+def collectives(ranks: int) -> list[tuple[str, Callable[[int], Any], float]]:
+    """Name, what moves that many numbers of all processes, and the share a process sends."""
+    def exchange(size: int) -> None:
+        rows = torch.zeros(size)
+        dist.all_to_all_single(torch.empty_like(rows), rows)
+
+    def gather(size: int) -> None:
+        part = torch.zeros(size // ranks)
+        dist.all_gather([torch.empty_like(part) for _ in range(ranks)], part)
+
+    def scatter(size: int) -> None:
+        parts = list(torch.zeros(size).chunk(ranks))
+        dist.reduce_scatter(torch.empty_like(parts[0]), parts)
+
+    share = (ranks - 1) / ranks
+    return [("all_to_all", exchange, share), ("all_gather", gather, share),
+            ("reduce_scatter", scatter, share)]
+
+
+def timed(call: Callable[[], Any], times: int = 9) -> float:
+    """Median seconds, after one call to warm up."""
+    taken = []
+    for _ in range(times + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def show(args: argparse.Namespace, constants: dict[str, float], rows: list[dict]) -> None:
+    """Print what was measured."""
+    print(f"{args.ranks} gloo processes with a thread each, E={args.experts} D={args.width} "
+          f"F={args.ffn}, fp32, {args.chunks} chunks, torch {torch.__version__}, "
+          f"{args.rounds} rounds, forward and backward of one layer's experts\n")
+    print("| tokens a process | experts a token | experts are | MiB sent | s | of fully sharded "
+          "| spread | s waited |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["ratio_spread"]
+        waited = "" if row["wait_seconds"] is None else f"{row['wait_seconds']:.4f}"
+        print(f"| {row['tokens']} | {row['picks']} | {row['way']} | {row['mib_sent']:.2f} "
+              f"| {row['seconds']:.4f} | {row['ratio']:.2f} | {low:.2f}–{high:.2f} | {waited} |")
+    print("\n| constant | value |\n|---|---|")
+    for name, value in constants.items():
+        unit = "ms" if name.endswith("latency") else "GB/s" if "bandwidth" in name else "GFLOP/s"
+        print(f"| {name} | {value * 1000 if unit == 'ms' else value / 1e9:.2f} {unit} |")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"arguments": vars(args), "torch": torch.__version__,
+                       "constants": constants, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
