@@ -26,6 +26,7 @@ EXTRAS = {
     "export": ["transformers"],
     "benchmarks": ["matplotlib", "psutil"],
     "tests": ["hypothesis", "psutil", "pytest", "pytest-xdist", "transformers"],
+    "lm-eval": ["accelerate", "lm-eval", "transformers"],
     "lint": ["ruff"],
 }
 

@@ -7,7 +7,7 @@ fields. They know nothing of fairseq.
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -331,18 +331,59 @@ def shared_ffn_dim(options: Any) -> int:
 # fairseq's, by name.
 ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
                "swish")
+# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
+# and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
+UNSUPPORTED = (
+    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
+    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
+    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
+)
 SHARED_COMBINE = ("add", "softmax", "mix")
 DROP_POLICIES = ("position", "probs", "random")
 SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
-# mask and noise are our choice; reinit's is Drop-Upcycling's (arXiv 2502.19261).
-DEFAULT_SPAWN_RATES = {"mask": 0.3, "noise": 0.1, "reinit": 0.5}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What the rate of a method that changes experts may be; 0 would be `copy`."""
+
+    default: float
+    fits: Callable[[float], bool]
+    remedy: str
+
+
+# The defaults of mask and noise are our choice; reinit's is Drop-Upcycling's (arXiv 2502.19261).
+SPAWN_RATES = {
+    "mask": Rate(0.3, lambda rate: 0 < rate < 1,
+                 "it is a share of the weights: give more than 0 and less than 1"),
+    "noise": Rate(0.1, lambda rate: 0 < rate < math.inf,
+                  "give a number above 0, a share of the weights' deviation"),
+    "reinit": Rate(0.5, lambda rate: 0 < rate <= 1,
+                   "it is a share of the hidden units: give more than 0 and at most 1"),
+}
+
+
+def resolved_rate(method: str, rate: float | None) -> float:
+    """`rate`, or the default of `method`; 0 for methods without one."""
+    if rate is not None:
+        return rate
+    return SPAWN_RATES[method].default if method in SPAWN_RATES else 0.0
+
+
+def check_rate(option: str, method: str, rate: float | None) -> None:
+    """Raise `OptionError` unless `method` can have `rate`; None, its default, always passes."""
+    if rate is None:
+        return
+    if method not in SPAWN_RATES:
+        raise OptionError(option, rate, f"the method {method} has none: leave it out, or give a "
+                                        f"method of {', '.join(SPAWN_RATES)}")
+    if not SPAWN_RATES[method].fits(rate):
+        raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 
 
 def spawn_rate(options: Any) -> float:
     """The rate of the method that spawns experts, the default resolved."""
-    if options.moe_spawn_rate is not None:
-        return options.moe_spawn_rate
-    return DEFAULT_SPAWN_RATES.get(options.moe_spawn_method, 0.0)
+    return resolved_rate(options.moe_spawn_method, options.moe_spawn_rate)
 
 
 def gated_updates(options: Any) -> int:

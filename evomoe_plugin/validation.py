@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ from evomoe_plugin.options import (
     DROP_POLICIES,
     SHARED_COMBINE,
     SPAWN_METHODS,
+    UNSUPPORTED,
     MoEOptions,
     OptionError,
     check_choice,
     check_number,
+    check_rate,
     expert_counts,
     expert_slots,
     moe_layer_indices,
@@ -28,14 +31,8 @@ from evomoe_plugin.options import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
-# and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
-_UNSUPPORTED = (
-    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
-    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
-    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
-)
+_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
+                  "decoder_layerdrop")
 
 
 def validate(options: Any, warn: bool = True) -> None:
@@ -49,7 +46,7 @@ def validate(options: Any, warn: bool = True) -> None:
         OptionError: naming the option, its value and what would be right.
     """
 
-    for option in _UNSUPPORTED:
+    for option in UNSUPPORTED:
         if getattr(options, option, None):
             raise OptionError(option, getattr(options, option),
                               "not supported by the MoE architectures: leave it out")
@@ -63,6 +60,10 @@ def validate(options: Any, warn: bool = True) -> None:
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
     check_choice(options, "activation_fn", ACTIVATIONS)
+    for option in _PROBABILITIES:
+        if hasattr(options, option):
+            check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
+                                                                  "number from 0 to 1")
     _check_experts(options)
     _check_expert_parallel(options)
     check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
@@ -214,12 +215,26 @@ def _capacity_warnings(options: Any, gate: Any) -> Iterator[str]:
 
 def _check_init(options: Any) -> None:
     if options.moe_init_from_dense is not None:
+        check_spawned_from(options, "moe_init_method", options.moe_init_method)
         return
     for option in fields(MoEOptions):
         value = getattr(options, option.name)
         if option.name.startswith("moe_init_") and value != option.default:
             raise OptionError(option.name, value, "experts are made from nothing: leave it out, or "
                                                   "give --moe-init-from-dense")
+
+
+def check_spawned_from(options: Any, option: str, method: str) -> None:
+    """Raise `OptionError` if a spawn would throw away what `method` made of a dense model.
+
+    Args:
+        option: the one that `method` comes from.
+    """
+    if options.moe_spawn_updates is not None and method not in ("copy", "none"):
+        raise OptionError(option, method,
+                          "--moe-spawn-updates makes all experts from the first one, so that what "
+                          "others are given would be lost: give copy or none, and --moe-spawn-"
+                          "method and --moe-spawn-rate for what the spawn makes")
 
 
 def _check_spawn(options: Any) -> None:
@@ -241,15 +256,7 @@ def _check_spawn(options: Any) -> None:
                           "--max-update")
     check_choice(options, "moe_spawn_method", SPAWN_METHODS)
     check_choice(options, "moe_spawn_moments", ("copy", "reset"))
-    if method == "copy" and options.moe_spawn_rate is not None:
-        raise OptionError("moe_spawn_rate", options.moe_spawn_rate,
-                          "--moe-spawn-method copy changes nothing: leave it out, or give mask, "
-                          "noise or reinit")
-    most = {"mask": {"below": 1}, "reinit": {"most": 1}}.get(method, {})
-    check_number(options, "moe_spawn_rate", above=0, **most,
-                 remedy={"mask": "it is a share of the weights: give more than 0 and less than 1",
-                         "reinit": "it is a share of the hidden units: give more than 0 and at "
-                                   "most 1"}.get(method, "give a number above 0"))
+    check_rate("moe_spawn_rate", method, options.moe_spawn_rate)
     trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
     for option, is_given in (("moe_spawn_rescale", options.moe_spawn_rescale),
                              ("moe_spawn_trainable_masked", not trainable)):
@@ -274,6 +281,75 @@ def _spawn_warnings(options: Any, counts: Sequence[int]) -> Iterator[str]:
                "gate to weigh by, and shared experts count in full")
 
 
+def _check_changes(cfg: Any) -> None:
+    """What else the run must be for weights to be changed in it, or set at its start.
+
+    Fields that a hand-written yaml leaves out have the defaults, which no architecture changes.
+    """
+    given = {f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
+    spawn, dense = given["moe_spawn_updates"], given["moe_init_from_dense"]
+    if spawn is not None and cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", True,
+                          "the averages of experts would be of before the spawn: leave it out, or "
+                          "--moe-spawn-updates")
+    if dense is not None and cfg.checkpoint.finetune_from_model:
+        raise OptionError("moe_init_from_dense", dense,
+                          "--finetune-from-model gives the first weights already: leave one of "
+                          "them out")
+    changes = {"moe_spawn_updates": spawn, "moe_init_from_dense": dense,
+               "moe_adapt_record_interval": getattr(
+                   cfg.model, "moe_adapt_record_interval", None)}
+    change = next((name for name, value in changes.items() if value), None)
+    if change is not None:
+        _check_owner_of_weights(cfg, f"--{change.replace('_', '-')}")
+    if spawn is not None:
+        for warning in _moments_warnings(cfg.optimizer, spawn):
+            logger.warning(warning)
+
+
+def _check_owner_of_weights(cfg: Any, change: str) -> None:
+    """Raise `OptionError` where the optimizer, or a copy of the weights, would not see `change`."""
+    parallel = cfg.distributed_training
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", parallel.zero_sharding,
+                          f"keeps the optimizer's state where {change} cannot edit it: give "
+                          "--ddp-backend fully_sharded")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", f"with {change}",
+                          "keeps a copy of the weights, which would undo the change: leave it out")
+    if parallel.ddp_backend == "slowmo":
+        raise OptionError("ddp_backend", f"slowmo with {change}",
+                          "keeps a copy of the weights, which would undo the change: give "
+                          "legacy_ddp or fully_sharded")
+
+
+# Above it, weights without moments take steps of more than twice the learning rate.
+_MOST_BETA2 = 0.99
+
+
+def largest_step(betas: Sequence[float], updates: int) -> float:
+    """How many times the learning rate Adam moves a weight at most whose gradient stays the same
+    and begins after `updates` updates of zeros: the moments begin, the corrections have ended."""
+    def step(k: int) -> float:
+        one, two = ((1 - beta**k) / (1 - beta ** (updates + k)) for beta in betas)
+        return one / two**0.5 if two else 1.0
+
+    beta1, beta2 = betas
+    return max(map(step, range(1, 1 + int(5 / max(1 - beta1, 1 - beta2, 1e-3)))))
+
+
+def _moments_warnings(optimizer: Any, updates: int) -> Iterator[str]:
+    betas = getattr(optimizer, "adam_betas", None)
+    if isinstance(betas, str):
+        betas = ast.literal_eval(betas)
+    if not betas or betas[1] <= _MOST_BETA2:
+        return
+    yield (f"--adam-betas {tuple(betas)} with --moe-spawn-updates {updates}: after the spawn the "
+           "gate's weights, and those that are new, begin without moments amid the run: their "
+           f"first steps are up to {largest_step(betas, updates):.1f} times --lr; with (0.9, 0.98) "
+           f"it is {largest_step((0.9, 0.98), updates):.1f} times")
+
+
 def validate_run(cfg: Any) -> None:
     """Check a whole fairseq run before any process is started.
 
@@ -284,20 +360,15 @@ def validate_run(cfg: Any) -> None:
     """
     _check_data(cfg)
     model = cfg.model
+    if model is None:
+        return
+    _check_changes(cfg)
     # A hand-written yaml may leave fields to the architecture's defaults; then the check waits
     # for `build_model`, which knows them.
-    if model is None or any(f.name not in model for f in fields(MoEOptions)):
+    if any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
     _check_expert_parallel_run(cfg)
-    if model.moe_spawn_updates is not None and cfg.ema is not None and cfg.ema.store_ema:
-        raise OptionError("store_ema", True,
-                          "the averages of experts would be of before the spawn: leave it out, or "
-                          "--moe-spawn-updates")
-    if model.moe_init_from_dense is not None and cfg.checkpoint.finetune_from_model:
-        raise OptionError("moe_init_from_dense", model.moe_init_from_dense,
-                          "--finetune-from-model gives the first weights already: leave one of "
-                          "them out")
     if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
         logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
                        "logged; --criterion moe_cross_entropy does both")

@@ -9,7 +9,7 @@ import pytest
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from evomoe_plugin.gates import gate_class, gate_names
 from evomoe_plugin.gates.auxiliary import LOSSES
-from evomoe_plugin.options import MoEOptions
+from evomoe_plugin.options import UNSUPPORTED, MoEOptions
 from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,12 @@ def test_every_option_is_documented_with_its_default(field):
     documented = TABLE[field.name.replace("_", "-")]
     if field.default is not None:  # a default in words
         assert documented == str(field.default)
+
+
+def test_what_cannot_be_upcycled_is_listed():
+    text = (ROOT / "docs/upcycling.md").read_text()
+    listed = text[text.index("unless it\nwas trained with"):text.index("Those are refused by name")]
+    assert set(re.findall(r"`--([\w-]+)`", listed)) == {n.replace("_", "-") for n in UNSUPPORTED}
 
 
 def test_no_option_is_made_up():

@@ -21,7 +21,7 @@ ALLOWED = {
     "criterions": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
     "checkpoint": {"compat"},
     "evolve": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat",
-               "checkpoint"},
+               "validation", "checkpoint"},
     "options": set(),
     "validation": {"gates", "dispatch"},
     "tasks": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat"},

@@ -5,11 +5,9 @@ Source of the architecture: GPT-2 (Radford et al., 2019) as transformers' GPT2LM
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +18,15 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.first import first_checkpoint
+from evomoe_plugin.checkpoint.gpt2_config import CONFIG, GPT2Config, read_config, read_json
 from evomoe_plugin.checkpoint.safetensors import read_safetensors
+from evomoe_plugin.checkpoint.unlikely import unlikely_row
 from evomoe_plugin.options import OptionError
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-END_OF_TEXT = "<|endoftext|>"
-# transformers' name -> fairseq's. The three of the middle are one formula, with the tanh.
-ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate",
-    "gelu_fast": "gelu_accurate", "relu": "relu", "tanh": "tanh", "linear": "linear",
-}
-LAYER_NORM_EPSILON = 1e-5  # fairseq has no other
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that old files hold: causal masks, which are computed.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,19 @@ class Imported:
     state: dict[str, Any]
     """fairseq's checkpoint."""
     dictionary: Dictionary
+    has_unlikely_rows: bool
+    """Whether rows that are no token of the model are never likely; else they have the logit of
+    the end of text."""
 
 
 def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     """Read a GPT-2 from `folder`.
 
-    The symbol of token id n is n in decimal, as fairseq's `--bpe gpt2` has it. fairseq's own
-    symbols and rows that only fill the dictionary up get the embedding of the end of text, so that
-    no logit of theirs stands out.
+    The symbol of token id n is n in decimal, as fairseq's `--bpe gpt2` has it. The end of text is
+    fairseq's `</s>`, which ends texts there. Rows that then stand for nothing, the id of the end of
+    text among them, get an embedding whose logit is low whatever the model reads (`unlikely`), so
+    that probabilities are those of the model of Hugging Face. Where it has no such embedding they
+    get the end of text's.
 
     Args:
         folder: with config.json and model.safetensors, or its parts and their index.
@@ -57,64 +56,24 @@ def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     Raises:
         OptionError: files are missing or unfit, or the model is built otherwise than fairseq's.
     """
-    config = _config(folder)
+    config = read_config(folder)
     weights = _Weights(folder, _weights(folder))
-    table = weights.take("wte.weight")
     if dictionary is None:
-        dictionary = _dictionary_of_ids(table.size(0))
-    rows_V = _rows(dictionary, config, table.size(0))
-    model = _model(config, weights, rows_V, table)
+        dictionary = _dictionary_of_ids(config.vocab_size)
+    rows_V = _rows(dictionary, config)
+    model, has_unlikely_rows = _model(config, weights, rows_V)
     weights.check_all_taken()
-    sizes = {"vocabulary": table.size(0), "width": table.size(1)}
-    cfg = _run_config(config, sizes, tied="decoder.output_projection.weight" not in model or (
-        model["decoder.output_projection.weight"] is model["decoder.embed_tokens.weight"]))
-    return Imported(first_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary)
-
-
-def _config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, CONFIG)
-    if not os.path.isfile(path):
-        raise OptionError("DIR", folder, f"has no {CONFIG}: give the folder of a model of Hugging "
-                                         "Face")
-    try:
-        config = json.loads(Path(path).read_text())
-        kind = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise OptionError("DIR", folder, f"its {CONFIG} is not JSON ({error})") from error
-    if kind != "gpt2":
-        raise OptionError("DIR", folder, f"holds a model of type {kind}: gpt2 can be imported")
-    defaults = {
-        "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False, "tie_word_embeddings": True, "resid_pdrop": 0.1,
-        "attn_pdrop": 0.1, "eos_token_id": None, "n_layer": 12, "n_head": 12, "n_embd": 768,
-        "n_positions": 1024,
-    }
-    config = {**defaults, **config}
-    wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-              "add_cross_attention": False}
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise OptionError("DIR", folder, f"its {CONFIG} has {name} {config[name]}, which "
-                                             "fairseq's transformer_lm cannot compute")
-    if config["layer_norm_epsilon"] != LAYER_NORM_EPSILON:
-        raise OptionError("DIR", folder, f"its {CONFIG} has layer_norm_epsilon "
-                                         f"{config['layer_norm_epsilon']}; fairseq's is "
-                                         f"{LAYER_NORM_EPSILON}, and logits would differ")
-    if config["activation_function"] not in ACTIVATIONS:
-        raise OptionError("DIR", folder, f"its {CONFIG} has activation_function "
-                                         f"{config['activation_function']}; one of: "
-                                         f"{', '.join(ACTIVATIONS)}")
-    return config
+    cfg = _run_config(config)
+    return Imported(first_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary,
+                    has_unlikely_rows)
 
 
 def _weights(folder: str) -> dict[str, Tensor]:
-    index = os.path.join(folder, INDEX)
-    if os.path.isfile(index):
-        try:
-            parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise OptionError("DIR", folder, f"its {INDEX} cannot be read ({error})") from error
+    if os.path.isfile(os.path.join(folder, INDEX)):
+        named = read_json(folder, INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
+            raise OptionError("DIR", folder, f"its {INDEX} has no weight_map of names of files")
+        parts = sorted(set(named.values()))
         if any(os.path.basename(part) != part for part in parts):
             raise OptionError("DIR", folder, f"its {INDEX} names files of other folders")
     else:
@@ -125,7 +84,10 @@ def _weights(folder: str) -> dict[str, Tensor]:
                                              "safe_serialization=True")
     weights: dict[str, Tensor] = {}
     for part in parts:
-        weights.update(read_safetensors("DIR", os.path.join(folder, part)))
+        read = read_safetensors("DIR", os.path.join(folder, part))
+        if twice := sorted(weights.keys() & read.keys()):
+            raise OptionError("DIR", folder, f"two of its files have {twice[0]}")
+        weights.update(read)
     return weights
 
 
@@ -134,17 +96,26 @@ class _Weights:
 
     def __init__(self, folder: str, weights: Mapping[str, Tensor]):
         self._folder = folder
-        self._left = {name.removeprefix("transformer."): value for name, value in weights.items()
-                      if not name.endswith(_BUFFERS)}
+        self._left: dict[str, Tensor] = {}
+        for name, value in weights.items():
+            short = name.removeprefix("transformer.")
+            if short in self._left:
+                raise OptionError("DIR", folder, f"its weights have {short} twice, with and "
+                                                 "without transformer. before it")
+            if not name.endswith(_BUFFERS):
+                self._left[short] = value
 
-    def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def take(self, name: str, *shape: int) -> Tensor:
         """The tensor, fp32."""
         value = self._left.pop(name, None)
         if value is None:
             raise OptionError("DIR", self._folder, f"its weights have no {name}")
-        if shape is not None and value.shape != shape:
+        if value.shape != shape:
             raise OptionError("DIR", self._folder, f"{name} has the shape {tuple(value.shape)}, "
                                                    f"where {CONFIG} says {shape}")
+        if value.dtype not in _FLOATS:
+            raise OptionError("DIR", self._folder, f"{name} is of the type {value.dtype}: give "
+                                                   "weights of 16 or 32 bits, not quantised ones")
         return value.float()
 
     def has(self, name: str) -> bool:
@@ -156,6 +127,9 @@ class _Weights:
                               f"its weights have {sorted(self._left)[0]}, for which fairseq's "
                               "transformer_lm has no place")
 
+    def misfit(self, remark: str) -> OptionError:
+        return OptionError("DIR", self._folder, remark)
+
 
 def _dictionary_of_ids(size: int) -> Dictionary:
     dictionary = Dictionary()
@@ -164,45 +138,44 @@ def _dictionary_of_ids(size: int) -> Dictionary:
     return dictionary
 
 
-def _rows(dictionary: Dictionary, config: Mapping[str, Any], size: int) -> Tensor:
-    """The token id whose embedding each row of the dictionary gets, int64 [V]."""
-    end = config["eos_token_id"]
-    end = end if isinstance(end, int) and 0 <= end < size else size - 1
-    rows = []
+_NO_TOKEN = -1
+
+
+def _rows(dictionary: Dictionary, config: GPT2Config) -> Tensor:
+    """The token id whose embedding each row of the dictionary gets, int64 [V]; or `_NO_TOKEN`."""
+    size, rows = config.vocab_size, []
     for row, symbol in enumerate(dictionary.symbols):
         is_own = row < dictionary.nspecial or symbol.startswith("madeupword")
         if not is_own and not (symbol.isascii() and symbol.isdigit() and int(symbol) < size):
             raise OptionError("dict", symbol, f"is no token id of the model (0 to {size - 1}): "
                                               "give a dictionary made with --gpt2-bpe")
-        rows.append(end if is_own else int(symbol))
+        # The end of text once: as two rows, each would have half of its probability.
+        is_none = is_own or int(symbol) == config.eos_token_id
+        rows.append(_NO_TOKEN if is_none else int(symbol))
+    rows[dictionary.eos()] = config.eos_token_id
     return torch.tensor(rows)
 
 
-def _model(config: Mapping[str, Any], weights: _Weights, rows_V: Tensor,
-           table: Tensor) -> dict[str, Tensor]:
-    D = table.size(1)
-    F = config["n_inner"] or 4 * config["n_embd"]
-    positions = weights.take("wpe.weight", (config["n_positions"], config["n_embd"]))
-    embedding = table[rows_V]
-    # fairseq counts positions from its padding index + 1 = 2 on.
-    model = {
-        "decoder.version": torch.tensor([3.0]),
-        "decoder.embed_tokens.weight": embedding,
-        "decoder.embed_positions.weight": torch.cat([torch.zeros(2, D), positions]),
-    }
+def _model(config: GPT2Config, weights: _Weights,
+           rows_V: Tensor) -> tuple[dict[str, Tensor], bool]:
+    """The weights by fairseq's names, and whether rows without a token are never likely."""
+    D, F = config.n_embd, config.ffn_dim
+    table = weights.take("wte.weight", config.vocab_size, D)
+    positions = weights.take("wpe.weight", config.n_positions, D)
+    model = {"decoder.version": torch.tensor([3.0])}
 
     def put(name: str, source: str, *shape: int, transpose: bool = False) -> None:
-        value = weights.take(source, shape)
+        value = weights.take(source, *shape)
         model[f"decoder.{name}"] = value.t().contiguous() if transpose else value
 
-    for n in range(config["n_layer"]):
+    for n in range(config.n_layer):
         ours, theirs = f"layers.{n}", f"h.{n}"
         for norm, ln in (("self_attn_layer_norm", "ln_1"), ("final_layer_norm", "ln_2")):
             for kind in ("weight", "bias"):
                 put(f"{ours}.{norm}.{kind}", f"{theirs}.{ln}.{kind}", D)
         # Conv1D multiplies from the left: its weights are nn.Linear's transposed.
-        weight = weights.take(f"{theirs}.attn.c_attn.weight", (D, 3 * D)).t()
-        bias = weights.take(f"{theirs}.attn.c_attn.bias", (3 * D,))
+        weight = weights.take(f"{theirs}.attn.c_attn.weight", D, 3 * D).t()
+        bias = weights.take(f"{theirs}.attn.c_attn.bias", 3 * D)
         for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
             model[f"decoder.{ours}.self_attn.{part}_proj.weight"] = w.contiguous()
             model[f"decoder.{ours}.self_attn.{part}_proj.bias"] = b.clone()
@@ -212,29 +185,45 @@ def _model(config: Mapping[str, Any], weights: _Weights, rows_V: Tensor,
             put(f"{ours}.{name}.bias", f"{theirs}.{source}.bias", out)
     for kind in ("weight", "bias"):
         put(f"layer_norm.{kind}", f"ln_f.{kind}", D)
-    model["decoder.output_projection.weight"] = embedding
-    if weights.has("lm_head.weight"):
-        head = weights.take("lm_head.weight", tuple(table.shape))
-        if not config["tie_word_embeddings"]:
-            model["decoder.output_projection.weight"] = head[rows_V]
-    return model
+    head = _head(config, weights, table)
+    end, is_token_V1 = config.eos_token_id, (rows_V != _NO_TOKEN).unsqueeze(1)
+    row_D = unlikely_row(model["decoder.layer_norm.weight"], model["decoder.layer_norm.bias"],
+                         head[rows_V[rows_V != _NO_TOKEN]])
+    tokens_V = torch.where(rows_V == _NO_TOKEN, end, rows_V)
+    output = torch.where(is_token_V1, head[tokens_V], head[end] if row_D is None else row_D)
+    # fairseq counts positions from its padding index + 1 = 2 on.
+    model["decoder.embed_positions.weight"] = torch.cat([torch.zeros(2, D), positions])
+    model["decoder.output_projection.weight"] = output
+    model["decoder.embed_tokens.weight"] = (
+        output if config.tie_word_embeddings else table[tokens_V])
+    return model, row_D is not None
 
 
-def _run_config(config: Mapping[str, Any], sizes: Mapping[str, int], tied: bool) -> dict[str, Any]:
+def _head(config: GPT2Config, weights: _Weights, table: Tensor) -> Tensor:
+    """The output's rows."""
+    name = "lm_head.weight"
+    if not config.tie_word_embeddings:
+        return weights.take(name, *table.shape)
+    if weights.has(name) and not torch.equal(weights.take(name, *table.shape), table):
+        raise weights.misfit(f"its weights have {name} beside wte.weight, though {CONFIG} has "
+                             "tie_word_embeddings true: say false there, or remove one")
+    return table
+
+
+def _run_config(config: GPT2Config) -> dict[str, Any]:
     """fairseq's configuration of a run that would have trained the model."""
-    width, length = sizes["width"], config["n_positions"]
+    width, length = config.n_embd, config.n_positions
     arguments = {
-        "--decoder-layers": config["n_layer"], "--decoder-embed-dim": width,
-        "--decoder-ffn-embed-dim": config["n_inner"] or 4 * width,
-        "--decoder-attention-heads": config["n_head"], "--decoder-input-dim": width,
-        "--decoder-output-dim": width,
-        "--activation-fn": ACTIVATIONS[config["activation_function"]],
-        "--dropout": config["resid_pdrop"], "--attention-dropout": config["attn_pdrop"],
+        "--decoder-layers": config.n_layer, "--decoder-embed-dim": width,
+        "--decoder-ffn-embed-dim": config.ffn_dim,
+        "--decoder-attention-heads": config.n_head, "--decoder-input-dim": width,
+        "--decoder-output-dim": width, "--activation-fn": config.activation,
+        "--dropout": config.resid_pdrop, "--attention-dropout": config.attn_pdrop,
         "--tokens-per-sample": length, "--max-target-positions": length, "--optimizer": "adam",
         "--max-tokens": length, "--task": "language_modeling", "--arch": "transformer_lm",
     }
     flags = ["--decoder-normalize-before", "--decoder-learned-pos", "--no-scale-embedding"]
-    if tied:
+    if config.tie_word_embeddings:
         flags.append("--share-decoder-input-output-embed")
     parser = fairseq_options.get_training_parser(default_task="language_modeling")
     args = fairseq_options.parse_args_and_arch(

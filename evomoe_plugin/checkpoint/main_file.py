@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class MainFile:
 
     def whole(self) -> dict[str, Any]:
         """The state with all experts in it, all of it in memory."""
-        state = dict(self.state, model=dict(self.state["model"]))
+        state = dict(self.state, model=copy.copy(self.state["model"]))
         if state.get("last_optimizer_state"):
             state["last_optimizer_state"] = dict(state["last_optimizer_state"])
         if self.manifest is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
+from omegaconf import DictConfig
 
 from evomoe_plugin.compat import shards
 from evomoe_plugin.options import OptionError
@@ -39,10 +40,11 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
         raise OptionError(option, path, "is no checkpoint of fairseq "
                                         f"({_first_line(error)})") from error
     cfg, weights = state.get("cfg"), state["model"]
-    if cfg is None or cfg.get("model") is None:
+    if not isinstance(cfg, DictConfig) or not isinstance(cfg.get("model"), DictConfig):
         raise OptionError(option, path, "is no checkpoint of fairseq: it does not say which model "
-                                        "its weights are of (it has no cfg.model)")
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+                                        "its weights are of (it has no options in cfg.model)")
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()):
         raise OptionError(option, path, "is no checkpoint of fairseq: its 'model' is not tensors "
                                         "by name")
     return state

@@ -11,7 +11,8 @@ from importlib import import_module
 import evomoe_plugin
 from evomoe_plugin.cli.user_dir import import_user_dir
 
-VERBS = ("doctor", "prepare", "plot", "upcycle", "import-hf", "generate", "export")
+VERBS = ("doctor", "prepare", "plot", "upcycle", "import-hf", "generate", "export",
+         "checkpoint")
 # Those that take the gates and architectures of a user's own package.
 TAKE_USER_DIR = ("upcycle", "generate", "export")
 

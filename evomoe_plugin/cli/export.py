@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.export.folder import check_free, export
+    from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.export.folder import export
     from evomoe_plugin.generation import load_trained_model
 
-    check_free(args.out)
+    check_output("DIR", args.out, makes_folders=True)
     trained = load_trained_model("CKPT", args.checkpoint, args.data)
     export(trained, args.out, args.without_eval_capacity)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}, "

@@ -22,35 +22,33 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     import torch
-    from fairseq.data import Dictionary
 
     from evomoe_plugin.checkpoint.huggingface import import_gpt2
-    from evomoe_plugin.compat.checkpoint_files import write_whole
-    from evomoe_plugin.options import OptionError
+    from evomoe_plugin.checkpoint.output import check_output, write_together
+    from evomoe_plugin.data.dictionary import load_dictionary
 
-    paths = [os.path.join(args.out, name) for name in ("dict.txt", "model.pt")]
+    dict_path, model_path = paths = [os.path.join(args.out, name)
+                                     for name in ("dict.txt", "model.pt")]
     for path in paths:
-        if os.path.lexists(path) and not args.overwrite:
-            raise OptionError("OUT", path, "exists already: give another folder, or --overwrite")
-    if os.path.lexists(args.out) and not os.path.isdir(args.out):
-        raise OptionError("OUT", args.out, "exists already, and is no folder")
-    dictionary = None
-    if args.dict is not None:
-        if not os.path.isfile(args.dict):
-            raise OptionError("dict", args.dict, "there is no such file")
-        dictionary = Dictionary.load(args.dict)
+        check_output("OUT", path, overwrite=args.overwrite, makes_folders=True)
+    dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
     imported = import_gpt2(args.folder, dictionary)
     os.makedirs(args.out, exist_ok=True)
     rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
         imported.dictionary.symbols[imported.dictionary.nspecial:],
         imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
-    write_whole(paths[0], lambda file: file.write(rows.encode()))
-    write_whole(paths[1], lambda file: torch.save(imported.state, file))
+    write_together({
+        dict_path: lambda file: file.write(rows.encode()),
+        model_path: lambda file: torch.save(imported.state, file),
+    })
     model = imported.state["cfg"]["model"]
-    print(f"{paths[1]}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+    print(f"{model_path}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
           f"{len(imported.dictionary):,} symbols, {model['activation_fn']}")
+    if not imported.has_unlikely_rows:
+        print("<s>, <pad>, <unk> and rows that fill the dictionary up are as likely as </s>: the "
+              "last LayerNorm has (nearly) no bias, so no row is unlikely after every text")
     if args.dict is None:
         print("data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
               "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
-              f"fairseq-preprocess --only-source --srcdict {paths[0]}")
+              f"fairseq-preprocess --only-source --srcdict {dict_path}")
     return 0

@@ -61,12 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.evolve.convert import check_output, convert, write
+    from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.evolve.convert import convert, write
     from evomoe_plugin.evolve.upcycle import Recipe
+    from evomoe_plugin.options import check_number
 
+    # fairseq seeds numpy too, which takes 32 bits.
+    check_number(args, "seed", least=0, most=2**32 - 1, remedy="give 0 to 4294967295")
+    check_number(args, "max_update", least=1, remedy="give 1 or more, or leave it out")
+    check_number(args, "tokens_per_sample", least=1, remedy="give 1 or more")
     given = {name: value for name, value in vars(args).items() if name not in _OWN}
     recipe = Recipe(args.method, args.rate, args.rescale, args.slices, args.gate_init, args.seed)
-    check_output("MOE", args.moe, args.overwrite)
+    check_output("MOE", args.moe, overwrite=args.overwrite)
     converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
                         max_update=args.max_update, user_dir=args.user_dir)
     before = evaluate(args, args.dense) if args.data else None

@@ -39,7 +39,7 @@ def load(file: BinaryIO, map_location: Any = None, mapped: bool = False) -> dict
                 state = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise OptionError("checkpoint", file.name, _unpickling_reason(str(error))) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file can lead the unpickler anywhere
         first_line = str(error).split("\n")[0]
         raise OptionError("checkpoint", file.name,
                           f"cannot be read, it is cut short or no checkpoint ({first_line}); "

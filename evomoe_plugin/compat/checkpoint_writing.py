@@ -19,10 +19,12 @@ from fairseq.file_io import PathManager
 from evomoe_plugin.compat import (
     background,
     checkpoint_files,
-    expert_checkpoints,
     expert_files,
+    expert_loading,
+    expert_saving,
 )
 from evomoe_plugin.compat.checkpoint_files import CheckpointFiles
+from evomoe_plugin.compat.divided_experts import divided
 from evomoe_plugin.compat.mend import Mend, ModuleView, always, wrap
 from evomoe_plugin.options import OptionError
 
@@ -53,7 +55,7 @@ class _TakenState:
             trainer.consolidate_optimizer()
             self._state = utils.move_to_cpu(trainer.state_dict())
         else:
-            self._state, self._experts = expert_checkpoints.take(trainer, experts)
+            self._state, self._experts = expert_saving.take(trainer, experts)
         self._num_updates = trainer.get_num_updates()
         self.task = trainer.task
         self.checkpoint_suffix = trainer.checkpoint_suffix
@@ -134,7 +136,7 @@ def _save_checkpoint(
             not be written.
     """
     background.wait()
-    experts = expert_checkpoints.divided(trainer)
+    experts = divided(trainer)
     saves = trainer.should_save_checkpoint_on_current_rank
     if cfg.no_save or not (saves or experts is not None):
         return upstream(cfg, trainer, epoch_itr, val_loss)
@@ -182,7 +184,7 @@ def _load_checkpoint(upstream: Callable, cfg: Any, trainer: Any, **kwargs: Any) 
     """As upstream, after removing what a killed run left half-written."""
     if trainer.data_parallel_rank == 0 and not cfg.no_save:
         checkpoint_files.remove_leftovers(cfg.save_dir)
-        expert_checkpoints.remove_stale(cfg.save_dir)
+        expert_loading.remove_stale(cfg.save_dir)
     return upstream(cfg, trainer, **kwargs)
 
 

@@ -34,12 +34,11 @@ def tags(path: str) -> list[str]:
 
 def keep_only(path: str, wanted: Collection[str]) -> None:
     """Remove experts beside `path` that do not belong to it any more."""
-    unwanted = [tag for tag in tags(path) if tag not in wanted]
-    for tag in unwanted:
-        shutil.rmtree(os.path.join(beside(path), tag))
-    if unwanted:
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(beside(path))
+    for tag in tags(path):
+        if tag not in wanted:
+            shutil.rmtree(os.path.join(beside(path), tag))
+    with contextlib.suppress(OSError):  # there is none, or it is not empty
+        os.rmdir(beside(path))
 
 
 def share(source: str, target: str) -> list[str]:

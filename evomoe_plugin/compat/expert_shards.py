@@ -268,6 +268,10 @@ class ExpertShards:
                 value[begin - wanted.start : end - wanted.start] = part
         return value
 
+    def rows_of_file(self, key: str, rank: int) -> Tensor:
+        """What a file has of one of the manifest's tensors."""
+        return self._file(rank).get_tensor(key)
+
 
 def merge(
     state: dict[str, Any],

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
-from evomoe_plugin.compat import expert_checkpoints, shards
+from evomoe_plugin.compat import expert_loading, shards
+from evomoe_plugin.compat.divided_experts import Divided, divided
 from evomoe_plugin.compat.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.compat.mend import Mend, always, wrap
 from evomoe_plugin.compat.optimizer_layout import (
@@ -45,7 +46,7 @@ def _load_checkpoint(
     resets = args[0] if args else kwargs.get("reset_optimizer", False)
     reset_token = _resets_optimizer.set(resets)
     try:
-        with expert_checkpoints.loading(trainer):
+        with expert_loading.loading(trainer):
             extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
     finally:
         _trainer.reset(token)
@@ -145,11 +146,11 @@ def _complete(state: dict, path: str) -> dict:
 def _adapt(state: dict, trainer: Trainer, path: str) -> dict:
     """Change `state` to what a run like `trainer`'s would have written."""
     _adapt_iterator(state, trainer)
-    experts = expert_checkpoints.divided(trainer)
+    experts = divided(trainer)
     if experts is None:
         _adapt_optimizer(_complete(state, path), trainer)
         return state
-    expert_checkpoints.check_experts(state, experts, path)
+    expert_loading.check_experts(state, experts, path)
     manifest = manifest_of(state, path)
     if manifest is None:
         _adapt_optimizer(state, trainer, experts)
@@ -157,12 +158,12 @@ def _adapt(state: dict, trainer: Trainer, path: str) -> dict:
         merge(state, ExpertShards(path, manifest), experts.groups.own,
               with_optimizer=not _resets_optimizer.get())
         _adapt_optimizer(state, trainer)
-    expert_checkpoints.take_experts_out(state, experts)
+    expert_loading.take_experts_out(state, experts)
     return state
 
 
 def _adapt_optimizer(
-    state: dict, trainer: Trainer, whole: expert_checkpoints.Divided | None = None
+    state: dict, trainer: Trainer, whole: Divided | None = None
 ) -> None:
     """Change the optimizer's state to the layout of `trainer`'s.
 

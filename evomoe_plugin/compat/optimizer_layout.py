@@ -155,8 +155,8 @@ def _trained_when_sharded(trainer: Any) -> set[str]:
 
 
 def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None:
-    """Raise `OptionError` if the state is of more or fewer parameters than `layout`: others were
-    frozen when it was saved."""
+    """Raise `OptionError` if the state is of more or fewer parameters, or numbers, than `layout`:
+    others were frozen when it was saved."""
     saved = sum(len(group["params"]) for group in state.get("param_groups", ()))
     trained = len(layout.names)
     # One entry may be all parameters end to end.
@@ -164,6 +164,14 @@ def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None
         raise OptionError("checkpoint", "with other frozen parameters",
                           f"its optimizer state is of {saved} parameters, {trained} are trained "
                           "now: give --reset-optimizer, or the same --moe-train-only")
+    if layout.is_flat:
+        total = sum(math.prod(shape) for shape in layout.shapes)
+        for key, value in state.get("state", {}).get(0, {}).items():
+            if saved == 1 and _is_moment(value) and value.numel() != total:
+                raise OptionError("checkpoint", "with other frozen parameters",
+                                  f"its optimizer state ({key}) is of {value.numel()} numbers, "
+                                  f"{total} are trained now: give --reset-optimizer, or the same "
+                                  "--moe-train-only")
 
 
 def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:

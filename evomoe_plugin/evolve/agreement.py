@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from evomoe_plugin.evolve.methods import METHODS as SPAWN_METHODS
 from evomoe_plugin.evolve.upcycle import Upcycling
 from evomoe_plugin.gates import WeightSum, gate_class
-from evomoe_plugin.options import expert_counts, moe_layer_indices
+from evomoe_plugin.options import SPAWN_RATES, expert_counts, moe_layer_indices
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def agreement(upcycling: Upcycling) -> Agreement:
     options, recipe = upcycling.options, upcycling.recipe
     if recipe.method == "none":
         return Agreement(False, "the experts start afresh")
-    if recipe.method in SPAWN_METHODS and recipe.method != "copy" and recipe.rate != 0:
+    if recipe.method in SPAWN_RATES:
         return Agreement(False, f"the method {recipe.method} changes what experts compute")
     if options.moe_eval_capacity_factor is not None or (
             options.moe_eval_capacity_token_fraction != -1):
@@ -42,7 +41,7 @@ def agreement(upcycling: Upcycling) -> Agreement:
     if options.moe_shared_experts and not _shared_sum_to_one(options):
         return Agreement(False, f"{options.moe_shared_experts} shared experts add what routed ones "
                                 "give already; --moe-shared-combine softmax weighs them")
-    if options.moe_spawn_updates and (options.moe_shared_experts or upcycling.num_slices > 1):
+    if options.moe_spawn_updates and options.moe_shared_experts:
         return Agreement(False, "until --moe-spawn-updates the first expert works alone, beside "
                                 "shared experts that count in full")
     if options.moe_spawn_updates:

@@ -22,8 +22,10 @@ from fairseq.models import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.building import as_it_says
 from evomoe_plugin.checkpoint.first import first_checkpoint
-from evomoe_plugin.compat.checkpoint_files import write_whole
+from evomoe_plugin.checkpoint.output import check_output, write_together
+from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.agreement import Agreement, agreement
 from evomoe_plugin.evolve.dense_checkpoint import (
     SIZES,
@@ -86,13 +88,13 @@ def convert(
     options = _model_options(dense, given, recipe, arch, max_update)
     dictionary = _dictionary(dense, options, data)
     task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    with torch.random.fork_rng(devices=[]):
+    with as_it_says("DENSE", path), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = models.build_model(OmegaConf.create(options), task)
+        cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
     built = types.SimpleNamespace(**{**options, **_resolved_dims(options)})
     upcycling = Upcycling(dense, built, recipe)
     weights = _weights(model, upcycling)
-    cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
     state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     return Converted(state, dense, upcycling, agreement(upcycling))
 
@@ -104,23 +106,14 @@ def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
         OptionError: the file exists already, or its folder does not.
         RunFailed: it cannot be written.
     """
-    check_output("MOE", path, overwrite)
-    write_whole(path, lambda file: torch.save(state, file))
-
-
-def check_output(option: str, path: str, overwrite: bool = False) -> None:
-    """Raise `OptionError` unless `path` can be written."""
-    if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
-        raise OptionError(option, path, "exists already: give another path, or --overwrite"
-                          if os.path.isfile(path) else "exists already, and is no file")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise OptionError(option, path, f"there is no folder {folder}")
+    check_output("MOE", path, overwrite=overwrite)
+    write_together({path: lambda file: torch.save(state, file)})
 
 
 def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Recipe, arch: str,
                    max_update: int | None) -> dict[str, Any]:
-    """Every option of the MoE model: the dense model's, then the architecture's, then given ones.
+    """Every option of the MoE model: the architecture's, over them the dense model's, over them
+    the given ones.
 
     Raises:
         OptionError: an option that the dense model decides is given another value.
@@ -195,7 +188,7 @@ def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
         if not os.path.isfile(path):
             raise OptionError("data", data, "has no dict.txt; give a folder made by `evomoe "
                                             "prepare` or fairseq-preprocess")
-        dictionary = Dictionary.load(path)
+        dictionary = load_dictionary("data", path)
         if len(dictionary) != size:
             raise OptionError("data", data, f"its dict.txt has {len(dictionary)} symbols, the "
                                             f"dense checkpoint was trained with {size}: give the "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
@@ -16,9 +17,10 @@ from fairseq.models.transformer_lm import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.building import as_it_says
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.models.language_model import MoELanguageModel
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.options import UNSUPPORTED, OptionError
 
 # The options that say what a dense transformer_lm computes: an MoE model made from it has the same.
 SIZES = (
@@ -29,12 +31,6 @@ STRUCTURE = (
     *SIZES, "share_decoder_input_output_embed", "decoder_learned_pos", "no_scale_embedding",
     "layernorm_embedding", "no_token_positional_embeddings", "no_decoder_final_norm",
     "max_target_positions",
-)
-# Those that no MoE architecture has.
-UNSUPPORTED = (
-    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "decoder_layers_to_keep",
-    "quant_noise_pq", "quant_noise_scalar", "base_layers", "decoder_xformers_att_config",
-    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
 )
 _SAME_FUNCTION = {"gelu_fast": "gelu_accurate"}
 _FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2)\.(weight|bias)$")
@@ -97,19 +93,39 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
                                         "a dense one")
     if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
         raise OptionError(option, path, f"is a model {name}, not one of fairseq's transformer_lm")
-    model = _model_options(cfg, weights)
+    with as_it_says(option, path):
+        model = _model_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
             raise OptionError(option, path, f"was trained with --{field.replace('_', '-')} "
                                             f"{model[field]}, which no MoE architecture has")
-    dense = DenseCheckpoint(option, path, cfg, model, weights)
-    missing = [key for layer in range(model["decoder_layers"]) for part in ("fc1", "fc2")
-               for kind in ("weight", "bias")
-               if (key := f"decoder.layers.{layer}.{part}.{kind}") not in weights]
-    missing += [key for key in ("decoder.embed_tokens.weight",) if key not in weights]
-    if missing:
-        raise OptionError(option, path, f"has no {missing[0]}, which its own options ask for")
-    return dense
+    with as_it_says(option, path):
+        _check_weights(option, path, model, weights)
+    return DenseCheckpoint(option, path, cfg, model, weights)
+
+
+def _check_weights(option: str, path: str, model: Mapping[str, Any],
+                   weights: Mapping[str, Tensor]) -> None:
+    """Raise `OptionError` unless what experts and vocabulary come from is there."""
+    D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
+    shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
+    wanted = {f"decoder.layers.{layer}.{name}": shape
+              for layer in range(model["decoder_layers"]) for name, shape in shapes.items()}
+    wanted["decoder.embed_tokens.weight"] = None
+    for name, value in weights.items():
+        if value.layout != torch.strided or not value.is_floating_point():
+            raise OptionError(option, path, f"{name} is not a plain tensor of floating point "
+                                            f"numbers ({value.layout}, {value.dtype})")
+        if not value.isfinite().all():
+            raise OptionError(option, path, f"{name} holds NaN or infinity: take an earlier "
+                                            "checkpoint")
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise OptionError(option, path, f"has no {name}, which its own options ask for")
+        given = tuple(weights[name].shape)
+        if len(given) != 2 if shape is None else given != shape:
+            raise OptionError(option, path, f"{name} has the shape {given}, where its own options "
+                                            f"ask for {shape or 'two dimensions'}")
 
 
 def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evomoe_plugin.options import SPAWN_METHODS
+from evomoe_plugin.options import SPAWN_METHODS, SPAWN_RATES
 from evomoe_plugin.routing.noise import fold
 
 METHODS = SPAWN_METHODS
@@ -119,9 +119,5 @@ def _generator(key: int, name: str) -> torch.Generator:
 def _check(method: str, rate: float) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method}: one of: {', '.join(METHODS)}")
-    fits = {
-        "copy": True, "mask": 0 <= rate < 1, "noise": 0 <= rate < math.inf,
-        "reinit": 0 <= rate <= 1,
-    }
-    if not fits[method]:
+    if method in SPAWN_RATES and not SPAWN_RATES[method].fits(rate):
         raise ValueError(f"rate {rate}: not one for the method {method}")

@@ -6,11 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fairseq import options
+from fairseq.data.data_utils import load_indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS
 from fairseq_cli import eval_lm
 
+from evomoe_plugin.checkpoint.building import as_it_says
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.options import OptionError
 
@@ -27,20 +31,60 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         subset: which split.
         tokens_per_sample: the context; None: that of the run that wrote the checkpoint.
     Raises:
-        OptionError: there is no such split.
+        OptionError: there is no such split, it holds nothing or cannot be read; or rows of this
+            length would be left out, as longer than the model's positions.
     """
-    if not list(Path(data).glob(f"{subset}*.idx")):
-        raise OptionError("subset", subset, f"{data} has no {subset}.idx")
-    cfg = read_checkpoint("path", path)["cfg"]
-    length = tokens_per_sample or cfg.task.get("tokens_per_sample") or 512
+    _check_split(data, subset)
+    state = read_checkpoint("path", path)
+    task = state["cfg"].get("task") or {}
+    length = tokens_per_sample
+    if length is None:
+        length = task.get("tokens_per_sample") or 512
+    with_bos = bool(task.get("add_bos_token"))
+    with as_it_says("path", path):
+        most = _positions(state) - with_bos
+    if not 1 <= length <= most:
+        raise OptionError("tokens_per_sample", length,
+                          f"{path} has positions for {most} tokens, longer rows would be left out "
+                          f"of the evaluation: give 1 to {most}")
     arguments = [data, "--task", "language_modeling", "--path", path, "--gen-subset", subset,
                  "--tokens-per-sample", str(length), "--num-workers", "0", "--batch-size",
                  str(max(1, TOKENS_PER_BATCH // length))]
-    if cfg.task.get("add_bos_token"):
+    if with_bos:
         arguments.append("--add-bos-token")
     args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
     with _quiet():
-        return float(eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
+        with as_it_says("path", path):
+            return float(eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
+
+
+def _positions(state: dict[str, Any]) -> int:
+    """The longest row that the model takes."""
+    model = state["cfg"].model
+    learned = state["model"].get("decoder.embed_positions.weight")
+    if learned is not None:
+        return learned.size(0) - 2  # fairseq keeps two rows for the padding index and its offset
+    # As fairseq's own default goes.
+    return (getattr(model, "max_target_positions", None)
+            or getattr(model, "tokens_per_sample", None) or DEFAULT_MAX_TARGET_POSITIONS)
+
+
+def _check_split(data: str, subset: str) -> None:
+    """Raise `OptionError` unless fairseq can read the split, to its last token."""
+    if not list(Path(data).glob(f"{subset}*.idx")):
+        raise OptionError("subset", subset, f"{data} has no {subset}.idx")
+    path = Path(data) / subset
+    try:
+        split = load_indexed_dataset(str(path), None)
+        tokens = int(split.sizes.sum())
+        split[len(split) - 1]  # where a file that is cut short ends too soon
+    except Exception as error:  # fairseq unpacks, asserts and maps what is there
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OptionError("subset", subset,
+                          f"{path}.idx and {path}.bin hold nothing, are cut short or no data of "
+                          f"fairseq ({told[:200]}): make them anew") from error
+    if not tokens:
+        raise OptionError("subset", subset, f"{path}.bin holds no token")
 
 
 @contextmanager

@@ -96,7 +96,8 @@ def _log(decoder: MoEDecoder, num_updates: int) -> None:
     if layers[0].experts.freezes:
         how.append("masked weights frozen")
     how.append("moments copied" if options.moe_spawn_moments == "copy" else "moments reset")
-    counts = sorted({layer.num_experts for layer in layers})
+    counts = [layer.num_experts for layer in layers]
+    least, most = min(counts), max(counts)
     logger.info("update %d: spawned %s experts in each of %d MoE layers from the one that worked "
-                "(%s)", num_updates, " to ".join(map(str, {counts[0]: 0, counts[-1]: 0})),
+                "(%s)", num_updates, least if least == most else f"{least} to {most}",
                 len(layers), ", ".join(how))

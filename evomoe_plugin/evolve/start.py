@@ -69,10 +69,10 @@ def init_from_dense(trainer: Any) -> None:
                 divided = groups is not None and is_experts(name)
                 parameter.copy_(
                     values[name].chunk(groups.size)[groups.rank] if divided else values[name])
+    told = agreement(upcycling)
     logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,
                 {True: "are equal to the dense model's", False: "are not the dense model's",
-                 None: "may not be the dense model's"}[agreement(upcycling).equal],
-                agreement(upcycling).why)
+                 None: "may not be the dense model's"}[told.equal], told.why)
 
 
 def _parameters(trainer: Any) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:

@@ -20,24 +20,19 @@ from evomoe_plugin.evolve.methods import METHODS as SPAWN_METHODS
 from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
 from evomoe_plugin.gates import gate_class
 from evomoe_plugin.options import (
-    DEFAULT_SPAWN_RATES,
     OptionError,
+    check_rate,
     expert_counts,
     expert_ffn_dim,
     expert_slots,
     moe_layer_indices,
+    resolved_rate,
     shared_ffn_dim,
 )
+from evomoe_plugin.validation import check_spawned_from
 
 METHODS = (*SPAWN_METHODS, "slice", "none")
 SLICES = ("contiguous", "shuffled")
-_RATES = {
-    "mask": (lambda rate: 0 <= rate < 1, "it is a share of the weights: give 0 or more and less "
-                                         "than 1"),
-    "noise": (lambda rate: 0 <= rate < float("inf"), "it is a share of the weights' deviation: "
-                                                     "give 0 or more"),
-    "reinit": (lambda rate: 0 <= rate <= 1, "it is a share of the hidden units: give 0 to 1"),
-}
 
 # A parameter inside an MoE layer: which layer, which part, the name there.
 _INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
@@ -79,11 +74,7 @@ class Recipe:
         if self.slices != "contiguous" and self.method != "slice":
             raise OptionError(self.option("slices"), self.slices,
                               f"the method {self.method} cuts nothing: leave it out")
-        if self.rate is not None and self.method not in _RATES:
-            raise OptionError(self.option("rate"), self.rate,
-                              f"the method {self.method} has none: leave it out")
-        if self.rate is not None and not _RATES[self.method][0](self.rate):
-            raise OptionError(self.option("rate"), self.rate, _RATES[self.method][1])
+        check_rate(self.option("rate"), self.method, self.rate)
         if self.rescale and self.method not in ("mask", "slice"):
             raise OptionError(self.option("rescale"), True,
                               f"the method {self.method} has nothing to rescale: leave it out")
@@ -122,6 +113,7 @@ class Upcycling:
         self.dense = dense
         self.options = options
         self.recipe = recipe
+        check_spawned_from(options, recipe.option("method"), recipe.method)
         check_structure(dense, options)
         _check_norms(dense, options)
         self.moe_layers = moe_layer_indices(options, options.decoder_layers)
@@ -188,6 +180,23 @@ class Upcycling:
             with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
             raise OptionError(option, "zero", f"the gate {gate}{with_scorer} cannot learn from "
                                               "weights of 0: give default or normal:STD")
+        if recipe.gate_deviation == 0.0 and cls.KEEPS_ALIKE and self._has_twins():
+            raise OptionError(option, "zero",
+                              f"with it the gate {gate} treats all experts alike, and experts that "
+                              "begin alike stay so for ever: give default or normal:STD, or a "
+                              "--activation-dropout")
+
+    def _has_twins(self) -> bool:
+        """Whether two experts of a layer begin with the same weights, and nothing random parts
+        them."""
+        options = self.options
+        if options.moe_spawn_updates is not None and options.moe_spawn_method != "copy":
+            return False  # the spawn makes them differ
+        if any(getattr(options, name, 0) for name in ("activation_dropout", "relu_dropout")):
+            return False
+        distinct = {"copy": 1, "slice": self.num_slices}.get(self.recipe.method)
+        return distinct is not None and any(
+            slots > distinct for slots in expert_slots(options, len(self.moe_layers)))
 
     def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
         """What the parameter `name` starts with, fp32; None: what it was initialised with.
@@ -227,7 +236,7 @@ class Upcycling:
         if recipe.method == "slice":
             return self._sliced(layer, name, self.num_slices, recipe.rescale)
         source = self.dense.ffn(layer)[name].float()
-        rate = DEFAULT_SPAWN_RATES.get(recipe.method, 0.0) if recipe.rate is None else recipe.rate
+        rate = resolved_rate(recipe.method, recipe.rate)
         return lambda expert: spawn_tensor(
             name, source, recipe.method, key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM),
             rate=rate, rescale=recipe.rescale)[0]

@@ -11,11 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.export.tokenizer import write_tokenizer
 from evomoe_plugin.export.weights import exported_model
 from evomoe_plugin.generation import TrainedModel
-from evomoe_plugin.options import OptionError
 
 _MODELING = "modeling_evomoe.py"
 
@@ -31,7 +31,7 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
         RunFailed: the disk is full; nothing stays behind.
     """
     target = Path(out)
-    check_free(out)
+    check_output("DIR", out, makes_folders=True)
     config, tensors = exported_model(trained, without_eval_capacity)
     work = None
     try:
@@ -56,12 +56,6 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def check_free(out: str) -> None:
-    """Raise `OptionError` if there is something at `out`."""
-    if os.path.lexists(out):
-        raise OptionError("DIR", out, "exists: name a folder that does not")
 
 
 def _umask() -> int:

@@ -38,6 +38,7 @@ class EvoMoEConfig(PretrainedConfig):
         position_embedding="sinusoidal",
         scale_embedding=True,
         layernorm_embedding=False,
+        post_norm=False,
         final_norm=True,
         num_experts=(0,),
         expert_ffn_dim=8,
@@ -62,6 +63,7 @@ class EvoMoEConfig(PretrainedConfig):
         self.position_embedding = position_embedding  # sinusoidal, learned or none
         self.scale_embedding = scale_embedding
         self.layernorm_embedding = layernorm_embedding
+        self.post_norm = post_norm  # norms after attention and feed-forward networks, not before
         self.final_norm = final_norm
         self.num_experts = list(num_experts)  # of each layer; 0: a dense one
         self.expert_ffn_dim = expert_ffn_dim
@@ -170,9 +172,13 @@ class Gate(nn.Module):
             ranked_TC = ranked_TC + self.bias_bits.view(torch.float64)
         picks_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
         mask_TC = _where(picks_TK, ranked_TC)
-        weights_TC = self._scores(logits_TC, self.routing.get("weight_temperature", 1.0))
-        return mask_TC, _normalized(weights_TC, mask_TC) if self.routing["normalized"] else \
-            weights_TC
+        temperature = self.routing.get("weight_temperature", 1.0)
+        if not self.routing["normalized"]:
+            return mask_TC, self._scores(logits_TC, temperature)
+        # From logarithms, since scores of very unlikely picks are 0.
+        sigmoid = self.routing["scores"] == "sigmoid"
+        logs_TC = F.logsigmoid(logits_TC) if sigmoid else logits_TC / temperature
+        return mask_TC, torch.softmax(logs_TC.masked_fill(~mask_TC, float("-inf")), dim=1)
 
     def _threshold(self, logits_TC, ids_T):
         """All above a threshold, and the best."""
@@ -342,13 +348,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network or an MoE layer; norms come first."""
+    """Attention, then a feed-forward network or an MoE layer; norms before each, or after."""
 
     def __init__(self, config, layer):
         super().__init__()
         D = config.hidden_size
         self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.self_attn = Attention(config, layer)
+        self.self_attn, self.post_norm = Attention(config, layer), config.post_norm
         self.moe = None
         if config.num_experts[layer]:
             self.moe = MoE(config, config.num_experts[layer])
@@ -358,12 +364,17 @@ class Block(nn.Module):
             self.fc2 = nn.Linear(config.intermediate_size, D)
 
     def forward(self, x_BLD, ids_BL, keep_BL, allowed, cache):
+        if self.post_norm:
+            x_BLD = self.self_attn_layer_norm(x_BLD + self.self_attn(x_BLD, allowed, cache))
+            return self.final_layer_norm(x_BLD + self._ffn(x_BLD, ids_BL, keep_BL))
         x_BLD = x_BLD + self.self_attn(self.self_attn_layer_norm(x_BLD), allowed, cache)
-        y_BLD = self.final_layer_norm(x_BLD)
+        return x_BLD + self._ffn(self.final_layer_norm(x_BLD), ids_BL, keep_BL)
+
+    def _ffn(self, x_BLD, ids_BL, keep_BL):
         if self.moe is None:
-            return x_BLD + self.fc2(self.activation(self.fc1(y_BLD)))
-        y_TD = self.moe(y_BLD.flatten(0, 1), ids_BL.flatten(), keep_BL.flatten())
-        return x_BLD + y_TD.view_as(x_BLD)
+            return self.fc2(self.activation(self.fc1(x_BLD)))
+        y_TD = self.moe(x_BLD.flatten(0, 1), ids_BL.flatten(), keep_BL.flatten())
+        return y_TD.view_as(x_BLD)
 
 
 class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):

@@ -169,8 +169,6 @@ def _top_any(gate: TopAnyGate, num_updates: int) -> ExportedGate:
 def _top_k_gate(gate: TopKGate, num_updates: int) -> ExportedGate:
     scores = "sigmoid" if isinstance(gate.scorer, SigmoidScorer) else "softmax"
     routing = _top_k(gate.top_k, "scores", scores=scores, normalized=gate.renormalized)
-    if not gate.bias_C.any():
-        return ExportedGate(routing)
     return ExportedGate({**routing, "bias": True}, {"bias_bits": gate.bias_C_bits})
 
 

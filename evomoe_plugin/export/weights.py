@@ -7,17 +7,13 @@ from typing import Any
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
-from evomoe_plugin.export.routing import export_gate
+from evomoe_plugin.export.routing import export_gate, gate_name
 from evomoe_plugin.generation import TrainedModel
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.options import UNSUPPORTED, OptionError
 
 _ACTIVATIONS = ("gelu", "gelu_accurate", "gelu_fast", "relu", "swish", "tanh", "linear")
-# Parts of fairseq's own language models that the exported file has not.
-_UNSUPPORTED = ("character_embeddings", "adaptive_input", "adaptive_softmax_cutoff",
-                "quant_noise_pq", "quant_noise_scalar", "base_layers", "scale_fc", "scale_attn",
-                "scale_heads", "scale_resids")
 
 
 def exported_model(
@@ -36,12 +32,9 @@ def exported_model(
         raise OptionError("arch", type(model).__name__,
                           "cannot be exported: give a checkpoint of a transformer_lm")
     args = model.decoder.args  # as the model was built; the checkpoint's may leave things open
-    for option in _UNSUPPORTED:
+    for option in UNSUPPORTED:
         if args.get(option):
             raise OptionError(option, args[option], "the exported model has no such part")
-    if not args.decoder_normalize_before:
-        raise OptionError("decoder_normalize_before", False,
-                          "the exported model norms before attention and feed-forward networks")
     if args.activation_fn not in _ACTIVATIONS:
         raise OptionError("activation_fn", args.activation_fn,
                           f"the exported model knows {', '.join(_ACTIVATIONS)}")
@@ -56,6 +49,7 @@ def exported_model(
         _add(tensors, name, getattr(decoder, name))
     if not decoder.share_input_output_embed:
         _add(tensors, "output_projection", decoder.output_projection)
+    of_all_layers: dict[str, Any] = {}
     for index, layer in enumerate(decoder.layers):
         prefix = f"layers.{index}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -65,12 +59,23 @@ def exported_model(
         if isinstance(layer, MoEDecoderLayer):
             given = _moe(layer.moe, f"{prefix}moe.", tensors, without_eval_capacity)
             config["num_experts"].append(given.pop("num_experts"))
-            config.update(given)
+            _check_same(of_all_layers, given, gate_name(layer.moe.gate), index)
+            of_all_layers = given
         else:
             _add(tensors, f"{prefix}fc1", layer.fc1)
             _add(tensors, f"{prefix}fc2", layer.fc2)
             config["num_experts"].append(0)
+    config.update(of_all_layers)
     return config, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_same(before: dict[str, Any], given: dict[str, Any], gate: str, index: int) -> None:
+    """Raise `OptionError` unless MoE layers agree in what the configuration says once for all."""
+    for name in before:
+        if before[name] != given[name]:
+            raise OptionError("moe_gate", gate, f"layer {index} has {name} {given[name]}, an "
+                                                f"earlier one {before[name]}: the exported model "
+                                                "has one for all layers")
 
 
 def _add(tensors: dict[str, Tensor], name: str, module: nn.Module | None) -> None:
@@ -99,6 +104,7 @@ def _outside_of_layers(trained: TrainedModel) -> dict[str, Any]:
         "position_embedding": position,
         "scale_embedding": not args.no_scale_embedding,
         "layernorm_embedding": decoder.layernorm_embedding is not None,
+        "post_norm": not args.decoder_normalize_before,
         "final_norm": decoder.layer_norm is not None,
         "num_experts": [],
         "tie_word_embeddings": bool(decoder.share_input_output_embed),

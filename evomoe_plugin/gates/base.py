@@ -107,6 +107,9 @@ class Gate(nn.Module):
     """Whether it has parameters that `--gate-init` can draw."""
     LEARNS_FROM_ZERO: ClassVar[bool] = True
     """Whether it learns where they all begin as 0 (`--gate-init zero`)."""
+    KEEPS_ALIKE: ClassVar[bool] = False
+    """Whether, where they all begin as 0, experts of equal weights get the same tokens with the
+    same weights in every update, so that nothing ever parts them."""
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()

@@ -23,6 +23,7 @@ class DenseGate(Gate):
     Options = ScorerOptions
     DEFAULT_AUX = "none"
     TAKES_CAPACITY = False
+    KEEPS_ALIKE = True
 
     @classmethod
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:

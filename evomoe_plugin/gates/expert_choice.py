@@ -46,6 +46,7 @@ class ExpertChoiceGate(Gate):
     DEFAULT_AUX = "none"
     TAKES_NULL = False
     TAKES_CAPACITY = False
+    KEEPS_ALIKE = True
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)

@@ -66,6 +66,8 @@ class ReluGate(Gate):
     DEFAULT_AUX = "l1=1"
     STATS = (st.COEFFICIENT,)
     TAKES_NULL = False
+    # No logit is above 0, no expert has a token, and nothing a gradient.
+    LEARNS_FROM_ZERO = False
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)

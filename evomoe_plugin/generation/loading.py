@@ -9,9 +9,11 @@ from typing import Any
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
+from evomoe_plugin.checkpoint.building import as_it_says
 from evomoe_plugin.checkpoint.reading import existing_file, read_checkpoint
+from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.generation.text import TextCodec
 from evomoe_plugin.options import OptionError
@@ -50,16 +52,19 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
         OptionError: no such file or folder, not a language model's, or they do not fit.
     """
     state = read_checkpoint(option, path)
-    task = state["cfg"].task
-    if not str(task.get("_name", "")).startswith("language_modeling"):
-        raise OptionError(option, path, f"is of the task {task.get('_name')}: give a checkpoint of "
-                                        "a language model")
-    folder = _data_folder(data, task.data)
-    with open_dict(state["cfg"]):
-        task.data = str(folder)
-    _check_registered(option, path, state["cfg"])
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [existing_file(option, path)], state=state)
+    with as_it_says(option, path):
+        task = state["cfg"].get("task") or {}
+        name = task.get("_name")
+        if not str(name).startswith("language_modeling"):
+            raise OptionError(option, path, f"is of the task {name}: give a checkpoint of a "
+                                            "language model")
+        folder = _data_folder(data, task.get("data"))
+        load_dictionary("data", folder / _DICTIONARY)
+        with open_dict(state["cfg"]):
+            task.data = str(folder)
+        _check_registered(option, path, state["cfg"].model)
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+            [existing_file(option, path)], state=state)
     dictionary = task.source_dictionary
     if len(task.target_dictionary) != len(dictionary):
         raise OptionError("output_dictionary_size", len(task.target_dictionary),
@@ -68,11 +73,13 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
     return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)
 
 
-def _check_registered(option: str, path: str, cfg: Any) -> None:
-    """Raise `OptionError` if the model is of a user's own package that is not imported."""
-    model, own = cfg.model, (cfg.get("common") or {}).get("user_dir") or ""
-    own = "" if Path(own).name == "evomoe_plugin" else f" {own}"
-    remedy = f"give --user-dir{own}, the package that registers it"
+def _check_registered(option: str, path: str, model: DictConfig) -> None:
+    """Raise `OptionError` if the model is of a user's own package that is not imported.
+
+    Which package the checkpoint names is not told: what a user is to import and run shall not come
+    from a file.
+    """
+    remedy = "give --user-dir, the package of your own that registers it"
     name = model.get("_name") or model.get("arch")
     if name not in ARCH_MODEL_REGISTRY:
         raise OptionError(option, path, f"is of the architecture {name}: {remedy}")

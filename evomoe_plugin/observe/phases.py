@@ -31,9 +31,7 @@ class Phase:
 
 def one_expert_start(log: TrainingLog) -> Phase | None:
     """The intervals before the spawn, in which one expert works; None if there was no spawn."""
-    if spawn_update(log) is None:
-        return None
-    return _phase(log, [r for r in log.intervals if EXPERTS in r.values])
+    return _phase(log, _before_spawn(log)) if spawn_update(log) is not None else None
 
 
 def dense_start(log: TrainingLog) -> Phase | None:
@@ -54,13 +52,18 @@ def spawn_update(log: TrainingLog) -> int | None:
 
     Exact where an interval of the log ends there, else the next end of one.
     """
-    updates, active = log.series(ACTIVE)
-    single = len(list(itertools.takewhile(lambda experts: experts == 1, active)))
-    if single in (0, len(active)):
+    single = _before_spawn(log)
+    if not single or len(single) == len(log.intervals):
         return None
-    # An interval with both in it has fewer experts, on average, than the next.
-    has_both = active[single:][1:] and active[single] < active[single + 1]
-    return updates[single] if has_both else updates[single - 1]
+    # It is logged of the updates in which experts wait: here of a part of the interval.
+    after = log.intervals[len(single)]
+    return after.update if ACTIVE in after.values else single[-1].update
+
+
+def _before_spawn(log: TrainingLog) -> list[Record]:
+    """The intervals at the beginning in which one expert is in use."""
+    return list(itertools.takewhile(
+        lambda r: r.values.get(ACTIVE) == 1 and r.values.get(EXPERTS) == 1, log.intervals))
 
 
 def _phase(log: TrainingLog, records: list[Record]) -> Phase | None:

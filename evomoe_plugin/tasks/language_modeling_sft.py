@@ -13,6 +13,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
+from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples
 from evomoe_plugin.data.sft_examples import Encoder, load_examples
 from evomoe_plugin.data.turns import Templates
@@ -112,7 +113,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             raise OptionError("DATA", args.data, f"no such folder; {remedy}")
         if not (folder / "dict.txt").is_file():
             raise OptionError("DATA", args.data, f"has no dict.txt; {remedy}")
-        dictionary = Dictionary.load(str(folder / "dict.txt"))
+        dictionary = load_dictionary("DATA", folder / "dict.txt")
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         return cls(args, dictionary, Encoder(folder, dictionary), templates)
 

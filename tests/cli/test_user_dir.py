@@ -144,8 +144,8 @@ def test_a_users_architecture_of_other_sizes(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("option", "value", "message"), [
-    ("moe_gate", "of_mine", "has the gate of_mine: give --user-dir my/own"),
-    ("_name", "of_mine", "is of the architecture of_mine: give --user-dir my/own"),
+    ("moe_gate", "of_mine", "has the gate of_mine: give --user-dir, the package of your own"),
+    ("_name", "of_mine", "is of the architecture of_mine: give --user-dir, the package"),
 ])
 def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, message):
     state = upcycle(folder, "--moe-gate", "gshard")
@@ -155,7 +155,9 @@ def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, 
     capsys.readouterr()
     for arguments in (["generate", "--path", tmp_path / "moe.pt", "--prompt", "w1"],
                       ["export", tmp_path / "moe.pt", tmp_path / "out"]):
-        assert message in refused(capsys, main(list(map(str, arguments))))
+        told = refused(capsys, main(list(map(str, arguments))))
+        assert message in told
+        assert "my/own" not in told  # what is run shall not come from a file
 
 
 @pytest.mark.parametrize("verb", TAKE_USER_DIR)

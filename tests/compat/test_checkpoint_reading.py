@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
+import zipfile
 
 import numpy as np
 import omegaconf
@@ -11,6 +13,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from evomoe_plugin.compat import checkpoint_reading
 from evomoe_plugin.options import OptionError
 
 
@@ -70,6 +73,50 @@ def test_a_file_cut_short_is_named(tmp_path, size):
     os.truncate(path, size % (path.stat().st_size + 1) if size < 0 else size)
     with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short"):
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def pickled_as(path, content):
+    """A file of torch whose pickle is these bytes, or what a function makes of the right ones."""
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in files if name.endswith("data.pkl"))
+    files[name] = content(files[name]) if callable(content) else content
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, parts in files.items():
+            archive.writestr(name, parts)
+    return path
+
+
+@pytest.mark.parametrize(("content", "cause"), [
+    (b"\x80\x02a.", IndexError), (b"\x80\x02}]Ns.", TypeError),
+    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", TypeError),
+    (b"\x80\x02cargparse\nNamespace\n)RK\x01b.", TypeError)])
+def test_damage_that_leads_the_unpickler_astray(tmp_path, content, cause):
+    with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short") as caught:
+        with open(pickled_as(tmp_path / "c.pt", content), "rb") as file:
+            checkpoint_reading.load(file)
+    assert isinstance(caught.value.__cause__, cause)
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_in_the_pickle_ends_in_one_line(tmp_path):
+    draw, refused = random.Random(1), 0
+
+    def damage(pickled):
+        damaged = bytearray(pickled)
+        for _ in range(draw.randint(1, 3)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        return bytes(damaged)
+
+    for _ in range(100):
+        with open(pickled_as(tmp_path / "c.pt", damage), "rb") as file:
+            try:
+                checkpoint_reading.load(file)
+            except OptionError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 50
 
 
 def test_a_foreign_file_is_named(tmp_path):

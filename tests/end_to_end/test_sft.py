@@ -36,11 +36,13 @@ def talks(tmp_path_factory):
     return folder
 
 
-def options(data, save_dir, *given):
-    return (data, "--user-dir", "evomoe_plugin", *SFT, *TINY,
+ANNEALED = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
+
+
+def options(data, save_dir, *given, gate=ANNEALED):
+    return (data, "--user-dir", "evomoe_plugin", *SFT, *TINY, *gate,
             "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.1", "--batch-size", "3",
             "--optimizer", "adam", "--lr", "0.003", "--clip-norm", "1.0", "--max-update", "8",
-            "--moe-temperature-updates", "6", "--moe-temperature-end", "0.1",
             "--log-format", "json", "--log-interval", "1", "--num-workers", "0",
             "--no-epoch-checkpoints", "--save-dir", save_dir, "--seed", "7", *given)
 
@@ -48,7 +50,8 @@ def options(data, save_dir, *given):
 @pytest.fixture(scope="module")
 def tune(run_command, talks):
     """Fine-tune a tiny model from random weights."""
-    return lambda save_dir, *given: run_command("train", *options(talks, save_dir, *given))
+    return lambda save_dir, *given, gate=ANNEALED: run_command(
+        "train", *options(talks, save_dir, *given, gate=gate))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,37 @@ def test_generation_goes_on_from_prompts(one_process, talks, run_command, tmp_pa
         text = hypotheses(generated)[str(number)].replace(" ", "").replace("\u2581", " ")
         assert text.startswith(record["prompt"])
         assert len(text) > len(record["prompt"])
+
+
+NULL = ("--moe-null-experts", "2", "--moe-top-k", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [
+    ("--moe-gate", "top_k", *NULL, "--moe-null-rate-target", "0.3",
+     "--moe-aux", "balance=0.1,null=0.1"),
+    ("--moe-gate", "top_p", *NULL, "--moe-top-p", "0"),
+], ids=["top_k", "top_p"])
+def test_null_experts_in_fp16(tune, talks, run_command, tmp_path, gate):
+    """From training with a resume to evaluation and generation."""
+    given = (*PACKED, "--fp16", "--fp16-init-scale", "4")
+    whole = tune(tmp_path / "whole", *given, gate=gate)
+    tune(tmp_path / "stopped", *given, "--max-update", "5", gate=gate)
+    resumed = tune(tmp_path / "stopped", *given, gate=gate)
+    records = whole.logged("train_inner")
+    assert len(records) == 8
+    assert all(0 < float(record["null_mass"]) < 1 for record in records)
+    for a, b in zip(resumed.logged("train_inner"), records[5:], strict=True):
+        for key in ("loss", "inner_loss", "null_mass", "experts_per_token"):
+            # fp32 masters are in no checkpoint of fairseq.
+            assert a[key] == pytest.approx(b[key], rel=5e-3), key
+    path = tmp_path / "whole/checkpoint_last.pt"
+    loss = evaluate(talks, path, *SFT, "--batch-size", "4")["loss"].item()
+    assert loss == pytest.approx(float(whole.logged("valid")[-1]["valid_inner_loss"]), abs=5e-3)
+    generated = run_command(
+        "generate", talks, "--user-dir", "evomoe_plugin", "--path", path, "--beam", "1",
+        "--max-len-b", "9", *SFT, "--gen-subset", "test", "--batch-size", "3")
+    assert len(hypotheses(generated)) == 5
 
 
 def fails(monkeypatch, capsys, *arguments) -> str:

@@ -157,3 +157,54 @@ def test_precisions_and_optimizers(given, frozen, train, tmp_path):
         zero = at_spawn[name] == 0
         assert 0.2 < zero.float().mean().item() < 0.4
         assert (last[name][zero] == 0).all() == bool(frozen)
+
+
+@pytest.mark.slow
+def test_fully_sharded_with_activation_checkpointing(unbroken, train, tmp_path):
+    folder, plain = unbroken
+    run = train(tmp_path, *SPAWN, *SHARDED, "--checkpoint-activations", "--disable-validation")
+    assert spawns(run) == spawns(plain)
+    assert_same_course(plain, run)
+    assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt", atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_file_a_rank_and_a_resume_before_the_spawn(unbroken, train, tmp_path):
+    given = (*SPAWN, *SHARDED, "--use-sharded-state", "--disable-validation")
+    whole = train(tmp_path / "whole", *given)
+    assert_same_course(unbroken[1], whole)
+    train(tmp_path / "run", *given, "--max-update", N + 1, "--save-interval-updates", N - 1)
+    for rank in (0, 1):
+        (saved,) = (tmp_path / "run").glob(f"checkpoint_*_{N - 1}-shard{rank}.pt")
+        saved.rename(tmp_path / "run" / f"checkpoint_last-shard{rank}.pt")
+    resumed = train(tmp_path / "run", *given)
+    assert spawns(resumed) == spawns(whole)
+    assert_same_course(whole, resumed, tolerance=0, skip=N - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [N - 1, N])
+def test_resumed_on_another_number_of_processes(unbroken, train, tmp_path, updates):
+    folder, whole = unbroken
+    resumed = train(tmp_path, *SPAWN, *SHARDED, "--disable-validation", "--restore-file",
+                    saved(folder, updates))
+    assert len(spawns(resumed)) == (updates < N)
+    assert_same_course(whole, resumed, skip=updates)
+    assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt", atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_spawned_model_is_not_spawned_again(unbroken, train, tmp_path):
+    folder, _ = unbroken
+    last = folder / "checkpoint_last.pt"
+    for given, message in [
+        (("--finetune-from-model", last), "all experts of .* work already"),
+        (("--restore-file", saved(folder, N), "--moe-spawn-updates", "6"), "were spawned at up"),
+    ]:
+        refused = train(tmp_path, *SPAWN, *given, check=False)
+        assert refused.status == 2 and not list(tmp_path.glob("*.pt"))
+        assert re.search(f"^error: --moe-spawn-updates .*{message}", refused.output, re.M)
+    tuned = train(tmp_path, *SPAWN[2:], "--finetune-from-model", last, "--max-update", "1",
+                  "--moe-hard-updates", "0")
+    assert not spawns(tuned)
+    assert tuned.logged("train_inner")[0]["experts_per_token"] == 1  # as it was: hard

@@ -111,6 +111,24 @@ def test_fully_sharded_begins_with_the_dense_model(begun, dense, train, tmp_path
         assert a["gnorm"] == pytest.approx(b["gnorm"], abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [
+    ("--moe-init-method", "mask"), ("--fp16", "--fp16-init-scale", "4"),
+], ids=["mask", "fp16"])
+def test_fully_sharded_begins_as_one_process_does(dense, train, tmp_path, given):
+    given = (*GATE, *SAME, *given, "--moe-init-from-dense", dense, "--max-update", "3")
+    one = train(tmp_path / "one", *given, "--update-freq", "2")
+    two = train(tmp_path / "two", *given, *TWO)
+    assert len(one.logged("train_inner")) == 3
+    for a, b in zip(two.logged("train_inner"), one.logged("train_inner"), strict=True):
+        assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=5e-3)
+    weights = [load(tmp_path / which / "checkpoint_last.pt")["model"][
+        "decoder.layers.1.moe.experts.fc1_weight"] for which in ("one", "two")]
+    masked = [(weight.float().abs() < 0.02).float().mean().item() for weight in weights]
+    assert masked[0] == pytest.approx(masked[1], abs=0.01)
+    assert torch.allclose(*(weight.float() for weight in weights), atol=2e-3)
+
+
 @pytest.fixture(scope="module")
 def frozen(dense, train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")

@@ -157,7 +157,8 @@ def sharded_rank(rank, folder, flatten, mixed):
     net.inner = FullyShardedDataParallel(net.inner, **how)
     net = FullyShardedDataParallel(net, **how)
     optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
-    trainer = types.SimpleNamespace(model=net, optimizer=optimizer, is_fsdp=True)
+    trainer = types.SimpleNamespace(
+        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True)
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 
     net(x[rank::2]).float().exp().sum().backward()

@@ -7,6 +7,8 @@ import types
 
 import pytest
 import torch
+from fairseq.optim.adafactor import Adafactor
+from fairseq.optim.adam import Adam
 from fairseq.optim.sgd import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +18,7 @@ from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.options import spawn_rate
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
+from evomoe_plugin.validation import largest_step
 from tests.evolve.conftest import step, trainer_of
 from tests.gates.conftest import D, E, T, make_layer  # noqa: F401
 from tests.gates.test_every_gate import NEEDED, WAYS, every, tokens
@@ -335,6 +338,53 @@ def test_moments(make_run, method, rule):
     for name, p in model.named_parameters():
         if name in others:
             assert torch.equal(state[p]["exp_avg"], untouched[name])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_factored_moments_of_adafactor(make_model, gated):
+    """As if all experts had had the gradients of the first."""
+    model = make_model(moe_spawn_updates=N, moe_expert_gated=gated, decoder_ffn_embed_dim=4)
+    trainer = trainer_of(model, N)
+    other = copy.deepcopy(model)
+    prefix = EXPERTS.format(1)
+    runs = []
+    for net, all_alike in ((model, False), (other, True)):
+        optimizer = Adafactor(list(net.parameters()), lr=0.01, relative_step=False)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(N):
+            for name, p in net.named_parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+                if ".experts." in name:
+                    p.grad[1:] = p.grad[:1].clone() if all_alike else 0.0
+            optimizer.step()
+        runs.append({name.removeprefix(prefix): optimizer.state[p]
+                     for name, p in net.named_parameters() if name.startswith(prefix)})
+        if not all_alike:
+            trainer.optimizer = types.SimpleNamespace(optimizer=optimizer)
+    spawn_experts(trainer)
+    got, wanted = runs
+    assert got.keys() == wanted.keys() and len(got) == (3 if gated else 4)
+    for name, state in got.items():
+        for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+            assert torch.allclose(state[key], wanted[name][key], rtol=1e-5), (name, key)
+
+
+@pytest.mark.parametrize(("betas", "most"), [((0.9, 0.98), 1.55), ((0.9, 0.999), 6.57)])
+def test_first_steps_without_moments_amid_a_run(betas, most):
+    """What docs/options.md says, and the warning for a large beta2."""
+    updates = 10_000
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Adam([weight], lr=1.0, betas=betas, eps=1e-12)
+    optimizer.state[weight] = {"step": updates, "exp_avg": torch.zeros(1),
+                               "exp_avg_sq": torch.zeros(1)}
+    steps = []
+    for _ in range(60):
+        before = weight.item()
+        weight.grad = torch.full((1,), 0.5)
+        optimizer.step()
+        steps.append(before - weight.item())
+    assert max(steps) == pytest.approx(most, abs=0.01)
+    assert largest_step(betas, updates) == pytest.approx(max(steps), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", HALF)

@@ -30,7 +30,7 @@ BAD = [
     (after(moe_spawn_method="reinit", moe_spawn_rate=1.5), "1.5: it is a share of the hidden uni"),
     (after(moe_spawn_method="noise", moe_spawn_rate=-1.0), "--moe-spawn-rate -1.0: give a number"),
     (after(moe_spawn_method="noise", moe_spawn_rate=float("inf")), "--moe-spawn-rate inf: give"),
-    (after(moe_spawn_method="copy", moe_spawn_rate=0.3), "--moe-spawn-rate 0.3: --moe-spawn-meth"),
+    (after(moe_spawn_method="copy", moe_spawn_rate=0.3), "--moe-spawn-rate 0.3: the method copy"),
     (after(moe_spawn_method="noise", moe_spawn_rescale=True), "rescale True: --moe-spawn-method n"),
     (after(moe_spawn_method="reinit", moe_spawn_trainable_masked="false"),
      "--moe-spawn-trainable-masked false: --moe-spawn-method reinit masks nothing"),
@@ -98,6 +98,68 @@ def test_averaged_weights_are_refused_with_a_spawn(moe_options, updates):
     else:
         with pytest.raises(OptionError, match="--store-ema True: the averages of experts would"):
             validate_run(cfg)
+
+
+def run_of(model, **more):
+    """A run's configuration with some of the model's fields; what is not given is as usual."""
+    usual = {
+        "task": None, "criterion": None, "model": model, "ema": {"store_ema": False},
+        "checkpoint": {"finetune_from_model": None}, "optimization": {"use_bmuf": False},
+        "distributed_training": {"zero_sharding": "none", "ddp_backend": "legacy_ddp"},
+        "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
+    }
+    return OmegaConf.create({**usual, **more})
+
+
+CHANGES = [{"moe_spawn_updates": 5}, {"moe_init_from_dense": "dense.pt"},
+           {"moe_gate": "top_any", "moe_adapt_record_interval": 5}]
+
+
+@pytest.mark.parametrize("model", CHANGES, ids=str)
+@pytest.mark.parametrize(("more", "message"), [
+    ({"distributed_training": {"zero_sharding": "os", "ddp_backend": "legacy_ddp"}},
+     "--zero-sharding os: keeps the optimizer's state where --moe-.* cannot edit it: give"),
+    ({"optimization": {"use_bmuf": True}}, "--use-bmuf with --moe-.*: keeps a copy of the weights"),
+    ({"distributed_training": {"zero_sharding": "none", "ddp_backend": "slowmo"}},
+     "--ddp-backend slowmo with --moe-.*: keeps a copy of the weights"),
+])
+def test_who_else_holds_weights_or_moments_is_refused(model, more, message):
+    """Also of a yaml with these fields alone."""
+    validate_run(run_of(model))
+    validate_run(run_of({"moe_gate": "top_k"}, **more))
+    with pytest.raises(OptionError, match=message) as raised:
+        validate_run(run_of(model, **more))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_yaml_that_leaves_fields_out_is_checked_too():
+    with pytest.raises(OptionError, match="--store-ema True: the averages of experts would be of"):
+        validate_run(run_of({"moe_spawn_updates": 5}, ema={"store_ema": True}))
+    with pytest.raises(OptionError, match="--moe-init-from-dense d.pt: --finetune-from-model"):
+        validate_run(run_of({"moe_init_from_dense": "d.pt"},
+                            checkpoint={"finetune_from_model": "moe.pt"}))
+
+
+@pytest.mark.parametrize(("betas", "updates", "warned"), [
+    ("(0.9, 0.98)", 5000, None), ([0.9, 0.98], 5000, None), ("(0.9, 0.999)", None, None),
+    ("(0.9, 0.999)", 5000, "up to 6.5 times --lr; with (0.9, 0.98) it is 1.6 times"),
+    ([0.9, 0.999], 100, "up to 2.1 times --lr; with (0.9, 0.98) it is 1.5 times"),
+    (None, 5000, None),
+])
+def test_a_large_beta2_with_a_spawn_is_warned_of(betas, updates, warned, caplog):
+    optimizer = {"_name": "adam", "adam_betas": betas} if betas else {"_name": "sgd"}
+    with caplog.at_level(logging.WARNING):
+        validate_run(run_of({"moe_spawn_updates": updates}, optimizer=optimizer))
+    assert [warned in message for message in caplog.messages] == ([True] if warned else [])
+
+
+@pytest.mark.parametrize("method", ["mask", "noise", "reinit", "slice"])
+def test_a_spawn_from_experts_that_differ_already_is_refused(moe_options, method):
+    with pytest.raises(OptionError, match=f"--moe-init-method {method}: --moe-spawn-updates makes"):
+        validate(moe_options(**after(moe_init_from_dense="dense.pt", moe_init_method=method)))
+    validate(moe_options(moe_init_from_dense="dense.pt", moe_init_method=method))
+    for allowed in ("copy", "none"):
+        validate(moe_options(**after(moe_init_from_dense="dense.pt", moe_init_method=allowed)))
 
 
 def test_default_rates(moe_options):

@@ -12,7 +12,7 @@ from evomoe_plugin.evolve.convert import convert, write
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.methods import kept_mask, seed_of
 from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling
-from evomoe_plugin.gates import Gate, WeightSum, gate_names, register_gate
+from evomoe_plugin.gates import Gate, WeightSum, gate_class, gate_names, register_gate
 from evomoe_plugin.gates.switch import SwitchGate
 from evomoe_plugin.options import OptionError
 from evomoe_plugin.validation import validate
@@ -24,6 +24,7 @@ from tests.evolve.dense_models import (
     dictionary_of,
     largest_difference,
     save_dense,
+    tokens,
 )
 
 EXPERTS = 4
@@ -234,12 +235,14 @@ def test_slices_hold_every_neuron_and_sum_to_the_dense_network(dense, order, cou
 def test_scaled_slices_of_an_even_gate_are_the_dense_model(dense):
     recipe = Recipe("slice", rescale=True, gate_init="zero", slices="shuffled")
     for gate in ("dense", "dense_to_sparse"):
-        converted = made(dense, moe_gate=gate, moe_expert_size_factor=2, recipe=recipe)
+        converted = made(dense, moe_gate=gate, moe_expert_count="2", moe_expert_size_factor=2,
+                         recipe=recipe)
         assert converted.agreement.equal
         model = build(converted.state, dictionary_of())
         assert largest_difference(model, dense_model(dense)) < ROUNDING
     for changed in (Recipe("slice", rescale=True), Recipe("slice", gate_init="zero")):
-        converted = made(dense, moe_gate="dense", moe_expert_size_factor=2, recipe=changed)
+        converted = made(dense, moe_gate="dense", moe_expert_count="2", moe_expert_size_factor=2,
+                         recipe=changed)
         assert not converted.agreement.equal
 
 
@@ -305,9 +308,54 @@ ONE_LINE = [
                                                         "--moe-scorer cosine cannot learn"),
     ({"moe_gate": "top_any"}, Recipe(gate_init="zero"), "--gate-init zero: the gate top_any cannot "
                                                        "learn from weights of 0"),
+    ({"moe_gate": "relu"}, Recipe(gate_init="zero"), "--gate-init zero: the gate relu cannot learn "
+                                                     "from weights of 0"),
+    ({"moe_gate": "dense"}, Recipe(gate_init="zero"), "--gate-init zero: with it the gate dense "
+                                                      "treats all experts alike, .* for ever"),
+    ({"moe_gate": "expert_choice", "moe_allow_noncausal": True}, Recipe(gate_init="zero"),
+     "--gate-init zero: with it the gate expert_choice treats all experts alike"),
+    ({"moe_gate": "dense", "moe_expert_size_factor": 2}, Recipe("slice", gate_init="zero"),
+     "--gate-init zero: with it the gate dense"),
+    ({"moe_gate": "dense", "moe_spawn_updates": 5, "moe_spawn_method": "copy"},
+     Recipe(gate_init="zero"), "--gate-init zero: with it the gate dense"),
+    *(({"moe_spawn_updates": 5}, Recipe(method),
+       f"--method {method}: --moe-spawn-updates makes all experts from the first .*: give copy or")
+      for method in ("mask", "noise", "reinit", "slice")),
+    ({}, Recipe("noise", rate=0.0), "--rate 0.0: give a number above 0"),
+    ({"dropout": 7.0}, Recipe(), "--dropout 7.0: it is a probability: give a number from 0 to 1"),
     ({}, Recipe("mask", rate=1.0, in_run=True), "--moe-init-rate 1.0: "),
     ({}, Recipe(gate_init="x", in_run=True), "--moe-init-gate x: "),
 ]
+
+
+@pytest.mark.parametrize(("gate", "given", "dropout", "parted"), [
+    ("dense", {}, 0.0, False), ("dense", {}, 0.2, True),
+    ("expert_choice", {"moe_allow_noncausal": True}, 0.0, False), ("gshard", {}, 0.0, True),
+])
+def test_copies_and_a_gate_of_zeros_part_or_not(dense, gate, given, dropout, parted):
+    """What the refusal of `KEEPS_ALIKE` rests on."""
+    state = made(dense, moe_gate=gate, activation_dropout=dropout, **given).state
+    model = build(state, dictionary_of()).train()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.zeros_(parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        y, extra = model(tokens())
+        (y.square().mean() + sum(loss.sum() for loss in extra["moe_aux"].values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = model.decoder.moe_layers[0].experts.fc1_weight
+    alike = all(torch.allclose(weight, weights[0], atol=1e-6) for weight in weights)
+    assert alike != parted
+    assert gate_class(gate).KEEPS_ALIKE == (gate != "gshard")
+
+
+def test_what_a_spawn_makes_is_not_alike_for_ever(dense):
+    made(dense, moe_gate="dense", moe_spawn_updates=5, recipe=Recipe(gate_init="zero"))
+    made(dense, moe_gate="dense", activation_dropout=0.1, recipe=Recipe(gate_init="zero"))
+    assert made(dense, moe_gate="dense", moe_spawn_updates=5, recipe=Recipe("none")).agreement == (
+        Agreement(False, "the experts start afresh"))
 
 
 @pytest.mark.parametrize(("given", "recipe", "message"), ONE_LINE,
@@ -357,9 +405,20 @@ def test_weights_that_are_missing_or_left_over(dense, tmp_path):
     for change, message in [
         (lambda w: w.pop("decoder.layers.2.fc1.bias"), "has no decoder.layers.2.fc1.bias"),
         (lambda w: w.pop("decoder.layers.0.self_attn.k_proj.bias"), "has no decoder.layers.0.self"),
+        (lambda w: w.update({"decoder.layers.0.fc2.bias": torch.zeros(16, dtype=torch.int64)}),
+         "decoder.layers.0.fc2.bias is not a plain tensor of floating point numbers .*int64"),
+        (lambda w: w.update({"decoder.layers.0.fc2.weight": torch.eye(16, 24).to_sparse()}),
+         "decoder.layers.0.fc2.weight is not a plain tensor of floating point .*sparse_coo"),
+        (lambda w: w["decoder.layers.1.fc1.weight"][0].fill_(float("nan")),
+         "decoder.layers.1.fc1.weight holds NaN or infinity: take an earlier checkpoint"),
+        (lambda w: w.update({"decoder.layers.0.fc2.weight": torch.zeros(16, 24, 1)}),
+         "decoder.layers.0.fc2.weight has the shape .16, 24, 1."),
+        (lambda w: w.update({"decoder.embed_tokens.weight": torch.zeros(40)}),
+         "decoder.embed_tokens.weight has the shape .40,."),
         (lambda w: w.update({"decoder.extra": torch.zeros(1)}), "has decoder.extra, for which"),
         (lambda w: w.update({"decoder.layers.0.fc1.weight": torch.zeros(3, 16)}),
-         re.escape("decoder.layers.0.fc1.weight has the shape (3, 16), the model (24, 16)")),
+         re.escape("decoder.layers.0.fc1.weight has the shape (3, 16), where its own "
+                   "options ask for (24, 16)")),
     ]:
         with pytest.raises(OptionError, match=message):
             made(changed(change), moe_gate="top_p")

@@ -59,6 +59,48 @@ def test_the_bias_of_loss_free_balancing(make_trained, exported):
     assert not torch.allclose(wanted, before, atol=1e-3)
 
 
+@pytest.mark.parametrize("with_bias", [0, 1])
+@torch.no_grad()
+def test_the_bias_of_one_layer_alone(make_trained, exported, with_bias):
+    trained = make_trained(moe_gate="top_k", moe_bias_update_rate=0.05)
+    trained.model.decoder.moe_layers[with_bias].gate.bias_C.copy_(
+        torch.tensor([3, -7, 9, 0, -4]) / 10)
+    model, x = exported(trained), tokens()
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+    layers = [model.layers[0], model.layers[2]]
+    assert [bool(layer.moe.gate.bias_bits.any()) for layer in layers] == [
+        with_bias == 0, with_bias == 1]
+
+
+def test_layers_that_route_differently_are_refused(make_trained, exported):
+    trained = make_trained(moe_gate="top_k")
+    trained.model.decoder.moe_layers[1].gate.renormalized = True
+    with pytest.raises(OptionError, match="--moe-gate top_k: layer 2 has routing {.*'normalized': "
+                                          "True.*}, an earlier one .*: the exported model has one"):
+        exported(trained)
+
+
+@pytest.mark.parametrize("given", [
+    {"moe_gate": "top_k", "moe_scorer": "sigmoid", "moe_top_k_weights": "renormalized"},
+    {"moe_gate": "top_k", "moe_scorer": "sigmoid"},
+    {"moe_gate": "top_k", "moe_top_k_weights": "renormalized"},
+    {"moe_gate": "gshard"},
+], ids=label)
+@torch.no_grad()
+def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
+    """Where the scores of the picks are 0 in fp32, their weights still sum to 1."""
+    trained = make_trained(**given)
+    lowest = []
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.scorer.weight.mul_(200)
+        layer.gate.scorer.register_forward_hook(
+            lambda module, inputs, logits_TC: lowest.append(logits_TC.topk(2, dim=1)[0].min()))
+    model, x = exported(trained), tokens(8, 16)
+    wanted = trained.model(x)[0]
+    assert min(lowest) < -100
+    assert torch.allclose(model(x).logits, wanted, atol=1e-4)
+
+
 @torch.no_grad()
 def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
     trained = make_trained(moe_gate="top_any", moe_expert_count="3,2", moe_max_experts=6,
@@ -81,6 +123,8 @@ def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
     {"activation_fn": "swish", "moe_expert_gated": True},
     {"activation_fn": "gelu_accurate", "moe_expert_ffn_dim": 10, "moe_expert_count": "2,7"},
     {"checkpoint_activations": True, "decoder_layerdrop": 0.5},
+    {"moe_post_norm": True, "layernorm_embedding": True},
+    {"arch": "transformer_lm", "decoder_input_dim": 16, "decoder_output_dim": 16},
     {"arch": "transformer_lm", "activation_fn": "gelu", "decoder_input_dim": 16,
      "decoder_output_dim": 16, "decoder_normalize_before": True},
 ], ids=label)
@@ -113,7 +157,7 @@ def test_padding_on_either_side_changes_nothing(make_trained, exported, gate):
                  else pytest.mark.slow) for gate in GATES])
 @torch.no_grad()
 def test_the_cache_changes_nothing(make_trained, exported, gate):
-    trained = make_trained(20, moe_gate=gate)
+    trained = make_trained(20, moe_gate=gate, moe_post_norm=gate == "hash")
     model, x = exported(trained), tokens(2)
     whole, cache, parts = model(x).logits, None, []
     for part in x.split([5, 1, 1, 4], dim=1):
@@ -166,12 +210,6 @@ def test_a_capacity_of_evaluation_is_refused(make_trained, exported, tmp_path):
         exported(trained)
     assert not (tmp_path / "exported").exists()
     assert exported(trained, without_eval_capacity=True).config.num_experts == [5, 0, 5]
-
-
-def test_norms_that_come_last_are_refused(make_trained, exported):
-    trained = make_trained(arch="transformer_lm", decoder_input_dim=16, decoder_output_dim=16)
-    with pytest.raises(OptionError, match="--decoder-normalize-before False"):
-        exported(trained)
 
 
 def test_a_gate_of_ones_own_is_refused(make_trained, exported, tmp_path):

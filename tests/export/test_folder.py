@@ -114,7 +114,7 @@ def test_the_tokenizer_gives_the_same_ids(make_trained, tmp_path, transformers, 
 
 def test_what_is_there_is_left_alone(make_trained, tmp_path):
     (tmp_path / "exported").mkdir()
-    with pytest.raises(OptionError, match="exported: exists: name a folder that does not"):
+    with pytest.raises(OptionError, match="exported: exists already: give another path"):
         export(make_trained(), str(tmp_path / "exported"))
     assert not list((tmp_path / "exported").iterdir())
 

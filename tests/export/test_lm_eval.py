@@ -69,7 +69,7 @@ print("RESULT", json.dumps([found, results["results"]["tiny"]["acc,none"]]))
 
 @pytest.mark.slow
 def test_a_task_of_the_harness(make_trained, tmp_path):
-    pytest.importorskip("lm_eval", reason="pip install lm_eval accelerate; it is not in the lock")
+    pytest.importorskip("lm_eval", reason="pip install .[lm-eval]; it is not in the lock")
     trained = make_trained(20)
     export(trained, str(tmp_path / "exported"))
     tasks = tmp_path / "tasks"

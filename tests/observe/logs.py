@@ -23,15 +23,15 @@ def diversified(interval_of: int = 10) -> TrainingLog:
     """EvoMoE's both phases: one expert, 8 spawned after update 30, hard top-1 from 70 on; the last
     update is 100."""
     experts = [1] * 30 + [8] * 20 + [4] * 20 + [1] * 30
-    active = [1] * 30 + [8] * 70
+    active = [1] * 30 + [None] * 70
     temperatures = [None] * 30 + [2] * 20 + [1] * 20 + [0.1] * 30
     lines = []
     for end in range(interval_of, 101, interval_of):
         part = slice(end - interval_of, end)
-        known = [t for t in temperatures[part] if t is not None]
-        values = {"experts_per_token": _mean(experts[part]), "active_experts": _mean(active[part])}
-        if known:
-            values["temperature"] = _mean(known)
+        values = {"experts_per_token": _mean(experts[part])}
+        for name, metric in (("temperature", temperatures), ("active_experts", active)):
+            if known := [value for value in metric[part] if value is not None]:
+                values[name] = _mean(known)
         lines.append(interval(end, inner_loss=9 - end / 50, wpb=1000, wps=2000,
                               mflops_per_token=2 + values["experts_per_token"], **values))
     return parse_log(lines, "diversified")

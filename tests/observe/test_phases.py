@@ -64,16 +64,18 @@ def test_a_spawn_within_an_interval():
     assert (start.first_update, start.last_update, start.experts_per_token) == (41, 60, 6)
 
 
-@pytest.mark.parametrize("active", [[1, 1, 1], [4, 4, 4], [4, 3, 5]])
-def test_without_a_spawn_the_start_is_the_dense_one(active):
-    """A model of one expert, of several, of a changing number."""
-    log = parse_log([interval(10 * i, experts_per_token=2, active_experts=a)
-                     for i, a in enumerate(active, 1)])
+@pytest.mark.parametrize("logged", [
+    {"experts_per_token": 1}, {"experts_per_token": 1, "active_experts": 1},
+    {"experts_per_token": 2, "active_experts": 4}])
+def test_without_a_spawn_the_start_is_the_dense_one(logged):
+    """Hard routing; experts that still wait; a changing number of them."""
+    log = parse_log([interval(10 * i, **logged) for i in range(1, 4)])
     assert spawn_update(log) is None and one_expert_start(log) is None
     assert dense_start(log).first_update == 1
 
 
 def test_a_spawn_with_hard_routing_is_told_by_the_experts_in_use():
-    log = parse_log([interval(10 * i, experts_per_token=1, active_experts=a)
-                     for i, a in enumerate([1, 1, 8, 8], 1)])
+    before = [interval(10 * i, experts_per_token=1, active_experts=1) for i in (1, 2)]
+    log = parse_log(before + [interval(10 * i, experts_per_token=1) for i in (3, 4)])
     assert spawn_update(log) == 20 and top1_start(log) is None
+    assert one_expert_start(log).last_update == 20 and dense_start(log).first_update == 21

@@ -1,15 +1,12 @@
-"""Checkpoints of runs whose experts are divided over processes: as if one had held them all."""
+"""Saving a run whose experts are divided over processes: as if one had held them all."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import Token
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +17,8 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.compat import expert_files
+from evomoe_plugin.compat.divided_experts import Divided, divided
 from evomoe_plugin.compat.errors import RunFailed
-from evomoe_plugin.compat.expert_parallel import divided_layers
 from evomoe_plugin.compat.expert_shards import (
     KEY,
     MODEL,
@@ -29,7 +26,6 @@ from evomoe_plugin.compat.expert_shards import (
     Entry,
     Manifest,
     ShardFile,
-    manifest_of,
     new_tag,
     replacing,
     wholes,
@@ -37,9 +33,8 @@ from evomoe_plugin.compat.expert_shards import (
     write_shard,
 )
 from evomoe_plugin.compat.mend import Mend, always, wrap
-from evomoe_plugin.compat.optimizer_layout import OptimizerLayout, model_layout
+from evomoe_plugin.compat.optimizer_layout import model_layout
 from evomoe_plugin.compat.parameter_storage import storages
-from evomoe_plugin.dispatch import expert_rows
 from evomoe_plugin.dispatch.groups import ExpertGroups
 from evomoe_plugin.options import OptionError
 
@@ -47,57 +42,11 @@ from evomoe_plugin.options import OptionError
 PATIENCE = 60.0
 
 
-@dataclass(frozen=True)
-class Divided:
-    """The layers of a model whose experts are divided over processes."""
-
-    groups: ExpertGroups
-    layers: dict[str, Any]
-    """By their prefix in the checkpoint."""
-
-    def names(self) -> dict[str, int]:
-        """Names of the experts' parameters and buffers in the checkpoint, and their E."""
-        return {f"{prefix}experts.{name}": layer.num_experts
-                for prefix, layer in self.layers.items() for name in layer.expert_names}
-
-    def undivided(self, layout: OptimizerLayout) -> OptimizerLayout:
-        """The layout with the shapes of all experts in place of own ones."""
-        counts = self.names()
-        shapes = tuple(
-            torch.Size([counts[name], *shape[1:]]) if name in counts else shape
-            for name, shape in zip(layout.names, layout.shapes, strict=True))
-        return dataclasses.replace(layout, shapes=shapes)
-
-    def own_moments(self, named: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """An optimizer's state by name, with own rows in place of those of all experts."""
-        counts = self.names()
-        return {
-            name: entry if name not in counts else {
-                # Copies, so that those of all experts are not kept for them.
-                key: value[self.groups.own(counts[name])].clone()
-                if torch.is_tensor(value) and value.dim() else value
-                for key, value in entry.items()}
-            for name, entry in named.items()}
-
-
-def divided(trainer: Trainer) -> Divided | None:
-    """None where every process has all experts."""
-    layers = divided_layers(trainer.get_model())
-    if not layers:
-        return None
-    return Divided(layers[0].groups, {
-        expert_rows.plain_name(f"{name}."): module
-        for name, module in trainer.get_model().named_modules() if module in layers})
-
-
-# Saving
-
-
 class ExpertSave:
     """The files of experts of one save. All processes with the first copies of experts have one.
 
-    The first process calls `write`, or `finish` where no file turns out to be due; the others call
-    `finish`, which waits for either.
+    The first process writes the main file inside `beside`, if one is due; in the end all call
+    `finish`, in which the others wait to be told the name, and write theirs.
     """
 
     def __init__(self, groups: ExpertGroups, update: int, tensors: Mapping[str, Tensor],
@@ -322,75 +271,6 @@ def _put(state: dict[str, Any], whole: Mapping[str, Tensor], optimizer: Mapping[
         state["last_optimizer_state"]["state"] = dict(sorted(entries.items()))
 
 
-# Loading
-
-
-@contextlib.contextmanager
-def loading(trainer: Trainer) -> Iterator[None]:
-    """Inside, every process reads the checkpoint by itself, where experts are divided."""
-    if divided(trainer) is None:
-        yield
-        return
-    checkpoint = trainer.cfg.checkpoint
-    before = checkpoint.load_checkpoint_on_all_dp_ranks
-    checkpoint.load_checkpoint_on_all_dp_ranks = True
-    token: Token = expert_rows.source.set(None)
-    try:
-        yield
-    finally:
-        expert_rows.source.reset(token)
-        checkpoint.load_checkpoint_on_all_dp_ranks = before
-
-
-def check_experts(state: Mapping[str, Any], experts: Divided, path: str) -> None:
-    """Raise `OptionError` unless the checkpoint, experts in its files or not, has those that the
-    model has."""
-    manifest = manifest_of(state, path)
-    if manifest is None:
-        found = {name: len(state["model"][name]) for name in experts.names()
-                 if name in state["model"]}
-    else:
-        found = {name: manifest.tensors[f"{MODEL}/{name}"].shape[0]
-                 for name in manifest.weights()}
-    remedy = "give the architecture and options it was trained with"
-    for name, count in experts.names().items():
-        if name not in found:
-            raise OptionError("checkpoint", path, f"has no {name}: {remedy}")
-        if found[name] != count:
-            raise OptionError("checkpoint", path, f"has {found[name]} experts in {name}, the "
-                                                  f"model {count}: {remedy}")
-    for name in sorted(found.keys() - experts.names().keys()):
-        raise OptionError("checkpoint", path, f"has {name}, the model has not: {remedy}")
-
-
-def take_experts_out(state: dict[str, Any], experts: Divided) -> None:
-    """Keep weights of experts out of what fairseq sends around; layers ask for their own rows."""
-    weights = {name: state["model"].pop(name) for name in experts.names()}
-    own = {name: experts.groups.own(count) for name, count in experts.names().items()}
-
-    def source(name: str, rows: slice) -> Tensor:
-        weight = weights[name]
-        held = rows.stop - rows.start
-        return weight if len(weight) == held and own[name] == rows else weight[rows]
-
-    expert_rows.source.set(source)
-
-
-def remove_stale(folder: str) -> None:
-    """Remove experts that a killed process wrote, or had not removed yet, beside checkpoints that
-    name others."""
-    with contextlib.suppress(FileNotFoundError):
-        for entry in list(os.scandir(folder)):
-            path = entry.path.removesuffix(expert_files.FOLDER) + ".pt"
-            if not entry.name.endswith(expert_files.FOLDER) or len(expert_files.tags(path)) < 2:
-                continue
-            with contextlib.suppress(OSError, RuntimeError, OptionError):
-                # Mapped, so that nothing but the list is read.
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                manifest = manifest_of(state, path)
-                expert_files.keep_only(path, [manifest.tag] if manifest else [])
-
-
 def _build_optimizer(upstream: Callable, trainer: Trainer) -> None:
     upstream(trainer)
     if divided(trainer) is not None and not trainer.optimizer.supports_flat_params:
@@ -399,13 +279,23 @@ def _build_optimizer(upstream: Callable, trainer: Trainer) -> None:
                           "give adam")
 
 
+def _save_checkpoint(upstream: Callable, trainer: Trainer, filename: str, *args: Any) -> Any:
+    """Who calls this by himself, not through `checkpoint_utils.save_checkpoint`, would write a
+    model without experts."""
+    if divided(trainer) is not None:
+        raise RunFailed(f"cannot write {filename}: with --moe-expert-parallel-size checkpoints are "
+                        "written by fairseq.checkpoint_utils.save_checkpoint, on all processes")
+    return upstream(trainer, filename, *args)
+
+
 @functools.cache
 def apply() -> None:
     wrap(Trainer, "_build_optimizer", _build_optimizer)
+    wrap(Trainer, "save_checkpoint", _save_checkpoint)
 
 
 MEND = Mend(
-    name="expert-checkpoints",
+    name="expert-saving",
     broken="with experts divided over processes only those of the first process are saved, and "
            "all processes go on with these after a restart",
     upstream="fairseq/checkpoint_utils.py: save_checkpoint; fairseq/trainer.py: state_dict, "
