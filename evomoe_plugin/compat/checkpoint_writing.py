@@ -144,7 +144,8 @@ def _save_checkpoint(
     # A task that asks to see each file gets it at once.
     later = cfg.write_checkpoints_asynchronously and not hasattr(trainer.task, "post_save")
     if later and state.needs_all_ranks:
-        _tell_not_asynchronous()
+        if saves:
+            _tell_not_asynchronous()
         later = False
     if later and saves:
         state.own_copy()

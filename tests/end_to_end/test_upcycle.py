@@ -166,6 +166,11 @@ def test_frozen_parameters_fully_sharded(frozen, dense, train, tmp_path):
     path = tmp_path / "two" / "checkpoint_last.pt"
     assert_only_experts_and_gates_moved(path, dense)
     assert_same_weights(path, frozen[0] / "checkpoint_last.pt", atol=1e-4)
+    other = train(tmp_path / "two", *given, "--moe-train-only", "attention,norms", "--max-update",
+                  "14", check=False)
+    assert other.status == 2
+    assert re.search("^error: --moe-train-only attention,norms: the optimizer's state in .* is of "
+                     "other parameters: give --moe-train-only experts,gate, or", other.output, re.M)
 
 
 @pytest.mark.slow
