@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+import signal
 import types
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from evomoe_plugin.gates.base import option_fields
 from evomoe_plugin.options import MoEOptions
 
 ROOT = Path(__file__).parents[1]
+
+# A shell has its background jobs ignore Ctrl-C; so would commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def test_run_again_it_goes_on(resumed):
     assert 0 < update < UPDATES
     assert f"interrupted after {update} of {UPDATES} updates: going on from there" in out
     log = read_log(folder / "train.log")
-    assert [record.update for record in log.intervals] == list(range(3, UPDATES + 1, 3))
+    assert [record.update for record in log.intervals] == list(range(1, UPDATES + 1))
     assert log.intervals[0].values["experts_per_token"] > 7.9
     assert log.intervals[-1].values["experts_per_token"] == 1.0
     assert saved_updates(folder) == UPDATES
