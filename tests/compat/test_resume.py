@@ -73,7 +73,7 @@ def restore(result):
 
 
 @pytest.mark.parametrize("layout", [
-    "plain-1", "fsdp-1", "nested-2", slow("sharded-2"), slow("fsdp-2"), slow("pytorch_ddp-2"),
+    "plain-1", "fsdp-1", slow("nested-2"), slow("sharded-2"), slow("fsdp-2"), slow("pytorch_ddp-2"),
 ])
 def test_resumed_equals_unbroken(unbroken, runs, layout):
     whole = unbroken(layout)

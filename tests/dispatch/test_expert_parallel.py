@@ -118,6 +118,7 @@ def test_divided_experts_equal_one_stack(world, size):
     on_ranks(world, check_equal, size)
 
 
+@pytest.mark.slow
 def test_rows_travel_in_the_precision_that_is_asked_for():
     on_ranks(2, check_wire)
 

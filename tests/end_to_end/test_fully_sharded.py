@@ -76,9 +76,8 @@ def test_two_ranks_resume_bit_equal(two_ranks, train, data_bin, tmp_path, sharde
         assert_same_weights(tmp_path / "checkpoint_last.pt", two_ranks[0] / "checkpoint_last.pt")
 
 
-@pytest.mark.parametrize(
-    "first, then", [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     first, then, one_process, train, tmp_path
 ):

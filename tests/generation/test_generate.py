@@ -70,6 +70,7 @@ def test_greedy_takes_the_most_probable_token(make_trained, gate):  # noqa: F811
         assert new == wanted
 
 
+@pytest.mark.slow
 def test_one_ends_and_others_go_on(make_trained):  # noqa: F811
     trained = make_trained(20)
     with torch.no_grad():
