@@ -83,8 +83,7 @@ help:  ## list these targets
 quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on it, evaluate it
 	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
-# One process: most of the time goes to tests that start two ranks themselves, and two ranks of a
-# test on each of several workers would fight for the cores that one of them needs.
+# A file's tests stay in one process (--dist loadfile): they share what their fixtures have trained.
 test: venv  ## run the tests, but for the slow ones
 	@$(PYTEST) -m 'not slow' $(ARGS)
 

@@ -272,7 +272,7 @@ def build_layer(
         dropout: applied to their hidden rows.
     """
     groups = expert_groups(options.moe_expert_parallel_size)
-    meter = Meter()
+    meter = None if groups is None else Meter()
 
     def stack(make: Callable[..., ExpertFFN], count: int, ffn_dim: int, **given) -> ExpertFFN:
         return make(count, info.model_dim, ffn_dim, activation, dropout,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.main_file import MainFile
 from evomoe_plugin.checkpoint.optimizer_names import optimizer_names, plain_optimizer_state
+from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.compat import checkpoint_files, expert_files
 from evomoe_plugin.compat.expert_parallel import is_experts
 from evomoe_plugin.compat.expert_shards import (
@@ -28,18 +29,14 @@ from evomoe_plugin.compat.tensor_files import dtype_name
 from evomoe_plugin.options import OptionError
 
 
-def check_output(option: str, path: str, overwrite: bool) -> None:
+def check_checkpoint_output(option: str, path: str, overwrite: bool) -> None:
     """Raise `OptionError` unless a checkpoint can be written to `path`."""
     if not path.endswith(".pt"):
         raise OptionError(option, path, "give a name that ends with .pt")
-    if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
-        raise OptionError(option, path, "exists already: give another path, or --overwrite")
+    check_output(option, path, overwrite=overwrite)
     if not os.path.lexists(path) and expert_files.tags(path):
         raise OptionError(option, path, f"would take {expert_files.beside(path)}, which is there "
                                         "already: give another path, or move it away")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise OptionError(option, path, f"there is no folder {folder}")
 
 
 def consolidate(main: MainFile, out: str) -> None:

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
+from evomoe_plugin.compat.checkpoint_files import reason_of
 from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.compat.expert_files import TEMPORARY
 from evomoe_plugin.options import OptionError
-
-_TEMPORARY = ".being-written"
 
 
 def check_output(option: str, path: str, *, overwrite: bool | None = None,
@@ -49,22 +49,15 @@ def write_together(files: Mapping[str, Callable[[BinaryIO], Any]]) -> None:
     path = ""
     try:
         for path, write in files.items():
-            with open(path + _TEMPORARY, "wb") as file:
+            with open(path + TEMPORARY, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
         for path in files:
-            os.replace(path + _TEMPORARY, path)
+            os.replace(path + TEMPORARY, path)
     except (OSError, RuntimeError) as error:  # torch hides the reason in a RuntimeError
-        raise RunFailed(f"cannot write {path}: {_reason(error)}; nothing is changed") from error
+        raise RunFailed(f"cannot write {path}: {reason_of(error)}; nothing is changed") from error
     finally:
         for path in files:
             with contextlib.suppress(OSError):
-                os.remove(path + _TEMPORARY)
-
-
-def _reason(error: BaseException) -> str:
-    system: BaseException | None = error
-    while system is not None and not isinstance(system, OSError):
-        system = system.__cause__ or system.__context__
-    return system.strerror if system else str(error).split("\n")[0]
+                os.remove(path + TEMPORARY)

@@ -10,7 +10,7 @@ import torch
 
 from evomoe_plugin.checkpoint.main_file import MainFile
 from evomoe_plugin.checkpoint.summary import expert_shapes
-from evomoe_plugin.compat.expert_shards import ExpertShards, with_experts
+from evomoe_plugin.compat.expert_shards import MODEL, OPTIMIZER, ExpertShards, with_experts
 from evomoe_plugin.options import OptionError, expert_slots, moe_layer_indices
 
 
@@ -83,8 +83,8 @@ def _faults_of_shards(main: MainFile, optimizer: Mapping[str, Any]) -> Iterator[
         if entry.index in optimizer["state"]:
             yield f"has the optimizer's state of {name} twice"
         for moment in manifest.moments(name):
-            shape = manifest.tensors[f"optimizer/{name}/{moment}"].shape
-            weight = manifest.tensors.get(f"model/{name}")
+            shape = manifest.tensors[f"{OPTIMIZER}/{name}/{moment}"].shape
+            weight = manifest.tensors.get(f"{MODEL}/{name}")
             if weight is None or weight.shape != shape:
                 yield f"has {moment} of {name} of shape {shape}, not that of the weight"
     shards = ExpertShards(main.path, manifest, check=False)

@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.checkpoint.forms import check_output, consolidate, reshard
+    from evomoe_plugin.checkpoint.forms import check_checkpoint_output, consolidate, reshard
     from evomoe_plugin.checkpoint.main_file import read_main_file
     from evomoe_plugin.options import OptionError
 
     if args.action in ("reshard", "consolidate"):
-        check_output("OUT", args.out, args.overwrite)
+        check_checkpoint_output("OUT", args.out, args.overwrite)
     if args.action == "reshard" and args.size < 1:
         raise OptionError("size", args.size, "give 1 or more")
     try:

@@ -51,17 +51,21 @@ def write_whole(path: str, write: Callable[[BinaryIO], Any]) -> None:
             os.remove(temporary)
         # torch hides the reason of a failed write in a RuntimeError of its own.
         if isinstance(error, (OSError, RuntimeError)):
-            raise RunFailed(_reason(path, error)) from error
+            raise RunFailed(_told(path, error)) from error
         raise
 
 
-def _reason(path: str, error: Exception) -> str:
-    system = error
+def reason_of(error: BaseException) -> str:
+    """Why the system refused to write, in its words; torch hides it in an error of its own."""
+    system: BaseException | None = error
     while system is not None and not isinstance(system, OSError):
         system = system.__cause__ or system.__context__
+    return (system and system.strerror) or str(error).split("\n")[0]
+
+
+def _told(path: str, error: Exception) -> str:
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-    reason = system.strerror if system else str(error).split("\n")[0]
-    return (f"cannot write {path}: {reason} ({free / 2**20:.0f} MiB free); "
+    return (f"cannot write {path}: {reason_of(error)} ({free / 2**20:.0f} MiB free); "
             "earlier checkpoints are intact, a run with the same --save-dir resumes from the last")
 
 

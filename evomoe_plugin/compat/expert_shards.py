@@ -152,11 +152,10 @@ def write_shard(
     os.makedirs(folder, exist_ok=True)
     expert_files.sync_folder(os.path.dirname(folder))
     name = file_name(rank, size)
-    written: list[Any] = []
+    full = os.path.join(folder, name)
     metadata = {"format": "pt", "tag": tag, "rank": str(rank), "size": str(size)}
-    write_whole(os.path.join(folder, name),
-                lambda file: written.extend(write_tensors(file, tensors, metadata)))
-    return ShardFile(name, *written)
+    write_whole(full, lambda file: write_tensors(file.name, tensors, metadata))
+    return ShardFile(name, os.path.getsize(full), sha256_of(full))
 
 
 def new_tag(update: int) -> str:

@@ -1,57 +1,28 @@
-"""Writing safetensors as they come: hashed on the way, never twice in memory."""
+"""Files of safetensors, and what stands in them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
-from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-# https://github.com/huggingface/safetensors#format
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}
-_PART = 2**24
 
-
-def write_tensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[int, str]:
+def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors`, whatever device they are on, as a file of safetensors.
 
-    Returns:
-        Its bytes, and its sha256 in hexadecimal digits.
+    Raises:
+        OSError: it cannot be written.
     """
-    header, end = {"__metadata__": dict(metadata)}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, total = hashlib.sha256(), 0
-
-    def write(part) -> None:
-        nonlocal total
-        digest.update(part)
-        file.write(part)
-        total += len(part)
-
-    write(len(text).to_bytes(8, "little"))
-    write(text)
-    for tensor in tensors.values():
-        flat = tensor.detach().contiguous().view(-1).cpu()
-        if flat.numel():
-            bytes_ = memoryview(flat.view(torch.uint8).numpy())
-            for start in range(0, len(bytes_), _PART):
-                write(bytes_[start : start + _PART])
-    return total, digest.hexdigest()
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path,
+                  dict(metadata))
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from error
 
 
 def sha256_of(path: str) -> str:

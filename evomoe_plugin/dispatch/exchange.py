@@ -45,6 +45,10 @@ class Exchange:
     receive: Sequence[int]
     wire_dtype: torch.dtype | None = None
     meter: Meter = field(default_factory=Meter)
+    _dtype: torch.dtype | None = None
+    _work: Any = None
+    _kept: Tensor | None = None
+    _returning: Tensor | None = None
 
     def begin(self, rows_ND: Tensor) -> Tensor:
         """Send rows, in the order of their destinations; `finish` what is returned before use.

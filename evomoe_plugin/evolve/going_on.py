@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from evomoe_plugin.compat.expert_parallel import is_experts
 from evomoe_plugin.compat.optimizer_layout import fsdp_layout
 from evomoe_plugin.experts.ffn import frozen_name
 from evomoe_plugin.models.freeze import trained_names
@@ -63,7 +64,7 @@ def _check_first_spawn(now: int | None, path: str, start: int, saved: int) -> No
 
 def _let_masked_weights_learn(state: dict[str, Any], path: str) -> None:
     holds = [name for name in state["model"]
-             if ".moe.experts." in name and name.endswith(frozen_name(""))]
+             if is_experts(name) and name.endswith(frozen_name(""))]
     if holds:
         logger.info("%s holds masked weights at zero; they learn from here on", path)
     for name in holds:

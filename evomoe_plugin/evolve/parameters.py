@@ -54,7 +54,7 @@ def edit_parameters(
             unknown -= set(wanted)
             state = optimizer.optimizer.state.get(storage.owner, {})
             _edit_moments(storage, moment_edits or {}, state, groups)
-            _edit_factors(storage, moment_edits or {}, state, groups)
+            _edit_factors(storage, moment_edits or {}, state)
             _edit_storage(storage, edits, state, groups)
     if unknown:
         raise KeyError(f"no trained parameter: {', '.join(sorted(unknown))}")
@@ -78,30 +78,21 @@ def _edit_moments(
 
 
 def _edit_factors(
-    storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any], groups: Any
+    storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any]
 ) -> None:
     """Edit Adafactor's means of squared gradients over rows [E, ...] and over columns (arXiv
-    1804.04235), which only parameters by themselves have."""
+    1804.04235), which only parameters by themselves have, and never divided experts."""
     rows, columns = state.get("exp_avg_sq_row"), state.get("exp_avg_sq_col")
     (name, *others) = storage.names
     if rows is None or others or name not in edits:
         return
-    whole, own = _all_experts(name, rows, groups)
-    before = whole.mean(0)
-    edits[name](whole)
-    if whole is not rows:
-        rows.copy_(whole[own])
+    before = rows.mean(0)
+    edits[name](rows)
     if rows.dim() > 1:
-        whole, own = _all_experts(name, columns, groups)
-        edits[name](whole)
-        if whole is not columns:
-            columns.copy_(whole[own])
-        return
-    # Of a matrix [E, F] the columns are means over experts. Those of all ranks, as one has them:
-    parts, _ = _all_experts(name, columns.unsqueeze(0), groups)
-    # Both are means of the same matrix in the end.
-    if before > 0:
-        columns.copy_(parts.mean(0) * (whole.mean(0) / before))
+        edits[name](columns)
+    elif before > 0:
+        # Of a matrix [E, F] the columns are means over experts, and of one mean with the rows.
+        columns.mul_(rows.mean(0) / before)
 
 
 def _edit_storage(
@@ -135,5 +126,4 @@ def _all_experts(name: str, held: Tensor, groups: Any) -> tuple[Tensor, slice]:
     """The rows of all experts, and where those that are held here lie in them."""
     if groups is None or not is_experts(name):
         return held, slice(None)
-    rows = slice(groups.rank * held.size(0), (groups.rank + 1) * held.size(0))
-    return all_rows(held, groups), rows
+    return all_rows(held, groups), groups.own(groups.size * held.size(0))

@@ -66,9 +66,9 @@ def init_from_dense(trainer: Any) -> None:
     with torch.no_grad():
         for name, parameter in frozen.items():
             if values[name] is not None:
-                divided = groups is not None and is_experts(name)
-                parameter.copy_(
-                    values[name].chunk(groups.size)[groups.rank] if divided else values[name])
+                whole = values[name]
+                is_divided = groups is not None and is_experts(name)
+                parameter.copy_(whole[groups.own(len(whole))] if is_divided else whole)
     told = agreement(upcycling)
     logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,
                 {True: "are equal to the dense model's", False: "are not the dense model's",

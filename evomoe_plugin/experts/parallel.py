@@ -43,13 +43,16 @@ class ParallelExpertFFN(ExpertFFN):
     ):
         self._own = groups.own(num_experts)
         super().__init__(num_experts, *args, **kwargs)
-        self.num_experts = num_experts
         self.groups = groups
         self.grad_scale = 1.0 / groups.size
         self._exchange, self._exchange_counts = exchange, exchange_counts
         held = num_experts // groups.size
         self._chunks = [range(held)[i * held // chunks : (i + 1) * held // chunks]
                         for i in range(chunks)]
+        # Experts by chunk, then by process; and where each stands there.
+        self._order = [r * held + e for chunk in self._chunks for r in range(groups.size)
+                       for e in chunk]
+        self._place = sorted(range(num_experts), key=self._order.__getitem__)
 
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         """The own part of what one process would draw for all experts, which the others draw and
@@ -81,9 +84,7 @@ class ParallelExpertFFN(ExpertFFN):
         incoming = self._exchange_counts(counts, self.groups, rows_ND.device)
         outgoing = [list(counts[r * held : (r + 1) * held]) for r in range(places)]
 
-        # By chunk, then by destination, then by expert.
-        order = [(r, e) for chunk in self._chunks for r in range(places) for e in chunk]
-        rows_ND = _reorder(rows_ND, counts, [r * held + e for r, e in order])
+        rows_ND = _reorder(rows_ND, counts, self._order)
         sizes = [sum(outgoing[r][e] for r in range(places) for e in chunk)
                  for chunk in self._chunks]
         weights = self._weights()
@@ -103,10 +104,9 @@ class ParallelExpertFFN(ExpertFFN):
             answer = self._answer_received(way.finish(begun), incoming, chunk, part)
             back.append(self._exchange(way.receive, way.send))
             answers.append(back[-1].begin(answer))
-        rows_ND = torch.cat([way.finish(begun) for way, begun in zip(back, answers, strict=True)])
-        inverse = {r * held + e: place for place, (r, e) in enumerate(order)}
-        rows_ND = _reorder(rows_ND, [outgoing[r][e] for r, e in order],
-                           [inverse[e] for e in range(self.num_experts)])
+        came = [way.finish(begun) for way, begun in zip(back, answers, strict=True)]
+        rows_ND = torch.cat(came) if len(came) > 1 else came[0]
+        rows_ND = _reorder(rows_ND, [counts[e] for e in self._order], self._place)
         return (rows_ND, aside) if meanwhile else rows_ND
 
     def _answer_received(

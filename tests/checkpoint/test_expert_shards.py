@@ -13,8 +13,15 @@ from evomoe_plugin.checkpoint.main_file import read_main_file
 from evomoe_plugin.checkpoint.optimizer_names import optimizer_names
 from evomoe_plugin.checkpoint.verification import faults
 from evomoe_plugin.cli import main as evomoe
-from evomoe_plugin.compat.expert_shards import ExpertShards, file_name, manifest_of, with_experts
-from evomoe_plugin.compat.tensor_files import DTYPES, sha256_of, write_tensors
+from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.compat.expert_shards import (
+    ExpertShards,
+    file_name,
+    manifest_of,
+    with_experts,
+    write_shard,
+)
+from evomoe_plugin.compat.tensor_files import sha256_of
 from evomoe_plugin.options import OptionError
 from tests.checkpoint.expert_states import (
     UPDATE,
@@ -49,19 +56,33 @@ def divided(whole, tmp_path):
     return tmp_path / "divided.pt"
 
 
-def test_what_is_written_is_what_the_library_reads(tmp_path):
-    tensors = {str(dtype): (torch.rand(3, 4) * 9).to(dtype) for dtype in DTYPES}
+def test_tensors_of_any_kind_are_written(tmp_path):
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+    tensors = {str(dtype): (torch.rand(3, 4) * 9).to(dtype) for dtype in dtypes}
     tensors |= {"none": torch.empty(0, 5), "number": torch.tensor(3.0),
                 "columns": torch.rand(4, 6)[:, ::2]}
-    path = tmp_path / "some.safetensors"
-    with open(path, "wb") as file:
-        size, digest = write_tensors(file, tensors, {"format": "pt"})
-    assert (size, digest) == (path.stat().st_size, sha256_of(path))
+    written = write_shard(str(tmp_path / "some.pt"), "tag", 0, 1, tensors)
+    path = tmp_path / "some.experts/tag" / written.name
+    assert (written.bytes, written.sha256) == (path.stat().st_size, sha256_of(path))
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    """Of a file system with room for one megabyte, as the process sees it."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(RunFailed, match="cannot write .*some.experts/tag"):
+            write_shard(str(tmp_path / "some.pt"), "tag", 0, 1, {"model/a": torch.zeros(2**19)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "some.experts/tag").iterdir()) == []
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (4,), (2, 4), (4, 1, 2)], ids=str)
