@@ -34,6 +34,18 @@ BAD = [
     (gate("top-k"), "--moe-gate top-k: unknown gate"),
     (gate("expert_choice"), "--moe-gate expert_choice: experts choose among all tokens"),
     ({"moe_gating_use_fp32": "yes"}, "--moe-gating-use-fp32 yes: give true or false"),
+    # where experts are
+    ({"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size 0: give 1 or more"),
+    ({"moe_expert_parallel_size": 3},
+     "--moe-expert-parallel-size 3: does not divide the 16 experts of a layer"),
+    ({"moe_expert_parallel_size": 8, "moe_expert_count": "8,12"},
+     "--moe-expert-parallel-size 8: does not divide the 12 experts"),
+    ({"moe_expert_parallel_size": 4, "moe_ep_chunks": 5},
+     "--moe-ep-chunks 5: give 1 to 4, the experts of a layer that a process holds"),
+    ({"moe_ep_chunks": 0}, "--moe-ep-chunks 0: give 1 to 16"),
+    ({"moe_ep_wire_dtype": "fp8"}, "--moe-ep-wire-dtype fp8: one of: same, fp32, fp16, bf16"),
+    ({"moe_ep_checkpoint": "many"}, "--moe-ep-checkpoint many: one of: auto, consolidated"),
+    ({"moe_ep_consolidate_below": -1.0}, "--moe-ep-consolidate-below -1.0: give a number of GiB"),
     # where MoE layers stand
     ({"moe_freq": 0}, "--moe-freq 0: give 1 or more"),
     ({"moe_freq": -2}, "--moe-freq -2: give 1 or more"),

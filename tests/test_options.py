@@ -11,7 +11,8 @@ from evomoe_plugin.options import (
     moe_layer_indices,
     parse_bool,
 )
-from evomoe_plugin.validation import validate, validate_run
+from evomoe_plugin.run_validation import validate_run
+from evomoe_plugin.validation import validate
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,8 +19,25 @@ optimizer begins afresh and updates count from 0. Raises `OptionError` for what 
 
 _callbacks: list[Look] = []
 
-# The trainer that is loading in this thread, and whether it resets the optimizer.
+# The trainer that is loading a checkpoint in this thread, and whether it resets the optimizer;
+# evaluation has none.
 _loading: ContextVar[tuple[Trainer, bool] | None] = ContextVar("loading", default=None)
+
+
+def trainer_that_loads() -> tuple[Trainer, bool] | None:
+    """The trainer that is loading a checkpoint in this thread, and whether the optimizer begins
+    afresh; None where nobody trains."""
+    return _loading.get()
+
+
+@contextlib.contextmanager
+def loaded_by(loading: tuple[Trainer, bool] | None) -> Iterator[None]:
+    """Inside, `trainer_that_loads` answers with this."""
+    token = _loading.set(loading)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
 
 
 def before_loading(callback: Look) -> None:
@@ -29,19 +47,16 @@ def before_loading(callback: Look) -> None:
 
 
 def _load_checkpoint(
-    upstream: Callable, trainer: Trainer, filename: str, *args: Any, **kwargs: Any
+    upstream: Callable, trainer: Trainer, filename: str, reset_optimizer: bool = False,
+    *args: Any, **kwargs: Any
 ) -> Any:
-    resets = args[0] if args else kwargs.get("reset_optimizer", False)
-    token = _loading.set((trainer, bool(resets)))
-    try:
-        return upstream(trainer, filename, *args, **kwargs)
-    finally:
-        _loading.reset(token)
+    with loaded_by((trainer, bool(reset_optimizer))):
+        return upstream(trainer, filename, reset_optimizer, *args, **kwargs)
 
 
 def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> dict:
     state = upstream(path, *args, **kwargs)
-    loading = _loading.get()
+    loading = trainer_that_loads()
     if loading is not None:
         trainer, resets = loading
         for callback in _callbacks:

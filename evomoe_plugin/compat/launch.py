@@ -20,14 +20,13 @@ from omegaconf import open_dict
 
 from evomoe_plugin.compat import background
 from evomoe_plugin.compat.errors import one_line_errors
+from evomoe_plugin.compat.launcher import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.compat.mend import Mend, always, wrap
 from evomoe_plugin.compat.ranks import run_ranks
 from evomoe_plugin.compat.refusals import check_run
 from evomoe_plugin.options import OptionError
 
 logger = logging.getLogger(__name__)
-
-TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
@@ -49,9 +48,7 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
 
 
 def _check_evaluation(cfg: Any, main: Callable) -> None:
-    count = cfg.distributed_training.distributed_world_size
-    if _started_by_torchrun():
-        count = max(count, int(os.environ["WORLD_SIZE"]))
+    count = process_count(cfg.distributed_training)
     if count > 1 and "eval_lm" in main.__globals__:
         raise OptionError("distributed_world_size", count,
                           "fairseq-eval-lm would print the perplexity of each process's share of "
@@ -62,7 +59,7 @@ def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) 
     options = cfg.distributed_training
     if _is_single_fully_sharded(options):
         _in_group_of_one("nccl", main, cfg, kwargs)
-    elif options.distributed_init_method is None and not _started_by_torchrun() and (
+    elif options.distributed_init_method is None and not started_by_torchrun() and (
         options.distributed_world_size > torch.cuda.device_count()
         and "SLURM_JOB_ID" not in os.environ
     ):
@@ -76,12 +73,12 @@ def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) 
 def _launch_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
     options = cfg.distributed_training
     options.distributed_backend = "gloo"
-    if options.distributed_init_method is None and _started_by_torchrun():
+    if options.distributed_init_method is None and started_by_torchrun():
         options.distributed_init_method = "env://"
         options.distributed_world_size = int(os.environ["WORLD_SIZE"])
         options.distributed_rank = int(os.environ["RANK"])
         options.distributed_no_spawn = True
-    elif _is_slurm_task(options):
+    elif is_slurm_task(options):
         distributed_utils._infer_slurm_init(options, None)
 
     if options.distributed_world_size == 1:
@@ -149,14 +146,6 @@ def _group_caches() -> list[tuple[Any, str]]:
 
 def _is_single_fully_sharded(options: Any) -> bool:
     return options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded"
-
-
-def _started_by_torchrun() -> bool:
-    return all(name in os.environ for name in TORCHRUN)
-
-
-def _is_slurm_task(options: Any) -> bool:
-    return options.distributed_init_method is None and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _free_port() -> int:

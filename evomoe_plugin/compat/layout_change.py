@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
 from evomoe_plugin.compat import expert_loading, shards
+from evomoe_plugin.compat.before_loading import loaded_by, trainer_that_loads
 from evomoe_plugin.compat.divided_experts import Divided, divided
 from evomoe_plugin.compat.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.compat.mend import Mend, always, wrap
@@ -32,25 +32,13 @@ logger = logging.getLogger(__name__)
 # Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
 
-# The trainer that is loading a checkpoint in this thread; evaluation has none.
-_trainer: ContextVar[Trainer | None] = ContextVar("trainer", default=None)
-
-_resets_optimizer: ContextVar[bool] = ContextVar("resets_optimizer", default=False)
-
 
 def _load_checkpoint(
     upstream: Callable, trainer: Trainer, filename: str, *args: Any, **kwargs: Any
 ) -> Any:
     """In place of `Trainer.load_checkpoint`: find the files, convert what is in them."""
-    token = _trainer.set(trainer)
-    resets = args[0] if args else kwargs.get("reset_optimizer", False)
-    reset_token = _resets_optimizer.set(resets)
-    try:
-        with expert_loading.loading(trainer):
-            extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
-    finally:
-        _trainer.reset(token)
-        _resets_optimizer.reset(reset_token)
+    with expert_loading.loading(trainer):
+        extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
     if extra_state is not None and _reads_own_shard(trainer):
         _check_same_update(trainer, filename)
     return extra_state
@@ -80,11 +68,8 @@ def _existing(trainer: Trainer, filename: str) -> str:
 
 
 def _shard_missing(trainer: Trainer, filename: str) -> OptionError:
-    token = _trainer.set(None)
-    try:  # names the shard that is missing, unless this run only has more ranks than there are
+    with loaded_by(None):  # names the shard that is missing, unless this run only has more ranks
         state = checkpoint_utils.load_checkpoint_to_cpu(filename)
-    finally:
-        _trainer.reset(token)
     return _other_world_size(shards.world_size(state), trainer)
 
 
@@ -115,20 +100,20 @@ def _check_same_update(trainer: Trainer, filename: str) -> None:
 
 def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> dict:
     """In place of `load_checkpoint_to_cpu`: one state for all ranks, as this run keeps it."""
-    trainer = _trainer.get()
+    trainer, resets = trainer_that_loads() or (None, False)
 
     def read(path: str) -> dict:
         return upstream(path, *args, **kwargs)
 
     if not shards.SHARD.search(path):
         state = read(path)
-        return _complete(state, path) if trainer is None else _adapt(state, trainer, path)
+        return _complete(state, path) if trainer is None else _adapt(state, trainer, path, resets)
     if trainer is None:
         state = shards.consolidated(path, read)
         del state["fsdp_metadata"]  # makes upstream look for shards
         return state
     if not _reads_own_shard(trainer):
-        return _adapt(shards.consolidated(path, read), trainer, path)
+        return _adapt(shards.consolidated(path, read), trainer, path, resets)
     state = read(path)
     if shards.world_size(state) != trainer.data_parallel_world_size:
         raise _other_world_size(shards.world_size(state), trainer)
@@ -143,22 +128,20 @@ def _complete(state: dict, path: str) -> dict:
     return state
 
 
-def _adapt(state: dict, trainer: Trainer, path: str) -> dict:
-    """Change `state` to what a run like `trainer`'s would have written."""
+def _adapt(state: dict, trainer: Trainer, path: str, resets: bool) -> dict:
+    """Change `state` to what a run like `trainer`'s would have written, the optimizer's unless it
+    begins afresh."""
     _adapt_iterator(state, trainer)
-    experts = divided(trainer)
-    if experts is None:
-        _adapt_optimizer(_complete(state, path), trainer)
-        return state
-    expert_loading.check_experts(state, experts, path)
-    manifest = manifest_of(state, path)
-    if manifest is None:
-        _adapt_optimizer(state, trainer, experts)
-    else:
-        merge(state, ExpertShards(path, manifest), experts.groups.own,
-              with_optimizer=not _resets_optimizer.get())
-        _adapt_optimizer(state, trainer)
-    expert_loading.take_experts_out(state, experts)
+    experts, manifest = divided(trainer), manifest_of(state, path)
+    if experts is not None:
+        expert_loading.check_experts(state, experts, path)
+    if manifest is not None:
+        merge(state, ExpertShards(path, manifest), experts and experts.groups.own,
+              with_optimizer=not resets)
+    if not resets:
+        _adapt_optimizer(state, trainer, None if manifest is not None else experts)
+    if experts is not None:
+        expert_loading.take_experts_out(state, experts)
     return state
 
 
@@ -171,7 +154,7 @@ def _adapt_optimizer(
         whole: the layers whose experts are to be divided still.
     """
     optimizer = state.get("last_optimizer_state")
-    if not optimizer or _resets_optimizer.get():
+    if not optimizer:
         return
     history = state["optimizer_history"][-1]
     if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:

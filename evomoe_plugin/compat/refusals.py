@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from evomoe_plugin.compat.launcher import process_count
 from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate_run
+from evomoe_plugin.run_validation import validate_run
 
 
 def check_run(cfg: Any) -> None:
@@ -38,6 +39,8 @@ def _check_training(cfg: Any, on_gpu: bool) -> None:
                           "needs --ddp-backend fully_sharded")
     elif parallel.ddp_backend == "slowmo" and not on_gpu:
         raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
+    if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
+        _check_expert_parallel(cfg)
 
 
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
@@ -70,5 +73,28 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
     ):
         raise OptionError("not_fsdp_flatten_parameters", "with one file for all ranks",
                           "add --use-sharded-state, or --no-save-optimizer-state")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", combined, "leave it out")
+
+
+def _check_expert_parallel(cfg: Any) -> None:
+    parallel, size = cfg.distributed_training, cfg.model.moe_expert_parallel_size
+    combined = "with --moe-expert-parallel-size"
+    count = process_count(parallel)
+    if count % size:
+        raise OptionError("moe_expert_parallel_size", size,
+                          f"does not divide the {count} processes of --distributed-world-size")
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
+                          "give --ddp-backend fully_sharded")
+    if parallel.ddp_backend not in ("fully_sharded", "legacy_ddp"):
+        raise OptionError("ddp_backend", f"{parallel.ddp_backend} {combined}",
+                          "give fully_sharded or legacy_ddp")
+    if parallel.use_sharded_state:
+        raise OptionError("use_sharded_state", combined,
+                          "leave it out: --moe-ep-checkpoint sharded writes a file a process")
+    if cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", combined,
+                          "it knows nothing of experts on other processes: leave it out")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")

@@ -18,7 +18,7 @@ from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.options import spawn_rate
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.validation import largest_step
+from evomoe_plugin.run_validation import largest_step
 from tests.evolve.conftest import step, trainer_of
 from tests.gates.conftest import D, E, T, make_layer  # noqa: F401
 from tests.gates.test_every_gate import NEEDED, WAYS, every, tokens

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
 from evomoe_plugin.gates.stable import stable_updates
 from evomoe_plugin.options import OptionError, spawn_rate
-from evomoe_plugin.validation import validate, validate_run
+from evomoe_plugin.run_validation import validate_run
+from evomoe_plugin.validation import validate
 
 
 def after(updates=20, **given):

@@ -9,7 +9,7 @@ from evomoe_plugin.compat import train_start
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.start import init_from_dense, recipe_of
 from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate_run
+from evomoe_plugin.run_validation import validate_run
 from tests.evolve.conftest import trainer_of
 from tests.evolve.dense_models import (
     SIZES,

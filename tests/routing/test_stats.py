@@ -35,6 +35,23 @@ def test_sums_over_parts_equal_the_whole():
         assert torch.allclose(value, halves[0][name] + halves[1][name]), name
 
 
+def test_what_travels_between_processes():
+    """Two layers, of 4 and of 2 experts, divided over 2 processes."""
+    nan, two = float("nan"), torch.tensor([2.0, 2.0]).double()
+    stats = {
+        st.TOKENS: 4 * two, st.PAIRS: torch.tensor([10.0, 8.0]),
+        st.EXPERTS: torch.tensor([32.0, 16.0]),
+        st.ENTROPY: two, st.LOAD_E: torch.tensor([[1.0, 4, 5, 0], [2, 6, nan, nan]]),
+        st.SENT_R: torch.tensor([[4.0, 0], [1, 3]]),
+        st.RECEIVED_R: torch.tensor([[0.0, 4], [3, 1]]),
+    }
+    numbers = st.summarize(stats)
+    assert numbers["ep_sent"] == 0.5  # 4 of 8 tokens' pairs in each layer
+    assert numbers["ep_sent_max"] == pytest.approx((2 + 1.5) / 2)
+    assert numbers["ep_received_max"] == pytest.approx((2 + 1.5) / 2)
+    assert numbers["ep_load_max"] == pytest.approx((1 + 6 / 4) / 2)  # loads 5, 5 and 2, 6
+
+
 def test_layers_with_fewer_experts_do_not_count_as_dead():
     nan = float("nan")
     stats = {
