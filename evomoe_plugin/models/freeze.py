@@ -106,8 +106,8 @@ def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn
         cuts = list(_cut(model, ""))
     except _Inseparable as error:
         raise OptionError("moe_train_only", train_only,
-                          f"--ddp-backend fully_sharded cannot shard {error}, or take "
-                          "--ddp-backend pytorch_ddp") from None
+                          f"--ddp-backend fully_sharded cannot shard {error}, or take another "
+                          "--ddp-backend") from None
     for parent, name in cuts:
         setattr(parent, name, wrap(getattr(parent, name)))
 
