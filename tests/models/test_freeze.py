@@ -122,7 +122,7 @@ def test_parts_are_wrapped_apart(make_model, train_only):
     ("embeddings", "decoder.embed_tokens, whose weights may be tied, .*: leave embeddings out, or"),
     ("gate.scorer", "the gate decoder.layers.1.moe.gate apart from its experts"),
     ("experts.fc1", "a part of decoder.layers.1.moe.experts .*: match all of its parameters, not "
-                    "fc1_weight alone, or take --ddp-backend pytorch_ddp"),
+                    "fc1_weight alone, or take another --ddp-backend"),
 ])
 def test_what_cannot_be_wrapped_apart(make_model, train_only, message):
     model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)
