@@ -1,7 +1,7 @@
 """MoE language models whose sparsity is learned, as a plugin of stock fairseq.
 
 `--user-dir evomoe_plugin` imports this package. Importing mends what is broken in the installed
-fairseq and fairscale (`compat`) and registers the models, criterions and tasks, once.
+fairseq and fairscale (`compat`) and registers the models, criterions, tasks and optimizers, once.
 """
 
 __version__ = "0.1.0"
@@ -19,4 +19,4 @@ else:
 
     compat.apply_all()
 
-    from evomoe_plugin import criterions, evolve, models, tasks  # noqa: F401
+    from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401

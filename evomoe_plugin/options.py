@@ -73,6 +73,11 @@ class MoEOptions:
         metadata={"help": "compute the gate in fp32 whatever the model's precision (true|false)",
                   "argparse_const": "true"},
     )
+    moe_products_dtype: str = field(
+        default="same",
+        metadata={"help": "precision of matrix products: same (as the weights) or bf16 (with "
+                          "weights, gates, norms and losses in fp32)"},
+    )
     moe_aux: Optional[str] = field(
         default=None,
         metadata={"help": "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none "
@@ -134,6 +139,12 @@ class MoEOptions:
         default=False,
         metadata={"help": "layers normalise what they give, not what they take, as fairseq's plain "
                           "transformer_lm; for models made from such a one"},
+    )
+    moe_attention: str = field(
+        default="sdpa",
+        metadata={"help": "self-attention of all layers: sdpa (torch's "
+                          "scaled_dot_product_attention) or stock (fairseq's own); equal to "
+                          "rounding"},
     )
     moe_init_from_dense: Optional[str] = field(
         default=None,
@@ -338,7 +349,9 @@ UNSUPPORTED = (
     "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
     "scale_fc", "scale_attn", "scale_heads", "scale_resids",
 )
+PRODUCT_DTYPES = ("same", "bf16")
 SHARED_COMBINE = ("add", "softmax", "mix")
+ATTENTIONS = ("sdpa", "stock")
 DROP_POLICIES = ("position", "probs", "random")
 SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
 

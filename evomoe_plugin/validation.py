@@ -12,7 +12,9 @@ from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base import gate_class, validate_gate
 from evomoe_plugin.options import (
     ACTIVATIONS,
+    ATTENTIONS,
     DROP_POLICIES,
+    PRODUCT_DTYPES,
     SHARED_COMBINE,
     SPAWN_METHODS,
     UNSUPPORTED,
@@ -57,6 +59,8 @@ def validate(options: Any, warn: bool = True) -> None:
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
     check_choice(options, "activation_fn", ACTIVATIONS)
+    check_choice(options, "moe_attention", ATTENTIONS)
+    check_choice(options, "moe_products_dtype", PRODUCT_DTYPES)
     for option in _PROBABILITIES:
         if hasattr(options, option):
             check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
@@ -115,6 +119,11 @@ def _check_expert_parallel(options: Any) -> None:
     least = min(slots) // size
     check_number(options, "moe_ep_chunks", least=1, most=least,
                  remedy=f"give 1 to {least}, the experts of a layer that a process holds")
+    for option in (f.name for f in fields(MoEOptions) if f.name.startswith("moe_ep_")):
+        value = getattr(options, option)
+        if size == 1 and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "every process has all experts: leave it out, or give "
+                                             "--moe-expert-parallel-size")
     if size > 1 and getattr(options, "decoder_layerdrop", 0):
         raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
                           "processes would leave out different layers, and wait for each other "

@@ -34,6 +34,7 @@ BAD = [
     (gate("top-k"), "--moe-gate top-k: unknown gate"),
     (gate("expert_choice"), "--moe-gate expert_choice: experts choose among all tokens"),
     ({"moe_gating_use_fp32": "yes"}, "--moe-gating-use-fp32 yes: give true or false"),
+    ({"moe_attention": "flash"}, "--moe-attention flash: one of: sdpa, stock"),
     # where experts are
     ({"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size 0: give 1 or more"),
     ({"moe_expert_parallel_size": 3},
@@ -46,6 +47,10 @@ BAD = [
     ({"moe_ep_wire_dtype": "fp8"}, "--moe-ep-wire-dtype fp8: one of: same, fp32, fp16, bf16"),
     ({"moe_ep_checkpoint": "many"}, "--moe-ep-checkpoint many: one of: auto, consolidated"),
     ({"moe_ep_consolidate_below": -1.0}, "--moe-ep-consolidate-below -1.0: give a number of GiB"),
+    ({"moe_ep_chunks": 2}, "--moe-ep-chunks 2: every process has all experts: leave it out, or"),
+    ({"moe_ep_wire_dtype": "bf16"}, "--moe-ep-wire-dtype bf16: every process has all experts"),
+    ({"moe_ep_checkpoint": "sharded"}, "--moe-ep-checkpoint sharded: every process has all"),
+    ({"moe_ep_consolidate_below": 0.0}, "--moe-ep-consolidate-below 0.0: every process has all"),
     # where MoE layers stand
     ({"moe_freq": 0}, "--moe-freq 0: give 1 or more"),
     ({"moe_freq": -2}, "--moe-freq -2: give 1 or more"),

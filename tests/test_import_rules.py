@@ -31,11 +31,12 @@ ALLOWED = {
     "export": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat",
                "checkpoint", "generation"},
     "observe": set(),
+    "optim": set(),
     "compat": {"run_validation", "dispatch"},
     "data": {"compat"},
 }
 MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "compat", "data", "checkpoint",
-                      "generation", "export", "cli", ""}
+                      "generation", "export", "optim", "cli", ""}
 
 
 def room_of(path: Path) -> str:

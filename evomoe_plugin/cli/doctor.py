@@ -259,7 +259,8 @@ def fast_paths(torch) -> Iterator[Row]:
     if capability:
         units = [f"SM {capability[0]}{capability[1]}"] if capability >= (8, 0) else []
     yield Row("fast paths", "bf16 products", units[0] if units else "emulated",
-              OK if units else OFF, "" if units else "fp32 is faster here")
+              OK if units else OFF,
+              "--moe-products-dtype bf16" if units else "fp32 is faster here")
 
     kernel = capability is not None and capability[0] in (9, 10)
     known = hasattr(torch.nn.functional, "grouped_mm")
@@ -274,8 +275,22 @@ def fast_paths(torch) -> Iterator[Row]:
             ("memory-efficient", cuda.mem_efficient_sdp_enabled())) if on]
         yield Row("fast paths", "attention", ", ".join(kernels) or "plain", OK if kernels else OFF)
     else:
-        yield Row("fast paths", "attention", "flash", OK, "plain while attention dropout is on")
+        yield Row("fast paths", "attention", "flash", OK, "block by block, in evomoe_plugin, while "
+                                                          "attention dropout is on")
+    yield from vocabulary_rows()
+    yield Row("fast paths", "torch.compile", "in torch", OFF,
+              "unused: it makes no part of a step faster on a CPU")
     yield from adam_rows(torch)
+
+
+def vocabulary_rows() -> Iterator[Row]:
+    if evomoe_plugin.fairseq_error is None:
+        from evomoe_plugin.models.vocabulary_loss import CHUNKS
+
+        yield Row("fast paths", "vocabulary loss", "in chunks", OK,
+                  "logits of so many tokens at a time: "
+                  + ", ".join(f"{size} on {device}" for device, size in CHUNKS.items())
+                  + "; --criterion moe_cross_entropy")
 
 
 def adam_rows(torch) -> Iterator[Row]:
@@ -294,9 +309,9 @@ def adam_rows(torch) -> Iterator[Row]:
     from fairseq.optim.fused_adam import get_fused_adam_class
 
     fused = torch.cuda.is_available() and get_fused_adam_class() is not None
-    yield Row("fast paths", "fused Adam", "apex" if fused else "no", OK if fused else OFF,
-              "" if fused else "--optimizer adam is fairseq's own; the fused one needs a GPU and "
-                               "NVIDIA's apex")
+    yield Row("fast paths", "fused Adam", "apex's" if fused else "torch's", OK,
+              "--optimizer fused_adamw, and adam on GPUs" if fused else
+              "--optimizer fused_adamw; adam is fairseq's own, and several times slower")
 
 
 def apex_kind() -> tuple[str | None, str]:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.compat import expert_files
+from evomoe_plugin.compat import checkpoint_reading, expert_files
 from evomoe_plugin.compat.divided_experts import Divided, divided
 from evomoe_plugin.compat.expert_shards import MODEL, manifest_of
 from evomoe_plugin.dispatch import expert_rows
@@ -19,11 +19,16 @@ from evomoe_plugin.options import OptionError
 
 
 @contextlib.contextmanager
-def loading(trainer: Trainer) -> Iterator[None]:
-    """Inside, every process reads the checkpoint by itself, where experts are divided."""
+def loading(trainer: Trainer, path: str) -> Iterator[None]:
+    """Inside, every process reads the checkpoint `path` by itself, where experts are divided.
+
+    Raises:
+        OptionError: not all processes see it, or they see different ones.
+    """
     if divided(trainer) is None:
         yield
         return
+    _check_same(path, os.path.isfile(path))
     checkpoint = trainer.cfg.checkpoint
     before = checkpoint.load_checkpoint_on_all_dp_ranks
     checkpoint.load_checkpoint_on_all_dp_ranks = True
@@ -33,6 +38,18 @@ def loading(trainer: Trainer) -> Iterator[None]:
     finally:
         expert_rows.source.reset(token)
         checkpoint.load_checkpoint_on_all_dp_ranks = before
+    _check_same(path, [entry.get("num_updates") for entry in trainer._optim_history or ()])
+
+
+def _check_same(path: str, seen: Any) -> None:
+    """Raise `OptionError` on all processes unless all have seen the same."""
+    found: list[Any] = [seen] * dist.get_world_size()
+    dist.all_gather_object(found, seen)
+    other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
+    if other is not None:
+        raise OptionError("checkpoint", path, f"process {other} does not see what process 0 does "
+                                              "under this name: give a --save-dir, or a "
+                                              "--restore-file, that all machines share")
 
 
 def check_experts(state: Mapping[str, Any], experts: Divided, path: str) -> None:
@@ -75,10 +92,11 @@ def remove_stale(folder: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         for entry in list(os.scandir(folder)):
             path = entry.path.removesuffix(expert_files.FOLDER) + ".pt"
-            if not entry.name.endswith(expert_files.FOLDER) or len(expert_files.tags(path)) < 2:
+            if not entry.name.endswith(expert_files.FOLDER):
                 continue
-            with contextlib.suppress(OSError, RuntimeError, OptionError):
+            # Of what is not there, or cannot be read, nothing is removed.
+            with contextlib.suppress(OSError, OptionError), open(path, "rb") as file:
                 # Mapped, so that nothing but the list is read.
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                state = checkpoint_reading.load(file, map_location="cpu", mapped=True)
                 manifest = manifest_of(state, path)
                 expert_files.keep_only(path, [manifest.tag] if manifest else [])

@@ -4,6 +4,9 @@ fairseq takes every parameter for one that all processes hold. Under `fully_shar
 a layer get an FSDP instance over the processes that hold the same ones; the norm of the gradients,
 summed over all ranks' shards, then counts each expert once. Under `legacy_ddp` their gradients are
 averaged over those processes here, and the norm is put together.
+
+Experts are divided in training alone. Evaluation in several processes gives them different numbers
+of batches, and exchanges would wait for ever.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairseq import checkpoint_utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
 from fairseq.logging import metrics
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from evomoe_plugin.compat.mend import Mend, always, wrap
 from evomoe_plugin.compat.optimizer_layout import trained_parameters
 from evomoe_plugin.compat.update_end import after_update
+from evomoe_plugin.dispatch.groups import undivided
 
 
 def wrap_experts(layer: Any) -> None:
@@ -123,6 +128,13 @@ def _gradients(trainer: Trainer) -> Iterator[tuple[Tensor, bool]]:
             yield master.grad, id(p) in divided
 
 
+def _step(upstream: Callable, trainer: Trainer, batches: Any, raise_oom: bool = False) -> Any:
+    """A process without memory ends the run. Upstream's would leave the batch out, or begin it
+    again, and its next exchange would meet what the others are waiting in."""
+    is_divided = getattr(trainer.cfg.model, "moe_expert_parallel_size", 1) > 1
+    return upstream(trainer, batches, raise_oom=raise_oom or is_divided)
+
+
 def _log_waiting(trainer: Trainer) -> None:
     """How long this process waited for exchanges in the update that has ended."""
     meters = [layer.meter for layer in divided_layers(trainer.get_model())]
@@ -133,19 +145,29 @@ def _log_waiting(trainer: Trainer) -> None:
         meter.reset()
 
 
+def _load_to_evaluate(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
+    with undivided():
+        return upstream(*args, **kwargs)
+
+
 @functools.cache
 def apply() -> None:
+    wrap(checkpoint_utils, "load_model_ensemble_and_task", _load_to_evaluate)
     wrap(LegacyDistributedDataParallel, "all_reduce_grads", _all_reduce_grads)
     wrap(Trainer, "clip_grad_norm", _clip_grad_norm)
+    wrap(Trainer, "train_step", _step)
+    wrap(Trainer, "valid_step", _step)
     after_update(_log_waiting)
 
 
 MEND = Mend(
     name="expert-parallel",
     broken="with experts divided over processes their gradients would be averaged as if all held "
-           "the same, or not at all, and the gradient norm would count this process's alone",
+           "the same, or not at all, the gradient norm would count this process's alone, and a "
+           "process that leaves out a batch for which it has no memory would exchange the rows "
+           "of another one",
     upstream="fairseq/distributed/legacy_distributed_data_parallel.py: all_reduce_grads; "
-             "fairseq/trainer.py: clip_grad_norm",
+             "fairseq/trainer.py: clip_grad_norm, train_step, valid_step",
     remove_when="fairseq knows parameters that not all processes hold",
     needed=always("experts can be divided over processes"),
     apply=apply,

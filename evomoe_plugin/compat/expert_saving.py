@@ -19,6 +19,7 @@ from torch import Tensor
 from evomoe_plugin.compat import expert_files
 from evomoe_plugin.compat.divided_experts import Divided, divided
 from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.compat.exact_masters import masters
 from evomoe_plugin.compat.expert_shards import (
     KEY,
     MODEL,
@@ -132,7 +133,7 @@ def take(trainer: Trainer, experts: Divided) -> tuple[dict[str, Any], ExpertSave
     trainer._gathered_optim_state = {}
     state = utils.move_to_cpu(trainer.state_dict())
     state.pop("fsdp_metadata", None)
-    tensors = _own_weights(experts)
+    tensors = _own_weights(experts, masters(trainer))
     order: dict[str, int] = {}
     optimizer: dict[str, Entry] = {}
     if "last_optimizer_state" in state:
@@ -162,13 +163,18 @@ def is_sharded(trainer: Trainer, experts: Divided, own: Mapping[str, Tensor]) ->
     return total > options.moe_ep_consolidate_below * 2**30
 
 
-def _own_weights(experts: Divided) -> dict[str, Tensor]:
-    """Own rows of parameters and buffers, as a plain run's checkpoint has them."""
+def _own_weights(experts: Divided, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Own rows of parameters and buffers, as a plain run's checkpoint has them.
+
+    Args:
+        exact: those that are held more precisely than in the model, by name.
+    """
     own = {}
     for prefix, layer in experts.layers.items():
         weights = _whole_on_every_rank(layer.experts)
         for name in layer.expert_names:
-            own[f"{MODEL}/{prefix}experts.{name}"] = weights[name].detach().cpu()
+            key = f"{prefix}experts.{name}"
+            own[f"{MODEL}/{key}"] = exact.get(key, weights[name]).detach().cpu()
     return own
 
 
@@ -272,10 +278,15 @@ def _put(state: dict[str, Any], whole: Mapping[str, Tensor], optimizer: Mapping[
 
 
 def _build_optimizer(upstream: Callable, trainer: Trainer) -> None:
+    """The optimizers of fairseq that cannot be divided are refused before the run; one that a user
+    registered is asked."""
     upstream(trainer)
-    if divided(trainer) is not None and not trainer.optimizer.supports_flat_params:
-        raise OptionError("optimizer", trainer.cfg.optimizer._name,
-                          "with --moe-expert-parallel-size it must treat each weight by itself: "
+    name = trainer.cfg.optimizer._name
+    # fairseq's Adagrad has a sum for each weight, though it does not say so.
+    pointwise = trainer.optimizer.supports_flat_params or name == "adagrad"
+    if divided(trainer) is not None and not pointwise:
+        raise OptionError("optimizer", f"{name} with --moe-expert-parallel-size",
+                          "it must treat each weight by itself, and say so (supports_flat_params): "
                           "give adam")
 
 

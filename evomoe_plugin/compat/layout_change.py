@@ -32,13 +32,17 @@ logger = logging.getLogger(__name__)
 # Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
 
+# Optimizers whose state is the same, by what `--optimizer` calls them.
+SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
+
 
 def _load_checkpoint(
     upstream: Callable, trainer: Trainer, filename: str, *args: Any, **kwargs: Any
 ) -> Any:
     """In place of `Trainer.load_checkpoint`: find the files, convert what is in them."""
-    with expert_loading.loading(trainer):
-        extra_state = upstream(trainer, _existing(trainer, filename), *args, **kwargs)
+    found = _existing(trainer, filename)
+    with expert_loading.loading(trainer, found):
+        extra_state = upstream(trainer, found, *args, **kwargs)
     if extra_state is not None and _reads_own_shard(trainer):
         _check_same_update(trainer, filename)
     return extra_state
@@ -117,6 +121,7 @@ def _load_to_cpu(upstream: Callable, path: str, *args: Any, **kwargs: Any) -> di
     state = read(path)
     if shards.world_size(state) != trainer.data_parallel_world_size:
         raise _other_world_size(shards.world_size(state), trainer)
+    _name_optimizer(state, trainer)
     return state
 
 
@@ -156,10 +161,7 @@ def _adapt_optimizer(
     optimizer = state.get("last_optimizer_state")
     if not optimizer:
         return
-    history = state["optimizer_history"][-1]
-    if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
-        efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
-        history["optimizer_name"] = HALF_PRECISION[efficient]
+    _name_optimizer(state, trainer)
     was_fsdp = "param_id_map" in optimizer
     new = model_layout(trainer)
     if not was_fsdp and not trainer.is_fsdp and whole is None and (
@@ -177,6 +179,17 @@ def _adapt_optimizer(
     if whole is not None:
         named = whole.own_moments(named)
     state["last_optimizer_state"] = new.state(named, optimizer)
+
+
+def _name_optimizer(state: dict, trainer: Trainer) -> None:
+    """As the trainer's, which upstream asks for, where what it keeps is the same."""
+    history = state["optimizer_history"][-1]
+    if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
+        efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
+        history["optimizer_name"] = HALF_PRECISION[efficient]
+    elif history["optimizer_name"] in SAME_STATE.values():
+        history["optimizer_name"] = SAME_STATE.get(trainer.cfg.optimizer._name,
+                                                   history["optimizer_name"])
 
 
 def _layout_name(layout: OptimizerLayout) -> str:

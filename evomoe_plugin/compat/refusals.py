@@ -14,6 +14,11 @@ from evomoe_plugin.compat.launcher import process_count
 from evomoe_plugin.options import OptionError
 from evomoe_plugin.run_validation import validate_run
 
+# Optimizers whose steps follow from means or norms over whole parameters; and those that fairseq
+# does not shard, for these or other reasons.
+_OF_WHOLE_PARAMETERS = ("adafactor", "lamb")
+_NOT_SHARDED = (*_OF_WHOLE_PARAMETERS, "adagrad")
+
 
 def check_run(cfg: Any) -> None:
     """Refuse what cannot work; the plugin's own options are checked too."""
@@ -29,6 +34,7 @@ def _check_training(cfg: Any, on_gpu: bool) -> None:
         raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
     if common.fp16 and common.bf16:
         raise OptionError("fp16", "with --bf16", "give one of them")
+    _check_products(cfg)
     if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
         raise OptionError("write_checkpoints_asynchronously", "without iopath",
                           "fairseq asks for it: pip install iopath")
@@ -43,6 +49,14 @@ def _check_training(cfg: Any, on_gpu: bool) -> None:
         _check_expert_parallel(cfg)
 
 
+def _check_products(cfg: Any) -> None:
+    dtype = getattr(cfg.model, "moe_products_dtype", "same")
+    for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
+        if dtype != "same" and getattr(cfg.common, option):
+            raise OptionError("moe_products_dtype", f"{dtype} with --{option.replace('_', '-')}",
+                              "its weights are in fp32: leave one of them out")
+
+
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
     common, parallel = cfg.common, cfg.distributed_training
     combined = "with --ddp-backend fully_sharded"
@@ -53,7 +67,8 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
                           "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
     if common.bf16 or common.memory_efficient_bf16:
         raise OptionError("memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
-                          combined, "give --fp16, full precision, or --ddp-backend legacy_ddp")
+                          combined, "give --fp16, --moe-products-dtype bf16, or --ddp-backend "
+                                    "legacy_ddp")
     if common.amp:
         raise OptionError("amp", combined, "give --fp16")
     if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
@@ -75,11 +90,22 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
                           "add --use-sharded-state, or --no-save-optimizer-state")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
+    if _optimizer(cfg) in _NOT_SHARDED:
+        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
+                          "fairseq shards adam, adamax, adadelta, nag and sgd: give one of them, "
+                          "or --ddp-backend legacy_ddp")
+
+
+def _optimizer(cfg: Any) -> str | None:
+    return getattr(cfg.optimizer, "_name", None)
 
 
 def _check_expert_parallel(cfg: Any) -> None:
     parallel, size = cfg.distributed_training, cfg.model.moe_expert_parallel_size
     combined = "with --moe-expert-parallel-size"
+    if cfg.common.amp:
+        raise OptionError("amp", combined, "it looks for overflow in each process's own experts: "
+                                           "give --fp16 or --bf16")
     count = process_count(parallel)
     if count % size:
         raise OptionError("moe_expert_parallel_size", size,
@@ -98,3 +124,11 @@ def _check_expert_parallel(cfg: Any) -> None:
                           "it knows nothing of experts on other processes: leave it out")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
+    remedy = "give adam, adamax, adadelta, nag or sgd"
+    if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
+        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
+                          "its steps follow from means over whole parameters, of which each "
+                          f"process holds a part: {remedy}")
+    if _optimizer(cfg) == "composite":
+        raise OptionError("optimizer", f"composite {combined}",
+                          f"checkpoints know one optimizer for all parameters: {remedy}")

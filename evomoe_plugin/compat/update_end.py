@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from fairseq.tasks import FairseqTask
@@ -12,6 +14,10 @@ from fairseq.trainer import Trainer
 from evomoe_plugin.compat.mend import Mend, always, wrap
 
 _callbacks: list[Callable[[Trainer], None]] = []
+_surroundings: list[Callable[[Trainer], contextlib.AbstractContextManager[None]]] = []
+
+# What surrounds the update that is under way in this thread.
+_under_way: ContextVar[contextlib.ExitStack | None] = ContextVar("under_way", default=None)
 
 
 def after_update(callback: Callable[[Trainer], None]) -> None:
@@ -21,9 +27,39 @@ def after_update(callback: Callable[[Trainer], None]) -> None:
         _callbacks.append(callback)
 
 
+def around_update(
+    surrounding: Callable[[Trainer], contextlib.AbstractContextManager[None]]
+) -> None:
+    """Have each update made inside of `surrounding(trainer)`, on every rank. It has been left when
+    `after_update` calls, and whenever the trainer's state is asked for."""
+    if surrounding not in _surroundings:
+        _surroundings.append(surrounding)
+
+
+def _update(upstream: Callable, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    if _under_way.get() is not None:  # a batch that --amp repeats
+        return upstream(trainer, *args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        for surrounding in _surroundings:
+            stack.enter_context(surrounding(trainer))
+        token = _under_way.set(stack)
+        try:
+            return upstream(trainer, *args, **kwargs)
+        finally:
+            _under_way.reset(token)
+
+
+def _state_dict(upstream: Callable, trainer: Trainer) -> Any:
+    """Of an update that fails: crash.pt holds what any checkpoint does."""
+    stack = _under_way.get()
+    if stack is not None:
+        stack.close()
+    return upstream(trainer)
+
+
 def _trainer_step(upstream: Callable, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
     before = trainer.get_num_updates()
-    logged = upstream(trainer, *args, **kwargs)
+    logged = _update(upstream, trainer, *args, **kwargs)
     model = trainer.get_model()  # the bare one
     if not hasattr(model, "finish_update"):
         return logged
@@ -50,6 +86,7 @@ def _task_step(upstream: Callable, task: FairseqTask, sample: Any, model: Any, *
 @functools.cache
 def apply() -> None:
     wrap(Trainer, "train_step", _trainer_step)
+    wrap(Trainer, "state_dict", _state_dict)
     wrap(FairseqTask, "train_step", _task_step)
 
 

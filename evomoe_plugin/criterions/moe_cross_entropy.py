@@ -2,9 +2,11 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
 
+import functools
+import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq import utils
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing import stats as st
+
+logger = logging.getLogger(__name__)
 
 _STATS = "moe_stats_"
 _AUX = "moe_aux_"
@@ -30,6 +34,11 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
     moe_gate_loss_combine_method: str = field(
         default="average",
         metadata={"help": "how the auxiliary losses of the MoE layers become one: average or sum"},
+    )
+    moe_vocab_chunk: Optional[int] = field(
+        default=None,
+        metadata={"help": "tokens whose logits over the vocabulary exist at a time (default: 512 "
+                          "on a CPU, 4096 on a GPU); 0: all, as fairseq does it"},
     )
 
 
@@ -47,6 +56,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         sentence_avg: bool,
         moe_gate_loss_wt: float = 1.0,
         moe_gate_loss_combine_method: str = "average",
+        moe_vocab_chunk: Optional[int] = None,
     ):
         super().__init__(task, sentence_avg)
         if moe_gate_loss_combine_method not in ("average", "sum"):
@@ -54,6 +64,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
                               "one of: average, sum")
         if not (math.isfinite(moe_gate_loss_wt) and moe_gate_loss_wt >= 0):
             raise OptionError("moe_gate_loss_wt", moe_gate_loss_wt, "give a weight of 0 or more")
+        if moe_vocab_chunk is not None and moe_vocab_chunk < 0:
+            raise OptionError("moe_vocab_chunk", moe_vocab_chunk,
+                              "give a number of tokens, or 0 for all at once")
+        self.vocab_chunk = moe_vocab_chunk
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine_method = moe_gate_loss_combine_method
 
@@ -64,8 +78,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             the loss, summed over tokens; the sample size it is to be divided by; what is logged:
             sums that may be added over batches and ranks.
         """
-        net_output = model(**sample["net_input"])
-        inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        inner_loss, extra = self._cross_entropy(model, sample, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "inner_loss": inner_loss.detach(),
@@ -74,7 +87,6 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "sample_size": sample_size,
         }
         loss = inner_loss
-        extra = net_output[1]
         for name, aux_L in extra.get("moe_aux", {}).items():
             combined = aux_L.mean() if self.combine_method == "average" else aux_L.sum()
             weight = self.gate_loss_weight * extra["moe_aux_coefficients"][name]
@@ -86,6 +98,16 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             logging_output.update({_STATS + k: v for k, v in extra["moe_stats"].items()})
             logging_output["moe_flops"] = self._forward_flops(model, extra["moe_stats"])
         return loss, sample_size, logging_output
+
+    def _cross_entropy(self, model, sample, reduce: bool) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of the vocabulary, and what else the model gives."""
+        if self.vocab_chunk != 0:
+            if getattr(model, "gives_losses", False):
+                return model(**sample["net_input"], targets=sample["target"],
+                             vocab_chunk=self.vocab_chunk, reduce=reduce)
+            _say_all_at_once()
+        net_output = model(**sample["net_input"])
+        return self.compute_loss(model, net_output, sample, reduce=reduce)[0], net_output[1]
 
     @staticmethod
     def _forward_flops(model, moe_stats: dict[str, Tensor]) -> Tensor:
@@ -123,3 +145,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
         flops = float(total("moe_flops"))
         metrics.log_scalar("mflops_per_token", flops / tokens / 1e6, ntokens, round=3)
+
+
+@functools.cache
+def _say_all_at_once() -> None:
+    logger.info("the cross-entropy is computed from the logits of all tokens at once: the model is "
+                "none of evomoe_plugin")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+_divides: ContextVar[bool] = ContextVar("divides", default=True)
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,28 @@ class ExpertGroups:
 _made: dict[tuple[dist.ProcessGroup, int], ExpertGroups] = {}
 
 
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Inside, models are built with all experts in this process, whatever their options say."""
+    token = _divides.set(False)
+    try:
+        yield
+    finally:
+        _divides.reset(token)
+
+
 def expert_groups(size: int) -> ExpertGroups | None:
     """The groups for experts divided over `size` processes; None where one process has all.
 
-    All processes must call it alike. Without process groups, as in evaluation, one process has
-    all experts whatever the run that trained them did.
+    All processes must call it alike. Without process groups one process has all experts, whatever
+    the run that trained them did.
 
     Raises:
         ValueError: `size` does not divide the number of processes.
     """
-    if size == 1 or not dist.is_initialized() or dist.get_world_size() == 1:
+    if size == 1 or not _divides.get():
+        return None
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     key = dist.group.WORLD, size
     if key not in _made:

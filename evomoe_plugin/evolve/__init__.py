@@ -1,19 +1,22 @@
 """Changes of a model while it is trained: its experts, and the optimizer's state with them.
 
 Importing has experts made from a dense model at the start of a run, and spawned and adapted after
-updates, where the options ask for it; and checkpoints looked at before a run goes on from them.
+updates, where the options ask for it; those that wait for the spawn left out of the steps before
+it; and checkpoints looked at before a run goes on from them.
 """
 
 from evomoe_plugin.compat.before_loading import before_loading
 from evomoe_plugin.compat.train_start import at_train_start
-from evomoe_plugin.compat.update_end import after_update
+from evomoe_plugin.compat.update_end import after_update, around_update
 from evomoe_plugin.evolve.adapt import adapt_experts
 from evomoe_plugin.evolve.going_on import check_spawn, check_trained
 from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.evolve.start import init_from_dense
+from evomoe_plugin.evolve.waiting import first_expert_alone
 
 before_loading(check_spawn)
 before_loading(check_trained)
 at_train_start(init_from_dense)
+around_update(first_expert_alone)
 after_update(spawn_experts)
 after_update(adapt_experts)

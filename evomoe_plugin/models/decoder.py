@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +20,12 @@ from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
+from evomoe_plugin.models.attention import Mask, causal_mask
+from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
+from evomoe_plugin.models.products import in_products_dtype, products_in
 from evomoe_plugin.models.segments import Segments
+from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
 from evomoe_plugin.options import OptionError, expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
@@ -68,9 +71,18 @@ class MoEDecoder(TransformerDecoder):
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer, wrapped as fairseq does for checkpointing and FSDP."""
         index, self._layers_built = self._layers_built, self._layers_built + 1
-        if index not in self._expert_count:
-            return super().build_decoder_layer(args, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(args)
+        if index in self._expert_count:
+            layer = self._build_moe_layer(cfg, index)
+        else:
+            layer = DecoderLayer(cfg, self.args.moe_attention)
+        if cfg.checkpoint_activations:
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        return fsdp_wrap(
+            layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+        )
+
+    def _build_moe_layer(self, cfg: TransformerConfig, index: int) -> MoEDecoderLayer:
         layer_id = list(self._expert_count).index(index)
         info = LayerInfo(
             model_dim=cfg.decoder.embed_dim,
@@ -83,11 +95,7 @@ class MoEDecoder(TransformerDecoder):
         )
         layer = MoEDecoderLayer(cfg, self.args, info)
         wrap_experts(layer.moe)
-        if cfg.checkpoint_activations:
-            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
-        return fsdp_wrap(
-            layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
-        )
+        return layer
 
     @property
     def is_single(self) -> bool:
@@ -98,6 +106,11 @@ class MoEDecoder(TransformerDecoder):
         """Name of the n-th MoE layer as in the checkpoint."""
         return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
 
+    def products(self) -> AbstractContextManager[None]:
+        """Inside, matrix products are as `--moe-products-dtype` says."""
+        return products_in(self.args.moe_products_dtype, self.embed_tokens.weight.device.type)
+
+    @in_products_dtype
     def forward(
         self,
         prev_output_tokens: Tensor,
@@ -111,8 +124,16 @@ class MoEDecoder(TransformerDecoder):
         return_all_hiddens: bool = False,
         token_weights: Tensor | None = None,
         segments: Tensor | None = None,
+        targets: Tensor | None = None,
+        vocab_chunk: int | None = None,
+        reduce: bool = True,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """As fairseq's decoder; `token_weights` and `segments` as in `extract_features`."""
+        """As fairseq's decoder; `token_weights` and `segments` as in `extract_features`.
+
+        With `targets` [batch, length] the losses of `models.vocabulary_loss` stand in the place of
+        logits: their sum, or [batch * length] without `reduce`. They are computed here, and not by
+        the criterion, since FSDP has the output embeddings in the forward pass only.
+        """
         x, extra = self.extract_features(
             prev_output_tokens,
             incremental_state=incremental_state,
@@ -120,8 +141,14 @@ class MoEDecoder(TransformerDecoder):
             token_weights=token_weights,
             segments=segments,
         )
-        return (x if features_only else self.output_layer(x)), extra
+        if targets is not None:
+            x = vocabulary_loss(x.reshape(-1, x.size(-1)), self.output_projection.weight,
+                                targets.reshape(-1), self.padding_idx, vocab_chunk, reduce)
+        elif not features_only:
+            x = self.output_layer(x)
+        return x, extra
 
+    @in_products_dtype
     def extract_features(
         self,
         prev_output_tokens: Tensor,
@@ -182,15 +209,11 @@ class MoEDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
-        attention = {
-            "self_attn_mask": None,
-            "self_attn_padding_mask": padding_mask if padding_mask.any() else None,
-        }
+        if not padding_mask.any():
+            padding_mask = None
+        attention = {"self_attn_mask": None, "self_attn_padding_mask": padding_mask}
         if incremental_state is None and not full_context_alignment:
-            attention["self_attn_mask"] = self.buffered_future_mask(x)
-            if packed:
-                attention["self_attn_mask"] = packed.attention_mask(
-                    attention["self_attn_mask"], self.args.decoder_attention_heads)
+            attention["self_attn_mask"] = self._attention_mask(x, padding_mask, packed)
         inner_states, aux, stats = [x], {}, {}
         for layer in self.layers:  # LayerDrop leaves some out
             if id(layer) in self._moe_ids:
@@ -216,6 +239,17 @@ class MoEDecoder(TransformerDecoder):
         extra = {"attn": [None], "inner_states": inner_states}
         return x, {**extra, "moe_aux": moe_aux, "moe_stats": moe_stats,
                    "moe_aux_coefficients": dict(self._aux_coefficients)}
+
+    def _attention_mask(
+        self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
+    ) -> Mask | Tensor:
+        """What tokens may attend to, as the attention of the layers takes it."""
+        if self.args.moe_attention == "sdpa":
+            return causal_mask(padding_mask) if packed is None else packed.causal_mask()
+        mask = self.buffered_future_mask(x)
+        if packed is None:
+            return mask
+        return packed.attention_mask(mask, self.args.decoder_attention_heads)
 
     def _stack_stats(self, flat_stats: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""

@@ -1,19 +1,45 @@
-"""A decoder layer whose feed-forward network is an MoE layer."""
+"""Decoder layers, with an MoE layer or a dense network in them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
+from torch.nn.functional import gelu
 
-from evomoe_plugin.experts.gelu import gelu
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
+from evomoe_plugin.models.attention import Mask, SelfAttention
 
 
-class MoEDecoderLayer(TransformerDecoderLayerBase):
+class DecoderLayer(TransformerDecoderLayerBase):
+    """fairseq's, with the attention that `--moe-attention` names.
+
+    Args:
+        cfg: fairseq's view of the options.
+        attention: "sdpa" (`models.attention`) or "stock" (fairseq's own).
+    """
+
+    def __init__(self, cfg: TransformerConfig, attention: str):
+        self._attention = attention
+        super().__init__(cfg, no_encoder_attn=True)
+
+    def build_self_attention(
+        self, embed_dim: int, cfg: TransformerConfig, add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+    ) -> MultiheadAttention:
+        """Called by fairseq."""
+        if self._attention == "stock":
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return SelfAttention(
+            embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout,
+            add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, self_attention=True)
+
+
+class MoEDecoderLayer(DecoderLayer):
     """Self-attention as in fairseq, then an `MoELayer`.
 
     Args:
@@ -23,7 +49,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
     """
 
     def __init__(self, cfg: TransformerConfig, options: Any, info: LayerInfo):
-        super().__init__(cfg, no_encoder_attn=True)
+        super().__init__(cfg, options.moe_attention)
         self.moe = build_layer(
             info,
             options,
@@ -41,7 +67,7 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         self,
         x: Tensor,
         incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
-        self_attn_mask: Tensor | None = None,
+        self_attn_mask: Mask | Tensor | None = None,
         self_attn_padding_mask: Tensor | None = None,
         token_keys: Tensor | None = None,
         token_ids: Tensor | None = None,
@@ -52,8 +78,9 @@ class MoEDecoderLayer(TransformerDecoderLayerBase):
         Args:
             x: [length, batch, D], fairseq's order.
             incremental_state: keys and values of earlier steps, in incremental decoding.
-            self_attn_mask: additive causal mask [length, length], or one for each sequence and
-                head [batch * heads, length, length].
+            self_attn_mask: as `models.attention` takes it; with fairseq's own attention an additive
+                causal mask [length, length], or one for each sequence and head
+                [batch * heads, length, length].
             self_attn_padding_mask: bool [batch, length], True for padding.
             token_keys: int64 noise keys [length, batch].
             token_ids: int64 symbols [length, batch].

@@ -14,6 +14,7 @@ from omegaconf import open_dict
 
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.models.products import log_products
 from evomoe_plugin.options import (
     OptionError,
     expert_counts,
@@ -25,7 +26,13 @@ from evomoe_plugin.validation import validate
 logger = logging.getLogger(__name__)
 
 class MoELanguageModel(TransformerLanguageModel):
-    """A GPT whose feed-forward networks are MoE layers where the options put them."""
+    """A GPT whose feed-forward networks are MoE layers where the options put them.
+
+    Attributes:
+        gives_losses: its forward pass takes `targets` (`MoEDecoder.forward`).
+    """
+
+    gives_losses = True
 
     def __init__(self, decoder: MoEDecoder, forward_flops: ForwardFlops):
         super().__init__(decoder)
@@ -86,6 +93,7 @@ class MoELanguageModel(TransformerLanguageModel):
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
         decoder = MoEDecoder(args, task.target_dictionary, embed_tokens)
         _log_sizes(args, vocabulary)
+        log_products(args.moe_products_dtype)
         return cls(decoder, count_flops(args, vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:

@@ -47,8 +47,14 @@ class Segments:
         x_BTD = torch.nn.functional.embedding(self.positions_BT, table_TD)
         return x_BTD.masked_fill(self._padding_mask_BT.unsqueeze(2), 0.0)
 
+    def causal_mask(self) -> Tensor:
+        """bool [B, 1, T, T], True where a token (third) may attend to another."""
+        numbers_BT, rows = self._index_BT, self._index_BT.size(1)
+        past_TT = torch.ones(rows, rows, dtype=torch.bool, device=numbers_BT.device).tril()
+        return ((numbers_BT.unsqueeze(2) == numbers_BT.unsqueeze(1)) & past_TT).unsqueeze(1)
+
     def attention_mask(self, future_mask_TT: Tensor, num_heads: int) -> Tensor:
-        """Additive mask [B * num_heads, T, T], as torch's attention takes it.
+        """Additive mask [B * num_heads, T, T], as fairseq's attention takes it.
 
         Args:
             future_mask_TT: additive causal mask; what it hides stays hidden.

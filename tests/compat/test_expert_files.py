@@ -1,9 +1,11 @@
 """Experts beside a checkpoint go where it goes; killed at any moment, it is the old or the new."""
 
+import argparse
 import os
 import shutil
 
 import pytest
+import torch
 
 from evomoe_plugin.checkpoint.forms import consolidate, reshard
 from evomoe_plugin.checkpoint.main_file import read_main_file
@@ -158,6 +160,22 @@ def restart(folder):
     expert_loading.remove_stale(str(folder))
 
 
+def test_what_a_killed_run_left_goes_at_the_next_start(last, tmp_path):
+    state = torch.load(last, weights_only=True)
+    # As fairseq keeps the options of adagrad.
+    state["cfg"]["optimizer"] = argparse.Namespace(_name="adagrad")
+    torch.save(state, last)
+    experts = last.with_suffix(".experts")
+    (experts / "u30-left").mkdir()
+    alone, cut = tmp_path / "checkpoint_alone.experts/u1-a", tmp_path / "checkpoint_cut.pt"
+    alone.mkdir(parents=True)  # it may be copied still
+    cut.write_bytes(last.read_bytes()[:900])
+    (tmp_path / "checkpoint_cut.experts/u1-b").mkdir(parents=True)
+    restart(tmp_path)
+    assert [path.name for path in experts.iterdir()] == [state["moe_experts"]["tag"]]
+    assert alone.exists() and (tmp_path / "checkpoint_cut.experts/u1-b").exists()
+
+
 @pytest.mark.parametrize("form", [pytest.param("sharded", marks=pytest.mark.slow),
                                   "consolidated"])
 def test_killed_while_writing(clean, tmp_path, monkeypatch, form):
@@ -175,8 +193,9 @@ def test_killed_while_writing(clean, tmp_path, monkeypatch, form):
         seen.add(matches(last))
         restart(folder)
         seen.add(matches(last))
-        if last.with_suffix(".experts").exists() and form == "sharded":
-            assert len(list(last.with_suffix(".experts").iterdir())) == 1
+        is_divided = read_main_file("CKPT", str(last)).manifest is not None
+        folders = list(last.parent.glob("checkpoint_last.experts/*"))
+        assert len(folders) == is_divided
         assert not [name for name in names(folder) if name.endswith(".tmp")]
 
     assert every_kill(monkeypatch, prepare, action, check) > 5

@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from evomoe_plugin.compat import checkpoint_files, expert_files, expert_saving
+from evomoe_plugin.compat import checkpoint_files, expert_files, expert_loading, expert_saving
 from evomoe_plugin.compat.errors import RunFailed
 from evomoe_plugin.compat.expert_saving import ExpertSave
 from evomoe_plugin.compat.expert_shards import Entry, ExpertShards, manifest_of
 from evomoe_plugin.dispatch.groups import ExpertGroups
+from evomoe_plugin.options import OptionError
 
 SIZE = 2
 WEIGHT = "decoder.layers.1.moe.experts.fc1_weight"
@@ -112,7 +114,49 @@ def the_others_are_not_seen(rank, folder):
         save(rank, folder, 2)
 
 
-@pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen],
+def one_does_not_see_the_checkpoint(rank, folder):
+    trainer = SimpleNamespace(
+        cfg=SimpleNamespace(checkpoint=SimpleNamespace(load_checkpoint_on_all_dp_ranks=False)),
+        _optim_history=[])
+    expert_loading.divided = lambda _trainer: True
+    path = os.path.join(folder, f"checkpoint_of_{rank}.pt")
+    with expert_loading.loading(trainer, path):  # a run that begins
+        pass
+    dist.barrier()
+    if rank == 0:
+        open(path, "w").close()
+    with (pytest.raises(OptionError, match="process 1 does not see what process 0 does"),
+          expert_loading.loading(trainer, path)):
+        raise AssertionError("nothing must be read")
+    if rank == 1:
+        open(path, "w").close()
+    dist.barrier()
+    with (pytest.raises(OptionError, match="that all machines share"),
+          expert_loading.loading(trainer, path)):
+        assert trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
+        trainer._optim_history = [{"num_updates": 5 + rank}]  # of different updates
+
+
+@pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen,
+                                  one_does_not_see_the_checkpoint],
                          ids=lambda body: body.__name__)
 def test_two_processes(tmp_path, body):
     run(tmp_path, body)
+
+
+@pytest.mark.parametrize("name, pointwise", [("adagrad", False), ("mine", True)])
+def test_an_optimizer_of_single_weights_may_be_divided(monkeypatch, name, pointwise):
+    monkeypatch.setattr(expert_saving, "divided", lambda _trainer: True)
+    expert_saving._build_optimizer(lambda _trainer: None, trainer_with(name, pointwise))
+
+
+def test_any_other_is_refused(monkeypatch):
+    monkeypatch.setattr(expert_saving, "divided", lambda _trainer: True)
+    with pytest.raises(OptionError, match="--optimizer mine with --moe-expert-parallel-size"):
+        expert_saving._build_optimizer(lambda _trainer: None, trainer_with("mine", False))
+
+
+def trainer_with(name, pointwise):
+    """A trainer whose optimizer, `--optimizer NAME`, says so or not."""
+    return SimpleNamespace(optimizer=SimpleNamespace(supports_flat_params=pointwise),
+                           cfg=SimpleNamespace(optimizer=SimpleNamespace(_name=name)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from fairseq.dataclass.configs import CheckpointConfig, CommonConfig
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -50,6 +52,29 @@ def test_wrapping_twice_composes():
 
 def test_numpy_has_what_fairseq_asks_for():
     assert np.zeros(1, dtype=np.compat.long).dtype == np.dtype(int)
+
+
+def test_a_process_that_has_no_batch_left_validates_nothing():
+    from fairseq.tasks import FairseqTask
+
+    def criterion(_model, sample):
+        return sample["loss"], 1, {"loss": sample["loss"]}
+
+    task, model = FairseqTask(None), torch.nn.Identity()
+    assert task.valid_step({}, model, criterion) == (0.0, 0, {})
+    assert task.valid_step({"loss": 3.0}, model, criterion) == (3.0, 1, {"loss": 3.0})
+
+
+def test_lists_are_gathered_without_a_gpu_and_whatever_their_size():
+    from fairseq.distributed import utils as distributed_utils
+
+    data = {"loss": torch.arange(10_000), "name": "a"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        (found,) = distributed_utils.all_gather_list(data, group=dist.group.WORLD, max_size=10)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(found["loss"], data["loss"]) and found["name"] == "a"
 
 
 def test_an_added_field_is_an_option_and_a_hydra_field():

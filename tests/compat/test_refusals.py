@@ -34,6 +34,11 @@ BAD = [
      "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint"),
     ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it knows nothing"),
     ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
+    ({"optimizer._name": "adafactor"},
+     "--optimizer adafactor with --moe-expert-parallel-size: its steps follow from means"),
+    ({"optimizer._name": "composite"}, "--optimizer composite with --moe-expert-parallel-size: "),
+    ({"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
+     "--optimizer adagrad with --ddp-backend fully_sharded: fairseq shards adam, adamax, adadelta"),
 ]
 
 
@@ -43,13 +48,26 @@ def refused(cfg) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("given, message", BAD, ids=[message[:20] for _, message in BAD])
+@pytest.mark.parametrize("given, message", BAD, ids=[message[:30] for _, message in BAD])
 def test_refused_in_one_line(divided, given, message):
     cfg = copy.deepcopy(divided)
     with open_dict(cfg):
         for name, value in given.items():
             OmegaConf.update(cfg, name, value)
     assert refused(cfg).startswith(message)
+
+
+def test_amp_is_refused(divided, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cfg = copy.deepcopy(divided)
+    cfg.common.amp = True
+    assert refused(cfg).startswith("--amp with --moe-expert-parallel-size: it looks for overflow")
+
+
+def test_adagrad_is_none_of_them(divided):
+    cfg = copy.deepcopy(divided)
+    cfg.optimizer._name = "adagrad"
+    assert "no such folder" in refused(cfg)  # which is what is looked at next
 
 
 @pytest.mark.parametrize("environment, refused_for", [

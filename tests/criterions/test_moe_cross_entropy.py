@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
 
-from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion, _say_all_at_once
 from evomoe_plugin.models.accounting import ForwardFlops
 from evomoe_plugin.options import OptionError
 
@@ -47,8 +47,8 @@ SAMPLE = {"net_input": {}, "target": torch.tensor([[3, 4, 5, PAD]]), "ntokens": 
 TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
 
 
-def make(weight=0.5, method="average", sentence_avg=False):
-    return MoECrossEntropyCriterion(TASK, sentence_avg, weight, method)
+def make(weight=0.5, method="average", sentence_avg=False, chunk=None):
+    return MoECrossEntropyCriterion(TASK, sentence_avg, weight, method, chunk)
 
 
 @pytest.mark.parametrize("method, combined", [("average", 3.0), ("sum", 6.0)])
@@ -128,8 +128,17 @@ def test_perplexity_is_of_the_tokens_also_with_sentence_avg():
 @pytest.mark.parametrize(
     "given, message",
     [((-1.0, "sum"), "--moe-gate-loss-wt -1.0"), ((float("nan"), "sum"), "--moe-gate-loss-wt nan"),
-     ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum")],
+     ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum"),
+     ((1.0, "sum", False, -1), "--moe-vocab-chunk -1: give a number")],
 )
 def test_bad_options(given, message):
     with pytest.raises(OptionError, match=message):
         make(*given)
+
+
+def test_other_models_are_told_of_once(caplog):
+    _say_all_at_once.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            make()(FakeModel(), SAMPLE)
+    assert len(caplog.records) == 1 and "none of evomoe_plugin" in caplog.text

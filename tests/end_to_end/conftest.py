@@ -46,6 +46,11 @@ def data_bin(tmp_path_factory) -> Path:
     return folder
 
 
+def _path() -> str:
+    """The clone, and where else packages are."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture(scope="session")
 def run_command():
     """Run one of fairseq's commands in a process of its own."""
@@ -57,7 +62,7 @@ def run_command():
         process = subprocess.run(
             [sys.executable, *module, *map(str, arguments)], cwd=cwd, text=True, timeout=timeout,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            env={**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1",
                  "PYTHONWARNINGS": "ignore", **environment},
         )
         if check:

@@ -70,3 +70,22 @@ def test_resumed_later_epochs_are_bit_equal(update, two_epochs, train, tmp_path)
     for a, b in zip(got, records[update:], strict=True):
         assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
+
+
+@pytest.mark.parametrize("given", [
+    ("--bf16",),
+    *(pytest.param(given, marks=pytest.mark.slow) for given in (
+        ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-bf16",),
+        ("--fp16", "--distributed-world-size", "2", "--ddp-backend", "legacy_ddp",
+         "--moe-expert-parallel-size", "2"),
+        ("--fp16", "--distributed-world-size", "2", "--ddp-backend", "legacy_ddp",
+         "--moe-expert-parallel-size", "2", "--moe-ep-checkpoint", "sharded"),
+    )),
+], ids=lambda given: " ".join(word.lstrip("-") for word in given))
+def test_half_precision_resumes_bit_equal(given, train, tmp_path):
+    whole = train(tmp_path / "whole", *ANNEAL, *given, "--max-update", "8")
+    train(tmp_path / "part", *ANNEAL, *given, "--max-update", "4")
+    got = train(tmp_path / "part", *ANNEAL, *given, "--max-update", "8").logged("train_inner")
+    for a, b in zip(got, whole.logged("train_inner")[4:], strict=True):
+        assert {k: a[k] for k in EXACT} == {k: b[k] for k in EXACT}
+    assert_same_weights(tmp_path / "part/checkpoint_last.pt", tmp_path / "whole/checkpoint_last.pt")

@@ -69,6 +69,15 @@ def test_one_expert_until_the_spawn_and_all_from_then_on(unbroken):
     assert flops[0] == flops[N - 1] <= flops[-1] < flops[N]
 
 
+def test_experts_that_wait_stay_as_they_were_drawn(unbroken):
+    """No step goes over them, weight decay neither."""
+    folder, _ = unbroken
+    one, other = (experts(saved(folder, updates)) for updates in (1, N - 1))
+    for name, value in one.items():
+        assert torch.equal(value[1:], other[name][1:])
+        assert not torch.equal(value[0], other[name][0])
+
+
 def test_the_checkpoint_of_the_spawn_holds_all_experts(unbroken):
     folder, _ = unbroken
     before, after = experts(saved(folder, N - 1)), experts(saved(folder, N))

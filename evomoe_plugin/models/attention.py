@@ -1,0 +1,155 @@
+"""Self-attention of decoders by torch's `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from typing import Any
+
+import torch
+from fairseq.modules import MultiheadAttention
+from torch import Tensor
+from torch.nn import functional as F
+
+from evomoe_plugin.models.causal_dropout import attend_with_dropout
+
+logger = logging.getLogger(__name__)
+
+
+class Mask(enum.Enum):
+    """Attention masks that need no tensor."""
+
+    CAUSAL = enum.auto()
+    """A token attends to those before it and to itself."""
+
+
+def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
+    """What tokens of rows may attend to.
+
+    Padding that stands after all tokens of its row is hidden by causality already. Where it stands
+    elsewhere it attends to itself, so that no row of the mask is empty, which would give NaN.
+
+    Args:
+        padding_mask_BT: bool, True for padding; None: there is none.
+    Returns:
+        `Mask.CAUSAL`, or bool [B, 1, T, T], True where a query (third) may attend to a key.
+    """
+    if padding_mask_BT is None or not (padding_mask_BT[:, :-1] & ~padding_mask_BT[:, 1:]).any():
+        return Mask.CAUSAL
+    T = padding_mask_BT.size(1)
+    past_TT = torch.ones(T, T, dtype=torch.bool, device=padding_mask_BT.device).tril()
+    itself_TT = torch.eye(T, dtype=torch.bool, device=padding_mask_BT.device)
+    return ((past_TT & ~padding_mask_BT[:, None]) | itself_TT).unsqueeze(1)
+
+
+class SelfAttention(MultiheadAttention):
+    """fairseq's self-attention: its parameters, incremental state and results, faster.
+
+    Results are equal to rounding at tokens that are not padding. What it does not know, fairseq's
+    own forward pass does, and the log says so once.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, **kwargs: Any):
+        super().__init__(embed_dim, num_heads, dropout=dropout, **kwargs)
+        # The name that --retain-dropout-modules knows.
+        self.dropout_module.module_name = MultiheadAttention.__name__
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Mask | Tensor | None = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: [T, B, D]; key and value are the same.
+            key_padding_mask: [B, keys], True for padding; not looked at beside an `attn_mask`
+                of ours, which knows it.
+            incremental_state: keys and values of earlier steps.
+            attn_mask: as `causal_mask` makes it, or None: all may attend to all. Other masks, and
+                the arguments not named here, are for fairseq's own forward pass.
+        Returns:
+            [T, B, D], and None.
+        """
+        ours = isinstance(attn_mask, Mask) or (
+            attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4)
+        unknown = self._unknown(
+            (need_weights or need_head_weights, "attention weights are asked for"),
+            (before_softmax or static_kv, "more than the answer is asked for"),
+            (key is not query or value is not query, "keys or values are of another sequence"),
+            (attn_mask is not None and not ours, "the mask is of another kind"),
+            (incremental_state is not None and ours, "a mask is given in incremental decoding"),
+        )
+        if unknown:
+            _say_stock(unknown)
+            if ours:
+                attn_mask = self._additive(attn_mask, query)
+            return super().forward(
+                query, key, value, key_padding_mask, incremental_state, need_weights, static_kv,
+                attn_mask, before_softmax, need_head_weights)
+
+        T, B, _ = query.shape
+        q, k, v = (project(query).view(T, B, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        if incremental_state is not None:
+            k, v, key_padding_mask = self._with_past(k, v, key_padding_mask, incremental_state)
+        if attn_mask is None and key_padding_mask is not None:
+            attn_mask = ~key_padding_mask.bool()[:, None, None]
+        y = self._attend(q, k, v, attn_mask)
+        return self.out_proj(y.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
+        causal = mask is Mask.CAUSAL
+        dropout = 0.0
+        if self.training or self.dropout_module.apply_during_inference:
+            dropout = self.dropout_module.p
+        if dropout and causal and q.device.type == "cpu":
+            return attend_with_dropout(q, k, v, self.scaling, dropout)
+        return F.scaled_dot_product_attention(
+            q, k, v, None if causal else mask, dropout, is_causal=causal, scale=self.scaling)
+
+    def _with_past(
+        self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, incremental_state: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and padding of all steps, which are saved as fairseq does."""
+        saved = self._get_input_buffer(incremental_state)
+        if "prev_key" in saved:
+            k = torch.cat([saved["prev_key"], k], 2)
+            v = torch.cat([saved["prev_value"], v], 2)
+        key_padding_mask = self._append_prev_key_padding_mask(
+            key_padding_mask, saved.get("prev_key_padding_mask"), k.size(0), k.size(2),
+            static_kv=False)
+        saved.update(prev_key=k, prev_value=v, prev_key_padding_mask=key_padding_mask)
+        self._set_input_buffer(incremental_state, saved)
+        return k, v, key_padding_mask
+
+    def _unknown(self, *reasons: tuple[bool, str]) -> str | None:
+        """Why fairseq's forward pass is needed."""
+        own = (
+            (self.use_xformers, "xFormers attends"),
+            (not self.self_attention, "this is no self-attention"),
+            (self.bias_k is not None or self.add_zero_attn, "keys are added"),
+            (self.onnx_trace or self.skip_embed_dim_check, "the module is traced or pruned"),
+        )
+        return next((reason for holds, reason in (*own, *reasons) if holds), None)
+
+    def _additive(self, mask: Mask | Tensor, x: Tensor) -> Tensor:
+        """The mask as fairseq takes it: [T, T], or [B * heads, T, T]."""
+        if mask is Mask.CAUSAL:
+            return x.new_full((x.size(0), x.size(0)), float("-inf")).triu(1)
+        additive = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        return additive.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
+
+
+@functools.cache
+def _say_stock(reason: str) -> None:
+    logger.info("attention is computed by fairseq's own forward pass: %s", reason)
