@@ -1,4 +1,4 @@
-"""The MoE layer: the one place where gate, dispatcher and experts meet."""
+"""The MoE layer: the one place where gate and experts meet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.dispatch import Dispatched, LocalDispatcher, expert_rows
+from evomoe_plugin.dispatch import expert_rows
 from evomoe_plugin.dispatch.exchange import WIRE_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, SharedExperts
@@ -66,9 +66,10 @@ class MoELayer(nn.Module):
         self.spawn_updates = spawn_updates
         self.groups = groups
         self.meter = meter
+        # Whether the parameters hold expert 0 only, for a step before the spawn.
+        self.first_alone = False
         # FSDP makes one parameter of them.
         self.expert_names = tuple(experts.state_dict())
-        self.dispatcher = LocalDispatcher()
         # In the checkpoint, since evaluation routes as training did when it was written.
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._num_updates = 0
@@ -142,9 +143,7 @@ class MoELayer(nn.Module):
         else:
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
             plan = self._within_capacity(self.gate(x_TD, context))
-        dispatched = self.dispatcher.dispatch(x_TD, plan)
-        rows_ND, shared_TD = self._answers(dispatched, x_TD, plan)
-        y_TD = self.dispatcher.combine(rows_ND, dispatched)
+        y_TD, shared_TD = self._answers(x_TD, plan)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         # Also of parameters that this gate, in this update and with these losses, has no use for.
@@ -165,16 +164,16 @@ class MoELayer(nn.Module):
         sent_R[self.groups.rank] = to_R.sum()
         return {st.SENT_R: sent_R, st.RECEIVED_R: to_R}
 
-    def _answers(
-        self, dispatched: Dispatched, x_TD: Tensor, plan: RoutingPlan
-    ) -> tuple[Tensor, Tensor | None]:
+    def _answers(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor | None]:
         """What routed experts, and what shared ones, give."""
+        if self.first_alone:
+            plan = dataclasses.replace(plan, tokens_per_expert_E=plan.tokens_per_expert_E[:1])
         if self.shared is None:
-            return self.experts(dispatched.rows_ND, dispatched.counts), None
+            return self.experts(x_TD, plan), None
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)
         if self.groups is not None:  # while rows are under way
-            return self.experts(dispatched.rows_ND, dispatched.counts, meanwhile=shared)
-        return self.experts(dispatched.rows_ND, dispatched.counts), shared()
+            return self.experts(x_TD, plan, meanwhile=shared)
+        return self.experts(x_TD, plan), shared()
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         rule = self.capacity if self.training else self.eval_capacity

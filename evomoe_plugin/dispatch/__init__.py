@@ -1,5 +1,1 @@
-"""Dispatch: bring token rows to their experts and the results back."""
-
-from evomoe_plugin.dispatch.local import Dispatched, LocalDispatcher
-
-__all__ = ["Dispatched", "LocalDispatcher"]
+"""Dispatch: which processes hold which experts, and rows on their way to them and back."""

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.experts.activations import find_activation
 from evomoe_plugin.experts.frozen import without_gradient
-from evomoe_plugin.experts.grouped import grouped_linear
+from evomoe_plugin.experts.grouped import grouped_ffn
+from evomoe_plugin.routing.plan import RoutingPlan
 
 
 class ExpertFFN(nn.Module):
-    """E feed-forward networks, applied to rows by expert.
+    """E feed-forward networks, applied to the tokens that are routed to them.
 
     Plain: fc2 dropout(act(fc1 x)), with biases. Gated (Shazeer, arXiv 2002.05202):
     fc2 dropout(act(fc1 x) * fc3 x), without.
@@ -26,7 +28,7 @@ class ExpertFFN(nn.Module):
         model_dim: D.
         ffn_dim: F.
         activation: elementwise function.
-        dropout: module applied to the hidden rows.
+        dropout: of the hidden rows; its `p` and its mode count.
         gated: whether there is an fc3.
         freezes: whether single weights can be held at what they are: a buffer of bools beside
             each matrix, `fc1_frozen` beside `fc1_weight`, says which.
@@ -47,6 +49,7 @@ class ExpertFFN(nn.Module):
         self.freezes = freezes
         self.gated = gated
         self.activation = activation
+        self._activation = find_activation(activation)
         self.dropout = dropout or nn.Identity()
         self.grad_scale = 1.0  # what the parameters' gradients are multiplied by
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
@@ -91,14 +94,32 @@ class ExpertFFN(nn.Module):
             return weight
         return without_gradient(weight, getattr(self, frozen_name(name)))
 
-    def forward(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its segment of rows.
+    def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        """The sum of each token's answers, weighted: [T, D]; zeros for a token without a pair."""
+        return self.mix(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
+
+    def mix(
+        self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor | None,
+        counts: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """As `forward`.
+
+        Args:
+            x_TD: tokens.
+            token_ids_N: the token of each pair; pairs are sorted by expert.
+            weights_N: what the expert's answer is multiplied by; None: 1.
+            counts: pairs of each expert, E numbers that sum to N.
+        """
+        return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N)
+
+    def answer(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply expert e to its segment of rows: [N, D].
 
         Args:
             rows_ND: rows sorted by expert.
             counts: rows of each expert, E numbers that sum to N.
         """
-        return self._answer(rows_ND, counts, self._weights())
+        return self._grouped(rows_ND, counts, self._weights())
 
     def _weights(self) -> dict[str, Tensor]:
         """Matrices and biases by name."""
@@ -107,23 +128,19 @@ class ExpertFFN(nn.Module):
         return {name: self._matrix(name) if name.endswith("_weight") else getattr(self, name)
                 for name in names}
 
-    def _answer(
-        self, rows_ND: Tensor, counts: Sequence[int], weights: dict[str, Tensor]
+    def _grouped(
+        self, x: Tensor, counts: Sequence[int] | Tensor, weights: dict[str, Tensor],
+        token_ids_N: Tensor | None = None, weights_N: Tensor | None = None,
     ) -> Tensor:
-        """`forward`, with the weights of as many experts as there are counts."""
-        def linear(rows: Tensor, name: str, bias: Tensor | None, transposed: bool) -> Tensor:
-            weight = weights[f"{name}_weight"]
-            return grouped_linear(rows, weight.transpose(1, 2) if transposed else weight, bias,
-                                  counts, self.grad_scale)
+        """`mix` or `answer`, with the weights of as many experts as there are counts."""
+        return grouped_ffn(
+            x, weights, counts, self._activation, dropout=self._dropout_probability(),
+            grad_scale=self.grad_scale, token_ids_N=token_ids_N, weights_N=weights_N)
 
-        if self.gated:
-            gates_NF = linear(rows_ND, "fc1", None, True)
-            hidden_NF = linear(rows_ND, "fc3", None, True)
-            hidden_NF = self.dropout(self.activation(gates_NF) * hidden_NF)
-            return linear(hidden_NF, "fc2", None, False)
-        hidden_NF = linear(rows_ND, "fc1", weights["fc1_bias"], True)
-        hidden_NF = self.dropout(self.activation(hidden_NF))
-        return linear(hidden_NF, "fc2", weights["fc2_bias"], False)
+    def _dropout_probability(self) -> float:
+        module = self.dropout
+        works = module.training or getattr(module, "apply_during_inference", False)
+        return getattr(module, "p", 0.0) if works else 0.0
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape

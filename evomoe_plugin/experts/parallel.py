@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.experts.ffn import ExpertFFN
+from evomoe_plugin.routing.plan import RoutingPlan
 
 
 class ParallelExpertFFN(ExpertFFN):
     """An `ExpertFFN` of E experts, of which this process holds E / R.
 
-    It takes rows for all E and gives their answers, as the whole stack would: rows are sent to the
-    processes that hold their experts, and the answers back (GShard's expert parallelism, arXiv
+    It takes tokens for all E and gives their answers, as the whole stack would: rows are sent to
+    the processes that hold their experts, and the answers back (GShard's expert parallelism, arXiv
     2006.16668, without its padding). All R processes must call it together.
 
     The gradients of its parameters are divided by R: averaged over the processes with the same
@@ -65,20 +66,37 @@ class ParallelExpertFFN(ExpertFFN):
         return nn.Parameter(held)
 
     def forward(
-        self,
-        rows_ND: Tensor,
-        counts: Sequence[int],
-        meanwhile: Callable[[], Any] | None = None,
+        self, x_TD: Tensor, plan: RoutingPlan, meanwhile: Callable[[], Any] | None = None
     ) -> Any:
-        """Apply expert e to its segment of rows, wherever it is.
+        """As the whole stack's, from experts wherever they are.
+
+        Args:
+            x_TD: this process's tokens.
+            plan: of all E experts.
+            meanwhile: computed while the first rows are under way.
+        Returns:
+            [T, D]; with `meanwhile`, a pair of that and what `meanwhile` gave.
+        """
+        rows_ND = x_TD.index_select(0, plan.token_ids_N)
+        rows_ND, aside = self._answer_elsewhere(
+            rows_ND, plan.tokens_per_expert_E.tolist(), meanwhile)
+        weighted_ND = rows_ND * plan.weights_N.to(rows_ND.dtype).unsqueeze(1)
+        y_TD = rows_ND.new_zeros(plan.num_tokens, rows_ND.size(1))
+        y_TD = y_TD.index_add(0, plan.token_ids_N, weighted_ND)
+        return (y_TD, aside) if meanwhile else y_TD
+
+    def answer(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply expert e to its segment of rows, wherever it is: [N, D].
 
         Args:
             rows_ND: this process's rows, sorted by expert.
             counts: rows of each of the E experts.
-            meanwhile: computed while the first rows are under way.
-        Returns:
-            [N, D]; with `meanwhile`, a pair of that and what `meanwhile` gave.
         """
+        return self._answer_elsewhere(rows_ND, counts, None)[0]
+
+    def _answer_elsewhere(
+        self, rows_ND: Tensor, counts: Sequence[int], meanwhile: Callable[[], Any] | None
+    ) -> tuple[Tensor, Any]:
         places = self.groups.size
         held = self.num_experts // places
         incoming = self._exchange_counts(counts, self.groups, rows_ND.device)
@@ -106,8 +124,7 @@ class ParallelExpertFFN(ExpertFFN):
             answers.append(back[-1].begin(answer))
         came = [way.finish(begun) for way, begun in zip(back, answers, strict=True)]
         rows_ND = torch.cat(came) if len(came) > 1 else came[0]
-        rows_ND = _reorder(rows_ND, [counts[e] for e in self._order], self._place)
-        return (rows_ND, aside) if meanwhile else rows_ND
+        return _reorder(rows_ND, [counts[e] for e in self._order], self._place), aside
 
     def _answer_received(
         self, rows: Tensor, incoming: list[list[int]], chunk: range, weights: dict[str, Tensor]
@@ -117,7 +134,7 @@ class ParallelExpertFFN(ExpertFFN):
         counts = [incoming[r][e] for r in range(places) for e in chunk]
         by_expert = [r * width + e for e in range(width) for r in range(places)]
         rows = _reorder(rows, counts, by_expert)
-        rows = self._answer(rows, [sum(counts[e::width]) for e in range(width)], weights)
+        rows = self._grouped(rows, [sum(counts[e::width]) for e in range(width)], weights)
         by_place = [e * places + r for r in range(places) for e in range(width)]
         return _reorder(rows, [counts[i] for i in by_expert], by_place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.experts.ffn import ExpertFFN
@@ -28,8 +29,9 @@ class SharedExperts(nn.Module):
             [T, D].
         """
         tokens, num_shared = x_TD.size(0), self.experts.num_experts
-        rows_ND = self.experts(x_TD.repeat(num_shared, 1), [tokens] * num_shared)
-        rows_STD = rows_ND.view(num_shared, tokens, x_TD.size(1))
-        if weights_TS is not None:
-            rows_STD = rows_STD * weights_TS.t().unsqueeze(2).to(rows_STD.dtype)
-        return rows_STD.sum(0)
+        counts = [tokens] * num_shared
+        if num_shared == 1 and weights_TS is None:
+            return self.experts.answer(x_TD, counts)
+        token_ids_N = torch.arange(tokens, device=x_TD.device).repeat(num_shared)
+        weights_N = None if weights_TS is None else weights_TS.t().reshape(-1)
+        return self.experts.mix(x_TD, token_ids_N, weights_N, counts)

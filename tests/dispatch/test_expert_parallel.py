@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from evomoe_plugin.dispatch.exchange import Exchange, exchange_counts
-from evomoe_plugin.dispatch.groups import expert_groups
+from evomoe_plugin.dispatch.groups import expert_groups, undivided
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.parallel import ParallelExpertFFN
+from evomoe_plugin.routing.plan import RoutingPlan
 
-E, D, F = 8, 6, 10
+E, D, F, T = 8, 6, 10, 5
 
 # Rows that each process has for each expert.
 LOADS = {
@@ -59,6 +60,14 @@ def _rank(rank, world, port, errors, check, given) -> None:
     dist.destroy_process_group()
 
 
+def plan_of(counts):
+    """The first tokens go to each expert, as many as it gets; weights differ."""
+    token_ids_N = torch.cat([torch.arange(count) for count in counts])
+    expert_ids_N = torch.arange(E).repeat_interleave(torch.tensor(counts))
+    weights_N = (1 + token_ids_N + 2 * expert_ids_N).double() / 10
+    return RoutingPlan(token_ids_N, expert_ids_N, weights_N, torch.tensor(counts), T)
+
+
 def make(kind, dtype=torch.float64, **given):
     torch.manual_seed(0)
     return kind(E, D, F, torch.nn.functional.gelu, **given).to(dtype)
@@ -74,6 +83,9 @@ def check_equal(rank: int, size: int) -> None:
     groups = expert_groups(size)
     own = groups.own(E)
     assert groups.rank == rank % size
+    with undivided():
+        assert expert_groups(size) is None
+    assert expert_groups(size) is groups
     ways = itertools.product(LOADS.items(), (1, E // size), (False, True))
     for (name, load), chunks, gated in ways:
         whole = make(ExpertFFN, gated=gated)
@@ -81,12 +93,12 @@ def check_equal(rank: int, size: int) -> None:
         state = whole.state_dict()
         assert all(torch.equal(value, state[key][own])
                    for key, value in divided.state_dict().items())
-        counts = load(rank)
-        x = torch.randn(sum(counts), D, dtype=torch.float64,
+        plan = plan_of(load(rank))
+        x = torch.randn(T, D, dtype=torch.float64,
                         generator=torch.Generator().manual_seed(rank)).requires_grad_()
         x2 = x.detach().clone().requires_grad_()
-        y, aside = divided(x, counts, meanwhile=lambda x=x: 2 * x)
-        wanted = whole(x2, counts)
+        y, aside = divided(x, plan, meanwhile=lambda x=x: 2 * x)
+        wanted = whole(x2, plan)
         assert torch.allclose(y, wanted, atol=1e-9), (name, chunks)
         assert torch.equal(aside, 2 * x)
         (y.sum() + (y**2).sum()).backward()
@@ -101,11 +113,11 @@ def check_equal(rank: int, size: int) -> None:
 
 def check_wire(rank: int) -> None:
     groups = expert_groups(2)
-    counts = LOADS["uneven"](rank)
-    x = torch.randn(sum(counts), D)
-    wanted = make(ExpertFFN, torch.float32)(x, counts)
+    plan = plan_of(LOADS["uneven"](rank))
+    x = torch.randn(T, D)
+    wanted = make(ExpertFFN, torch.float32)(x, plan)
     for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
-        y = make(parallel(groups, dtype), torch.float32)(x, counts)
+        y = make(parallel(groups, dtype), torch.float32)(x, plan)
         assert y.dtype == torch.float32
         error = (y - wanted).abs().max()
         assert 0 < error < tolerance, (dtype, error)

@@ -347,3 +347,28 @@ def test_every_parameter_has_a_gradient_without_auxiliary_losses(make_layer, giv
     layer(x, **known)[0].sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@every(also_of_the_layer=True)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_gpu_gives_the_same(make_layer, given, training):
+    layer = make_layer(**given).train(training)
+    x, known = tokens()
+    if not training:
+        known["token_keys_T"] = None
+    mask = torch.rand(T) < 0.7
+    there = copy.deepcopy(layer).cuda()
+    x2 = x.detach().cuda().requires_grad_()
+    known2 = {name: None if ids is None else ids.cuda() for name, ids in known.items()}
+    y, aux, stats = layer(x, mask, **known)
+    y2, aux2, stats2 = there(x2, mask.cuda(), **known2)
+    atol = 1e-5 if training else 1e-9  # noise is drawn in fp32
+    assert torch.allclose(y2.cpu(), y, atol=atol)
+    assert torch.allclose(aux2.cpu(), aux, atol=1e-6)
+    assert torch.allclose(stats2.cpu(), stats, atol=1e-4)
+    seed = torch.randn_like(y)
+    (y * seed).sum().backward()
+    (y2 * seed.cuda()).sum().backward()
+    for a, b in zip([x, *layer.parameters()], [x2, *there.parameters()], strict=True):
+        assert torch.allclose(b.grad.cpu(), a.grad, atol=atol)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe_plugin.dispatch import LocalDispatcher
+from evomoe_plugin.experts.activations import find_activation
+from evomoe_plugin.experts.grouped import grouped_ffn
 from evomoe_plugin.routing.capacity import limit
 from evomoe_plugin.routing.plan import plan_from_mask
 
@@ -44,16 +45,16 @@ def check(case):
     assert kept.expert_ids_N.bincount(minlength=experts).tolist() == (
         kept.tokens_per_expert_E.tolist())
 
-    # Experts that return what they get: each token must get back its weight, and nothing else.
+    # Experts that double what they get: each token must get back its weight, and nothing else.
     x_TD = torch.arange(1, tokens + 1, dtype=torch.float64).unsqueeze(1)
-    dispatcher = LocalDispatcher()
-    dispatched = dispatcher.dispatch(x_TD, kept)
-    assert dispatched.rows_ND.size(0) == sum(dispatched.counts) == kept.num_pairs
-    y_TD = dispatcher.combine(dispatched.rows_ND, dispatched)
+    one = torch.ones(experts, 1, 1, dtype=torch.float64)
+    y_TD = grouped_ffn(x_TD, {"fc1_weight": one, "fc2_weight": 2 * one},
+                       kept.tokens_per_expert_E, find_activation(torch.nn.functional.relu),
+                       token_ids_N=kept.token_ids_N, weights_N=kept.weights_N)
     weight_T = torch.zeros(tokens, dtype=torch.float64)
     for n, (t, _) in enumerate(pairs_of(kept)):
         weight_T[t] += kept.weights_N[n]
-    assert torch.allclose(y_TD, weight_T.unsqueeze(1) * x_TD)
+    assert torch.allclose(y_TD, 2 * weight_T.unsqueeze(1) * x_TD)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

@@ -1,0 +1,94 @@
+"""Memory for large short-lived tensors, kept from step to step.
+
+The allocator maps blocks above 32 MiB afresh each time, and the kernel clears them page by page at
+their first use: with weight gradients and activations of that size a tenth of a step goes there.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+SMALLEST = HUGE_PAGE
+"""Bytes. What is smaller, the allocator keeps itself."""
+WINDOW = 512
+"""Requests after which what was needed at most is counted anew."""
+
+
+class Pool:
+    """Blocks of memory that are used again once no tensor looks into them any more.
+
+    It holds at most what was in use at once, lately. Tensors on other devices than the CPU, and
+    small ones, come from torch.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may run amid `empty`
+        self._idle: list[np.ndarray] = []
+        self._in_use = 0
+        self._most = self._most_before = 0
+        self._requests = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        elements = math.prod(shape)
+        size = elements * dtype.itemsize
+        if device.type != "cpu" or size < SMALLEST:
+            return torch.empty(shape, dtype=dtype, device=device)
+        block = self._take(size)
+        view = block[:size].view()
+        # It lives as long as the storage does, whatever holds that.
+        weakref.finalize(view, self._give_back, block).atexit = False
+        return torch.from_numpy(view).view(dtype).view(*shape)
+
+    @property
+    def held(self) -> int:
+        """Bytes, in use or not."""
+        with self._lock:
+            return self._in_use + sum(block.nbytes for block in self._idle)
+
+    def _take(self, size: int) -> np.ndarray:
+        with self._lock:
+            self._requests += 1
+            if self._requests % WINDOW == 0:
+                self._most_before, self._most = self._most, self._in_use
+            fitting = [i for i, b in enumerate(self._idle) if size <= b.nbytes <= 2 * size]
+            if fitting:
+                block = self._idle.pop(min(fitting, key=lambda i: self._idle[i].nbytes))
+            else:
+                block = _map(math.ceil(size / HUGE_PAGE) * HUGE_PAGE)
+            self._in_use += block.nbytes
+            self._most = max(self._most, self._in_use)
+            limit = max(self._most, self._most_before)
+            while self._idle and self.held > limit:
+                del self._idle[0]  # the longest idle
+            return block
+
+    def _give_back(self, block: np.ndarray) -> None:
+        with self._lock:
+            self._in_use -= block.nbytes
+            self._idle.append(block)
+
+
+def _map(size: int) -> np.ndarray:
+    """Fresh memory, in huge pages where the system grants them."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel built without them
+            pass
+    bytes_ = np.frombuffer(memory, dtype=np.uint8)
+    start = -bytes_.ctypes.data % HUGE_PAGE
+    return bytes_[start : start + size]
+
+
+POOL = Pool()

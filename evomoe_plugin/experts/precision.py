@@ -1,0 +1,35 @@
+"""In which precision a device multiplies matrices of half precision."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# What a CPU must have one of to multiply such matrices itself.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
+}
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Precision in which products of `dtype` are best computed: exact ones are rounded to it.
+
+    A CPU without instructions for half precision emulates them, several times slower than it
+    multiplies in fp32.
+    """
+    if dtype not in _INSTRUCTIONS or device_type != "cpu":
+        return dtype
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch: not known
+        return dtype
+    if any(torch.cpu.get_capabilities().get(name) for name in _INSTRUCTIONS[dtype]):
+        return dtype
+    logger.info("this CPU has no instructions for products in %s (%s): experts compute them in "
+                "fp32, and round", str(dtype).removeprefix("torch."),
+                ", ".join(_INSTRUCTIONS[dtype]))
+    return torch.float32

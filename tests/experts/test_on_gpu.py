@@ -1,0 +1,146 @@
+"""The kernels on a GPU, held against fp64; skipped where there is none."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from evomoe_plugin.experts import ExpertFFN, grouped_mm
+from evomoe_plugin.experts.activations import find_activation
+from evomoe_plugin.experts.grouped import grouped_ffn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+COUNTS = [[40, 0, 24, 7], [0, 0, 0, 64], [0, 0, 0, 0], [1, 0, 0, 0]]
+FUNCTIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu,
+             "silu": nn.functional.silu, "tanh": torch.tanh}
+T, D, F, E = 64, 16, 32, 4
+
+
+def tensors(gated, bias, dtype):
+    shapes = {"fc1_weight": (E, F, D), "fc2_weight": (E, F, D)}
+    if gated:
+        shapes["fc3_weight"] = (E, F, D)
+    if bias:
+        shapes |= {"fc1_bias": (E, F), "fc2_bias": (E, D)}
+    return {name: (torch.randn(shape, device="cuda") / 3).to(dtype).requires_grad_()
+            for name, shape in shapes.items()}
+
+
+def oracle(x, weights, counts, function, token_ids, row_weights):
+    """One expert after the other, in plain autograd."""
+    out = []
+    rows = x if token_ids is None else x[token_ids]
+    for e, segment in enumerate(rows.split(counts)):
+        hidden = segment @ weights["fc1_weight"][e].T
+        if "fc1_bias" in weights:
+            hidden = hidden + weights["fc1_bias"][e]
+        hidden = function(hidden)
+        if "fc3_weight" in weights:
+            hidden = hidden * (segment @ weights["fc3_weight"][e].T)
+        answer = hidden @ weights["fc2_weight"][e]
+        out.append(answer + weights["fc2_bias"][e] if "fc2_bias" in weights else answer)
+    out = torch.cat(out)
+    if token_ids is None:
+        return out
+    return torch.zeros_like(x).index_add(0, token_ids, out * row_weights.unsqueeze(1))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("combines", [True, False])
+def test_equals_fp64(dtype, tolerance, counts, function, combines):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for gated, bias in itertools.product((True, False), repeat=2):
+        weights = tensors(gated, bias, dtype)
+        token_ids = row_weights = None
+        x = torch.randn(T if combines else sum(counts), D, device="cuda")
+        x = x.to(dtype).requires_grad_()
+        if combines:
+            token_ids = torch.cat([torch.arange(count) for count in counts]).long().cuda()
+            row_weights = torch.rand(sum(counts), device="cuda").to(dtype).requires_grad_()
+        got = grouped_ffn(x, weights, torch.tensor(counts, device="cuda"),
+                          find_activation(FUNCTIONS[function]),
+                          token_ids_N=token_ids, weights_N=row_weights)
+        leaves = [x, *weights.values()] + ([row_weights] if combines else [])
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        wanted = oracle(exact[0], dict(zip(weights, exact[1:], strict=False)), counts,
+                        FUNCTIONS[function], token_ids, exact[-1] if combines else None)
+        assert got.dtype == dtype
+        seed = torch.randn_like(got)
+        gradients = torch.autograd.grad(got, leaves, seed)
+        expected = torch.autograd.grad(wanted, exact, seed.double())
+        for a, b in zip([got, *gradients], [wanted, *expected], strict=True):
+            assert a.shape == b.shape
+            # Of all together: where ReLU bends, rounding changes single gradients by all.
+            assert (a.double() - b).norm() <= tolerance * (1e-3 + b.norm())
+
+
+def test_bf16_goes_through_the_grouped_product_and_is_compiled(monkeypatch):
+    called = []
+    real = grouped_mm.GroupedMMFFN.apply
+    monkeypatch.setattr(grouped_mm.GroupedMMFFN, "apply",
+                        staticmethod(lambda *a: called.append(1) or real(*a)))
+    experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().bfloat16()
+    experts.answer(torch.randn(64, D, device="cuda", dtype=torch.bfloat16), [40, 0, 24, 0])
+    assert called
+    assert not grouped_mm._is_eager
+
+
+def test_autocast_goes_through_the_grouped_product():
+    experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda()
+    rows = torch.randn(64, D, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = experts.answer(rows, [40, 0, 24, 0])
+    wanted = experts.answer(rows, [40, 0, 24, 0])
+    assert got.dtype == torch.float32
+    assert 0 < (got - wanted).abs().max() < 0.05
+    got.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in experts.parameters())
+
+
+def test_what_is_not_supported_is_said_once(caplog):
+    grouped_mm.say_once.cache_clear()
+    experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda()
+    rows = torch.randn(64, D, device="cuda")
+    with caplog.at_level(logging.WARNING):
+        experts.answer(rows, [40, 0, 24, 0])
+        experts.answer(rows, [40, 0, 24, 0])
+    assert sum("grouped product is not used" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_gives_the_same_bits_again(dtype):
+    E, D, F, T, K = 8, 128, 256, 4096, 3
+    torch.manual_seed(0)
+    experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().to(dtype)
+    x = torch.randn(T, D, device="cuda").to(dtype).requires_grad_()
+    mask_TE = torch.zeros(T, E, dtype=torch.bool, device="cuda").scatter_(
+        1, torch.randn(T, E, device="cuda").topk(K, 1).indices, True)
+    _, token_ids = mask_TE.t().nonzero(as_tuple=True)
+    weights = torch.rand(T * K, device="cuda").requires_grad_()
+    seed = torch.randn(T, D, device="cuda").to(dtype)
+
+    def step():
+        y = experts.mix(x, token_ids, weights, mask_TE.sum(0))
+        return [y, *torch.autograd.grad(y, [x, weights, *experts.parameters()], seed)]
+
+    first = step()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+
+
+def test_dropped_values_are_dropped_in_both_passes():
+    experts = ExpertFFN(E, D, F, lambda h: h * 1, nn.Dropout(0.4), gated=True).cuda().bfloat16()
+    with torch.no_grad():
+        experts.fc1_weight.fill_(0.05)
+    rows = torch.randn(256, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.manual_seed(1)
+    got = experts.answer(rows, [64] * E)
+    # Quadratic in the row: Euler's theorem tells the same mask in both passes.
+    (grad,) = torch.autograd.grad(got.float().sum(), rows)
+    assert torch.allclose((grad.float() * rows).sum(), 2 * got.float().sum(), rtol=0.05, atol=2)
