@@ -58,15 +58,16 @@ def one_process(train, tmp_path_factory):
     return make
 
 
-def check(one_process, train, tmp_path, way, *given):
-    run = train(tmp_path, *SAME, *LAYOUTS[way], *given)
+def check(one_process, train, tmp_path, way, *given, divided=()):
+    """Of a run of many processes, with the options `divided` too, and one of one process."""
+    run = train(tmp_path, *SAME, *LAYOUTS[way], *given, *divided)
     assert_same(one_process(*given), (tmp_path, run))
     return run
 
 
 def test_divided_over_two_processes(one_process, train, tmp_path):
     run = check(one_process, train, tmp_path, "ep 2", *GATES["dense_to_sparse"],
-                "--moe-ep-chunks", "2", "--checkpoint-activations")
+                "--checkpoint-activations", divided=("--moe-ep-chunks", "2"))
     records = run.logged("train_inner")
     assert len(records) == 21
     assert records[0]["experts_per_token"] > 3 and records[-1]["experts_per_token"] == 1
@@ -92,6 +93,7 @@ LAYERS = {
     "experts frozen": ("--moe-train-only", "attention,norms"),
     "gated and shared": ("--moe-expert-gated", "--activation-fn", "swish", "--moe-shared-experts",
                          "1", "--moe-shared-combine", "mix"),
+    "its gradients clipped in the step": ("--optimizer", "fused_adamw"),
 }
 
 
@@ -113,10 +115,11 @@ def test_experts_are_removed_and_added_alike(one_process, train, tmp_path, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ep 2", "ep 2, ddp"])
-def test_half_precision_stays_close(one_process, train, tmp_path, way):
-    run = train(tmp_path, *SAME, *LAYOUTS[way], *GATES["dense_to_sparse"], "--fp16",
-                "--moe-ep-wire-dtype", "fp16")
+@pytest.mark.parametrize("way, precision", [
+    ("ep 2", "fp16"), ("ep 2, ddp", "fp16"), ("ep 2, ddp", "bf16")])
+def test_half_precision_stays_close(one_process, train, tmp_path, way, precision):
+    run = train(tmp_path, *SAME, *LAYOUTS[way], *GATES["dense_to_sparse"], f"--{precision}",
+                "--moe-ep-wire-dtype", precision)
     wanted = one_process(*GATES["dense_to_sparse"])[1].logged("train_inner")
     for a, b in zip(run.logged("train_inner"), wanted, strict=True):
         assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=0.05)

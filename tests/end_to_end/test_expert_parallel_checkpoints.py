@@ -148,7 +148,8 @@ def test_resuming_is_bit_equal(unbroken, halfway, train, way, form, precision):
 ])
 def test_every_layout_resumes_from_every_other(unbroken, halfway, train, form, before, after):
     whole_folder, whole = unbroken(*LAYOUTS["one process"])
-    folder = halfway(*LAYOUTS[before], *FORMS[form])
+    is_divided = before.startswith("ep")
+    folder = halfway(*LAYOUTS[before], *(FORMS[form] if is_divided else ()))
     assert_goes_on(train(folder, *SAME, *LAYOUTS[after]), whole, tolerance=2e-3)
     assert_same_weights_of_any_form(folder, whole_folder)
 
@@ -249,9 +250,32 @@ def test_a_fault_ends_the_run_with_one_line(halfway, train, fault):
 
 
 @pytest.mark.slow
-def test_an_optimizer_that_cannot_be_divided_is_refused(train, tmp_path):
-    run = train(tmp_path, *SAME, *layout(2, 2, LEGACY), "--optimizer", "adafactor", check=False)
-    assert run.status == 2 and "--optimizer adafactor: with --moe-expert" in run.output
+def test_adagrad_is_divided(unbroken, halfway, train):
+    """It keeps its sums from the first update on, and fairseq shards it nowhere."""
+    given = ("--optimizer", "adagrad", "--lr", "0.05", *FORMS["experts beside"])
+    way = LAYOUTS["ep 2, ddp"]
+    whole_folder, whole = unbroken(*way, *given)
+    folder = halfway(*way, *given)
+    assert_goes_on(train(folder, *SAME, *way, *given), whole)
+    same_logical(folder / "checkpoint_last.pt", whole_folder / "checkpoint_last.pt")
+    alone = halfway(*way, *given)
+    assert_goes_on(train(alone, *SAME, *LAYOUTS["one process"], *given[:4]), whole, tolerance=2e-3)
+
+
+@pytest.mark.slow
+def test_validation_in_several_processes(halfway, data_bin, run_command):
+    """fairseq-validate gives each process all experts, and as many batches as there are for it."""
+    folders = [halfway(*LAYOUTS["ep 2"], *form) for form in FORMS.values()]
+    common = ("validate", data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
+              "--valid-subset", "valid", "--batch-size", "4", "--tokens-per-sample", "32",
+              "--log-format", "json", "--num-workers", "0", "--path")
+    (wanted,) = run_command(*common, folders[0] / "checkpoint_last.pt").logged("valid")
+    for folder, world in zip(folders, (3, 2), strict=True):  # 3 is no multiple of 2, which divided
+        run = run_command(*common, folder / "checkpoint_last.pt", "--distributed-world-size", world)
+        records = run.logged("valid")
+        assert records and "Traceback" not in run.output
+        for got in records:
+            assert got == pytest.approx(wanted, abs=2e-3, rel=2e-3)
 
 
 # Kills.
