@@ -19,8 +19,8 @@ import types
 from pathlib import Path
 
 import torch
+from torch.nn.functional import gelu
 
-from evomoe_plugin.experts.gelu import gelu
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.gates.base import option_fields
 from evomoe_plugin.layer import MoELayer, build_layer

@@ -28,6 +28,7 @@ from evomoe_plugin.dispatch.exchange import Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.parallel import ParallelExpertFFN
+from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 
 
 def main() -> None:
@@ -95,10 +96,9 @@ def divided(args: argparse.Namespace, meter: Meter) -> nn.Module:
 
 def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, picks: int,
             args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time the subjects on the same rows, evenly routed."""
-    pairs = tokens * picks
-    counts = [pairs // args.experts] * args.experts
-    x = torch.randn(sum(counts), args.width, requires_grad=True)
+    """Time the subjects on the same tokens, evenly routed."""
+    plan = even_plan(tokens, picks, args.experts)
+    x = torch.randn(tokens, args.width, requires_grad=True)
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     waits = []
     for round_ in range(args.rounds + 1):
@@ -106,7 +106,7 @@ def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, picks: in
             dist.barrier()
             meter.reset()
             start = time.perf_counter()
-            experts(x, counts).sum().backward()
+            experts(x, plan).sum().backward()
             taken = time.perf_counter() - start
             experts.zero_grad()
             x.grad = None
@@ -120,7 +120,7 @@ def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, picks: in
         # Gathered for both passes; one reduce-scatter.
         "fully sharded": 3 * 4 * parameters * others,
         # There and back in both passes.
-        "expert parallel": 4 * 4 * sum(counts) * args.width * others,
+        "expert parallel": 4 * 4 * plan.num_pairs * args.width * others,
     }
     rows = []
     for name, times in seconds.items():
@@ -132,6 +132,14 @@ def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, picks: in
             "wait_seconds": statistics.median(waits) if name == "expert parallel" else None,
         })
     return rows
+
+
+def even_plan(tokens: int, picks: int, experts: int) -> RoutingPlan:
+    """Token t goes to the `picks` experts from the t-th on."""
+    token_ids, picked = torch.arange(tokens).unsqueeze(1), torch.arange(picks).unsqueeze(0)
+    mask = torch.zeros(tokens, experts, dtype=torch.bool)
+    mask[token_ids, (token_ids + picked) % experts] = True
+    return plan_from_mask(mask, mask.float() / picks)
 
 
 def measure_constants(args: argparse.Namespace) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """What does a step cost before the spawn, when one expert of each layer works?
 
-A GPT whose experts have not been spawned yet, with several numbers of experts, beside fairseq's own
-dense model of the same sizes: forward and backward, and the optimizer's step, which is always over
-all experts. The models are timed in turn, round after round, in one process; ratios are taken
-within a round. FLOPs of the matrix products are counted.
+Updates of fairseq's own trainer, `train_step` with all that belongs to it: both passes, the norm of
+the gradients, Adam, the log. A GPT whose experts have not been spawned yet, with several numbers of
+experts, beside fairseq's dense model of the same sizes; and with the experts that wait in every
+step, as they are where nobody can tell them from the first (FSDP). The models are timed in turn,
+round after round, in one process; ratios are taken within a round. Seconds are of CPU time, which
+other programs on the machine disturb least. FLOPs of the matrix products are counted.
 """
 
 from __future__ import annotations
@@ -11,87 +13,100 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from fairseq import options, tasks
 from fairseq.data import Dictionary
-from fairseq.dataclass.utils import merge_with_parent
-from fairseq.models import MODEL_DATACLASS_REGISTRY, build_model
-from fairseq.optim.adam import FairseqAdam
-from omegaconf import OmegaConf
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-import evomoe_plugin  # noqa: F401  registers the models
+from evomoe_plugin.evolve import waiting
 
 SYMBOLS = 1000
 
 
 class Subject:
-    """A model with its optimizer; `experts` 0 is fairseq's dense one."""
+    """A run of some experts a layer; of 0 it is fairseq's dense model."""
 
-    def __init__(self, args: argparse.Namespace, experts: int):
+    def __init__(self, args: argparse.Namespace, data: str, experts: int, all_rows: bool):
+        self.experts, self.all_rows = experts, all_rows
         torch.manual_seed(0)
-        given = {
-            "decoder_layers": args.layers, "decoder_embed_dim": args.width,
-            "decoder_ffn_embed_dim": args.ffn, "decoder_attention_heads": args.width // 64,
-            "decoder_input_dim": args.width, "decoder_output_dim": args.width, "dropout": 0.0,
-            "attention_dropout": 0.0, "share_decoder_input_output_embed": True,
-            "activation_fn": "gelu",
-        }
+        given = [
+            data, "--task", "language_modeling", "--decoder-layers", args.layers,
+            "--decoder-embed-dim", args.width, "--decoder-ffn-embed-dim", args.ffn,
+            "--decoder-attention-heads", args.width // 64, "--decoder-input-dim", args.width,
+            "--decoder-output-dim", args.width, "--dropout", 0, "--attention-dropout", 0,
+            "--share-decoder-input-output-embed", "--activation-fn", "gelu",
+            "--tokens-per-sample", args.length, "--max-target-positions", args.length,
+            "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", 0.1,
+            "--lr", 1e-4, "--clip-norm", 1.0, "--max-update", 1_000_000, *args.precision,
+            "--arch", "transformer_lm_moe" if experts else "transformer_lm",
+            "--criterion", "cross_entropy",  # fairseq's for all: only the layers differ
+        ]
         if experts:
-            given |= {"moe_expert_count": str(experts), "moe_spawn_updates": 10}
-        self.model = build_model(config("transformer_lm_moe" if experts else "transformer_lm",
-                                        given), task())
-        self.optimizer = FairseqAdam(
-            OmegaConf.create({"lr": [1e-4], "adam_betas": [0.9, 0.98], "adam_eps": 1e-8,
-                              "weight_decay": 0.1, "use_old_adam": False, "tpu": False,
-                              "fp16_adam_stats": False}),
-            list(self.model.parameters()))
-        self.tokens = torch.randint(4, SYMBOLS, (args.batch, args.length))
+            given += ["--moe-expert-count", experts, "--moe-spawn-updates", 100_000]
+        given = list(map(str, given))
+        with mock.patch("sys.argv", ["fairseq-train", *given]):
+            parsed = options.parse_args_and_arch(options.get_training_parser(), given)
+        cfg = convert_namespace_to_omegaconf(parsed)
+        task = tasks.setup_task(cfg.task)
+        self.model = task.build_model(cfg.model)
+        self.trainer = Trainer(cfg, task, self.model, task.build_criterion(cfg.criterion))
+        self.trainer.lr_step_begin_epoch(1)
+        tokens = torch.randint(4, SYMBOLS, (args.batch, args.length + 1))
+        self.sample = {
+            "id": torch.arange(args.batch), "nsentences": args.batch,
+            "ntokens": args.batch * args.length, "target": tokens[:, 1:].contiguous(),
+            "net_input": {"src_tokens": tokens[:, :-1].contiguous(),
+                          "src_lengths": torch.full((args.batch,), args.length)},
+        }
 
-    def passes(self) -> None:
-        """Forward and backward."""
-        logits, _ = self.model(self.tokens)
-        torch.nn.functional.cross_entropy(
-            logits.view(-1, logits.size(-1)).float(), self.tokens.view(-1)).backward()
+    @property
+    def name(self) -> str:
+        if not self.experts:
+            return "dense"
+        return f"{self.experts}, all in the step" if self.all_rows else str(self.experts)
 
     def flops(self) -> int:
-        """Of `passes`."""
+        """Of a step."""
         with FlopCounterMode(display=False) as counter:
-            self.passes()
-        self.optimizer.zero_grad()
+            self.step()
         return counter.get_total_flops()
 
     def step(self) -> tuple[float, float]:
-        """Seconds of both passes, and of the optimizer."""
-        start = time.perf_counter()
-        self.passes()
-        between = time.perf_counter()
-        self.optimizer.step()
-        end = time.perf_counter()
-        self.optimizer.zero_grad()
-        return between - start, end - between
+        """CPU seconds of both passes, and of all else."""
+        passes = 0.0
+
+        def timed(*args: Any, upstream: Callable = self.trainer.task.train_step, **kwargs: Any):
+            nonlocal passes
+            start = time.process_time()
+            answer = upstream(*args, **kwargs)
+            passes += time.process_time() - start
+            return answer
+
+        with mock.patch.object(self.trainer.task, "train_step", timed):
+            start = time.process_time()
+            if self.all_rows:
+                with mock.patch.object(waiting, "can_step_alone", lambda trainer: False):
+                    self.trainer.train_step([self.sample])
+            else:
+                self.trainer.train_step([self.sample])
+            return passes, time.process_time() - start - passes
 
 
-def task() -> Any:
-    """What `build_model` asks of a task."""
+def write_dictionary(folder: str) -> None:
+    """All that the task reads of its data."""
     dictionary = Dictionary()
     for n in range(SYMBOLS - len(dictionary)):
         dictionary.add_symbol(f"w{n}")
-    return types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-
-
-def config(arch: str, given: dict[str, Any]) -> Any:
-    """Resolved options of an architecture."""
-    run = OmegaConf.create({
-        "common": {"seed": 1, "tpu": False}, "optimization": {"max_update": 100},
-        "task": {"add_bos_token": False, "tokens_per_sample": 1024, "max_target_positions": None},
-        "model": {"_name": arch, **given},
-    })
-    cfg = merge_with_parent(MODEL_DATACLASS_REGISTRY[arch](), run.model)
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    dictionary.save(str(Path(folder) / "dict.txt"))
 
 
 def main() -> None:
@@ -104,49 +119,54 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", nargs="+", default=["--cpu"], metavar="OPTION",
+                        help="fairseq's options of it, as ' --bf16'; --cpu: fp32 on the CPU")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
+    args.precision = [option.strip() for option in args.precision]
     torch.set_num_threads(args.threads)
 
-    subjects = {experts: Subject(args, experts) for experts in (0, *args.experts)}
-    flops = {experts: subject.flops() for experts, subject in subjects.items()}
-    times: dict[int, list[tuple[float, float]]] = {experts: [] for experts in subjects}
+    with tempfile.TemporaryDirectory() as folder:
+        write_dictionary(folder)
+        subjects = [Subject(args, folder, 0, False)]
+        subjects += [Subject(args, folder, experts, all_rows) for experts in args.experts
+                     for all_rows in (False, True)]
+    flops = [subject.flops() for subject in subjects]
+    times: list[list[tuple[float, float]]] = [[] for _ in subjects]
     for round_ in range(args.rounds + 1):
-        for experts, subject in subjects.items():
-            taken = subject.step()
+        for subject, taken in zip(subjects, times, strict=True):
+            step = subject.step()
             if round_:  # the first round warms up
-                times[experts].append(taken)
+                taken.append(step)
 
     print(f"B={args.batch} length={args.length} layers={args.layers} D={args.width} F={args.ffn}, "
-          f"every second layer MoE, fp32, Adam, {args.threads} threads, torch {torch.__version__}, "
-          f"{args.rounds} rounds\n")
-    print("| experts | parameters | GFLOPs | forward + backward, s | of dense | spread "
-          "| optimizer, s | of dense | whole step, of dense |")
+          f"every second layer MoE, {' '.join(args.precision)}, Adam, {args.threads} threads, "
+          f"torch {torch.__version__}, {args.rounds} rounds\n")
+    print("| experts | parameters | GFLOPs | step, CPU s | of dense | spread | forward + backward, "
+          "of dense | all else, CPU s | of dense |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []
-    for experts, subject in subjects.items():
-        passes, optimizer = zip(*times[experts], strict=True)
-        dense_passes, dense_optimizer = zip(*times[0], strict=True)
-        ratios = [a / b for a, b in zip(passes, dense_passes, strict=True)]
-        steps = [sum(a) / sum(b) for a, b in zip(times[experts], times[0], strict=True)]
+    for subject, count, taken in zip(subjects, flops, times, strict=True):
+        ratios = [sum(a) / sum(b) for a, b in zip(taken, times[0], strict=True)]
         row = {
-            "experts": experts,
+            "experts": subject.name,
             "parameters": sum(p.numel() for p in subject.model.parameters()),
-            "gflops": flops[experts] / 1e9,
-            "seconds": statistics.median(passes),
+            "gflops": count / 1e9,
+            "seconds": statistics.median(map(sum, taken)),
             "ratio": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
-            "optimizer_seconds": statistics.median(optimizer),
-            "optimizer_ratio": statistics.median(
-                a / b for a, b in zip(optimizer, dense_optimizer, strict=True)),
-            "step_ratio": statistics.median(steps),
+            "passes_ratio": statistics.median(
+                a / b for (a, _), (b, _) in zip(taken, times[0], strict=True)),
+            "other_seconds": statistics.median(other for _, other in taken),
+            "other_ratio": statistics.median(
+                a / b for (_, a), (_, b) in zip(taken, times[0], strict=True)),
         }
         rows.append(row)
-        print(f"| {experts or 'dense'} | {row['parameters']:,} | {row['gflops']:.2f} "
-              f"| {row['seconds']:.3f} | {row['ratio']:.3f} | {min(ratios):.3f}–{max(ratios):.3f} "
-              f"| {row['optimizer_seconds']:.3f} | {row['optimizer_ratio']:.2f} "
-              f"| {row['step_ratio']:.3f} |")
+        print(f"| {row['experts']} | {row['parameters']:,} | {row['gflops']:.2f} "
+              f"| {row['seconds']:.3f} | {row['ratio']:.3f} "
+              f"| {min(ratios):.3f}–{max(ratios):.3f} | {row['passes_ratio']:.3f} "
+              f"| {row['other_seconds']:.3f} | {row['other_ratio']:.2f} |")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file,

@@ -1,0 +1,1 @@
+"""What the benchmarks of speed share: cases, contenders, clocks, reports."""
