@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fairseq.data import Dictionary, indexed_dataset
 
+from tests.end_to_end.forks import MODULES, ForkServer
 from tests.end_to_end.runs import Run
 
 ROOT = Path(__file__).parents[2]
@@ -54,22 +55,28 @@ def _path() -> str:
 @pytest.fixture(scope="session")
 def run_command():
     """Run one of fairseq's commands in a process of its own."""
+    settled = {"PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    server = None
 
     def run(command: str, *arguments, cwd=ROOT, check=True, timeout=300, **environment) -> Run:
-        module = [] if command == "torch.distributed.run" else ["-m", f"fairseq_cli.{command}"]
-        if not module:
-            module = ["-m", command]
-        process = subprocess.run(
-            [sys.executable, *module, *map(str, arguments)], cwd=cwd, text=True, timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1",
-                 "PYTHONWARNINGS": "ignore", **environment},
-        )
+        nonlocal server
+        environment = {**os.environ, **settled, **environment}
+        arguments = [str(argument) for argument in arguments]
+        if command in MODULES and environment["PYTHONPATH"] == settled["PYTHONPATH"]:
+            server = server or ForkServer(environment)
+            process = server.run(command, arguments, cwd, environment, timeout)
+        else:
+            module = command if "." in command else f"fairseq_cli.{command}"
+            process = subprocess.run(
+                [sys.executable, "-m", module, *arguments], cwd=cwd, env=environment, text=True,
+                timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if check:
             assert process.returncode == 0, process.stdout[-6000:]
         return Run(process)
 
-    return run
+    yield run
+    if server is not None:
+        server.close()
 
 
 @pytest.fixture(scope="session")
