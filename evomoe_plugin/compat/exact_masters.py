@@ -43,6 +43,9 @@ def _state_dict(upstream: Callable, trainer: Trainer) -> dict[str, Any]:
 
 
 def _load_checkpoint(upstream: Callable, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    common = trainer.cfg.common
+    if trainer.is_fsdp or not (common.fp16 or common.bf16):
+        return upstream(trainer, *args, **kwargs)
     with _exact_weights(trainer) as exact:
         result = upstream(trainer, *args, **kwargs)
     if exact:

@@ -92,7 +92,9 @@ def _command(command, arguments, cwd, environment, output) -> None:
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = [f"fairseq_cli/{command}.py", *arguments]
-        sys.modules[f"fairseq_cli.{command}"].cli_main()
+        # Ranks begin by importing it, as they do after `python -m`.
+        sys.modules["__main__"] = sys.modules[f"fairseq_cli.{command}"]
+        sys.modules["__main__"].cli_main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
