@@ -36,6 +36,7 @@ assert not any(name.startswith(("evomoe_plugin", "fairseq", "torch")) for name i
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_two_processes_fully_sharded_in_another_folder(runs, tmp_path, hydra_path):
     """A relative user_dir, Hydra's change of folder, and fields that the yaml does not list."""
     status, out, err = hydra_train(
