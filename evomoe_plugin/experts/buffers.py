@@ -80,7 +80,8 @@ class Pool:
 
 def _map(size: int) -> np.ndarray:
     """Fresh memory, in huge pages where the system grants them."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    # Private: a forked process gets a copy, and the system huge pages to give.
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
