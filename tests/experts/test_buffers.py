@@ -64,7 +64,7 @@ def test_a_forked_process_has_its_own():
     x = floats(pool).fill_(1.0)
     child = os.fork()
     if child == 0:
-        x.fill_(2.0)
+        x[0] = 2.0  # not all: threads do not survive a fork
         os._exit(0)
     os.waitpid(child, 0)
     assert x.unique().tolist() == [1.0]
