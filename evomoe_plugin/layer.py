@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evomoe_plugin.dispatch import expert_rows
 from evomoe_plugin.dispatch.exchange import WIRE_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.groups import ExpertGroups, expert_groups
-from evomoe_plugin.experts import ExpertFFN, SharedExperts
+from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
 from evomoe_plugin.experts.parallel import ParallelExpertFFN
 from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
 from evomoe_plugin.gates.gradients import with_gradients
@@ -35,7 +35,7 @@ class MoELayer(nn.Module):
 
     Args:
         gate: routes.
-        experts: answer.
+        experts: answer; of this process, or of several.
         shared: experts that answer every token.
         capacity: what an expert takes in training.
         eval_capacity: what it takes in evaluation.
@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         gate: Gate,
-        experts: ExpertFFN,
+        experts: ExpertStack,
         shared: SharedExperts | None = None,
         capacity: CapacityRule = UNLIMITED,
         eval_capacity: CapacityRule = UNLIMITED,
@@ -273,7 +273,7 @@ def build_layer(
     groups = expert_groups(options.moe_expert_parallel_size)
     meter = None if groups is None else Meter()
 
-    def stack(make: Callable[..., ExpertFFN], count: int, ffn_dim: int, **given) -> ExpertFFN:
+    def stack(make: Callable[..., ExpertStack], count: int, ffn_dim: int, **given) -> ExpertStack:
         return make(count, info.model_dim, ffn_dim, activation, dropout,
                     gated=options.moe_expert_gated, **given)
 

@@ -253,20 +253,26 @@ def backends(torch) -> Iterator[Row]:
 
 
 def fast_paths(torch) -> Iterator[Row]:
+    from evomoe_plugin.experts.grouped_mm import why_not
+    from evomoe_plugin.experts.precision import INSTRUCTIONS
+
     flags = cpu_info()["flags"]
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    units = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
+    units = [flag for flag in INSTRUCTIONS[torch.bfloat16] if flag in flags]
     if capability:
         units = [f"SM {capability[0]}{capability[1]}"] if capability >= (8, 0) else []
     yield Row("fast paths", "bf16 products", units[0] if units else "emulated",
               OK if units else OFF,
               "--moe-products-dtype bf16" if units else "fp32 is faster here")
 
-    kernel = capability is not None and capability[0] in (9, 10)
-    known = hasattr(torch.nn.functional, "grouped_mm")
-    yield Row("fast paths", "grouped_mm",
-              "in torch" + (", with a kernel for this GPU" if kernel else "") if known else "no",
-              OFF, "unused: each expert's rows are one product of their own")
+    if capability:
+        # Widths are a model's own: some that fit.
+        reason = why_not(torch.device("cuda"), torch.bfloat16, 512, 2048)
+        yield Row("fast paths", "grouped_mm", "no" if reason else "experts in bf16",
+                  OFF if reason else OK, reason)
+    else:
+        yield Row("fast paths", "grouped_mm", "no", OFF,
+                  "for GPUs; here experts are computed in chunks, each by products of its own")
 
     if capability:
         cuda = torch.backends.cuda
@@ -278,8 +284,9 @@ def fast_paths(torch) -> Iterator[Row]:
         yield Row("fast paths", "attention", "flash", OK, "block by block, in evomoe_plugin, while "
                                                           "attention dropout is on")
     yield from vocabulary_rows()
-    yield Row("fast paths", "torch.compile", "in torch", OFF,
-              "unused: it makes no part of a step faster on a CPU")
+    yield Row("fast paths", "torch.compile", "between experts' products" if capability else "no",
+              OK if capability else OFF,
+              "" if capability else "it makes no part of a step faster on a CPU")
     yield from adam_rows(torch)
 
 

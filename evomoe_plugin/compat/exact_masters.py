@@ -37,8 +37,8 @@ def _state_dict(upstream: Callable, trainer: Trainer) -> dict[str, Any]:
     # Parameters that are shared have several names.
     exact = {model[name].data_ptr(): master.clone()  # a file would hold the whole for every view
              for name, master in masters(trainer).items() if name in model and master.numel()}
-    state["model"] = type(model)(
-        (name, exact.get(value.data_ptr(), value)) for name, value in model.items())
+    for name, value in model.items():
+        model[name] = exact.get(value.data_ptr(), value)
     return state
 
 

@@ -1,6 +1,6 @@
-"""Expert networks over rows sorted by expert: the grouped kernel and its loop oracle."""
+"""Expert networks: stacks of them, the grouped kernels, and the loop oracle."""
 
-from evomoe_plugin.experts.ffn import ExpertFFN
+from evomoe_plugin.experts.ffn import ExpertFFN, ExpertStack
 from evomoe_plugin.experts.shared import SharedExperts
 
-__all__ = ["ExpertFFN", "SharedExperts"]
+__all__ = ["ExpertFFN", "ExpertStack", "SharedExperts"]

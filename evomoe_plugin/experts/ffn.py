@@ -14,8 +14,8 @@ from evomoe_plugin.experts.grouped import grouped_ffn
 from evomoe_plugin.routing.plan import RoutingPlan
 
 
-class ExpertFFN(nn.Module):
-    """E feed-forward networks, applied to the tokens that are routed to them.
+class ExpertStack(nn.Module):
+    """E feed-forward networks.
 
     Plain: fc2 dropout(act(fc1 x)), with biases. Gated (Shazeer, arXiv 2002.05202):
     fc2 dropout(act(fc1 x) * fc3 x), without.
@@ -94,6 +94,36 @@ class ExpertFFN(nn.Module):
             return weight
         return without_gradient(weight, getattr(self, frozen_name(name)))
 
+    def _weights(self) -> dict[str, Tensor]:
+        """Matrices and biases by name."""
+        names = ["fc1_weight", "fc3_weight", "fc2_weight"] if self.gated else [
+            "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
+        return {name: self._matrix(name) if name.endswith("_weight") else getattr(self, name)
+                for name in names}
+
+    def _grouped(
+        self, x: Tensor, counts: Sequence[int] | Tensor, weights: dict[str, Tensor],
+        token_ids_N: Tensor | None = None, weights_N: Tensor | None = None,
+    ) -> Tensor:
+        """`grouped_ffn` with the weights of as many experts as there are counts."""
+        return grouped_ffn(
+            x, weights, counts, self._activation, dropout=self._dropout_probability(),
+            grad_scale=self.grad_scale, token_ids_N=token_ids_N, weights_N=weights_N)
+
+    def _dropout_probability(self) -> float:
+        module = self.dropout
+        works = module.training or getattr(module, "apply_during_inference", False)
+        return getattr(module, "p", 0.0) if works else 0.0
+
+    def extra_repr(self) -> str:
+        experts, ffn_dim, model_dim = self.fc1_weight.shape
+        return (f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, "
+                f"gated={self.gated}")
+
+
+class ExpertFFN(ExpertStack):
+    """A stack of which this process has all experts."""
+
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """The sum of each token's answers, weighted: [T, D]; zeros for a token without a pair."""
         return self.mix(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
@@ -120,32 +150,6 @@ class ExpertFFN(nn.Module):
             counts: rows of each expert, E numbers that sum to N.
         """
         return self._grouped(rows_ND, counts, self._weights())
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Matrices and biases by name."""
-        names = ["fc1_weight", "fc3_weight", "fc2_weight"] if self.gated else [
-            "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
-        return {name: self._matrix(name) if name.endswith("_weight") else getattr(self, name)
-                for name in names}
-
-    def _grouped(
-        self, x: Tensor, counts: Sequence[int] | Tensor, weights: dict[str, Tensor],
-        token_ids_N: Tensor | None = None, weights_N: Tensor | None = None,
-    ) -> Tensor:
-        """`mix` or `answer`, with the weights of as many experts as there are counts."""
-        return grouped_ffn(
-            x, weights, counts, self._activation, dropout=self._dropout_probability(),
-            grad_scale=self.grad_scale, token_ids_N=token_ids_N, weights_N=weights_N)
-
-    def _dropout_probability(self) -> float:
-        module = self.dropout
-        works = module.training or getattr(module, "apply_during_inference", False)
-        return getattr(module, "p", 0.0) if works else 0.0
-
-    def extra_repr(self) -> str:
-        experts, ffn_dim, model_dim = self.fc1_weight.shape
-        return (f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, "
-                f"gated={self.gated}")
 
 
 def frozen_name(weight: str) -> str:

@@ -21,14 +21,17 @@ from evomoe_plugin.experts.activations import ROWS, Activation, padded
 from evomoe_plugin.experts.buffers import POOL
 from evomoe_plugin.experts.chunks import Chunk, chunks_of
 from evomoe_plugin.experts.precision import product_dtype
+from evomoe_plugin.experts.stacks import Gradient, Matrices, multiply
 
-CHUNK_ROWS, CHUNKS = {"cpu": 1024, "cuda": 16384}, 8
+CHUNK_ROWS, CHUNKS = 1024, 8
 """A chunk has at most so many rows, or one of so many equal shares of all where that is more."""
-_DOT_ROWS = {"cpu": 128, "cuda": 16384}
+_DOT_ROWS = 128
+_ON_DEVICES = 16384
+"""Instead of both on other devices than CPUs, which have no cache to stay in, and many units."""
 
 
 @dataclass(frozen=True)
-class Call:
+class _Call:
     """What is computed, beside the tensors."""
 
     counts: Sequence[int]
@@ -61,10 +64,10 @@ class _GroupedFFN(torch.autograd.Function):
             work.fetch(x, chunk, rows)
             h = hidden.place(chunk)
             h3 = None if linear is None else linear.place(chunk)
-            _multiply(chunk, rows, matrix1.transposed(chunk), h, bias1)
+            multiply(chunk, rows, matrix1.transposed(chunk), h, bias1)
             hidden.store(chunk)
             if linear is not None:
-                _multiply(chunk, rows, matrix3.transposed(chunk), h3)
+                multiply(chunk, rows, matrix3.transposed(chunk), h3)
                 linear.store(chunk)
             active = _activate(call.activation, h, h3, active_buffer[: padded(chunk.size)])
             if call.dropout:
@@ -72,7 +75,7 @@ class _GroupedFFN(torch.autograd.Function):
                 _drop(active, drop, call.dropout)
                 if dropped is not None:
                     dropped[chunk.start : chunk.stop] = drop[: chunk.size]
-            _multiply(chunk, active, matrix2.of(chunk), rows, bias2)
+            multiply(chunk, active, matrix2.of(chunk), rows, bias2)
             if row_weights is not None:
                 rows *= row_weights[chunk.start : chunk.stop, None]
             work.add(rows, chunk, sums)
@@ -95,7 +98,7 @@ class _GroupedFFN(torch.autograd.Function):
         hidden = work.hidden(kept_hidden)
         linear = None if fc3 is None else work.hidden(kept_linear)
         grad1, grad_bias1, grad3, grad2, grad_bias2 = (
-            _Gradient(stack, call) if need else None
+            Gradient(stack, call.counts, call.grad_scale) if need else None
             for stack, need in zip((fc1, fc1_bias, fc3, fc2, fc2_bias), need_stacks, strict=True))
         rows_buffer, active_buffer, grad_buffer = (
             work.buffer(x.size(1)), work.buffer(), work.buffer())
@@ -114,7 +117,7 @@ class _GroupedFFN(torch.autograd.Function):
             work.fetch(grad_out, chunk, rows)
             if scales is not None:
                 scales.multiply(rows, chunk)
-            _multiply(chunk, rows, matrix2.transposed(chunk), grad)
+            multiply(chunk, rows, matrix2.transposed(chunk), grad)
             if need_row_weights:
                 dots = grad_row_weights[chunk.start : chunk.stop]
                 _dot(active, grad, dots)
@@ -144,9 +147,9 @@ class _GroupedFFN(torch.autograd.Function):
             if grad3 is not None:
                 grad3.add_products(chunk, active, rows)
             if need_x:
-                _multiply(chunk, grad, matrix1.of(chunk), rows)
+                multiply(chunk, grad, matrix1.of(chunk), rows)
                 if linear is not None:
-                    _multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
+                    multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
                 work.add(rows, chunk, grad_x)
 
         stacks = (None if g is None else g.whole() for g in
@@ -196,7 +199,7 @@ def grouped_ffn(
             counts_E = torch.as_tensor(counts, device=x.device)
             return grouped_mm.GroupedMMFFN.apply(call, counts_E, token_ids_N, *arguments)
         grouped_mm.say_once(reason)
-    call = Call(
+    call = _Call(
         counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
         activation=activation,
         dropout=dropout,
@@ -210,14 +213,14 @@ def grouped_ffn(
 class _Work:
     """Chunks, buffers and precisions of one pass."""
 
-    def __init__(self, call: Call, token_ids: Tensor | None, fc1: Tensor):
+    def __init__(self, call: _Call, token_ids: Tensor | None, fc1: Tensor):
         num_rows = sum(call.counts)
         self.call, self.token_ids = call, token_ids
         self.device, self.width = fc1.device, fc1.size(1)
         self.dtype = product_dtype(call.dtype, fc1.device.type)
         self.num_rows = num_rows
-        self.chunks = chunks_of(
-            call.counts, max(CHUNK_ROWS[fc1.device.type], -(-num_rows // CHUNKS)))
+        least = CHUNK_ROWS if fc1.device.type == "cpu" else _ON_DEVICES
+        self.chunks = chunks_of(call.counts, max(least, -(-num_rows // CHUNKS)))
         self.longest = max((chunk.size for chunk in self.chunks), default=0)
 
     def buffer(self, width: int | None = None) -> Tensor:
@@ -236,9 +239,9 @@ class _Work:
         is_direct = kept is not None and kept.dtype == self.dtype
         return _Hidden(kept, None if is_direct else self.buffer(), self.call.dtype)
 
-    def matrices(self, stack: Tensor | None) -> _Matrices | None:
+    def matrices(self, stack: Tensor | None) -> Matrices | None:
         """Experts' matrices or biases, to compute with."""
-        return None if stack is None else _Matrices(stack, self.call.dtype, self.dtype)
+        return None if stack is None else Matrices(stack, self.call.dtype, self.dtype)
 
     def sums(self, x: Tensor) -> Tensor:
         """What `add` adds to: of the shape of x, in fp32 at least."""
@@ -324,87 +327,6 @@ class _Scales:
             rows *= self._rest[chunk.start : chunk.stop, None]
 
 
-class _Matrices:
-    """A stack of matrices or biases, to compute with."""
-
-    def __init__(self, stack: Tensor, rounded: torch.dtype, dtype: torch.dtype):
-        self._stack, self._rounded, self._dtype = stack, rounded, dtype
-        is_ready = stack.dtype == rounded == dtype
-        self._all = stack.detach().unbind() if is_ready else None
-        self._all_transposed = (
-            stack.detach().transpose(1, 2).unbind() if is_ready and stack.dim() == 3 else None)
-
-    def of(self, chunk: Chunk) -> list[Tensor]:
-        """Those of the chunk's experts."""
-        if self._all is not None:
-            return [self._all[e] for e in chunk.experts]
-        return [self._stack[e].to(self._rounded).to(self._dtype) for e in chunk.experts]
-
-    def transposed(self, chunk: Chunk) -> list[Tensor]:
-        """The same, transposed."""
-        if self._all_transposed is not None:
-            return [self._all_transposed[e] for e in chunk.experts]
-        return [matrix.t() for matrix in self.of(chunk)]
-
-
-class _Gradient:
-    """The gradient of a stack of matrices or biases."""
-
-    def __init__(self, stack: Tensor, call: Call):
-        self._grad = POOL.empty(stack.shape, stack.dtype, stack.device)
-        self._each = self._grad.unbind()
-        self._call = call
-
-    def add_products(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
-        """Add to each expert's the product of its rows of a, transposed, and of b."""
-        scale = self._call.grad_scale
-        parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].split(chunk.sizes),
-                    b.split(chunk.sizes), strict=True)
-        for expert, is_first, rows, others in parts:
-            to = self._each[expert]
-            if to.dtype == rows.dtype:
-                torch.addmm(to, rows.t(), others, beta=not is_first, alpha=scale, out=to)
-            else:
-                self._add(to, is_first, rows.t() @ others)
-
-    def add_sums(self, chunk: Chunk, a: Tensor) -> None:
-        """Add to each expert's the sum of its rows."""
-        parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].split(chunk.sizes), strict=True)
-        for expert, is_first, rows in parts:
-            self._add(self._each[expert], is_first, rows.sum(0))
-
-    def _add(self, to: Tensor, is_first: bool, addend: Tensor) -> None:
-        if is_first:
-            to.zero_()
-        to.add_(addend, alpha=self._call.grad_scale)
-
-    def whole(self) -> Tensor:
-        """All of it, zeros for experts without rows."""
-        for to, count in zip(self._each, self._call.counts, strict=True):
-            if not count:
-                to.zero_()
-        self._each = ()  # what else holds the gradient keeps it from becoming a parameter's own
-        return self._grad
-
-
-def _multiply(
-    chunk: Chunk, rows: Tensor, matrices: Sequence[Tensor], out: Tensor,
-    bias: _Matrices | None = None, adds: bool = False,
-) -> None:
-    """Each expert's rows times its matrix, into (or, with `adds`, onto) `out`."""
-    parts = zip(rows[: chunk.size].split(chunk.sizes), matrices,
-                out[: chunk.size].split(chunk.sizes), strict=True)
-    if bias is not None:
-        for (part, matrix, to), added in zip(parts, bias.of(chunk), strict=True):
-            torch.addmm(added, part, matrix, out=to)
-        return
-    for part, matrix, to in parts:
-        if adds:
-            torch.addmm(to, part, matrix, out=to)
-        else:
-            torch.mm(part, matrix, out=to)
-
-
 def _activate(activation: Activation, h: Tensor, h3: Tensor | None, out: Tensor) -> Tensor:
     activation.forward(h, out)
     if h3 is not None:
@@ -420,7 +342,7 @@ def _drop(rows: Tensor, drop: Tensor | None, probability: float) -> None:
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = the scalar products of rows, summed in fp32 at least."""
-    step = _DOT_ROWS[a.device.type]
+    step = _DOT_ROWS if a.device.type == "cpu" else _ON_DEVICES
     products = POOL.empty((min(step, out.size(0)), a.size(1)),
                           torch.promote_types(a.dtype, torch.float32), a.device)
     for start in range(0, out.size(0), step):

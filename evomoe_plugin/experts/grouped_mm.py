@@ -180,11 +180,15 @@ def _differentiate(function, p, h, h3, bias, experts, dropped, grad, weights):
     return active, dots, grad_h3
 
 
+_fuses = True
+
+
 def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
     """`work`, fused where that is possible; a shape of 0 or 1 would be compiled on its own."""
+    global _fuses
     tensors = (*hidden, *given)
     is_one_kernel = work is _activate and all(t is None for t in hidden[1:])
-    if call.num_rows > 1 and not is_one_kernel and not _is_eager:
+    if _fuses and call.num_rows > 1 and not is_one_kernel:
         for tensor in tensors:
             if tensor is not None and tensor.size(0) == call.num_rows:
                 torch._dynamo.mark_dynamic(tensor, 0)
@@ -193,13 +197,10 @@ def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler may meet; nothing is changed yet
-            _is_eager.append(True)
+            _fuses = False
             logger.warning("torch.compile failed (%s): what is done between the experts' products "
                            "is not fused", str(error).strip().split("\n")[0])
     return work(call.function, call.dropout, *tensors)
-
-
-_is_eager: list[bool] = []
 
 
 @functools.cache

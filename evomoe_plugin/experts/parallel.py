@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.experts.ffn import ExpertFFN
+from evomoe_plugin.experts.ffn import ExpertStack
 from evomoe_plugin.routing.plan import RoutingPlan
 
 
-class ParallelExpertFFN(ExpertFFN):
+class ParallelExpertFFN(ExpertStack):
     """An `ExpertFFN` of E experts, of which this process holds E / R.
 
     It takes tokens for all E and gives their answers, as the whole stack would: rows are sent to
@@ -80,23 +80,17 @@ class ParallelExpertFFN(ExpertFFN):
         rows_ND = x_TD.index_select(0, plan.token_ids_N)
         rows_ND, aside = self._answer_elsewhere(
             rows_ND, plan.tokens_per_expert_E.tolist(), meanwhile)
-        weighted_ND = rows_ND * plan.weights_N.to(rows_ND.dtype).unsqueeze(1)
-        y_TD = rows_ND.new_zeros(plan.num_tokens, rows_ND.size(1))
-        y_TD = y_TD.index_add(0, plan.token_ids_N, weighted_ND)
+        wide = torch.promote_types(rows_ND.dtype, torch.float32)  # as the whole stack sums
+        weighted_ND = rows_ND.to(wide) * plan.weights_N.to(wide).unsqueeze(1)
+        y_TD = weighted_ND.new_zeros(x_TD.shape).index_add(0, plan.token_ids_N, weighted_ND)
+        y_TD = y_TD.to(x_TD.dtype)
         return (y_TD, aside) if meanwhile else y_TD
-
-    def answer(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its segment of rows, wherever it is: [N, D].
-
-        Args:
-            rows_ND: this process's rows, sorted by expert.
-            counts: rows of each of the E experts.
-        """
-        return self._answer_elsewhere(rows_ND, counts, None)[0]
 
     def _answer_elsewhere(
         self, rows_ND: Tensor, counts: Sequence[int], meanwhile: Callable[[], Any] | None
     ) -> tuple[Tensor, Any]:
+        """[N, D], what the experts of all processes give for rows sorted by expert; and what
+        `meanwhile` gave."""
         places = self.groups.size
         held = self.num_experts // places
         incoming = self._exchange_counts(counts, self.groups, rows_ND.device)

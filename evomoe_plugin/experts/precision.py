@@ -9,11 +9,11 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# What a CPU must have one of to multiply such matrices itself.
-_INSTRUCTIONS = {
+INSTRUCTIONS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
 }
+"""What a CPU must have one of to multiply such matrices itself."""
 
 
 @functools.cache
@@ -23,13 +23,13 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     A CPU without instructions for half precision emulates them, several times slower than it
     multiplies in fp32.
     """
-    if dtype not in _INSTRUCTIONS or device_type != "cpu":
+    if dtype not in INSTRUCTIONS or device_type != "cpu":
         return dtype
     if not hasattr(torch.cpu, "get_capabilities"):  # older torch: not known
         return dtype
-    if any(torch.cpu.get_capabilities().get(name) for name in _INSTRUCTIONS[dtype]):
+    if any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS[dtype]):
         return dtype
     logger.info("this CPU has no instructions for products in %s (%s): experts compute them in "
                 "fp32, and round", str(dtype).removeprefix("torch."),
-                ", ".join(_INSTRUCTIONS[dtype]))
+                ", ".join(INSTRUCTIONS[dtype]))
     return torch.float32

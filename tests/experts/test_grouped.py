@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from evomoe_plugin.experts import ExpertFFN, grouped
+from evomoe_plugin.experts import ExpertFFN, grouped, stacks
 from evomoe_plugin.experts.activations import ROWS, find_activation
 from evomoe_plugin.experts.grouped import grouped_ffn
+from tests.experts import one_by_one
+from tests.experts.one_by_one import oracle
 
 COUNTS = [[3, 0, 4], [7, 0, 0], [0, 0, 0], [1, 1, 1]]
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu,
@@ -20,39 +22,12 @@ D, F, E, T = 4, 6, 3, 5
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks that cut through experts and hold several."""
-    monkeypatch.setattr(grouped, "CHUNK_ROWS", {"cpu": 2})
+    monkeypatch.setattr(grouped, "CHUNK_ROWS", 2)
     monkeypatch.setattr(grouped, "CHUNKS", 100)
 
 
 def tensors(gated, bias, dtype=torch.float64):
-    shapes = {"fc1_weight": (E, F, D), "fc2_weight": (E, F, D)}
-    if gated:
-        shapes["fc3_weight"] = (E, F, D)
-    if bias:
-        shapes |= {"fc1_bias": (E, F), "fc2_bias": (E, D)}
-    return {name: torch.randn(shape, dtype=dtype).requires_grad_()
-            for name, shape in shapes.items()}
-
-
-def oracle(x, weights, counts, function, token_ids=None, row_weights=None):
-    """One expert after the other, in plain autograd."""
-    rows = x if token_ids is None else x[token_ids]
-    out = []
-    for e, segment in enumerate(rows.split(counts)):
-        hidden = segment @ weights["fc1_weight"][e].T
-        if "fc1_bias" in weights:
-            hidden = hidden + weights["fc1_bias"][e]
-        hidden = function(hidden)
-        if "fc3_weight" in weights:
-            hidden = hidden * (segment @ weights["fc3_weight"][e].T)
-        answer = hidden @ weights["fc2_weight"][e]
-        out.append(answer + weights["fc2_bias"][e] if "fc2_bias" in weights else answer)
-    out = torch.cat(out)
-    if row_weights is not None:
-        out = out * row_weights.unsqueeze(1).to(out.dtype)
-    if token_ids is None:
-        return out
-    return torch.zeros_like(x).index_add(0, token_ids, out)
+    return one_by_one.tensors(E, D, F, gated, bias, dtype)
 
 
 def inputs(counts, combines, dtype=torch.float64):
@@ -199,14 +174,14 @@ def test_what_is_frozen_costs_no_gradient():
 
 def test_gradients_become_the_parameters_own_without_a_copy(monkeypatch):
     made = []
-    before = grouped._Gradient.whole
+    before = stacks.Gradient.whole
 
     def whole(gradient):
         grad = before(gradient)
         made.append(grad.data_ptr())
         return grad
 
-    monkeypatch.setattr(grouped._Gradient, "whole", whole)
+    monkeypatch.setattr(stacks.Gradient, "whole", whole)
     experts = ExpertFFN(4, 256, 1024, nn.functional.gelu)
     experts.answer(torch.randn(4, 256), [1, 1, 1, 1]).sum().backward()
     assert {p.grad.data_ptr() for p in experts.parameters()} == set(made)

@@ -10,6 +10,7 @@ from torch import nn
 from evomoe_plugin.experts import ExpertFFN, grouped_mm
 from evomoe_plugin.experts.activations import find_activation
 from evomoe_plugin.experts.grouped import grouped_ffn
+from tests.experts.one_by_one import oracle, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -17,35 +18,6 @@ COUNTS = [[40, 0, 24, 7], [0, 0, 0, 64], [0, 0, 0, 0], [1, 0, 0, 0]]
 FUNCTIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu,
              "silu": nn.functional.silu, "tanh": torch.tanh}
 T, D, F, E = 64, 16, 32, 4
-
-
-def tensors(gated, bias, dtype):
-    shapes = {"fc1_weight": (E, F, D), "fc2_weight": (E, F, D)}
-    if gated:
-        shapes["fc3_weight"] = (E, F, D)
-    if bias:
-        shapes |= {"fc1_bias": (E, F), "fc2_bias": (E, D)}
-    return {name: (torch.randn(shape, device="cuda") / 3).to(dtype).requires_grad_()
-            for name, shape in shapes.items()}
-
-
-def oracle(x, weights, counts, function, token_ids, row_weights):
-    """One expert after the other, in plain autograd."""
-    out = []
-    rows = x if token_ids is None else x[token_ids]
-    for e, segment in enumerate(rows.split(counts)):
-        hidden = segment @ weights["fc1_weight"][e].T
-        if "fc1_bias" in weights:
-            hidden = hidden + weights["fc1_bias"][e]
-        hidden = function(hidden)
-        if "fc3_weight" in weights:
-            hidden = hidden * (segment @ weights["fc3_weight"][e].T)
-        answer = hidden @ weights["fc2_weight"][e]
-        out.append(answer + weights["fc2_bias"][e] if "fc2_bias" in weights else answer)
-    out = torch.cat(out)
-    if token_ids is None:
-        return out
-    return torch.zeros_like(x).index_add(0, token_ids, out * row_weights.unsqueeze(1))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -56,7 +28,8 @@ def oracle(x, weights, counts, function, token_ids, row_weights):
 def test_equals_fp64(dtype, tolerance, counts, function, combines):
     torch.backends.cuda.matmul.allow_tf32 = False
     for gated, bias in itertools.product((True, False), repeat=2):
-        weights = tensors(gated, bias, dtype)
+        weights = {name: (w.detach() / 3).requires_grad_() for name, w in tensors(
+            E, D, F, gated, bias, dtype, "cuda").items()}
         token_ids = row_weights = None
         x = torch.randn(T if combines else sum(counts), D, device="cuda")
         x = x.to(dtype).requires_grad_()
@@ -88,7 +61,7 @@ def test_bf16_goes_through_the_grouped_product_and_is_compiled(monkeypatch):
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().bfloat16()
     experts.answer(torch.randn(64, D, device="cuda", dtype=torch.bfloat16), [40, 0, 24, 0])
     assert called
-    assert not grouped_mm._is_eager
+    assert grouped_mm._fuses
 
 
 def test_autocast_goes_through_the_grouped_product():
