@@ -67,7 +67,7 @@ def read(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write where asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few and small cases, for minutes")
+    parser.add_argument("--quick", action="store_true", help="few and small cases and no studies, for minutes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
@@ -86,7 +86,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     common = ["--rounds", str(args.rounds)]
     quick = ["--quick"] if args.quick else []
-    if "studies" in args.only:
+    if "studies" in args.only and not args.quick:
         for script in STUDIES:
             call(script, [*common, "--threads", args.threads[0]])
     for part, script in PARTS.items():
