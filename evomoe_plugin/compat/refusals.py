@@ -92,7 +92,7 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
         raise OptionError("use_bmuf", combined, "leave it out")
     if _optimizer(cfg) in _NOT_SHARDED:
         raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
-                          "fairseq shards adam, adamax, adadelta, nag and sgd: give one of them, "
+                          "adam, fused_adamw, adamax, adadelta, nag and sgd are sharded: give one, "
                           "or --ddp-backend legacy_ddp")
 
 
@@ -124,7 +124,7 @@ def _check_expert_parallel(cfg: Any) -> None:
                           "it knows nothing of experts on other processes: leave it out")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
-    remedy = "give adam, adamax, adadelta, nag or sgd"
+    remedy = "give adam, fused_adamw, adamax, adadelta, nag or sgd"
     if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
         raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
                           "its steps follow from means over whole parameters, of which each "

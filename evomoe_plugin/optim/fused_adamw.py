@@ -1,4 +1,4 @@
-"""`--optimizer fused_adamw`: fairseq's adam, three to four times as fast on CPUs."""
+"""`--optimizer fused_adamw`: fairseq's adam in fewer passes over memory."""
 
 # No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
 

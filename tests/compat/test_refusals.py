@@ -38,7 +38,7 @@ BAD = [
      "--optimizer adafactor with --moe-expert-parallel-size: its steps follow from means"),
     ({"optimizer._name": "composite"}, "--optimizer composite with --moe-expert-parallel-size: "),
     ({"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
-     "--optimizer adagrad with --ddp-backend fully_sharded: fairseq shards adam, adamax, adadelta"),
+     "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta"),
 ]
 
 
