@@ -13,9 +13,6 @@ _BLOCK = 1024
 """On CPUs oneDNN compiles and keeps a kernel for each shape it meets, and routing makes new ones in
 every step. In blocks of these rows, and a last one of a multiple of `ROWS`, it meets few."""
 
-aten = torch.ops.aten
-
-
 def padded(rows: int) -> int:
     """The multiple of `ROWS` that holds `rows`."""
     return -(-rows // ROWS) * ROWS
@@ -26,74 +23,31 @@ class Activation:
 
     All tensors are [rows, F] with a multiple of `ROWS` rows; the caller ignores what it gets for
     rows that it has not filled.
+
+    Args:
+        function: it, on tensors of any shape.
+        into: called with x and a tensor for f(x).
+        derive: called with the gradient of f(x), which becomes that of x, and x.
     """
 
-    function: Callable[[Tensor], Tensor]
-    """It, on tensors of any shape."""
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        into: Callable[[Tensor, Tensor], object],
+        derive: Callable[[Tensor, Tensor], object],
+    ):
+        self.function = function
+        self._into, self._derive = into, derive
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """out = f(x)."""
         for rows in _blocks(x):
-            self._forward(x[rows], out[rows])
+            self._into(x[rows], out[rows])
 
     def backward(self, grad: Tensor, x: Tensor) -> None:
         """grad *= f'(x)."""
         for rows in _blocks(x):
-            self._backward(grad[rows], x[rows])
-
-    def _forward(self, x: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
-    def _backward(self, grad: Tensor, x: Tensor) -> None:
-        raise NotImplementedError
-
-
-class _Gelu(Activation):
-    """Exact GELU (Hendrycks and Gimpel, arXiv 1606.08415)."""
-
-    function = staticmethod(torch.nn.functional.gelu)
-
-    def _forward(self, x, out):
-        aten.gelu.out(x, out=out)
-
-    def _backward(self, grad, x):
-        aten.gelu_backward.grad_input(grad, x, grad_input=grad)
-
-
-class _Relu(Activation):
-    function = staticmethod(torch.nn.functional.relu)
-
-    def _forward(self, x, out):
-        torch.clamp_min(x, 0, out=out)
-
-    def _backward(self, grad, x):
-        aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-
-
-class _Silu(Activation):
-    function = staticmethod(torch.nn.functional.silu)
-
-    def _forward(self, x, out):
-        aten.silu.out(x, out=out)
-
-    def _backward(self, grad, x):
-        aten.silu_backward.grad_input(grad, x, grad_input=grad)
-
-
-class _Other(Activation):
-    """Any elementwise function, differentiated by autograd."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        self.function = function
-
-    def _forward(self, x, out):
-        out.copy_(self.function(x))
-
-    def _backward(self, grad, x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = self.function(x)
-        grad.copy_(torch.autograd.grad(y, x, grad)[0])
+            self._derive(grad[rows], x[rows])
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -101,9 +55,33 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, x.size(0), step)]
 
 
-_KNOWN = {known.function: known for known in (_Gelu(), _Relu(), _Silu())}
+def _by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
+    def derive(grad: Tensor, x: Tensor) -> None:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = function(x)
+        grad.copy_(torch.autograd.grad(y, x, grad)[0])
+
+    return Activation(function, lambda x, out: out.copy_(function(x)), derive)
+
+
+aten, F = torch.ops.aten, torch.nn.functional
+_KNOWN = {known.function: known for known in (
+    Activation(
+        F.gelu,  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
+        lambda x, out: aten.gelu.out(x, out=out),
+        lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad)),
+    Activation(
+        F.relu,
+        lambda x, out: torch.clamp_min(x, 0, out=out),
+        lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)),
+    Activation(
+        F.silu,
+        lambda x, out: aten.silu.out(x, out=out),
+        lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad)),
+)}
 
 
 def find_activation(function: Callable[[Tensor], Tensor]) -> Activation:
-    """How to compute `function`."""
-    return _KNOWN.get(function) or _Other(function)
+    """How to compute `function`; one that is not known is differentiated by autograd."""
+    return _KNOWN.get(function) or _by_autograd(function)

@@ -49,7 +49,6 @@ class ExpertStack(nn.Module):
         self.freezes = freezes
         self.gated = gated
         self.activation = activation
-        self._activation = find_activation(activation)
         self.dropout = dropout or nn.Identity()
         self.grad_scale = 1.0  # what the parameters' gradients are multiplied by
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
@@ -107,7 +106,7 @@ class ExpertStack(nn.Module):
     ) -> Tensor:
         """`grouped_ffn` with the weights of as many experts as there are counts."""
         return grouped_ffn(
-            x, weights, counts, self._activation, dropout=self._dropout_probability(),
+            x, weights, counts, find_activation(self.activation), dropout=self._dropout_probability(),
             grad_scale=self.grad_scale, token_ids_N=token_ids_N, weights_N=weights_N)
 
     def _dropout_probability(self) -> float:

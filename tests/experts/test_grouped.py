@@ -75,13 +75,13 @@ def test_gradcheck(gated):
     assert torch.autograd.gradcheck(run, (x, row_weights, *weights.values()))
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float16, 2e-2),
-                                         (torch.bfloat16, 2e-1)])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 1e-3),
+                                         (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_lower_precision_is_near_fp64(dtype, atol, gated):
+def test_lower_precision_is_near_fp64(dtype, most, gated):
     counts, function = [40, 0, 30], nn.functional.gelu
-    exact = tensors(gated, not gated)
-    low = {name: w.detach().to(dtype).requires_grad_() for name, w in exact.items()}
+    low = {name: w.detach().to(dtype).requires_grad_()
+           for name, w in tensors(gated, not gated).items()}
     exact = {name: w.detach().double().requires_grad_() for name, w in low.items()}
     token_ids = torch.cat([torch.arange(40), torch.arange(30)])
     x = torch.randn(40, D).to(dtype).requires_grad_()
@@ -91,12 +91,11 @@ def test_lower_precision_is_near_fp64(dtype, atol, gated):
     x64, row64 = (t.detach().double().requires_grad_() for t in (x, row_weights))
     wanted = oracle(x64, exact, counts, function, token_ids, row64)
     assert got.dtype == dtype
-    assert torch.allclose(got.double(), wanted, atol=atol, rtol=atol)
     seed = torch.randn_like(got)
     gradients = torch.autograd.grad(got, [x, row_weights, *low.values()], seed)
     expected = torch.autograd.grad(wanted, [x64, row64, *exact.values()], seed.double())
-    for a, b in zip(gradients, expected, strict=True):
-        assert torch.allclose(a.double(), b, atol=atol * b.abs().max().item(), rtol=atol)
+    for a, b in zip([got, *gradients], [wanted, *expected], strict=True):
+        assert (a.double() - b).norm() < most * b.norm()
 
 
 def test_autocast_rounds_to_its_precision_and_leaves_gradients_in_fp32():
