@@ -106,8 +106,9 @@ class ExpertStack(nn.Module):
     ) -> Tensor:
         """`grouped_ffn` with the weights of as many experts as there are counts."""
         return grouped_ffn(
-            x, weights, counts, find_activation(self.activation), dropout=self._dropout_probability(),
-            grad_scale=self.grad_scale, token_ids_N=token_ids_N, weights_N=weights_N)
+            x, weights, counts, find_activation(self.activation),
+            dropout=self._dropout_probability(), grad_scale=self.grad_scale,
+            token_ids_N=token_ids_N, weights_N=weights_N)
 
     def _dropout_probability(self) -> float:
         module = self.dropout
