@@ -67,7 +67,8 @@ def read(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write where asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few and small cases and no studies, for minutes")
+    parser.add_argument("--quick", action="store_true",
+                        help="few and small cases and no studies, for minutes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
