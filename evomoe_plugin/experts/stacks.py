@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,22 +23,27 @@ class Matrices:
 
     def __init__(self, stack: Tensor, rounded: torch.dtype, dtype: torch.dtype):
         self._stack, self._rounded, self._dtype = stack, rounded, dtype
-        is_ready = stack.dtype == rounded == dtype
-        self._all = stack.detach().unbind() if is_ready else None
-        self._all_transposed = (
-            stack.detach().transpose(1, 2).unbind() if is_ready and stack.dim() == 3 else None)
+        self._is_ready = stack.dtype == rounded == dtype
 
     def of(self, chunk: Chunk) -> list[Tensor]:
         """Those of the chunk's experts."""
-        if self._all is not None:
+        if self._is_ready:
             return [self._all[e] for e in chunk.experts]
         return [self._stack[e].to(self._rounded).to(self._dtype) for e in chunk.experts]
 
     def transposed(self, chunk: Chunk) -> list[Tensor]:
         """The same, transposed."""
-        if self._all_transposed is not None:
+        if self._is_ready:
             return [self._all_transposed[e] for e in chunk.experts]
         return [matrix.t() for matrix in self.of(chunk)]
+
+    @cached_property
+    def _all(self) -> tuple[Tensor, ...]:
+        return self._stack.detach().unbind()
+
+    @cached_property
+    def _all_transposed(self) -> tuple[Tensor, ...]:
+        return self._stack.detach().transpose(1, 2).unbind()
 
 
 class Gradient:
@@ -56,20 +62,24 @@ class Gradient:
 
     def add_products(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
         """Add to each expert's the product of its rows of a, transposed, and of b."""
-        parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].split(chunk.sizes),
+        parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].t().split(chunk.sizes, 1),
                     b.split(chunk.sizes), strict=True)
-        for expert, is_first, rows, others in parts:
+        for expert, is_first, columns, others in parts:
             to = self._each[expert]
-            if to.dtype == rows.dtype:
-                torch.addmm(to, rows.t(), others, beta=not is_first, alpha=self._scale, out=to)
+            if to.dtype == others.dtype:
+                torch.addmm(to, columns, others, beta=not is_first, alpha=self._scale, out=to)
             else:
-                self._add(to, is_first, rows.t() @ others)
+                self._add(to, is_first, columns @ others)
 
     def add_sums(self, chunk: Chunk, a: Tensor) -> None:
         """Add to each expert's the sum of its rows."""
         parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].split(chunk.sizes), strict=True)
         for expert, is_first, rows in parts:
-            self._add(self._each[expert], is_first, rows.sum(0))
+            to = self._each[expert]
+            if is_first and self._scale == 1 and to.dtype == rows.dtype:
+                torch.sum(rows, 0, out=to)
+            else:
+                self._add(to, is_first, rows.sum(0))
 
     def _add(self, to: Tensor, is_first: bool, addend: Tensor) -> None:
         if is_first:

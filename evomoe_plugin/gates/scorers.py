@@ -36,6 +36,8 @@ class Scorer(nn.Module):
 
     HAS_VECTORS: ClassVar[bool] = True
     """Whether each candidate has a vector in one space, which losses can be about."""
+    SUMS_TO_ONE: ClassVar[bool] = True
+    """Whether the scores of a token do: they are its distribution then."""
 
     def __init__(self, model_dim: int, num_candidates: int, options: Any):
         super().__init__()
@@ -82,6 +84,8 @@ class LinearScorer(Scorer):
 
 class SigmoidScorer(LinearScorer):
     """z = W x, and each expert scores sigmoid(z) on its own (DeepSeek-V3, arXiv 2412.19437)."""
+
+    SUMS_TO_ONE = False
 
     def scores(self, logits_TC: Tensor) -> Tensor:
         return torch.sigmoid(logits_TC)

@@ -115,13 +115,14 @@ class TopKGate(Gate):
         if self.renormalized:  # from logarithms, since scores of very unlikely picks are 0
             picked_TC = self.scorer.log_scores(logits_TC).masked_fill(~mask_TC, float("-inf"))
             weights_TC = torch.softmax(picked_TC, dim=1)
+        probs_TC = scores_TC if self.scorer.SUMS_TO_ONE else self.scorer.distribution(logits_TC)
         priority_TC = None
         if self.prioritized:
             priority_TC = scores_TC.amax(1, keepdim=True).expand_as(scores_TC)
         return Choice(
             mask_TC=mask_TC,
             weights_TC=weights_TC,
-            probs_TC=self.scorer.distribution(logits_TC),
+            probs_TC=probs_TC,
             logits_TC=logits_TC,
             priority_TC=priority_TC,
         )

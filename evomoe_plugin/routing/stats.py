@@ -41,8 +41,11 @@ def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int)
         num_experts: E; candidates beyond them are null experts.
     """
     probs_TC, logits_TC = choice.probs_TC.detach(), choice.logits_TC
-    entropy_T = torch.special.entr(probs_TC).sum(1)
-    bad_T = ~torch.isfinite(probs_TC if logits_TC is None else logits_TC.detach()).all(1)
+    # Several times faster on a CPU than `special.entr` and `isfinite` of all of them.
+    logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
+    entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
+    looked_at_TC = probs_TC if logits_TC is None else logits_TC.detach()
+    bad_T = ~torch.isfinite(looked_at_TC.abs().amax(1))
     tokens = torch.tensor(probs_TC.size(0), device=probs_TC.device)
     if token_mask_T is not None:
         entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)
