@@ -1,8 +1,8 @@
 """What a user could have instead: each is one MoE layer with the weights and routing of a case.
 
-The contenders that are written here route by `speed.routes`, and have neither biases nor losses nor
-statistics. Experts are GELU networks, but for those of Hugging Face, which are SwiGLU of about as
-many FLOPs.
+The contenders that are written here route by `speed.routes`, and have neither losses nor
+statistics. Experts are GELU networks, those of ours, the loop and the dense FFN with biases, but
+for those of Hugging Face, which are SwiGLU of about as many FLOPs.
 """
 
 from __future__ import annotations
@@ -134,28 +134,37 @@ class Dense(Contender):
 
 
 class Loop(Contender):
-    """For each expert: pick its tokens, apply it, add what it gives; autograd does the rest."""
+    """For each expert, two linear layers: pick its tokens, apply it, add what it gives; autograd
+    does the rest."""
 
     label = "loop over experts"
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)
         self.add("gate", inputs.gate_CD)
-        # A parameter each: gradients of slices of one would be as large as all, for each expert.
-        self.w1, self.w2 = (nn.ParameterList(w_FD.clone() for w_FD in w_EFD)
-                            for w_EFD in inputs.plain)
+        # Parameters of its own each: gradients of slices of one would be as large as all.
+        self.fc1, self.fc2 = (nn.ModuleList(_linear(w) for w in w_E)
+                              for w_E in (inputs.plain[0], inputs.plain[1].transpose(1, 2)))
 
     def forward(self, x_TD):
         mask_TE, weights_TE = self.route(x_TD)
         y_TD = torch.zeros_like(x_TD)
-        for e, (w1_FD, w2_FD) in enumerate(zip(self.w1, self.w2, strict=True)):
+        for e, (fc1, fc2) in enumerate(zip(self.fc1, self.fc2, strict=True)):
             tokens = mask_TE[:, e].nonzero().squeeze(1)
             if not tokens.numel():
                 continue
-            rows = F.gelu(x_TD[tokens] @ w1_FD.t()) @ w2_FD
+            rows = fc2(F.gelu(fc1(x_TD[tokens])))
             rows = rows * weights_TE[tokens, e].unsqueeze(1).to(rows.dtype)
             y_TD = y_TD.index_add(0, tokens, rows)
         return y_TD, []
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """With this weight, and biases of 0."""
+    linear = nn.Linear(weight.size(1), weight.size(0), device="meta")
+    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    linear.bias = nn.Parameter(weight.new_zeros(weight.size(0)))
+    return linear
 
 
 class GroupedMM(Contender):
