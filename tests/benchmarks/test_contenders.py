@@ -63,10 +63,13 @@ def test_they_learn_what_our_layer_learns():
     for contender in (ours, loop, grouped):
         outputs(contender)
     experts = ours.layer.experts
-    for name, weight in (("w1", experts.fc1_weight), ("w2", experts.fc2_weight)):
-        torch.testing.assert_close(getattr(grouped, name).grad, weight.grad)
-        by_expert = [w.grad for w in getattr(loop, name)]
-        torch.testing.assert_close(torch.stack(by_expert), weight.grad)
+    torch.testing.assert_close(grouped.w1.grad, experts.fc1_weight.grad)
+    torch.testing.assert_close(grouped.w2.grad, experts.fc2_weight.grad)
+    for networks, grad_EFD, bias in (
+            (loop.fc1, experts.fc1_weight.grad, experts.fc1_bias),
+            (loop.fc2, experts.fc2_weight.grad.transpose(1, 2), experts.fc2_bias)):
+        torch.testing.assert_close(torch.stack([fc.weight.grad for fc in networks]), grad_EFD)
+        torch.testing.assert_close(torch.stack([fc.bias.grad for fc in networks]), bias.grad)
     for contender in (loop, grouped):
         torch.testing.assert_close(contender.gate.grad, ours.layer.gate.scorer.weight.grad)
 
