@@ -29,7 +29,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
         return dtype
     if any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS[dtype]):
         return dtype
-    logger.info("this CPU has no instructions for products in %s (%s): experts compute them in "
-                "fp32, and round", str(dtype).removeprefix("torch."),
+    logger.info("this CPU has no instructions for products in %s (%s): they are computed in fp32, "
+                "and rounded", str(dtype).removeprefix("torch."),
                 ", ".join(INSTRUCTIONS[dtype]))
     return torch.float32

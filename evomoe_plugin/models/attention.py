@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evomoe_plugin.models.causal_dropout import attend_with_dropout
+from evomoe_plugin.models.products import Linear, emulated
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class SelfAttention(MultiheadAttention):
         super().__init__(embed_dim, num_heads, dropout=dropout, **kwargs)
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear.of(getattr(self, name)))
 
     def forward(
         self,
@@ -114,8 +117,13 @@ class SelfAttention(MultiheadAttention):
             dropout = self.dropout_module.p
         if dropout and causal and q.device.type == "cpu":
             return attend_with_dropout(q, k, v, self.scaling, dropout)
-        return F.scaled_dot_product_attention(
-            q, k, v, None if causal else mask, dropout, is_causal=causal, scale=self.scaling)
+        attend = functools.partial(
+            F.scaled_dot_product_attention, attn_mask=None if causal else mask, dropout_p=dropout,
+            is_causal=causal, scale=self.scaling)
+        if emulated(q.device.type) is None:
+            return attend(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q.float(), k.float(), v.float()).to(q.dtype)
 
     def _with_past(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, incremental_state: Any

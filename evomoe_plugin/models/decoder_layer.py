@@ -8,11 +8,13 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import gelu
 
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
+from evomoe_plugin.models.products import Linear
 
 
 class DecoderLayer(TransformerDecoderLayerBase):
@@ -37,6 +39,14 @@ class DecoderLayer(TransformerDecoderLayerBase):
         return SelfAttention(
             embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout,
             add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, self_attention=True)
+
+    def build_fc1(self, *args, **kwargs) -> Module:
+        """Called by fairseq."""
+        return Linear.of(super().build_fc1(*args, **kwargs))
+
+    def build_fc2(self, *args, **kwargs) -> Module:
+        """Called by fairseq."""
+        return Linear.of(super().build_fc2(*args, **kwargs))
 
 
 class MoEDecoderLayer(DecoderLayer):

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from evomoe_plugin.experts.precision import product_dtype
 from evomoe_plugin.options import PRODUCT_DTYPES
@@ -44,6 +46,39 @@ def in_products_dtype(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return wrapper
+
+
+class Linear(torch.nn.Linear):
+    """torch's, but for autocast on a CPU that would emulate products of its precision: there
+    rounded operands are multiplied in fp32, which is several times faster, and the answer is
+    rounded."""
+
+    @classmethod
+    def of(cls, linear: torch.nn.Module) -> torch.nn.Module:
+        """One with the parameters of `linear`; `linear` itself if it is more than torch's."""
+        if type(linear) is not torch.nn.Linear or linear._forward_pre_hooks:
+            return linear
+        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = emulated(input.device.type)
+        if dtype is None:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            operands = (None if operand is None else operand.to(dtype).float()
+                        for operand in (input, self.weight, self.bias))
+            return functional.linear(*operands).to(dtype)
+
+
+def emulated(device_type: str) -> torch.dtype | None:
+    """The precision of autocast, if products of it are to be computed in fp32; None: they are not,
+    or there is no autocast."""
+    if device_type != "cpu" or not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return None if product_dtype(dtype, device_type) is dtype else dtype
 
 
 def log_products(dtype: str) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from evomoe_plugin.experts.precision import product_dtype
+
 CHUNKS = {"cpu": 512, "cuda": 4096}
 """Tokens of a chunk, by measurement: on a CPU its logits stay near the processor, on a GPU products
 of fewer rows are slower."""
@@ -65,13 +67,15 @@ class _Chunks:
     Args:
         x_ND, weight_VD, targets_N: as `vocabulary_loss` takes them, without padding.
         size: tokens of a chunk.
-        dtype: of products.
+        dtype: of products, or of their operands where those are best computed in fp32.
     """
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int,
                  dtype: torch.dtype):
-        self.x_ND, self.weight_VD, self.targets_N1 = (
-            x_ND.to(dtype), weight_VD.to(dtype), targets_N.unsqueeze(1))
+        computed = product_dtype(dtype, x_ND.device.type)
+        self.x_ND, self.weight_VD = (given.to(dtype).to(computed) for given in (x_ND, weight_VD))
+        self.targets_N1 = targets_N.unsqueeze(1)
+        self._rounded = None if computed is dtype else dtype
         self.wide = torch.promote_types(x_ND.dtype, torch.float32)
         self._out_dtypes = x_ND.dtype, weight_VD.dtype
         self._size = size
@@ -84,6 +88,8 @@ class _Chunks:
         for start in range(0, N, self._size):
             rows = slice(start, min(start + self._size, N))
             logits = torch.mm(self.x_ND[rows], self.weight_VD.t(), out=buffer[: rows.stop - start])
+            if self._rounded is not None:
+                logits.copy_(logits.to(self._rounded))
             if logits.dtype == self.wide:
                 yield rows, torch.log_softmax(logits, 1, out=logits), logits
             else:

@@ -133,3 +133,56 @@ def test_weights_of_half_precision_are_refused():
         cfg.common[option] = False
     with pytest.raises(OptionError, match="no such folder"):  # what is looked at next
         check_run(cfg)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_linear_layers_round_operands_and_answers(monkeypatch, has_units):
+    """Where a CPU has no units for such products they are computed in fp32: the same values."""
+    monkeypatch.setattr(products, "product_dtype",
+                        lambda dtype, _device: dtype if has_units else torch.float32)
+    seen = []
+    plain = functional.linear
+    monkeypatch.setattr(functional, "linear", lambda *given: seen.append(given[0].dtype) or plain(
+        *given))
+    layer = products.Linear.of(torch.nn.Linear(48, 32))
+    x = torch.randn(20, 48, requires_grad=True)
+    dy = torch.randn(20, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.backward(dy.bfloat16())
+    # Given to autocast as it is, or rounded before it.
+    assert seen == [torch.float32] and y.dtype is torch.bfloat16
+
+    exact = [t.detach().bfloat16().double().requires_grad_()
+             for t in (x, layer.weight, layer.bias)]
+    wanted = plain(*exact)
+    wanted.backward(dy.bfloat16().double())
+    for ours, other in ((y, wanted), *((p.grad, e.grad) for p, e in zip(
+            (x, layer.weight, layer.bias), exact, strict=True))):
+        torch.testing.assert_close(ours.double(), other, rtol=2**-8, atol=1e-3)
+    assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
+
+
+def test_without_autocast_linear_layers_are_torchs(monkeypatch):
+    monkeypatch.setattr(products, "product_dtype", lambda dtype, _device: torch.float32)
+    plain = torch.nn.Linear(8, 4)
+    layer = products.Linear.of(plain)
+    assert layer.weight is plain.weight and layer.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), plain(x))
+    hooked = torch.nn.Linear(8, 4)
+    hooked.register_forward_pre_hook(lambda module, given: None)
+    assert products.Linear.of(hooked) is hooked
+
+
+def test_attention_is_the_same_whether_its_products_are_emulated(make_model, monkeypatch):
+    model = make_model(moe_products_dtype="bf16", moe_attention="sdpa")
+    monkeypatch.setattr(products, "product_dtype", lambda dtype, _device: dtype)
+    _, emulating = trained(model)
+    model.zero_grad()
+    monkeypatch.setattr(products, "product_dtype", lambda dtype, _device: torch.float32)
+    _, in_fp32 = trained(model)
+    assert any(not torch.equal(emulating[name], in_fp32[name]) for name in in_fp32)
+    for name, grad in in_fp32.items():
+        if not name.endswith("k_proj.bias"):
+            assert difference(grad, emulating[name]) < RELATIVE, name
