@@ -85,5 +85,6 @@ def log_products(dtype: str) -> None:
     """Say it where a CPU would compute products in bf16 no faster than in fp32."""
     if _TORCH[dtype] is not None and not torch.cuda.is_available() and (
             product_dtype(_TORCH[dtype], "cpu") is not _TORCH[dtype]):
-        logger.warning("--moe-products-dtype %s: this CPU has no instructions for such products "
-                       "and emulates them; they are slower here than those in fp32", dtype)
+        logger.warning("--moe-products-dtype %s: this CPU has no instructions for such products: "
+                       "rounded operands are multiplied in fp32, and that is slower here than "
+                       "those in fp32 are", dtype)
