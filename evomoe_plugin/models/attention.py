@@ -120,7 +120,7 @@ class SelfAttention(MultiheadAttention):
         attend = functools.partial(
             F.scaled_dot_product_attention, attn_mask=None if causal else mask, dropout_p=dropout,
             is_causal=causal, scale=self.scaling)
-        if emulated(q.device.type) is None:
+        if emulated(q) is None:
             return attend(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
             return attend(q.float(), k.float(), v.float()).to(q.dtype)

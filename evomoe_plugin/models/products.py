@@ -49,9 +49,8 @@ def in_products_dtype(method: Callable) -> Callable:
 
 
 class Linear(torch.nn.Linear):
-    """torch's, but for autocast on a CPU that would emulate products of its precision: there
-    rounded operands are multiplied in fp32, which is several times faster, and the answer is
-    rounded."""
+    """torch's, but where a CPU would emulate its products (`emulated`): there rounded operands are
+    multiplied in fp32, which is several times faster, and the answer is rounded."""
 
     @classmethod
     def of(cls, linear: torch.nn.Module) -> torch.nn.Module:
@@ -63,7 +62,7 @@ class Linear(torch.nn.Linear):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = emulated(input.device.type)
+        dtype = emulated(input)
         if dtype is None:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
@@ -72,13 +71,14 @@ class Linear(torch.nn.Linear):
             return functional.linear(*operands).to(dtype)
 
 
-def emulated(device_type: str) -> torch.dtype | None:
-    """The precision of autocast, if products of it are to be computed in fp32; None: they are not,
-    or there is no autocast."""
-    if device_type != "cpu" or not torch.is_autocast_enabled(device_type):
+def emulated(x: Tensor) -> torch.dtype | None:
+    """The precision of products with x, its own or that of autocast, if they are to be computed in
+    fp32 instead; otherwise None."""
+    device = x.device.type
+    if device != "cpu":
         return None
-    dtype = torch.get_autocast_dtype(device_type)
-    return None if product_dtype(dtype, device_type) is dtype else dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return None if product_dtype(dtype, device) is dtype else dtype
 
 
 def log_products(dtype: str) -> None:

@@ -1,5 +1,7 @@
 """`--moe-products-dtype bf16`: products are rounded, and nothing else."""
 
+import copy
+
 import pytest
 import torch
 from fairseq import options
@@ -152,6 +154,9 @@ def test_linear_layers_round_operands_and_answers(monkeypatch, has_units):
     y.backward(dy.bfloat16())
     # Given to autocast as it is, or rounded before it.
     assert seen == [torch.float32] and y.dtype is torch.bfloat16
+    half = copy.deepcopy(layer).to(torch.bfloat16)  # without autocast, the same
+    torch.testing.assert_close(half(x.detach().bfloat16()), y.detach(), rtol=2**-7, atol=1e-3)
+    assert seen[1] is (torch.bfloat16 if has_units else torch.float32)
 
     exact = [t.detach().bfloat16().double().requires_grad_()
              for t in (x, layer.weight, layer.bias)]
@@ -163,8 +168,7 @@ def test_linear_layers_round_operands_and_answers(monkeypatch, has_units):
     assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
 
 
-def test_without_autocast_linear_layers_are_torchs(monkeypatch):
-    monkeypatch.setattr(products, "product_dtype", lambda dtype, _device: torch.float32)
+def test_in_full_precision_linear_layers_are_torchs():
     plain = torch.nn.Linear(8, 4)
     layer = products.Linear.of(plain)
     assert layer.weight is plain.weight and layer.state_dict().keys() == plain.state_dict().keys()
