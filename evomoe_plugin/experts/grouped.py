@@ -20,7 +20,7 @@ from evomoe_plugin.experts import grouped_mm
 from evomoe_plugin.experts.activations import ROWS, Activation, padded
 from evomoe_plugin.experts.buffers import POOL
 from evomoe_plugin.experts.chunks import Chunk, chunks_of
-from evomoe_plugin.experts.precision import product_dtype
+from evomoe_plugin.experts.precision import operand_dtype, product_dtype
 from evomoe_plugin.experts.stacks import Gradient, Matrices, multiply
 
 CHUNK_ROWS, CHUNKS = 1024, 8
@@ -188,7 +188,7 @@ def grouped_ffn(
         precision of x. First derivatives only.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = operand_dtype(x)
     arguments = [x, weights_N, *map(
         weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias"))]
     if device == "cuda":

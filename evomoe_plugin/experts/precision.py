@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +15,12 @@ INSTRUCTIONS = {
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
 }
 """What a CPU must have one of to multiply such matrices itself."""
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Precision that operands of products with x have: its own, or that of autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evomoe_plugin.experts.precision import product_dtype
+from evomoe_plugin.experts.precision import operand_dtype, product_dtype
 from evomoe_plugin.options import PRODUCT_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,8 @@ class Linear(torch.nn.Linear):
 def emulated(x: Tensor) -> torch.dtype | None:
     """The precision of products with x, its own or that of autocast, if they are to be computed in
     fp32 instead; otherwise None."""
-    device = x.device.type
-    if device != "cpu":
-        return None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return None if product_dtype(dtype, device) is dtype else dtype
+    dtype = operand_dtype(x)
+    return None if product_dtype(dtype, x.device.type) is dtype else dtype
 
 
 def log_products(dtype: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evomoe_plugin.experts.precision import product_dtype
+from evomoe_plugin.experts.precision import operand_dtype, product_dtype
 
 CHUNKS = {"cpu": 512, "cuda": 4096}
 """Tokens of a chunk, by measurement: on a CPU its logits stay near the processor, on a GPU products
@@ -42,9 +42,7 @@ def vocabulary_loss(
         A scalar, or [T] without `reduce`.
     """
     device = x_TD.device.type
-    dtype = x_TD.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = operand_dtype(x_TD)
     kept_N = targets_T.ne(padding_idx).nonzero().squeeze(1)
     whole = len(kept_N) == len(targets_T)
     x_ND, targets_N = (x_TD, targets_T) if whole else (x_TD[kept_N], targets_T[kept_N])

@@ -119,3 +119,14 @@ def test_squared_variation_of_the_load():
     probs = torch.full((3, 4), 0.25)
     numbers = st.summarize({k: v.unsqueeze(0) for k, v in layer_stats(mask, probs).items()})
     assert numbers["load_cv2"] == pytest.approx((2**2 + 0 + 1 + 1) / 4)  # loads 3, 1, 0, 0
+
+
+def test_entropy_is_that_of_torch_where_experts_have_no_chance():
+    logits_TC = torch.randn(9, 6)
+    logits_TC[2, 1:] = logits_TC[5, :4] = float("-inf")
+    probs_TC = torch.softmax(logits_TC, 1)
+    choice = Choice(mask_TC=probs_TC > 0.2, weights_TC=probs_TC, probs_TC=probs_TC)
+    stats = st.routing_stats(choice, None, 6)
+    wanted = torch.special.entr(probs_TC.double()).sum()
+    torch.testing.assert_close(stats[st.ENTROPY], wanted, rtol=1e-6, atol=0)
+    assert stats[st.NONFINITE] == 0
