@@ -34,7 +34,7 @@ EXTRAS = {
 # finds its plugins in every `hydra_plugins` folder of the path, so that one may have no __init__.
 MAPPED = {
     "evomoe_plugin.hydra_configs": "hydra_configs",
-    "hydra_plugins.evomoe_searchpath": "evomoe_plugin/compat/hydra_plugins/evomoe_searchpath",
+    "hydra_plugins.evomoe_searchpath": "evomoe_plugin/launch/hydra_plugins/evomoe_searchpath",
 }
 MAPPED = {name: folder for name, folder in MAPPED.items() if (ROOT / folder).is_dir()}
 

@@ -25,7 +25,7 @@ from processes import call
 from quickstart_text import Recipe, flags, prepare, program
 
 from evomoe_plugin.experts.precision import product_dtype
-from evomoe_plugin.observe.log import parse_log
+from evomoe_plugin.metrics.log import parse_log
 
 DTYPES = ("same", "bf16")
 NAMES = {"same": "fp32", "bf16": "bf16"}

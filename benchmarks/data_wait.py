@@ -17,7 +17,7 @@ import torch
 from processes import call
 from quickstart_text import Recipe, flags, prepare, program
 
-from evomoe_plugin.observe.log import parse_log
+from evomoe_plugin.metrics.log import parse_log
 
 
 def measure(data: Path, recipe: Recipe, workers: int, folder: Path) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from quickstart_text import prepare, unigram_perplexity
 import evomoe_plugin
 from evomoe_plugin.cli import main as evomoe
 from evomoe_plugin.evolve.perplexity import perplexity
-from evomoe_plugin.observe.log import Record, parse_log
+from evomoe_plugin.metrics.log import Record, parse_log
 
 LAYERS, WIDTH, FFN, CONTEXT = 4, 128, 512, 128
 

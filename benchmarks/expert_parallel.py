@@ -23,11 +23,11 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import evomoe_plugin  # noqa: F401  mends fairscale's FSDP for CPUs
-from evomoe_plugin.compat import apply_all
-from evomoe_plugin.dispatch.exchange import Exchange, Meter, exchange_counts
-from evomoe_plugin.dispatch.groups import expert_groups
+from evomoe_plugin.dispatch.all_to_all import Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
+from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.experts.parallel import ParallelExpertFFN
+from evomoe_plugin.patches import apply_all
 from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 
 

@@ -22,7 +22,7 @@ import torch
 from processes import ROOT, call
 from quickstart_text import prepare, program, unigram_perplexity
 
-from evomoe_plugin.observe.log import parse_log
+from evomoe_plugin.metrics.log import parse_log
 
 RUNS = sorted(path.stem for path in (ROOT / "hydra_configs/small").glob("*.yaml"))
 

@@ -27,7 +27,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe_plugin.evolve import waiting
+from evomoe_plugin.evolve import dense_phase
 
 SYMBOLS = 1000
 
@@ -35,8 +35,8 @@ SYMBOLS = 1000
 class Subject:
     """A run of some experts a layer; of 0 it is fairseq's dense model."""
 
-    def __init__(self, args: argparse.Namespace, data: str, experts: int, all_rows: bool):
-        self.experts, self.all_rows = experts, all_rows
+    def __init__(self, args: argparse.Namespace, data: str, experts: int, all_gather_rows: bool):
+        self.experts, self.all_gather_rows = experts, all_gather_rows
         torch.manual_seed(0)
         given = [
             data, "--task", "language_modeling", "--decoder-layers", args.layers,
@@ -72,7 +72,7 @@ class Subject:
     def name(self) -> str:
         if not self.experts:
             return "dense"
-        return f"{self.experts}, all in the step" if self.all_rows else str(self.experts)
+        return f"{self.experts}, all in the step" if self.all_gather_rows else str(self.experts)
 
     def flops(self) -> int:
         """Of a step."""
@@ -93,8 +93,8 @@ class Subject:
 
         with mock.patch.object(self.trainer.task, "train_step", timed):
             start = time.process_time()
-            if self.all_rows:
-                with mock.patch.object(waiting, "can_step_alone", lambda trainer: False):
+            if self.all_gather_rows:
+                with mock.patch.object(dense_phase, "can_step_alone", lambda trainer: False):
                     self.trainer.train_step([self.sample])
             else:
                 self.trainer.train_step([self.sample])
@@ -130,8 +130,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_dictionary(folder)
         subjects = [Subject(args, folder, 0, False)]
-        subjects += [Subject(args, folder, experts, all_rows) for experts in args.experts
-                     for all_rows in (False, True)]
+        subjects += [Subject(args, folder, experts, all_gather_rows) for experts in args.experts
+                     for all_gather_rows in (False, True)]
     flops = [subject.flops() for subject in subjects]
     times: list[list[tuple[float, float]]] = [[] for _ in subjects]
     for round_ in range(args.rounds + 1):

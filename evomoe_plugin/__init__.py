@@ -1,7 +1,7 @@
 """MoE language models whose sparsity is learned, as a plugin of stock fairseq.
 
 `--user-dir evomoe_plugin` imports this package. Importing mends what is broken in the installed
-fairseq and fairscale (`compat`) and registers the models, criterions, tasks and optimizers, once.
+fairseq and fairscale (`patches`) and registers the models, criterions, tasks and optimizers, once.
 """
 
 __version__ = "0.1.0"
@@ -15,8 +15,8 @@ try:
 except Exception as error:  # an unsuited fairseq fails in many ways
     fairseq_error = error
 else:
-    from evomoe_plugin import compat
+    from evomoe_plugin import patches
 
-    compat.apply_all()
+    patches.apply_all()
 
     from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401

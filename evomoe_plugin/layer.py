@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.config.options import expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.dispatch import expert_rows
-from evomoe_plugin.dispatch.exchange import WIRE_DTYPES, Exchange, Meter, exchange_counts
-from evomoe_plugin.dispatch.groups import ExpertGroups, expert_groups
+from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES, Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
+from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
-from evomoe_plugin.experts.parallel import ParallelExpertFFN
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, gate_class
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, gate_class
 from evomoe_plugin.gates.gradients import with_gradients
-from evomoe_plugin.options import expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomoe_plugin.gates.base import option_fields
-from evomoe_plugin.options import MoEOptions
+from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.gates.gate import option_fields
+from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,5 +48,5 @@ def moe_options():
 def hydra_path(tmp_path_factory) -> str:
     """PYTHONPATH with the clone and its Hydra plugin, where an install would have put it."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "hydra_plugins").symlink_to(ROOT / "evomoe_plugin/compat/hydra_plugins")
+    (folder / "hydra_plugins").symlink_to(ROOT / "evomoe_plugin/launch/hydra_plugins")
     return f"{ROOT}{os.pathsep}{folder}"

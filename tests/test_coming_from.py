@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 
 import evomoe_plugin  # noqa: F401  registers the models, whose options are asked for
 from evomoe_plugin.cli import VERBS
+from evomoe_plugin.config.checks import validate
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.language_model import MoELanguageModel
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.validation import validate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "hydra_configs"

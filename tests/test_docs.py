@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from evomoe_plugin.config.options import UNSUPPORTED, MoEOptions
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from evomoe_plugin.gates import gate_class, gate_names
 from evomoe_plugin.gates.auxiliary import LOSSES
-from evomoe_plugin.options import UNSUPPORTED, MoEOptions
 from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTConfig
 
 ROOT = Path(__file__).parents[1]

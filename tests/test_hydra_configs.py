@@ -28,14 +28,14 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import evomoe_plugin  # noqa: F401  registers what the files name
-from evomoe_plugin.compat.refusals import check_run
-from evomoe_plugin.gates.base import GateContext
+from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates
+from evomoe_plugin.gates.gate import GateContext
 from evomoe_plugin.models.accounting import count_parameters
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "hydra_configs"
-PLUGIN = ROOT / "evomoe_plugin" / "compat" / "hydra_plugins" / "evomoe_searchpath"
+PLUGIN = ROOT / "evomoe_plugin" / "launch" / "hydra_plugins" / "evomoe_searchpath"
 
 PAPER = sorted(f"paper/{path.stem}" for path in (CONFIGS / "paper").glob("*.yaml"))
 SMALL = sorted(f"small/{path.stem}" for path in (CONFIGS / "small").glob("*.yaml"))
@@ -285,7 +285,7 @@ def test_learning_rate_rises_and_falls(run):
 def test_no_run_is_refused(run, data):
     cfg = copy.deepcopy(resolved(run))
     cfg.task.data = str(data)
-    check_run(cfg)
+    check_run(cfg, cfg.distributed_training.distributed_world_size)
 
 
 @pytest.mark.parametrize(("run", "parameters"), [

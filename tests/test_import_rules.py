@@ -10,33 +10,32 @@ import evomoe_plugin
 PACKAGE = Path(evomoe_plugin.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room may import of ours, beside itself and `options`.
+CORE = {"config", "routing", "gates", "experts", "dispatch", "layer", "models"}
+
+# What each package may import of ours, beside itself.
 ALLOWED = {
+    "config": {"gates", "routing", "dispatch", "patches"},
     "routing": set(),
-    "gates": {"routing"},
-    "experts": {"routing"},
-    "dispatch": {"routing"},
-    "layer": {"routing", "gates", "experts", "dispatch"},
-    "models": {"routing", "gates", "experts", "dispatch", "layer", "validation", "compat"},
-    "criterions": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat"},
-    "checkpoint": {"compat"},
-    "evolve": {"routing", "gates", "experts", "dispatch", "layer", "models", "compat",
-               "checkpoint", "data", "validation"},
-    "options": set(),
-    "validation": {"gates", "dispatch"},
-    "run_validation": {"gates", "validation"},
-    "tasks": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat"},
-    "generation": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat",
-                   "checkpoint"},
-    "export": {"routing", "gates", "experts", "dispatch", "layer", "models", "data", "compat",
-               "checkpoint", "generation"},
-    "observe": set(),
+    "gates": {"config", "routing"},
+    "experts": {"config", "routing"},
+    "dispatch": {"config", "routing", "experts"},
+    "layer": {"config", "routing", "gates", "experts", "dispatch"},
+    "models": CORE,
+    "criterions": CORE,
+    "tasks": CORE | {"data"},
     "optim": set(),
-    "compat": {"run_validation", "dispatch"},
-    "data": {"compat"},
+    "data": {"config"},
+    "metrics": {"config"},
+    "checkpoint": CORE | {"patches", "trainer"},
+    "evolve": CORE | {"checkpoint", "data", "trainer"},
+    "trainer": CORE | {"checkpoint", "patches"},
+    "generation": CORE | {"checkpoint", "data"},
+    "export": CORE | {"checkpoint", "data", "generation"},
+    "launch": {"checkpoint", "config", "patches"},
+    "patches": CORE | {"checkpoint", "launch", "trainer"},
 }
-MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "compat", "data", "checkpoint",
-                      "generation", "export", "optim", "cli", ""}
+MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "patches", "data", "checkpoint",
+                      "generation", "export", "optim", "cli", "config", "launch", "trainer", ""}
 
 
 def room_of(path: Path) -> str:
@@ -63,5 +62,5 @@ def test_rooms_import_only_what_stands_below_them(path):
         if top in ("fairseq", "fairseq_cli", "fairscale"):
             assert room in MAY_IMPORT_FAIRSEQ, f"{room} imports {name}"
         if top == "evomoe_plugin" and rest and room in ALLOWED:
-            assert rest[0] in ALLOWED[room] | {room, "options", "__version__"}, (
+            assert rest[0] in ALLOWED[room] | {room, "__version__"}, (
                 f"{room} imports {name}")

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.experts.loop import loop_moe
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo
+from evomoe_plugin.experts.reference import loop_moe
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import MoEOptions
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice

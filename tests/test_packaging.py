@@ -19,7 +19,7 @@ import evomoe_plugin
 
 ROOT = Path(__file__).parents[1]
 IN_LOCK = ("benchmarks", "lint", "plots", "tensorboard", "tests")
-PLUGIN = "evomoe_plugin/compat/hydra_plugins/"
+PLUGIN = "evomoe_plugin/launch/hydra_plugins/"
 
 
 def run(*command, **options):

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evomoe_plugin.data import PrepareOptions, prepare
-from evomoe_plugin.observe import read_log
+from evomoe_plugin.metrics import read_log
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "examples/quickstart/run.py"

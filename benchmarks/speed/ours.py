@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates import LayerInfo
-from evomoe_plugin.gates.base import GateContext, option_fields
+from evomoe_plugin.gates.gate import GateContext, option_fields
 from evomoe_plugin.layer import MoELayer, build_layer
-from evomoe_plugin.options import MoEOptions
 from speed.inputs import Inputs
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 CONFIG = "config.json"
 # transformers' name -> fairseq's. The three of the middle are one formula, with the tanh.

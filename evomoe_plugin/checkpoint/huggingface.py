@@ -17,11 +17,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.first import first_checkpoint
 from evomoe_plugin.checkpoint.gpt2_config import CONFIG, GPT2Config, read_config, read_json
-from evomoe_plugin.checkpoint.safetensors import read_safetensors
-from evomoe_plugin.checkpoint.unlikely import unlikely_row
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.checkpoint.initial_state import first_checkpoint
+from evomoe_plugin.checkpoint.masked_vocab_row import unlikely_row
+from evomoe_plugin.checkpoint.tensor_files import read_safetensors
+from evomoe_plugin.config.errors import OptionError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that old files hold: causal masks, which are computed.

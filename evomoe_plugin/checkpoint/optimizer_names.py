@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from evomoe_plugin.compat.optimizer_layout import fsdp_layout
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
+from evomoe_plugin.config.errors import OptionError
 
 _REMEDY = ("start a run from it instead, with --moe-expert-parallel-size and --moe-ep-checkpoint "
            "sharded")

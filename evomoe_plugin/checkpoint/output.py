@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-from evomoe_plugin.compat.checkpoint_files import reason_of
-from evomoe_plugin.compat.errors import RunFailed
-from evomoe_plugin.compat.expert_files import TEMPORARY
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.checkpoint.atomic_files import reason_of
+from evomoe_plugin.checkpoint.expert_files import TEMPORARY
+from evomoe_plugin.config.errors import OptionError, RunFailed
 
 
 def check_output(option: str, path: str, *, overwrite: bool | None = None,

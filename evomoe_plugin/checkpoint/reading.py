@@ -9,14 +9,14 @@ import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig
 
-from evomoe_plugin.compat import shards
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.config.errors import OptionError
 
 
 def read_checkpoint(option: str, path: str) -> dict[str, Any]:
     """What `checkpoint_utils.load_checkpoint_to_cpu` makes of a file, which may be of any age.
 
-    Nothing in the file is run: `compat.checkpoint_reading` lets fairseq read tensors, plain
+    Nothing in the file is run: `patches.checkpoint_reading` lets fairseq read tensors, plain
     containers and its own configurations (`weights_only=True`), and refuses the rest.
 
     Args:
@@ -27,7 +27,7 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
         fairseq's state: `cfg` a configuration, `model` tensors by name.
     Raises:
         OptionError: no such file, cut short, not fairseq's, or with objects in it that are not
-            data; of shards, that one is missing or of another update.
+            data; of fsdp_shards, that one is missing or of another update.
     """
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(existing_file(option, path))
@@ -56,7 +56,7 @@ def existing_file(option: str, path: str) -> str:
     Raises:
         OptionError: there is neither.
     """
-    for file in (path, shards.shard_path(path, 0)):
+    for file in (path, fsdp_shards.shard_path(path, 0)):
         if os.path.isfile(file):
             return file
     raise OptionError(option, path, "there is no such file")

@@ -63,7 +63,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _told(error: Exception) -> tuple[str, int] | None:
     """What to print and the exit status, or None where only a traceback will do."""
-    # By the attribute of `OptionError` and `RunFailed`: importing `compat` could fail for the very
+    # By the attribute of `OptionError` and `RunFailed`: importing `patches` could fail for the very
     # reason that is to be told.
     status = getattr(error, "exit_status", None)
     if status is not None:

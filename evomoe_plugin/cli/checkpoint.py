@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.checkpoint.forms import check_checkpoint_output, consolidate, reshard
-    from evomoe_plugin.checkpoint.main_file import read_main_file
-    from evomoe_plugin.options import OptionError
+    from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
+    from evomoe_plugin.checkpoint.reshard import check_checkpoint_output, consolidate, reshard
+    from evomoe_plugin.config.errors import OptionError
 
     if args.action in ("reshard", "consolidate"):
         check_checkpoint_output("OUT", args.out, args.overwrite)
@@ -63,7 +63,7 @@ def _inspect(main) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from evomoe_plugin.checkpoint.summary import summary
+    from evomoe_plugin.checkpoint.inspect import summary
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -75,7 +75,7 @@ def _inspect(main) -> int:
 
 
 def _verify(main) -> int:
-    from evomoe_plugin.checkpoint.verification import faults
+    from evomoe_plugin.checkpoint.verify import faults
 
     found = list(faults(main))
     for fault in found:

@@ -253,7 +253,7 @@ def backends(torch) -> Iterator[Row]:
 
 
 def fast_paths(torch) -> Iterator[Row]:
-    from evomoe_plugin.experts.grouped_mm import why_not
+    from evomoe_plugin.experts.kernels.cuda.grouped_mm import why_not
     from evomoe_plugin.experts.precision import INSTRUCTIONS
 
     flags = cpu_info()["flags"]
@@ -341,9 +341,9 @@ def mends() -> Iterator[Row]:
     if evomoe_plugin.fairseq_error is not None:
         yield Row("mends", "all", "not applied", OFF, "there is no fairseq to mend")
         return
-    from evomoe_plugin import compat
+    from evomoe_plugin import patches
 
-    for status in compat.report():
+    for status in patches.report():
         yield Row("mends", status.name, "active" if status.active else "inactive",
                   OK if status.active else OFF, status.reason)
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(given: list[str], path: str | None) -> list[str]:
-    from evomoe_plugin.options import OptionError
+    from evomoe_plugin.config.errors import OptionError
 
     texts = list(given)
     if path is not None:

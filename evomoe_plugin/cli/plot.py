@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.observe import read_log
-    from evomoe_plugin.observe.plot import plot
+    from evomoe_plugin.metrics import read_log
+    from evomoe_plugin.metrics.plot import plot
 
     logs = [read_log(path) for path in args.logs]
     for log, name in zip(logs, names(args.logs), strict=True):

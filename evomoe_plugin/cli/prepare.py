@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evomoe_plugin.compat.errors import INTERRUPTED
+    from evomoe_plugin.config.errors import INTERRUPTED
     from evomoe_plugin.data import PrepareOptions, prepare
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareOptions)}

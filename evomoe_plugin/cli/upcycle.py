@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.config.options import check_number
     from evomoe_plugin.evolve.convert import convert, write
     from evomoe_plugin.evolve.upcycle import Recipe
-    from evomoe_plugin.options import check_number
 
     # fairseq seeds numpy too, which takes 32 bits.
     check_number(args, "seed", least=0, most=2**32 - 1, remedy="give 0 to 4294967295")
@@ -91,7 +91,7 @@ def evaluate(args: argparse.Namespace, path: str) -> float:
 
 
 def _tell(args: argparse.Namespace, converted: Any) -> None:
-    from evomoe_plugin.options import expert_ffn_dim, expert_slots
+    from evomoe_plugin.config.options import expert_ffn_dim, expert_slots
 
     upcycling = converted.upcycling
     options, layers = upcycling.options, upcycling.moe_layers

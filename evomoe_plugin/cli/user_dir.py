@@ -24,7 +24,7 @@ def import_user_dir(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
         return
     from fairseq import utils
 
-    from evomoe_plugin.options import OptionError
+    from evomoe_plugin.config.errors import OptionError
 
     try:
         utils.import_user_module(given)

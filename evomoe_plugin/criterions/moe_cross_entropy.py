@@ -15,7 +15,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropy
 from fairseq.logging import metrics
 from torch import Tensor
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.routing import stats as st
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import os
 
 from fairseq.data import Dictionary
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 
 def load_dictionary(option: str, path: str | os.PathLike[str]) -> Dictionary:

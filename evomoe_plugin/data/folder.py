@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.data.files import sync
 from evomoe_plugin.data.staging import STAGED
-from evomoe_plugin.options import OptionError
 
 LOCK_SECONDS = 2.0  # the workers of a killed run, which hold its lock, end sooner
 

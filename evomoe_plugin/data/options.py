@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 DOCUMENTS_BY = ("file", "line", "blank-line")
 ENCODING_ERRORS = ("strict", "replace")

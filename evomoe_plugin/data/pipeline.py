@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import evomoe_plugin
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data import binarize
 from evomoe_plugin.data.card import DataCard, inputs_difference, options_difference
 from evomoe_plugin.data.folder import OutputFolder
@@ -33,7 +33,6 @@ from evomoe_plugin.data.tokenizers import (
 )
 from evomoe_plugin.data.train_sentencepiece import train_sentencepiece
 from evomoe_plugin.data.workers import Workers
-from evomoe_plugin.options import OptionError
 
 logger = logging.getLogger(__name__)
 

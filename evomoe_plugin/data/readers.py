@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.sources import SourceFile
-from evomoe_plugin.options import OptionError
 
 BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28

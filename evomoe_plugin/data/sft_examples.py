@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from fairseq.data import Dictionary
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.tokenizers import GPT2_ENCODER, SENTENCEPIECE_MODEL, load_tokenizer
 from evomoe_plugin.data.turns import Templates, Turn, bad_line, read_turns
-from evomoe_plugin.options import OptionError
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.card import CARD
 from evomoe_plugin.data.options import PrepareOptions
-from evomoe_plugin.options import OptionError
 
 ROW_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, ".txt")

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.documents import Passage, read_documents
 from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.readers import Advance
 from evomoe_plugin.data.sources import SourceFile
 from evomoe_plugin.data.splits import SPLITS, Splitter
-from evomoe_plugin.options import OptionError
 
 SHARD_BYTES = 2 << 20
 STAGED = "staged.json"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 SENTENCEPIECE_MODEL = "sentencepiece.model"
 GPT2_ENCODER, GPT2_MERGES = "encoder.json", "vocab.bpe"

@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.staging import read_passages
 from evomoe_plugin.data.tokenizers import FAIRSEQ_SYMBOLS, SPACE
-from evomoe_plugin.options import OptionError
 
 MAX_LINE_CHARS = 4000
 

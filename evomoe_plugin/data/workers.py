@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as StillRunning
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import RunFailed
 
 TICK_SECONDS = 0.1
 

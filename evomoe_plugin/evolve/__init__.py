@@ -5,14 +5,14 @@ updates, where the options ask for it; those that wait for the spawn left out of
 it; and checkpoints looked at before a run goes on from them.
 """
 
-from evomoe_plugin.compat.before_loading import before_loading
-from evomoe_plugin.compat.train_start import at_train_start
-from evomoe_plugin.compat.update_end import after_update, around_update
 from evomoe_plugin.evolve.adapt import adapt_experts
-from evomoe_plugin.evolve.going_on import check_spawn, check_trained
+from evomoe_plugin.evolve.dense_phase import first_expert_alone
+from evomoe_plugin.evolve.resume_checks import check_spawn, check_trained
 from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.evolve.start import init_from_dense
-from evomoe_plugin.evolve.waiting import first_expert_alone
+from evomoe_plugin.trainer.before_loading import before_loading
+from evomoe_plugin.trainer.train_start import at_train_start
+from evomoe_plugin.trainer.update_end import after_update, around_update
 
 before_loading(check_spawn)
 before_loading(check_trained)

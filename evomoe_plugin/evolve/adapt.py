@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.compat.optimizer_layout import model_layout
-from evomoe_plugin.evolve.methods import seed_of
+from evomoe_plugin.checkpoint.optimizer_layout import model_layout
+from evomoe_plugin.evolve.init_methods import seed_of
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.models.decoder import MoEDecoder

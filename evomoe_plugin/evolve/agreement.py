@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from evomoe_plugin.config.options import SPAWN_RATES, expert_counts, moe_layer_indices
 from evomoe_plugin.evolve.upcycle import Upcycling
 from evomoe_plugin.gates import WeightSum, gate_class
-from evomoe_plugin.options import SPAWN_RATES, expert_counts, moe_layer_indices
 
 
 @dataclass(frozen=True)

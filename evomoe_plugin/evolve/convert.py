@@ -22,9 +22,10 @@ from fairseq.models import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.building import as_it_says
-from evomoe_plugin.checkpoint.first import first_checkpoint
+from evomoe_plugin.checkpoint.build_model import as_it_says
+from evomoe_plugin.checkpoint.initial_state import first_checkpoint
 from evomoe_plugin.checkpoint.output import check_output, write_together
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.agreement import Agreement, agreement
 from evomoe_plugin.evolve.dense_checkpoint import (
@@ -33,13 +34,8 @@ from evomoe_plugin.evolve.dense_checkpoint import (
     DenseCheckpoint,
     read_dense_checkpoint,
 )
-from evomoe_plugin.evolve.upcycle import (
-    Recipe,
-    Upcycling,
-    check_structure,
-)
+from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_structure
 from evomoe_plugin.models.config import MoELanguageModelConfig
-from evomoe_plugin.options import OptionError
 
 DEFAULT_ARCH = "transformer_lm_moe"
 # What an MoE run may do otherwise than the dense one did, without computing anything else.

@@ -17,10 +17,11 @@ from fairseq.models.transformer_lm import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.building import as_it_says
+from evomoe_plugin.checkpoint.build_model import as_it_says
 from evomoe_plugin.checkpoint.reading import read_checkpoint
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.models.language_model import MoELanguageModel
-from evomoe_plugin.options import UNSUPPORTED, OptionError
 
 # The options that say what a dense transformer_lm computes: an MoE model made from it has the same.
 SIZES = (

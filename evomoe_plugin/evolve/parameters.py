@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.compat.expert_parallel import all_rows, dividing_groups, is_experts
-from evomoe_plugin.compat.parameter_storage import Storage, storages
+from evomoe_plugin.checkpoint.parameter_storage import Storage, storages
+from evomoe_plugin.dispatch.sharded_layers import (
+    all_gather_rows,
+    expert_groups_of,
+    is_expert_parameter,
+)
 
 Edit = Callable[[Tensor], Tensor]
 """Changes a whole parameter, all experts', given in fp32, in place. Returns a bool mask that
@@ -46,7 +50,7 @@ def edit_parameters(
         KeyError: a name is not that of a trained parameter.
     """
     optimizer = trainer.optimizer
-    groups = dividing_groups(trainer.get_model())
+    groups = expert_groups_of(trainer.get_model())
     unknown = set(edits)
     for storage in storages(trainer):
         wanted = [name for name in storage.names if name in edits]
@@ -124,6 +128,6 @@ def _edit_storage(
 
 def _all_experts(name: str, held: Tensor, groups: Any) -> tuple[Tensor, slice]:
     """The rows of all experts, and where those that are held here lie in them."""
-    if groups is None or not is_experts(name):
+    if groups is None or not is_expert_parameter(name):
         return held, slice(None)
-    return all_rows(held, groups), groups.own(groups.size * held.size(0))
+    return all_gather_rows(held, groups), groups.own(groups.size * held.size(0))

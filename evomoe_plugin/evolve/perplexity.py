@@ -14,9 +14,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS
 from fairseq_cli import eval_lm
 
-from evomoe_plugin.checkpoint.building import as_it_says
+from evomoe_plugin.checkpoint.build_model import as_it_says
 from evomoe_plugin.checkpoint.reading import read_checkpoint
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 # fairseq keeps the logits of a whole batch over the whole vocabulary.
 TOKENS_PER_BATCH = 4096

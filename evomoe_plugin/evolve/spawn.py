@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.compat.optimizer_layout import model_layout
-from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
+from evomoe_plugin.checkpoint.optimizer_layout import model_layout
+from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.experts.ffn import frozen_name
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.options import spawn_rate
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.compat.expert_parallel import dividing_groups, is_experts
-from evomoe_plugin.compat.optimizer_layout import fsdp_layout
+from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
+from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
 from evomoe_plugin.evolve.agreement import agreement
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
@@ -50,10 +50,10 @@ def init_from_dense(trainer: Any) -> None:
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
     trained, frozen = _parameters(trainer)
     # All are worked out before the first is set: what does not fit shall change nothing.
-    groups = dividing_groups(model)
+    groups = expert_groups_of(model)
 
     def value(name: str, shape: torch.Size) -> Tensor | None:
-        if groups is not None and is_experts(name):
+        if groups is not None and is_expert_parameter(name):
             shape = torch.Size([shape[0] * groups.size, *shape[1:]])
         return upcycling.value(name, shape)
 
@@ -67,7 +67,7 @@ def init_from_dense(trainer: Any) -> None:
         for name, parameter in frozen.items():
             if values[name] is not None:
                 whole = values[name]
-                is_divided = groups is not None and is_experts(name)
+                is_divided = groups is not None and is_expert_parameter(name)
                 parameter.copy_(whole[groups.own(len(whole))] if is_divided else whole)
     told = agreement(upcycling)
     logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,

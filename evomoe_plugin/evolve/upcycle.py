@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint, same
-from evomoe_plugin.evolve.methods import METHODS as SPAWN_METHODS
-from evomoe_plugin.evolve.methods import seed_of, spawn_tensor
-from evomoe_plugin.gates import gate_class
-from evomoe_plugin.options import (
-    OptionError,
+from evomoe_plugin.config.checks import check_spawned_from
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import (
     check_rate,
     expert_counts,
     expert_ffn_dim,
@@ -29,7 +26,10 @@ from evomoe_plugin.options import (
     resolved_rate,
     shared_ffn_dim,
 )
-from evomoe_plugin.validation import check_spawned_from
+from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint, same
+from evomoe_plugin.evolve.init_methods import METHODS as SPAWN_METHODS
+from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
+from evomoe_plugin.gates import gate_class
 
 METHODS = (*SPAWN_METHODS, "slice", "none")
 SLICES = ("contiguous", "shuffled")

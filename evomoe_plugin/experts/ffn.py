@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.experts.activations import find_activation
 from evomoe_plugin.experts.frozen import without_gradient
-from evomoe_plugin.experts.grouped import grouped_ffn
+from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
 from evomoe_plugin.routing.plan import RoutingPlan
 
 

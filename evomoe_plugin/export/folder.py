@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from evomoe_plugin.checkpoint.output import check_output
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.export.tokenizer import write_tokenizer
 from evomoe_plugin.export.weights import exported_model
 from evomoe_plugin.generation import TrainedModel

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import Gate, gate_class
-from evomoe_plugin.gates.base_layer import BaseGate
+from evomoe_plugin.gates.base_layers import BaseGate
 from evomoe_plugin.gates.dense import DenseGate
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.gates.dselect_k import DSelectKGate
@@ -33,7 +34,6 @@ from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.gates.top_k import TopKGate
 from evomoe_plugin.gates.top_p import NEAR_TIE, TopPGate
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import OptionError
 
 _ONE = {"temperature": 1.0, "weight_temperature": 1.0, "scores": "softmax"}
 

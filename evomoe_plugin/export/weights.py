@@ -7,11 +7,12 @@ from typing import Any
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.export.routing import export_gate, gate_name
 from evomoe_plugin.generation import TrainedModel
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
-from evomoe_plugin.options import UNSUPPORTED, OptionError
 
 _ACTIVATIONS = ("gelu", "gelu_accurate", "gelu_fast", "relu", "swish", "tanh", "linear")
 

@@ -1,7 +1,7 @@
 """Gates: one a file, registered by name. A gate turns tokens into a `RoutingPlan`."""
 
-from evomoe_plugin.gates import (  # noqa: F401
-    base_layer,
+from evomoe_plugin.gates import (  # noqa: F401 - importing registers them
+    # noqa: F401     base_layer,
     dense,
     dense_to_sparse,
     dselect_k,
@@ -15,7 +15,7 @@ from evomoe_plugin.gates import (  # noqa: F401
     top_k,
     top_p,
 )
-from evomoe_plugin.gates.base import (
+from evomoe_plugin.gates.gate import (
     Gate,
     GateContext,
     LayerInfo,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing.choice import Choice
 
 if TYPE_CHECKING:
-    from evomoe_plugin.gates.base import Gate
+    from evomoe_plugin.gates.gate import Gate
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.gates.auxiliary import coefficients
-from evomoe_plugin.gates.base import Gate, GateContext, register_gate
+from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice

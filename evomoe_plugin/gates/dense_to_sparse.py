@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.dense_to_sparse_options import (
     DenseToSparseOptions,
     annealing_updates,
     hard_updates,
     validate_dense_to_sparse,
 )
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_choice, check_number, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.options import OptionError, check_choice, check_number, gated_updates
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
 # Without the user's word, the share of the run that the annealing takes.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.picks import PicksOptions, validate_picks
+from evomoe_plugin.config.options import check_number
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import check_number
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
 from evomoe_plugin.routing.smooth_step import smooth_step

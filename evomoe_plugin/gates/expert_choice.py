@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.auxiliary import coefficients
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import OptionError, check_number
 from evomoe_plugin.routing.choice import Choice
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_choice
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import OptionError, check_choice
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing.choice import Choice
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.gates.exact import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import exact, register_exact
 
 _OFF, _ON, _ENDING = range(3)
 

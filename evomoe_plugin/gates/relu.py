@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.auxiliary import coefficients
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.exact import exact, register_exact
-from evomoe_plugin.gates.picks import PicksOptions, validate_picks
+from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import check_number
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean

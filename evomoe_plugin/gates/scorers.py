@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 
 @dataclass

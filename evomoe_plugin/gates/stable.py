@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_number, gated_updates
 from evomoe_plugin.gates.auxiliary import coefficients
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.base_layer import centroids
+from evomoe_plugin.gates.base_layers import centroids
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import OptionError, check_number, gated_updates
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, register_gate
-from evomoe_plugin.gates.picks import best
+from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import OptionError, check_choice, check_number
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice

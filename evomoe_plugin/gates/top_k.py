@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.exact import exact, register_exact
-from evomoe_plugin.gates.picks import (
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
+from evomoe_plugin.gates.topk_common import (
     PicksOptions,
     PriorityOptions,
     validate_picks,
     validate_priority,
 )
-from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import OptionError, check_choice, check_number
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.gates.base import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.picks import PicksOptions, validate_picks
+from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
 from evomoe_plugin.gates.weight_sum import WeightSum
-from evomoe_plugin.options import check_choice, check_number
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
 

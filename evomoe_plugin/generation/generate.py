@@ -11,10 +11,11 @@ import torch
 from fairseq.search import Search
 from fairseq.sequence_generator import SequenceGenerator
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_number
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.generation.search import KeyedSampling, PromptedBeamSearch, Prompts
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import OptionError, check_number
 from evomoe_plugin.routing import stats as st
 
 

@@ -11,12 +11,12 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
 from omegaconf import DictConfig, open_dict
 
-from evomoe_plugin.checkpoint.building import as_it_says
+from evomoe_plugin.checkpoint.build_model import as_it_says
 from evomoe_plugin.checkpoint.reading import existing_file, read_checkpoint
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.generation.text import TextCodec
-from evomoe_plugin.options import OptionError
 
 _DICTIONARY = "dict.txt"
 

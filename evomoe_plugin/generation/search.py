@@ -8,7 +8,7 @@ from fairseq.data import Dictionary
 from fairseq.search import BeamSearch, Search
 from torch import Tensor
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.routing.noise import fold, uniform
 
 

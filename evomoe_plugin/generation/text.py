@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fairseq.data import Dictionary
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.tokenizers import (
     GPT2_ENCODER,
     SENTENCEPIECE_MODEL,
     Tokenizer,
     load_tokenizer,
 )
-from evomoe_plugin.options import OptionError
 
 _FILLING = "madeupword"  # fairseq's symbols that fill a dictionary up to a multiple of 8
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.gates import Gate, LayerInfo, gate_class
-from evomoe_plugin.options import (
+from evomoe_plugin.config.options import (
     expert_ffn_dim,
     expert_slots,
     moe_layer_indices,
     shared_ffn_dim,
 )
+from evomoe_plugin.experts import ExpertFFN
+from evomoe_plugin.gates import Gate, LayerInfo, gate_class
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evomoe_plugin.models.causal_dropout import attend_with_dropout
-from evomoe_plugin.models.products import Linear, emulated
+from evomoe_plugin.models.mixed_precision import Linear, emulated
 
 logger = logging.getLogger(__name__)
 

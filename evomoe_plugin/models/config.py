@@ -9,9 +9,9 @@ from typing import Optional
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
-from evomoe_plugin.compat.dataclass_fields import add_field
-from evomoe_plugin.gates.base import Gate, on_registration, option_fields
-from evomoe_plugin.options import ACTIVATIONS, MoEOptions
+from evomoe_plugin.config.dataclass_fields import add_field
+from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions
+from evomoe_plugin.gates.gate import Gate, on_registration, option_fields
 
 GateOptions = dataclasses.make_dataclass("GateOptions", [
     (option.name, option.type, field(default=option.default, metadata=option.metadata))

@@ -13,9 +13,8 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from evomoe_plugin.compat.errors import RunFailed
-from evomoe_plugin.compat.expert_parallel import wrap_experts
-from evomoe_plugin.compat.fsdp_frozen import built_unwrapped, is_wrapping
+from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.top_any import TopAnyGate
@@ -23,10 +22,10 @@ from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.attention import Mask, causal_mask
 from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
-from evomoe_plugin.models.products import in_products_dtype, products_in
+from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
+from evomoe_plugin.models.mixed_precision import in_products_dtype, products_in
 from evomoe_plugin.models.segments import Segments
 from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
-from evomoe_plugin.options import OptionError, expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
 

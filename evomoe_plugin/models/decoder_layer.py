@@ -14,7 +14,7 @@ from torch.nn.functional import gelu
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
-from evomoe_plugin.models.products import Linear
+from evomoe_plugin.models.mixed_precision import Linear
 
 
 class DecoderLayer(TransformerDecoderLayerBase):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from evomoe_plugin.compat.fsdp_frozen import is_wrapped
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import Gate
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.models.fsdp import is_wrapped
 
 # Of parameter names as in the checkpoint.
 WORDS = {

@@ -12,16 +12,12 @@ from fairseq.models.transformer_lm import (
 )
 from omegaconf import open_dict
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.models.products import log_products
-from evomoe_plugin.options import (
-    OptionError,
-    expert_counts,
-    expert_slots,
-    moe_layer_indices,
-)
-from evomoe_plugin.validation import validate
+from evomoe_plugin.models.mixed_precision import log_products
 
 logger = logging.getLogger(__name__)
 

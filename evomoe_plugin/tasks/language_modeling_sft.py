@@ -13,12 +13,13 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_number
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples
 from evomoe_plugin.data.sft_examples import Encoder, load_examples
 from evomoe_plugin.data.turns import Templates
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.options import OptionError, check_number
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from folder import RunFolder  # noqa: E402
 from recipe import EXPERTS, QUICK_UPDATES, UPDATES, Recipe, flags  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from evomoe_plugin.config.errors import OptionError  # noqa: E402
 from evomoe_plugin.data import DataCard  # noqa: E402
-from evomoe_plugin.observe import TrainingLog, read_log, seconds_per_update  # noqa: E402
-from evomoe_plugin.observe.log import parse_log  # noqa: E402
-from evomoe_plugin.observe.table import closing_table, course_table  # noqa: E402
-from evomoe_plugin.options import OptionError  # noqa: E402
+from evomoe_plugin.metrics import TrainingLog, read_log, seconds_per_update  # noqa: E402
+from evomoe_plugin.metrics.log import parse_log  # noqa: E402
+from evomoe_plugin.metrics.table import closing_table, course_table  # noqa: E402
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 

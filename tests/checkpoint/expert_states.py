@@ -3,8 +3,8 @@
 import torch
 from fairseq import checkpoint_utils
 
-from evomoe_plugin.checkpoint.first import first_checkpoint
-from evomoe_plugin.options import MoEOptions
+from evomoe_plugin.checkpoint.initial_state import first_checkpoint
+from evomoe_plugin.config.options import MoEOptions
 
 COUNTS = {1: 4, 3: 8}
 SHAPES = {"fc1_weight": (6, 5), "fc1_bias": (6,), "fc2_weight": (6, 5), "fc2_bias": (5,)}

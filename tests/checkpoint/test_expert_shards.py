@@ -8,21 +8,20 @@ import torch
 from fairseq import checkpoint_utils
 from safetensors.torch import load_file
 
-from evomoe_plugin.checkpoint.forms import consolidate, reshard
-from evomoe_plugin.checkpoint.main_file import read_main_file
-from evomoe_plugin.checkpoint.optimizer_names import optimizer_names
-from evomoe_plugin.checkpoint.verification import faults
-from evomoe_plugin.cli import main as evomoe
-from evomoe_plugin.compat.errors import RunFailed
-from evomoe_plugin.compat.expert_shards import (
+from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
+from evomoe_plugin.checkpoint.expert_shards import (
     ExpertShards,
     file_name,
     manifest_of,
     with_experts,
     write_shard,
 )
-from evomoe_plugin.compat.tensor_files import sha256_of
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.checkpoint.optimizer_names import optimizer_names
+from evomoe_plugin.checkpoint.reshard import consolidate, reshard
+from evomoe_plugin.checkpoint.tensor_files import sha256_of
+from evomoe_plugin.checkpoint.verify import faults
+from evomoe_plugin.cli import main as evomoe
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from tests.checkpoint.expert_states import (
     UPDATE,
     assert_same_state,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evomoe_plugin.checkpoint.gpt2_config import read_config
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 GIVEN = {"model_type": "gpt2", "vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 3,
          "n_head": 2, "eos_token_id": 49}

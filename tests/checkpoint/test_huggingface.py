@@ -9,9 +9,9 @@ from fairseq.data import Dictionary
 from safetensors.torch import load_file, save_file
 
 from evomoe_plugin.checkpoint.huggingface import import_gpt2
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.upcycle import Recipe
-from evomoe_plugin.options import OptionError
 from tests.evolve.dense_models import build
 
 VOCABULARY, LENGTH, SPECIALS = 50, 32, 4

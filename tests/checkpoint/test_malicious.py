@@ -10,8 +10,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.start import init_from_dense
-from evomoe_plugin.options import OptionError
 from tests.checkpoint.test_reading import Program
 from tests.evolve.conftest import make_config, make_model, task, trainer_of  # noqa: F401
 from tests.evolve.dense_models import dense_config, dictionary_of, save_dense

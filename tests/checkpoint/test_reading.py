@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evomoe_plugin.checkpoint.reading import read_checkpoint
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 from tests.evolve.dense_models import SIZES, save_dense
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import evomoe_plugin
-from evomoe_plugin import compat
+from evomoe_plugin import patches
 from evomoe_plugin.cli import doctor, main
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
 
 ROOT = Path(evomoe_plugin.__file__).parents[1]
 EVOMOE = [sys.executable, "-Wignore", "-c",
@@ -34,7 +34,7 @@ def test_sound_environment(capsys):
     assert rows["torch"]["found"] == metadata.version("torch")
     assert rows["fairseq"]["state"] == "ok"
     assert rows["gloo"]["found"] == "yes"
-    mends = {mend.name: mend for mend in compat.report()}
+    mends = {mend.name: mend for mend in patches.report()}
     assert mends.keys() <= rows.keys()
     for name, mend in mends.items():
         assert (rows[name]["found"] == "active", rows[name]["remark"]) == (mend.active, mend.reason)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion, _say_all_at_once
 from evomoe_plugin.models.accounting import ForwardFlops
-from evomoe_plugin.options import OptionError
 
 PAD = 1
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import prepare
-from evomoe_plugin.options import OptionError
 from tests.data.texts import options_for
 
 OPTIONS = {

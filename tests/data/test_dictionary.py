@@ -2,8 +2,8 @@
 
 import pytest
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
-from evomoe_plugin.options import OptionError
 
 BAD_DICTIONARIES = [
     (b"the 10\nof\n", "is no dictionary of fairseq: Incorrect dictionary format"),

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import readers
 from evomoe_plugin.data.readers import read_records
 from evomoe_plugin.data.sources import SourceFile
-from evomoe_plugin.options import OptionError
 
 
 def records(path, **given):

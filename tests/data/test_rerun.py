@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data import binarize, pipeline, prepare, staging
 from evomoe_plugin.data.folder import OutputFolder
 from evomoe_plugin.data.progress import Progress
-from evomoe_plugin.options import OptionError
 from tests.data.texts import options_for
 
 

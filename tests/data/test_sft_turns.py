@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.turns import Templates, Turn, read_turns
-from evomoe_plugin.options import OptionError
 
 
 @pytest.fixture

@@ -8,12 +8,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe_plugin.data.tokenizers import (
-    SPACE,
-    GPT2Tokenizer,
-    SentencePieceTokenizer,
-)
-from evomoe_plugin.options import OptionError
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.data.tokenizers import SPACE, GPT2Tokenizer, SentencePieceTokenizer
 from tests.data.texts import ODD, words
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(

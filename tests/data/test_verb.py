@@ -8,7 +8,7 @@ import pytest
 
 from evomoe_plugin.cli import main
 from evomoe_plugin.cli import prepare as verb
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.data import DataCard, PrepareOptions
 from evomoe_plugin.data import options as data_options
 from evomoe_plugin.data.progress import Progress

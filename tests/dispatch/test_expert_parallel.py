@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from evomoe_plugin.dispatch.exchange import Exchange, exchange_counts
-from evomoe_plugin.dispatch.groups import expert_groups, undivided
+from evomoe_plugin.dispatch.all_to_all import Exchange, exchange_counts
+from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
+from evomoe_plugin.dispatch.process_groups import expert_groups, undivided
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.experts.parallel import ParallelExpertFFN
 from evomoe_plugin.routing.plan import RoutingPlan
 
 E, D, F, T = 8, 6, 10, 5

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomoe_plugin.checkpoint.main_file import read_main_file
+from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
 from evomoe_plugin.checkpoint.optimizer_names import optimizer_names, plain_optimizer_state
-from evomoe_plugin.checkpoint.verification import faults
+from evomoe_plugin.checkpoint.verify import faults
 from evomoe_plugin.cli import main as evomoe
 from tests.checkpoint.expert_states import assert_same
 from tests.end_to_end.runs import Run, assert_same_weights, evaluate

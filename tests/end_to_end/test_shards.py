@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from evomoe_plugin.checkpoint.safetensors import read_safetensors
+from evomoe_plugin.checkpoint.tensor_files import read_safetensors
 from evomoe_plugin.cli import main
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from evomoe_plugin.evolve.methods import kept_mask, seed_of
+from evomoe_plugin.evolve.init_methods import kept_mask, seed_of
 from tests.end_to_end.runs import assert_same_weights, evaluate, load
 
 N = 3

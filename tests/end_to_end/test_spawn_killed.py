@@ -14,7 +14,7 @@ import os, signal
 import torch.distributed as dist
 from fairseq.trainer import Trainer
 import evomoe_plugin
-from evomoe_plugin.compat.update_end import after_update
+from evomoe_plugin.trainer.update_end import after_update
 from evomoe_plugin.evolve import spawn
 
 N, WHERE = 3, os.environ.get("KILLED_WHERE")

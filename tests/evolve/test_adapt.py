@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.adapt import adapt_experts, decide
-from evomoe_plugin.options import OptionError
 
 LAYER = "decoder.layers.1.moe"
 SLOTS, START = 5, 3

@@ -12,13 +12,13 @@ from fairseq.optim.adam import Adam
 from fairseq.optim.sgd import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
+from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.config.run_checks import largest_step
 from evomoe_plugin.evolve.adapt import adapt_experts
-from evomoe_plugin.evolve.methods import kept_mask, seed_of, spawn_expert
+from evomoe_plugin.evolve.init_methods import kept_mask, seed_of, spawn_expert
 from evomoe_plugin.evolve.spawn import spawn_experts
-from evomoe_plugin.options import spawn_rate
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.run_validation import largest_step
 from tests.evolve.conftest import step, trainer_of
 from tests.gates.conftest import D, E, T, make_layer  # noqa: F401
 from tests.gates.test_every_gate import NEEDED, WAYS, every, tokens

@@ -6,11 +6,12 @@ import types
 import pytest
 from omegaconf import OmegaConf
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.config.run_checks import validate_run
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
 from evomoe_plugin.gates.stable import stable_updates
-from evomoe_plugin.options import OptionError, spawn_rate
-from evomoe_plugin.run_validation import validate_run
-from evomoe_plugin.validation import validate
 
 
 def after(updates=20, **given):

@@ -5,11 +5,11 @@ import types
 import pytest
 import torch
 
-from evomoe_plugin.compat import train_start
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.run_checks import validate_run
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.start import init_from_dense, recipe_of
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.run_validation import validate_run
+from evomoe_plugin.trainer import train_start
 from tests.evolve.conftest import trainer_of
 from tests.evolve.dense_models import (
     SIZES,

@@ -7,15 +7,15 @@ import re
 import pytest
 import torch
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.agreement import Agreement
 from evomoe_plugin.evolve.convert import convert, write
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
-from evomoe_plugin.evolve.methods import kept_mask, seed_of
+from evomoe_plugin.evolve.init_methods import kept_mask, seed_of
 from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling
 from evomoe_plugin.gates import Gate, WeightSum, gate_class, gate_names, register_gate
 from evomoe_plugin.gates.switch import SwitchGate
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
 from tests.evolve.dense_models import (
     SIZES,
     VOCABULARY,

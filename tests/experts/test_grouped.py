@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from evomoe_plugin.experts import ExpertFFN, grouped, stacks
+from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.activations import ROWS, find_activation
-from evomoe_plugin.experts.grouped import grouped_ffn
+from evomoe_plugin.experts.kernels.cpu import grouped, segment_matmul
+from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
 from tests.experts import one_by_one
 from tests.experts.one_by_one import oracle
 
@@ -67,8 +68,8 @@ def test_gradcheck(gated):
     weights = tensors(gated, bias=not gated)
     x, token_ids, row_weights = inputs(counts, True)
 
-    def run(x, row_weights, *stacks):
-        return grouped_ffn(x, dict(zip(weights, stacks, strict=True)), counts,
+    def run(x, row_weights, *segment_matmul):
+        return grouped_ffn(x, dict(zip(weights, segment_matmul, strict=True)), counts,
                            find_activation(nn.functional.gelu),
                            token_ids_N=token_ids, weights_N=row_weights)
 
@@ -173,14 +174,14 @@ def test_what_is_frozen_costs_no_gradient():
 
 def test_gradients_become_the_parameters_own_without_a_copy(monkeypatch):
     made = []
-    before = stacks.Gradient.whole
+    before = segment_matmul.Gradient.whole
 
     def whole(gradient):
         grad = before(gradient)
         made.append(grad.data_ptr())
         return grad
 
-    monkeypatch.setattr(stacks.Gradient, "whole", whole)
+    monkeypatch.setattr(segment_matmul.Gradient, "whole", whole)
     experts = ExpertFFN(4, 256, 1024, nn.functional.gelu)
     experts.answer(torch.randn(4, 256), [1, 1, 1, 1]).sum().backward()
     assert {p.grad.data_ptr() for p in experts.parameters()} == set(made)

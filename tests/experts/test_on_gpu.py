@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from evomoe_plugin.experts import ExpertFFN, grouped_mm
+from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.activations import find_activation
-from evomoe_plugin.experts.grouped import grouped_ffn
+from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
+from evomoe_plugin.experts.kernels.cuda import grouped_mm
 from tests.experts.one_by_one import oracle, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

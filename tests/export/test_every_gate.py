@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import gate_class
-from evomoe_plugin.options import OptionError
 from tests.gates.test_every_gate import cases, label
 
 PAD = 1

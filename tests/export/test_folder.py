@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.export import folder as folder_module
 from evomoe_plugin.export.folder import export
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.generation.text import TextCodec
-from evomoe_plugin.options import OptionError
 from tests.data.conftest import gpt2_files  # noqa: F401  a fixture
 from tests.data.conftest import trained as prepared  # noqa: F401  a fixture
 from tests.data.texts import ODD, options_for

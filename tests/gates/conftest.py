@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from evomoe_plugin.config.checks import validate
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
-from evomoe_plugin.validation import validate
 
 T, D, F, E, V = 19, 6, 10, 5, 40
 

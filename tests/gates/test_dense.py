@@ -3,10 +3,10 @@ import logging
 import pytest
 import torch
 
-from evomoe_plugin.experts.loop import one_expert
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.experts.reference import one_expert
 from evomoe_plugin.gates import GateContext
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
 
 T, D, E = 11, 6, 5
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from evomoe_plugin.gates.base import GateContext, LayerInfo
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
+from evomoe_plugin.gates.gate import GateContext, LayerInfo
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
 

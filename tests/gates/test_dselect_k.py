@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from evomoe_plugin.gates.base import GateContext, LayerInfo
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates.dselect_k import LEAST_VALID_MASS, DSelectKGate
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
+from evomoe_plugin.gates.gate import GateContext, LayerInfo
 
 T, D = 17, 8
 

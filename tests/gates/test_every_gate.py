@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe_plugin.experts.loop import loop_moe, one_expert
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.experts.reference import loop_moe, one_expert
 from evomoe_plugin.gates import gate_class, gate_names
 from evomoe_plugin.gates.auxiliary import LOSSES
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 

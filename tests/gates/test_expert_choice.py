@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates.expert_choice import ExpertChoiceGate
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
 
 T, D, E = 23, 6, 5
 

@@ -6,11 +6,11 @@ import torch.distributed as dist
 from fairscale.nn.moe import MOELayer, Top2Gate, top2gate
 from torch import nn
 
+from evomoe_plugin.config.checks import validate
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
-from evomoe_plugin.validation import validate
 
 T, B, D, F, E = 24, 2, 8, 10, 6
 

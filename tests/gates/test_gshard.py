@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates.gshard import GShardGate
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
-from evomoe_plugin.validation import validate
 
 T, D, E = 30, 6, 5
 POLICIES = ("all", "random", "sampling")

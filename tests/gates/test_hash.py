@@ -1,16 +1,10 @@
 import pytest
 import torch
 
-from evomoe_plugin.gates.base import GateContext, LayerInfo
-from evomoe_plugin.gates.hash import (
-    HASHES,
-    HashGate,
-    balanced_table,
-    clustered_table,
-    random_table,
-)
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.hash import HASHES, HashGate, balanced_table, clustered_table, random_table
 
 D, E, V = 8, 4, 50
 ZIPF = tuple(10_000 // (rank + 1) for rank in range(V))

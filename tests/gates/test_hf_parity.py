@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from evomoe_plugin.config.checks import validate
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
-from evomoe_plugin.validation import validate
 
 B, LENGTH, D, F, E = 3, 7, 8, 12, 6
 

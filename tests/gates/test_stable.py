@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.gates.base import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import GateContext, LayerInfo
 from evomoe_plugin.gates.gradients import with_gradients
 from evomoe_plugin.gates.stable import StableGate, greedy_balance_loss, stable_updates
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.options import OptionError
-from evomoe_plugin.validation import validate
 
 T, D, E, V, SWITCH = 40, 8, 4, 30, 10
 

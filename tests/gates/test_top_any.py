@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from evomoe_plugin.gates.base import GateContext, LayerInfo
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.gates.gate import GateContext, LayerInfo
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import build_layer
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.validation import validate
 
 T, D, E, ACTIVE = 30, 8, 6, 4
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates.scorers import SCORERS
 from evomoe_plugin.gates.top_k import TopKGate
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
-from evomoe_plugin.validation import validate
 
 T, D, E = 40, 8, 6
 

@@ -3,13 +3,13 @@ import logging
 import pytest
 import torch
 
-from evomoe_plugin.experts.loop import one_expert
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.experts.reference import one_expert
 from evomoe_plugin.gates import GateContext, LayerInfo
 from evomoe_plugin.gates import top_p as top_p_module
 from evomoe_plugin.gates.top_p import TopPGate
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing.noise import sequence_keys
-from evomoe_plugin.validation import validate
 
 T, D, E = 40, 6, 5
 

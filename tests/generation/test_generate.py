@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe_plugin.compat.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.generation import GenerationOptions, generate
-from evomoe_plugin.options import OptionError
 from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 

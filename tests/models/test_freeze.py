@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.models.freeze import WORDS, trained_names, wrap_apart
-from evomoe_plugin.options import OptionError
 
 ALL = {"decoder_learned_pos": True, "layernorm_embedding": True, "moe_gate": "top_p",
        "moe_shared_experts": 1, "decoder_input_dim": 8}

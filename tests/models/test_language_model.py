@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.models.decoder import NonFiniteError
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.routing import stats as st
 
 PAD, EOS = 1, 2

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomoe_plugin.experts.activations import find_activation
-from evomoe_plugin.experts.grouped import grouped_ffn
+from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
 from evomoe_plugin.routing.capacity import limit
 from evomoe_plugin.routing.plan import plan_from_mask
 

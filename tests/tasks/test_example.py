@@ -11,7 +11,7 @@ import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from evomoe_plugin.compat.refusals import check_run
+from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTTask
 
 EXAMPLE = Path(__file__).parents[2] / "examples/sft"
@@ -35,7 +35,7 @@ def test_fairseq_understands_the_command_and_the_task_its_files(command, tmp_pat
     args = options.parse_args_and_arch(options.get_training_parser(), command)
     assert (args.data, args.cpu) == (str(tmp_path / "data"), True)
     cfg = convert_namespace_to_omegaconf(args)
-    check_run(cfg)
+    check_run(cfg, cfg.distributed_training.distributed_world_size)
     # As the quickstart's model has them.
     assert (cfg.model.moe_expert_count, cfg.model.moe_expert_ffn_dim) == ("8", 1024)
     task = LanguageModelingSFTTask.setup_task(cfg.task)

@@ -9,8 +9,8 @@ import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples
-from evomoe_plugin.options import OptionError
 from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTTask
 from tests.tasks.conftest import PAIRS, lines, pair
 

@@ -1,0 +1,76 @@
+"""A checkpoint's main file as it is written, without the experts that lie beside it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.expert_shards import ExpertShards, Manifest, manifest_of, merge
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.patches import checkpoint_reading
+
+
+@dataclass(frozen=True)
+class MainFile:
+    """What it holds, tensors read when they are looked at."""
+
+    path: str
+    state: dict[str, Any]
+    manifest: Manifest | None
+    """Of the experts beside it, if there are any."""
+
+    @property
+    def update(self) -> int:
+        """The run's when it was written."""
+        return self.state["optimizer_history"][-1]["num_updates"]
+
+    def option(self, group: str, name: str) -> Any:
+        """One of the run's options; None if it had no such."""
+        found = self.state.get("cfg") or {}
+        for part in (group, name):
+            found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
+            if found is None:
+                return None
+        return found
+
+    def whole(self) -> dict[str, Any]:
+        """The state with all experts in it, all of it in memory."""
+        state = dict(self.state, model=copy.copy(self.state["model"]))
+        if state.get("last_optimizer_state"):
+            state["last_optimizer_state"] = dict(state["last_optimizer_state"])
+        if self.manifest is not None:
+            merge(state, ExpertShards(self.path, self.manifest))
+        return state
+
+
+def read_main_file(option: str, path: str) -> MainFile:
+    """Read a checkpoint of ours; one of `--use-sharded-state` is put together.
+
+    Args:
+        option: what the user named the file with, for messages.
+    Raises:
+        OptionError: no such file, cut short, or not one of a run.
+    """
+    def load(file: str) -> dict[str, Any]:
+        with open(file, "rb") as opened:
+            return checkpoint_reading.load(opened, map_location="cpu", mapped=True)
+
+    try:
+        file = path
+        if not os.path.isfile(path):
+            file = fsdp_shards.shard_path(path, 0)
+        if not os.path.isfile(file):
+            raise OptionError(option, path, "there is no such file")
+        is_shard = fsdp_shards.SHARD.search(file)
+        state = fsdp_shards.consolidated(file, load) if is_shard else load(file)
+        if not state.get("optimizer_history"):
+            raise OptionError(option, path, "is no checkpoint of a run: it has no history")
+        return MainFile(path, state, manifest_of(state, path))
+    except OptionError as error:
+        raise OptionError(option, path, error.arguments[2]) from error
+    except OSError as error:
+        raise OptionError(option, path, f"cannot be read: {error.strerror or error}") from error

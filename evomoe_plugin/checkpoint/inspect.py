@@ -1,0 +1,123 @@
+"""What a checkpoint is, in a few lines."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+from evomoe_plugin.checkpoint import expert_files, fsdp_shards
+from evomoe_plugin.checkpoint.checkpoint_file import MainFile
+from evomoe_plugin.checkpoint.expert_shards import MODEL, total_bytes
+from evomoe_plugin.checkpoint.tensor_files import dtype_name
+from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
+
+
+def summary(main: MainFile) -> list[tuple[str, str]]:
+    """Rows of a table: a name, and what is found under it."""
+    experts = expert_shapes(main)
+    own, of_experts = number_of_weights(main)
+    rows = [
+        ("file", main.path),
+        ("form", _form(main)),
+        ("update", str(main.update)),
+        ("architecture", str(main.option("model", "_name") or main.option("model", "arch"))),
+        ("written by", _written_by(main)),
+        ("weights", f"{own + of_experts:,}, of experts {of_experts:,}"),
+        ("experts", _experts(experts) or "none"),
+        ("numbers", ", ".join(sorted(_dtypes(main))) + " (weights)"),
+        ("optimizer state", _optimizer(main)),
+        ("size", _sizes(main)),
+    ]
+    return rows
+
+
+def expert_shapes(main: MainFile) -> dict[str, list[int]]:
+    """Whole shapes of the experts' parameters and buffers, by name."""
+    if main.manifest is not None:
+        return {name: main.manifest.tensors[f"{MODEL}/{name}"].shape
+                for name in main.manifest.weights()}
+    return {name: list(value.shape) for name, value in main.state["model"].items()
+            if is_expert_parameter(name)}
+
+
+def number_of_weights(main: MainFile) -> tuple[int, int]:
+    """Numbers of the model that are no experts', and those that are; tied ones once."""
+    tied = main.option("model", "share_decoder_input_output_embed")
+    rest, held = 0, 0
+    for name, value in main.state["model"].items():
+        if value.is_floating_point() and not (tied and name.endswith("output_projection.weight")):
+            if is_expert_parameter(name):
+                held += value.numel()
+            else:
+                rest += value.numel()
+    if main.manifest is not None:
+        held += sum(math.prod(whole.shape) for key, whole in main.manifest.tensors.items()
+                    if key.startswith(f"{MODEL}/") and whole.dtype != "bool")
+    return rest, held
+
+
+def _has_file_a_process(main: MainFile) -> bool:
+    return bool(fsdp_shards.SHARD.search(main.path)) or not os.path.isfile(main.path)
+
+
+def _form(main: MainFile) -> str:
+    if main.manifest is not None:
+        return f"experts in {main.manifest.size} files beside it ({main.manifest.tag})"
+    if _has_file_a_process(main):
+        return f"--use-sharded-state, {fsdp_shards.world_size(main.state)} files"
+    return "one file"
+
+
+def _written_by(main: MainFile) -> str:
+    count = main.option("distributed_training", "distributed_world_size") or 1
+    backend = main.option("distributed_training", "ddp_backend")
+    parts = [f"{count} process{'es' if count != 1 else ''}"]
+    if count != 1:
+        parts.append(str(backend))
+    size = main.option("model", "moe_expert_parallel_size") or 1
+    if size != 1:
+        parts.append(f"experts over {size}")
+    return ", ".join(parts)
+
+
+def _experts(shapes: Mapping[str, list[int]]) -> str:
+    counts = {name.partition("moe.experts.")[0].split(".")[-2]: shape[0]
+              for name, shape in shapes.items()}
+    return ", ".join(f"{count} in layer {layer}" for layer, count in counts.items())
+
+
+def _dtypes(main: MainFile) -> set[str]:
+    found = {dtype_name(value.dtype) for value in main.state["model"].values()
+             if value.is_floating_point()}
+    if main.manifest is not None:
+        found |= {whole.dtype for key, whole in main.manifest.tensors.items()
+                  if key.startswith(f"{MODEL}/") and whole.dtype != "bool"}
+    return found
+
+
+def _optimizer(main: MainFile) -> str:
+    optimizer = main.state.get("last_optimizer_state")
+    if not optimizer:
+        return "no"
+    name = main.option("optimizer", "_name") or "yes"
+    count = sum(len(group["params"]) for group in optimizer["param_groups"])
+    return f"{name}, {count} parameters"
+
+
+def _sizes(main: MainFile) -> str:
+    if _has_file_a_process(main):
+        count = fsdp_shards.world_size(main.state)
+        return _mib(sum(os.path.getsize(fsdp_shards.shard_path(main.path, rank))
+                        for rank in range(count)))
+    size = os.path.getsize(main.path)
+    if main.manifest is None:
+        return _mib(size)
+    held = sum(file.bytes for file in main.manifest.files)
+    folder = os.path.basename(expert_files.of(main.path))
+    return (f"{_mib(size + held)}, of it {_mib(held)} in {folder} "
+            f"({_mib(total_bytes(main.manifest))} of tensors)")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

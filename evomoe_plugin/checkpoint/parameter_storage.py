@@ -1,0 +1,103 @@
+"""Where a run keeps its parameters and what its optimizer keeps of them.
+
+A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
+fp32 masters, flat or one by one), or in pieces on several processes (FSDP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
+from evomoe_plugin.checkpoint.optimizer_layout import trained_parameters
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Parameters that the optimizer holds end to end in one tensor, or a process's piece of it."""
+
+    owner: nn.Parameter
+    """What the optimizer updates."""
+    names: tuple[str, ...]
+    """As in the checkpoint."""
+    shapes: tuple[torch.Size, ...]
+    copies: tuple[nn.Parameter, ...] = ()
+    """The model's parameters where the owner is their master."""
+    module: Any = None
+    """The FSDP module; None where the owner is the whole."""
+
+    def pieces(self) -> Iterator[tuple[str, torch.Size, int, int]]:
+        """Name, shape, begin and end of each parameter in the whole."""
+        ends = accumulate(shape.numel() for shape in self.shapes)
+        for name, shape, end in zip(self.names, self.shapes, ends, strict=True):
+            yield name, shape, end - shape.numel(), end
+
+    def gathered(self, own: Tensor) -> tuple[Tensor, int]:
+        """The whole of what `own`, flat, is the owner's part of, and where that begins in it.
+
+        All processes of the FSDP module must call it together.
+        """
+        if self.module is None or not self.owner._is_sharded:
+            return own, 0
+        device, group = self.module.compute_device, self.module.process_group
+        own = own.to(device)
+        pieces = [torch.empty_like(own) for _ in range(self.module.world_size)]
+        dist.all_gather(pieces, own, group=group)
+        return torch.cat(pieces), self.module.rank * own.numel()
+
+    def moments(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What an optimizer's state of the owner has a number of for each of its elements."""
+        own = self.owner.numel()
+        return {key: value.view(-1) for key, value in state.items()
+                if torch.is_tensor(value) and value.dim() and value.numel() == own}
+
+
+def storages(trainer: Any) -> Iterator[Storage]:
+    """All storages of what `trainer` trains, and of frozen FSDP modules; in the same order on all
+    processes."""
+    return _sharded(trainer) if trainer.is_fsdp else _whole(trainer)
+
+
+def _whole(trainer: Any) -> Iterator[Storage]:
+    """Without FSDP."""
+    parameters = trained_parameters(trainer)
+    masters = getattr(trainer.optimizer, "fp32_params", None)
+    if isinstance(masters, dict):  # by device
+        if len(masters) > 1:
+            raise NotImplementedError("parameters cannot be found with pipeline parallelism")
+        yield Storage(
+            next(iter(masters.values())),
+            tuple(name for name, _ in parameters),
+            tuple(p.shape for _, p in parameters),
+            copies=tuple(p for _, p in parameters),
+        )
+        return
+    if masters is None:
+        masters = [None] * len(parameters)
+    for (name, p), master in zip(parameters, masters, strict=True):
+        if master is None:
+            yield Storage(p, (name,), (p.shape,))
+        else:
+            yield Storage(master, (name,), (p.shape,), copies=(p,))
+
+
+def _sharded(trainer: Any) -> Iterator[Storage]:
+    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+
+    owners = [(p, module) for module in get_fsdp_instances(trainer.model) for p in module.params]
+    metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})
+    for (owner, module), (path, _, parameter) in zip(owners, metadata, strict=True):
+        prefix = f"{path}." if path else ""
+        yield Storage(
+            owner,
+            tuple(prefix + name for name in parameter["names"]),
+            tuple(torch.Size(shape) for shape in parameter["shapes"]),
+            module=module,
+        )

@@ -1,0 +1,101 @@
+"""Everything that can be found wrong with a checkpoint, without the run that wrote it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from evomoe_plugin.checkpoint.checkpoint_file import MainFile
+from evomoe_plugin.checkpoint.expert_shards import MODEL, OPTIMIZER, ExpertShards, with_experts
+from evomoe_plugin.checkpoint.inspect import expert_shapes
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import expert_slots, moe_layer_indices
+
+
+def faults(main: MainFile) -> Iterator[str]:
+    """One line for each: files, their hashes, names, shapes, and numbers that are not finite."""
+    if zipfile.is_zipfile(main.path):
+        with zipfile.ZipFile(main.path) as parts:
+            broken = parts.testzip()
+        if broken is not None:
+            yield f"{main.path} has been altered: the check sum of its part {broken} is wrong"
+            return
+    yield from _not_finite("", main.state["model"])
+    optimizer = main.state.get("last_optimizer_state") or {"state": {}}
+    for i, entry in optimizer["state"].items():
+        yield from _not_finite(f"the optimizer's state of parameter {i}: ", entry)
+    yield from _faults_of_layers(main)
+    if main.manifest is not None:
+        yield from _faults_of_shards(main, optimizer)
+
+
+def _not_finite(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in tensors.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            count = value.numel() - int(value.isfinite().sum())
+            if count:
+                yield f"{where}{name} has {count} numbers that are not finite"
+
+
+def _faults_of_layers(main: MainFile) -> Iterator[str]:
+    """Experts against the options that the run had."""
+    model = main.state.get("cfg") and main.state["cfg"].get("model")
+    if model is None or main.option("model", "moe_expert_count") is None:
+        return
+    options = _Options(model)
+    indices = moe_layer_indices(options, options.decoder_layers)
+    wanted = dict(zip(indices, expert_slots(options, len(indices)), strict=True))
+    found: dict[int, set[int]] = {}
+    for name, shape in expert_shapes(main).items():
+        layer = int(name.partition(".moe.experts.")[0].rpartition(".")[2])
+        found.setdefault(layer, set()).add(shape[0])
+    for layer, count in wanted.items():
+        if layer not in found:
+            yield f"has no experts of layer {layer}"
+        elif found[layer] != {count}:
+            yield (f"has {', '.join(map(str, sorted(found[layer])))} experts in layer {layer}, "
+                   f"its options tell {count}")
+    for layer in sorted(found.keys() - wanted.keys()):
+        yield f"has experts of layer {layer}, which by its options is no MoE layer"
+
+
+class _Options:
+    """A configuration by attribute, as the functions of `options` take it."""
+
+    def __init__(self, given: Any):
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        return self._given.get(name)
+
+
+def _faults_of_shards(main: MainFile, optimizer: Mapping[str, Any]) -> Iterator[str]:
+    manifest = main.manifest
+    if manifest.update != main.update:
+        yield f"is of update {main.update}, its experts are of update {manifest.update}"
+    try:
+        with_experts(main.state["model"], dict.fromkeys(manifest.weights()))
+    except OptionError as error:
+        yield error.arguments[2]
+    for name, entry in manifest.optimizer.items():
+        if entry.index in optimizer["state"]:
+            yield f"has the optimizer's state of {name} twice"
+        for moment in manifest.moments(name):
+            shape = manifest.tensors[f"{OPTIMIZER}/{name}/{moment}"].shape
+            weight = manifest.tensors.get(f"{MODEL}/{name}")
+            if weight is None or weight.shape != shape:
+                yield f"has {moment} of {name} of shape {shape}, not that of the weight"
+    shards = ExpertShards(main.path, manifest, check=False)
+    whole = list(shards.faults_of_folder())
+    yield from whole
+    for rank, file in enumerate(manifest.files):
+        if any(file.name in fault for fault in whole):
+            continue
+        found = list(shards.faults_of_file(rank))
+        yield from found
+        if not found:
+            for key in manifest.tensors:
+                yield from _not_finite(f"{file.name}: ", {key: shards.rows_of_file(key, rank)})

@@ -1,0 +1,256 @@
+"""What makes the options of a model valid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    DROP_POLICIES,
+    PRODUCT_DTYPES,
+    SHARED_COMBINE,
+    SPAWN_METHODS,
+    UNSUPPORTED,
+    MoEOptions,
+    check_choice,
+    check_number,
+    check_rate,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+    parse_bool,
+)
+from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.gate import gate_class, validate_gate
+
+logger = logging.getLogger(__name__)
+_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
+                  "decoder_layerdrop")
+
+
+def validate(options: Any, warn: bool = True) -> None:
+    """Check every option of an MoE model; log a warning for what is doubtful.
+
+    Args:
+        options: the fields of `MoEOptions`, of the gates' options and of fairseq's
+            transformer_lm.
+        warn: False where it has been said already, or does not matter.
+    Raises:
+        OptionError: naming the option, its value and what would be right.
+    """
+
+    for option in UNSUPPORTED:
+        if getattr(options, option, None):
+            raise OptionError(option, getattr(options, option),
+                              "not supported by the MoE architectures: leave it out")
+    width = options.decoder_embed_dim
+    input_dim, output_dim = options.decoder_input_dim or width, options.decoder_output_dim or width
+    if options.share_decoder_input_output_embed and input_dim != output_dim:
+        raise OptionError("decoder_output_dim", output_dim,
+                          f"with --share-decoder-input-output-embed it must be {input_dim}, the "
+                          "decoder's input dimension")
+    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
+    parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
+    gate = gate_class(options.moe_gate)
+    check_choice(options, "activation_fn", ACTIVATIONS)
+    check_choice(options, "moe_attention", ATTENTIONS)
+    check_choice(options, "moe_products_dtype", PRODUCT_DTYPES)
+    for option in _PROBABILITIES:
+        if hasattr(options, option):
+            check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
+                                                                  "number from 0 to 1")
+    _check_experts(options)
+    _check_expert_parallel(options)
+    check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
+    _check_capacity(options, gate)
+    _check_init(options)
+    _check_spawn(options)
+    warnings = [*_capacity_warnings(options, gate), *_spawn_warnings(options, counts),
+                *validate_gate(options, counts)]
+    _check_null(options)
+    for warning in warnings if warn else ():
+        logger.warning(warning)
+
+
+def _check_experts(options: Any) -> None:
+    check_number(options, "moe_expert_ffn_dim", least=0,
+                 remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
+    check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
+    check_number(options, "moe_shared_size_factor", least=0, remedy="give 1 or more, or 0")
+    for kind in ("expert", "shared"):
+        factor = getattr(options, f"moe_{kind}_size_factor")
+        if factor > 1 and getattr(options, f"moe_{kind}_ffn_dim"):
+            raise OptionError(f"moe_{kind}_size_factor", factor,
+                              f"--moe-{kind}-ffn-dim gives the width already: leave one of them "
+                              "out")
+        if options.decoder_ffn_embed_dim % (factor or 1):
+            raise OptionError(f"moe_{kind}_size_factor", factor,
+                              "give a divisor of --decoder-ffn-embed-dim "
+                              f"({options.decoder_ffn_embed_dim})")
+    check_number(options, "moe_shared_experts", least=0, remedy="give 0 or more")
+    check_number(options, "moe_shared_ffn_dim", least=0,
+                 remedy="give a width of at least 1, or 0 for that of the routed experts")
+    check_choice(options, "moe_shared_combine", SHARED_COMBINE)
+    for option in ("moe_shared_ffn_dim", "moe_shared_size_factor", "moe_shared_combine"):
+        value = getattr(options, option)
+        if not options.moe_shared_experts and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "there are no shared experts: leave it out, or give "
+                                             "--moe-shared-experts")
+
+
+def _check_expert_parallel(options: Any) -> None:
+    size = options.moe_expert_parallel_size
+    check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
+    check_choice(options, "moe_ep_wire_dtype", tuple(WIRE_DTYPES))
+    check_choice(options, "moe_ep_checkpoint", ("auto", "consolidated", "sharded"))
+    check_number(options, "moe_ep_consolidate_below", least=0,
+                 remedy="give a number of GiB, 0 or more")
+    slots = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
+    for count in slots:
+        if count % size:
+            raise OptionError("moe_expert_parallel_size", size,
+                              f"does not divide the {count} experts of a layer")
+    least = min(slots) // size
+    check_number(options, "moe_ep_chunks", least=1, most=least,
+                 remedy=f"give 1 to {least}, the experts of a layer that a process holds")
+    for option in (f.name for f in fields(MoEOptions) if f.name.startswith("moe_ep_")):
+        value = getattr(options, option)
+        if size == 1 and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "every process has all experts: leave it out, or give "
+                                             "--moe-expert-parallel-size")
+    if size > 1 and getattr(options, "decoder_layerdrop", 0):
+        raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
+                          "processes would leave out different layers, and wait for each other "
+                          "for ever: leave it out, or --moe-expert-parallel-size")
+
+
+def _check_null(options: Any) -> None:
+
+    target = options.moe_null_rate_target
+    check_number(options, "moe_null_rate_target", least=0, most=1,
+                 remedy="it is a probability: give a number from 0 to 1")
+    wanted = "null" in coefficients(options, gate_class(options.moe_gate))
+    if wanted and target is None:
+        raise OptionError("moe_aux", options.moe_aux,
+                          "the loss null has nothing to aim at: give --moe-null-rate-target")
+    if target is not None and not wanted:
+        raise OptionError("moe_null_rate_target", target,
+                          "only the loss null uses it: leave it out, or add null=… to --moe-aux")
+
+
+def _check_capacity(options: Any, gate: Any) -> None:
+    for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
+        check_number(options, option, above=0,
+                     remedy="give a number above 0, or leave it out for no limit")
+    fraction = options.moe_eval_capacity_token_fraction
+    if fraction != -1:
+        check_number(options, "moe_eval_capacity_token_fraction", above=0, most=1,
+                     remedy="give a fraction above 0 and at most 1, or -1 for no limit")
+        if options.moe_eval_capacity_factor is not None:
+            raise OptionError("moe_eval_capacity_token_fraction", fraction,
+                              "--moe-eval-capacity-factor gives the capacity already: leave one "
+                              "of them out")
+    check_number(options, "moe_min_capacity", least=0, remedy="give 0 or more")
+    if options.moe_drop_policy is not None:
+        check_choice(options, "moe_drop_policy", DROP_POLICIES)
+    limits = [option for option in ("moe_capacity_factor", "moe_eval_capacity_factor",
+                                    "moe_eval_capacity_token_fraction")
+              if getattr(options, option) != getattr(MoEOptions, option)]
+    if limits and not gate.TAKES_CAPACITY:
+        raise OptionError(limits[0], getattr(options, limits[0]),
+                          f"the gate {options.moe_gate} sets the load of experts itself: leave "
+                          "it out")
+    for option in ("moe_min_capacity", "moe_drop_policy", "moe_renormalize_after_drop"):
+        value = getattr(options, option)
+        if not limits and value != getattr(MoEOptions, option):
+            raise OptionError(option, value, "no expert has a capacity: leave it out, or give "
+                                             "--moe-capacity-factor")
+
+
+def _capacity_warnings(options: Any, gate: Any) -> Iterator[str]:
+    if options.moe_eval_capacity_factor is not None or (
+            options.moe_eval_capacity_token_fraction != -1):
+        yield ("a capacity in evaluation: what a token gets depends on the tokens beside it, and "
+               "perplexity on the batch size")
+    fixed = gate.has_fixed_picks(options) and not options.moe_null_experts
+    if options.moe_capacity_factor is not None and not fixed:
+        yield (f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the "
+               "number of pairs, which later tokens have a part in: training is not causal; "
+               "evaluation has no capacity by default")
+    if options.moe_capacity_factor is not None and options.moe_drop_policy in ("probs", "random"):
+        yield (f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can push "
+               "out earlier ones, which is not causal; evaluation has no capacity by default")
+
+
+def _check_init(options: Any) -> None:
+    if options.moe_init_from_dense is not None:
+        check_spawned_from(options, "moe_init_method", options.moe_init_method)
+        return
+    for option in fields(MoEOptions):
+        value = getattr(options, option.name)
+        if option.name.startswith("moe_init_") and value != option.default:
+            raise OptionError(option.name, value, "experts are made from nothing: leave it out, or "
+                                                  "give --moe-init-from-dense")
+
+
+def check_spawned_from(options: Any, option: str, method: str) -> None:
+    """Raise `OptionError` if a spawn would throw away what `method` made of a dense model.
+
+    Args:
+        option: the one that `method` comes from.
+    """
+    if options.moe_spawn_updates is not None and method not in ("copy", "none"):
+        raise OptionError(option, method,
+                          "--moe-spawn-updates makes all experts from the first one, so that what "
+                          "others are given would be lost: give copy or none, and --moe-spawn-"
+                          "method and --moe-spawn-rate for what the spawn makes")
+
+
+def _check_spawn(options: Any) -> None:
+    updates, method = options.moe_spawn_updates, options.moe_spawn_method
+    given = [f.name for f in fields(MoEOptions) if f.name.startswith("moe_spawn_")
+             and str(getattr(options, f.name)).lower() != str(f.default).lower()]
+    if updates is None:
+        if given:
+            raise OptionError(given[0], getattr(options, given[0]),
+                              "experts are not spawned: leave it out, or give "
+                              "--moe-spawn-updates")
+        return
+    check_number(options, "moe_spawn_updates", least=1,
+                 remedy="give the number of updates before the spawn, 1 or more; leave it out for "
+                        "none")
+    if options.max_update and updates >= options.max_update:
+        raise OptionError("moe_spawn_updates", updates,
+                          f"the run ends at update {options.max_update}: give less than "
+                          "--max-update")
+    check_choice(options, "moe_spawn_method", SPAWN_METHODS)
+    check_choice(options, "moe_spawn_moments", ("copy", "reset"))
+    check_rate("moe_spawn_rate", method, options.moe_spawn_rate)
+    trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
+    for option, is_given in (("moe_spawn_rescale", options.moe_spawn_rescale),
+                             ("moe_spawn_trainable_masked", not trainable)):
+        if is_given and method != "mask":
+            raise OptionError(option, getattr(options, option),
+                              f"--moe-spawn-method {method} masks nothing: leave it out, or give "
+                              "mask")
+
+
+def _spawn_warnings(options: Any, counts: Sequence[int]) -> Iterator[str]:
+    updates = options.moe_spawn_updates
+    if updates is None:
+        return
+    if min(counts) == 1:
+        yield (f"--moe-spawn-updates {updates}: a layer has one expert only, which is changed at "
+               "the spawn and finds no other beside it")
+    if options.moe_spawn_method == "copy":
+        yield ("--moe-spawn-method copy: experts begin alike, so that only what the gate sends "
+               "them tells them apart")
+    if options.moe_shared_experts and options.moe_shared_combine != "add":
+        yield (f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there is no "
+               "gate to weigh by, and shared experts count in full")

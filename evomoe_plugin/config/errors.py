@@ -1,0 +1,51 @@
+"""How a run ends when it cannot go on: one line for the user, and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+class OptionError(ValueError):
+    """An option has a value that cannot work: one line with option, value and remedy."""
+
+    exit_status = 2
+
+    def __init__(self, option: str, value: Any, remedy: str):
+        flag = "--" + option.replace("_", "-") if re.fullmatch(r"[a-z0-9_]+", option) else option
+        super().__init__(f"{flag} {value}: {remedy}")
+        self.arguments = (option, value, remedy)
+
+    def __reduce__(self):  # crosses process boundaries when a spawned rank raises it
+        return type(self), self.arguments
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, for a reason that one line explains (a full disk, a dead rank)."""
+
+    exit_status = FAILED
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status of an error whose message is all that the user needs, else None."""
+    return getattr(error, "exit_status", None)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn errors that explain themselves into `error: …` and an exit status, no traceback."""
+    try:
+        yield
+    except (OptionError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_status(error))
+    except KeyboardInterrupt:
+        print("interrupted: a run with the same --save-dir resumes from the last checkpoint",
+              file=sys.stderr)
+        sys.exit(INTERRUPTED)

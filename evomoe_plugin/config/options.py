@@ -1,0 +1,416 @@
+"""The MoE options every gate shares, and what they come to.
+
+The dataclasses here and beside each gate are what fairseq turns into command line flags and Hydra
+fields. They know nothing of fairseq.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from evomoe_plugin.config.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MoEOptions:
+    """Where MoE layers stand and what they are made of, whatever the gate."""
+
+    moe_freq: int = field(
+        default=2,
+        metadata={"help": "every N-th decoder layer is an MoE layer; 1 makes every layer one"},
+    )
+    moe_start_layer: Optional[int] = field(
+        default=None,
+        metadata={"help": "the first MoE layer, from 0 (default: layer N-1 of --moe-freq N)"},
+    )
+    moe_layers: Optional[str] = field(
+        default=None,
+        metadata={"help": "the MoE layers, from 0, one by one (5,8,11), instead of --moe-freq and "
+                          "--moe-start-layer"},
+    )
+    moe_expert_count: str = field(
+        default="16",
+        metadata={"help": "routed experts of each MoE layer: one number, one per MoE layer "
+                          "(4,4,8,16), or FIRST:LAST to grow evenly with depth"},
+    )
+    moe_expert_ffn_dim: int = field(
+        default=0,
+        metadata={"help": "hidden width of an expert; 0 takes --decoder-ffn-embed-dim"},
+    )
+    moe_expert_size_factor: int = field(
+        default=1,
+        metadata={"help": "an expert's hidden width is --decoder-ffn-embed-dim divided by this"},
+    )
+    moe_expert_gated: bool = field(
+        default=False,
+        metadata={"help": "experts are gated: W2 (act(W1 x) * W3 x), without biases; SwiGLU with "
+                          "--activation-fn swish, GEGLU with gelu"},
+    )
+    moe_gate: str = field(
+        default="dense_to_sparse",
+        metadata={"help": "the gate that routes tokens to experts, by its registered name"},
+    )
+    # A string, because fairseq makes a boolean whose default is True a flag that turns it off.
+    moe_gating_use_fp32: str = field(
+        default="true",
+        metadata={"help": "compute the gate in fp32 whatever the model's precision (true|false)",
+                  "argparse_const": "true"},
+    )
+    moe_products_dtype: str = field(
+        default="same",
+        metadata={"help": "precision of matrix products: same (as the weights) or bf16 (with "
+                          "weights, gates, norms and losses in fp32)"},
+    )
+    moe_aux: Optional[str] = field(
+        default=None,
+        metadata={"help": "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none "
+                          "(default: what belongs to the gate); all are multiplied by "
+                          "--moe-gate-loss-wt"},
+    )
+    moe_shared_experts: int = field(
+        default=0, metadata={"help": "experts that every token goes to, beside the routed ones"}
+    )
+    moe_shared_ffn_dim: int = field(
+        default=0,
+        metadata={"help": "hidden width of a shared expert; 0 takes that of the routed ones"},
+    )
+    moe_shared_size_factor: int = field(
+        default=0,
+        metadata={"help": "a shared expert's hidden width is --decoder-ffn-embed-dim divided by "
+                          "this; 0 takes that of the routed ones"},
+    )
+    moe_shared_combine: str = field(
+        default="add",
+        metadata={"help": "weights of shared experts: add (1), softmax (together with the chosen "
+                          "routed ones, as DCMoE), mix (a learned share for all of them, as "
+                          "residual MoE)"},
+    )
+    moe_null_experts: int = field(
+        default=0,
+        metadata={"help": "candidates of the gate that stand for no computation at all"},
+    )
+    moe_null_rate_target: Optional[float] = field(
+        default=None,
+        metadata={"help": "mean probability of null experts that the loss `null` aims at"},
+    )
+    moe_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={"help": "in training an expert takes at most ceil(factor * pairs / experts) "
+                          "tokens (default: no limit)"},
+    )
+    moe_eval_capacity_factor: Optional[float] = field(
+        default=None, metadata={"help": "the same in evaluation (default: no limit)"}
+    )
+    moe_eval_capacity_token_fraction: float = field(
+        default=-1.0,
+        metadata={"help": "in evaluation an expert takes at most this fraction of the batch's "
+                          "tokens; -1: no limit"},
+    )
+    moe_min_capacity: Optional[int] = field(
+        default=None, metadata={"help": "a capacity is at least so many tokens (default: 0)"}
+    )
+    moe_drop_policy: Optional[str] = field(
+        default=None,
+        metadata={"help": "whom an expert at its capacity keeps: position (the first; the "
+                          "default), probs (the most probable) or random"},
+    )
+    moe_renormalize_after_drop: bool = field(
+        default=False,
+        metadata={"help": "what a token keeps after dropping gets the weight of what it had"},
+    )
+    moe_post_norm: bool = field(
+        default=False,
+        metadata={"help": "layers normalise what they give, not what they take, as fairseq's plain "
+                          "transformer_lm; for models made from such a one"},
+    )
+    moe_attention: str = field(
+        default="sdpa",
+        metadata={"help": "self-attention of all layers: sdpa (torch's "
+                          "scaled_dot_product_attention) or stock (fairseq's own); equal to "
+                          "rounding"},
+    )
+    moe_init_from_dense: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint of a dense transformer_lm that a run without a checkpoint of "
+                          "its own begins with: experts are made from its feed-forward networks"},
+    )
+    moe_init_method: str = field(
+        default="copy",
+        metadata={"help": "how: copy, mask, noise, reinit (each expert the whole network), slice "
+                          "(smaller experts, a part each), none (experts start afresh)"},
+    )
+    moe_init_rate: Optional[float] = field(
+        default=None,
+        metadata={"help": "of mask (share of the weights), noise (share of their deviation), "
+                          "reinit (share of the hidden units); default: 0.3, 0.1, 0.5"},
+    )
+    moe_init_rescale: bool = field(
+        default=False,
+        metadata={"help": "mask: what is left is divided by 1 - rate; slice: an expert's output is "
+                          "multiplied by the number of slices"},
+    )
+    moe_init_slices: str = field(
+        default="contiguous",
+        metadata={"help": "hidden units of a slice: contiguous or shuffled"},
+    )
+    moe_init_gate: str = field(
+        default="default",
+        metadata={"help": "weights of the gates: default, zero, or normal:STD"},
+    )
+    moe_train_only: Optional[str] = field(
+        default=None,
+        metadata={"help": "train these parameters alone, the others are frozen: words (experts, "
+                          "shared, gate, attention, ffn, embeddings, norms) or regular expressions "
+                          "over their names, with commas between"},
+    )
+    moe_expert_parallel_size: int = field(
+        default=1,
+        metadata={"help": "processes that divide each layer's experts between them, tokens "
+                          "travelling to them; 1: every process has all experts"},
+    )
+    moe_ep_chunks: int = field(
+        default=1,
+        metadata={"help": "with --moe-expert-parallel-size, tokens travel in so many parts, one "
+                          "under way while another is computed"},
+    )
+    moe_ep_wire_dtype: str = field(
+        default="same",
+        metadata={"help": "precision of tokens under way: same (as they are), fp32, fp16, bf16"},
+    )
+    moe_ep_checkpoint: str = field(
+        default="auto",
+        metadata={"help": "with --moe-expert-parallel-size, checkpoints are one file "
+                          "(consolidated), or have the experts in a file of each process beside "
+                          "it (sharded); auto: by --moe-ep-consolidate-below"},
+    )
+    moe_ep_consolidate_below: float = field(
+        default=4.0,
+        metadata={"help": "GiB that all experts and what the optimizer keeps of them may have for "
+                          "--moe-ep-checkpoint auto to write one file"},
+    )
+    moe_spawn_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "EvoMoE's first phase, expert-diversify: for so many updates only the "
+                          "first expert of each layer works, without gate; then all experts are "
+                          "spawned from it (default: no such phase)"},
+    )
+    moe_spawn_method: str = field(
+        default="mask",
+        metadata={"help": "how experts are spawned: mask (a share of the weights is zero), noise "
+                          "(is added), reinit (a share of the hidden units is drawn afresh), copy"},
+    )
+    moe_spawn_rate: Optional[float] = field(
+        default=None,
+        metadata={"help": "share of weights or hidden units, or noise as a share of a weight's "
+                          "standard deviation (default: mask 0.3, reinit 0.5, noise 0.1)"},
+    )
+    moe_spawn_rescale: bool = field(
+        default=False,
+        metadata={"help": "divide the weights that mask leaves by the share that is left"},
+    )
+    # A string like moe_gating_use_fp32.
+    moe_spawn_trainable_masked: str = field(
+        default="true",
+        metadata={"help": "weights that mask made zero learn on; false keeps them zero for ever "
+                          "(true|false)"},
+    )
+    moe_spawn_moments: str = field(
+        default="copy",
+        metadata={"help": "the optimizer's moments of spawned experts: copy (those of the expert "
+                          "they come from; zero for weights masked or drawn afresh) or reset "
+                          "(zero)"},
+    )
+
+
+def parse_bool(option: str, value: Any) -> bool:
+    """`value` (bool, or true/false in any case) as a bool, or an `OptionError`."""
+    text = str(value).strip().lower()
+    if text not in ("true", "false"):
+        raise OptionError(option, value, "give true or false")
+    return text == "true"
+
+
+def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
+    """Indices, from 0, of the decoder layers that are MoE layers.
+
+    Raises:
+        OptionError: no layer would be one, or one that is asked for does not exist.
+    """
+    last = num_layers - 1
+    if options.moe_layers is not None:
+        return _listed_layers(options, last)
+    freq, start = options.moe_freq, options.moe_start_layer
+    if freq < 1:
+        raise OptionError("moe_freq", freq,
+                          "give 1 or more; for a model without MoE layers use a stock "
+                          "transformer_lm architecture")
+    if start is None and freq > num_layers:
+        raise OptionError("moe_freq", freq,
+                          f"gives no MoE layer in {num_layers} decoder layers; "
+                          f"give at most {num_layers}")
+    if start is not None and not 0 <= start <= last:
+        raise OptionError("moe_start_layer", start,
+                          f"the {num_layers} decoder layers are 0 to {last}")
+    return list(range(freq - 1 if start is None else start, num_layers, freq))
+
+
+def _listed_layers(options: Any, last: int) -> list[int]:
+    text = str(options.moe_layers).replace(" ", "")
+    for option in ("moe_freq", "moe_start_layer"):
+        if getattr(options, option) != getattr(MoEOptions, option):
+            raise OptionError(option, getattr(options, option),
+                              f"--moe-layers {text} says which layers: leave one of them out")
+    try:
+        indices = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError("moe_layers", text, "give layer numbers from 0: 5,8,11") from None
+    if indices != sorted(set(indices)) or not (0 <= indices[0] and indices[-1] <= last):
+        raise OptionError("moe_layers", text,
+                          f"give layer numbers from 0 to {last}, ascending, each once")
+    return indices
+
+
+def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
+    """Routed experts of each MoE layer, `num_moe_layers` numbers.
+
+    Raises:
+        OptionError: not a number, list or range of counts, or none that fits the layers.
+    """
+    text = str(options.moe_expert_count).replace(" ", "")
+    wanted = "give one number of at least 1, one per MoE layer (4,4,8,16), or FIRST:LAST"
+    try:
+        numbers = [int(part) for part in re.split("[,:]", text)]
+    except ValueError:
+        raise OptionError("moe_expert_count", text, wanted) from None
+    if min(numbers) < 1:
+        raise OptionError("moe_expert_count", text, wanted)
+    if ":" in text:
+        if len(numbers) != 2 or "," in text:
+            raise OptionError("moe_expert_count", text, wanted)
+        first, last = numbers
+        steps = max(num_moe_layers - 1, 1)
+        return [round(first + (last - first) * i / steps) for i in range(num_moe_layers)]
+    if len(numbers) == 1:
+        return numbers * num_moe_layers
+    if len(numbers) != num_moe_layers:
+        raise OptionError("moe_expert_count", text,
+                          f"{len(numbers)} counts for {num_moe_layers} MoE layers; "
+                          f"give one number or {num_moe_layers}")
+    return numbers
+
+
+def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
+    """E of each MoE layer: the experts it has room for, of which it may start with fewer.
+
+    Raises:
+        OptionError: as `expert_counts`.
+    """
+    most = getattr(options, "moe_max_experts", 0)
+    return [max(count, most) for count in expert_counts(options, num_moe_layers)]
+
+
+def expert_ffn_dim(options: Any) -> int:
+    """F: hidden width of a routed expert."""
+    return options.moe_expert_ffn_dim or (
+        options.decoder_ffn_embed_dim // options.moe_expert_size_factor)
+
+
+def shared_ffn_dim(options: Any) -> int:
+    """Hidden width of a shared expert."""
+    if options.moe_shared_size_factor:
+        return options.decoder_ffn_embed_dim // options.moe_shared_size_factor
+    return options.moe_shared_ffn_dim or expert_ffn_dim(options)
+
+
+# fairseq's, by name.
+ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
+               "swish")
+# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
+# and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
+UNSUPPORTED = (
+    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
+    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
+    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
+)
+PRODUCT_DTYPES = ("same", "bf16")
+SHARED_COMBINE = ("add", "softmax", "mix")
+ATTENTIONS = ("sdpa", "stock")
+DROP_POLICIES = ("position", "probs", "random")
+SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What the rate of a method that changes experts may be; 0 would be `copy`."""
+
+    default: float
+    fits: Callable[[float], bool]
+    remedy: str
+
+
+# The defaults of mask and noise are our choice; reinit's is Drop-Upcycling's (arXiv 2502.19261).
+SPAWN_RATES = {
+    "mask": Rate(0.3, lambda rate: 0 < rate < 1,
+                 "it is a share of the weights: give more than 0 and less than 1"),
+    "noise": Rate(0.1, lambda rate: 0 < rate < math.inf,
+                  "give a number above 0, a share of the weights' deviation"),
+    "reinit": Rate(0.5, lambda rate: 0 < rate <= 1,
+                   "it is a share of the hidden units: give more than 0 and at most 1"),
+}
+
+
+def resolved_rate(method: str, rate: float | None) -> float:
+    """`rate`, or the default of `method`; 0 for methods without one."""
+    if rate is not None:
+        return rate
+    return SPAWN_RATES[method].default if method in SPAWN_RATES else 0.0
+
+
+def check_rate(option: str, method: str, rate: float | None) -> None:
+    """Raise `OptionError` unless `method` can have `rate`; None, its default, always passes."""
+    if rate is None:
+        return
+    if method not in SPAWN_RATES:
+        raise OptionError(option, rate, f"the method {method} has none: leave it out, or give a "
+                                        f"method of {', '.join(SPAWN_RATES)}")
+    if not SPAWN_RATES[method].fits(rate):
+        raise OptionError(option, rate, SPAWN_RATES[method].remedy)
+
+
+def spawn_rate(options: Any) -> float:
+    """The rate of the method that spawns experts, the default resolved."""
+    return resolved_rate(options.moe_spawn_method, options.moe_spawn_rate)
+
+
+def gated_updates(options: Any) -> int:
+    """Updates of the run in which gates work: all, or those after the spawn; 0: not known."""
+    return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
+
+
+def check_choice(options: Any, option: str, allowed: Sequence[str]) -> None:
+    """Raise `OptionError` unless the option's value is one of `allowed`."""
+    if getattr(options, option) not in allowed:
+        raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
+
+
+def check_number(
+    options: Any, option: str, remedy: str, *, least: float | None = None,
+    above: float | None = None, most: float | None = None, below: float | None = None,
+) -> None:
+    """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.
+
+    None, the value of an option that was not given, passes.
+    """
+    value = getattr(options, option)
+    if value is None:
+        return
+    fits = math.isfinite(value) and (least is None or value >= least) and (
+        above is None or value > above) and (most is None or value <= most) and (
+        below is None or value < below)
+    if not fits:
+        raise OptionError(option, value, remedy)

@@ -1,0 +1,272 @@
+"""Checks of a whole run's configuration, made before any process is started.
+
+Each check raises `OptionError`, or returns.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.gate import gate_class
+
+logger = logging.getLogger(__name__)
+
+# Optimizers whose steps follow from means or norms over whole parameters; and those that fairseq
+# does not shard, for these or other reasons.
+_OF_WHOLE_PARAMETERS = ("adafactor", "lamb")
+_NOT_SHARDED = (*_OF_WHOLE_PARAMETERS, "adagrad")
+
+
+def check_run(cfg: Any, num_processes: int) -> None:
+    """Check a whole fairseq run before any process is started.
+
+    Args:
+        cfg: fairseq's configuration; `cfg.model` is None for runs that take it from a checkpoint.
+        num_processes: of the run, on all machines.
+    Raises:
+        OptionError: combinations of options that cannot work, and data that is not there.
+    """
+    on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+    if cfg.model is not None:
+        _check_training(cfg, num_processes, on_gpu)
+    validate_run(cfg)
+
+
+def validate_run(cfg: Any) -> None:
+    """Check the data and the plugin's own options.
+
+    Args:
+        cfg: as `check_run`.
+    Raises:
+        OptionError: as `validate`, and for data that is not there.
+    """
+    _check_data(cfg)
+    model = cfg.model
+    if model is None:
+        return
+    _check_changes(cfg)
+    # A hand-written yaml may leave fields to the architecture's defaults; then the check waits
+    # for `build_model`, which knows them.
+    if any(f.name not in model for f in fields(MoEOptions)):
+        return
+    validate(model)
+    if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
+        logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
+                       "logged; --criterion moe_cross_entropy does both")
+    for warning in _strong_losses(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)):
+        logger.warning(warning)
+
+
+def _check_changes(cfg: Any) -> None:
+    """What else the run must be for weights to be changed in it, or set at its start.
+
+    Fields that a hand-written yaml leaves out have the defaults, which no architecture changes.
+    """
+    given = {f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
+    spawn, dense = given["moe_spawn_updates"], given["moe_init_from_dense"]
+    if spawn is not None and cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", True,
+                          "the averages of experts would be of before the spawn: leave it out, or "
+                          "--moe-spawn-updates")
+    if dense is not None and cfg.checkpoint.finetune_from_model:
+        raise OptionError("moe_init_from_dense", dense,
+                          "--finetune-from-model gives the first weights already: leave one of "
+                          "them out")
+    changes = {"moe_spawn_updates": spawn, "moe_init_from_dense": dense,
+               "moe_adapt_record_interval": getattr(
+                   cfg.model, "moe_adapt_record_interval", None)}
+    change = next((name for name, value in changes.items() if value), None)
+    if change is not None:
+        _check_owner_of_weights(cfg, f"--{change.replace('_', '-')}")
+    if spawn is not None:
+        for warning in _moments_warnings(cfg.optimizer, spawn):
+            logger.warning(warning)
+
+
+def _check_owner_of_weights(cfg: Any, change: str) -> None:
+    """Raise `OptionError` where the optimizer, or a copy of the weights, would not see `change`."""
+    parallel = cfg.distributed_training
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", parallel.zero_sharding,
+                          f"keeps the optimizer's state where {change} cannot edit it: give "
+                          "--ddp-backend fully_sharded")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", f"with {change}",
+                          "keeps a copy of the weights, which would undo the change: leave it out")
+    if parallel.ddp_backend == "slowmo":
+        raise OptionError("ddp_backend", f"slowmo with {change}",
+                          "keeps a copy of the weights, which would undo the change: give "
+                          "legacy_ddp or fully_sharded")
+
+
+# Above it, weights without moments take steps of more than twice the learning rate.
+_MOST_BETA2 = 0.99
+
+
+def largest_step(betas: Sequence[float], updates: int) -> float:
+    """How many times the learning rate Adam moves a weight at most whose gradient stays the same
+    and begins after `updates` updates of zeros: the moments begin, the corrections have ended."""
+    def step(k: int) -> float:
+        one, two = ((1 - beta**k) / (1 - beta ** (updates + k)) for beta in betas)
+        return one / two**0.5 if two else 1.0
+
+    beta1, beta2 = betas
+    return max(map(step, range(1, 1 + int(5 / max(1 - beta1, 1 - beta2, 1e-3)))))
+
+
+def _moments_warnings(optimizer: Any, updates: int) -> Iterator[str]:
+    betas = getattr(optimizer, "adam_betas", None)
+    if isinstance(betas, str):
+        betas = ast.literal_eval(betas)
+    if not betas or betas[1] <= _MOST_BETA2:
+        return
+    yield (f"--adam-betas {tuple(betas)} with --moe-spawn-updates {updates}: after the spawn the "
+           "gate's weights, and those that are new, begin without moments amid the run: their "
+           f"first steps are up to {largest_step(betas, updates):.1f} times --lr; with (0.9, 0.98) "
+           f"it is {largest_step((0.9, 0.98), updates):.1f} times")
+
+
+# Losses that are about 1 or more when all is well; published coefficients are 0.001 to 0.03.
+_LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
+
+
+def _strong_losses(model: Any, weight: float) -> Iterator[str]:
+    chosen = coefficients(model, gate_class(model.moe_gate))
+    strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
+    if strong:
+        yield (f"--moe-gate-loss-wt {weight}: the auxiliary loss {strong[0]} is added "
+               f"{chosen[strong[0]] * weight:g} times; 0.01 is usual")
+
+
+def _check_data(cfg: Any) -> None:
+    task = cfg.task
+    if task is None or getattr(task, "_name", None) != "language_modeling":
+        return
+    folder = Path(str(task.data).split(os.pathsep)[0])
+    remedy = "give a folder made by `evomoe prepare` or fairseq-preprocess"
+    if not folder.is_dir():
+        raise OptionError("DATA", task.data, f"no such folder; {remedy}")
+    if not (folder / "dict.txt").is_file():
+        raise OptionError("DATA", task.data, f"has no dict.txt; {remedy}")
+    if cfg.model is not None and not list(folder.glob(f"{cfg.dataset.train_subset}*.idx")):
+        raise OptionError("DATA", task.data,
+                          f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}")
+
+
+def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    if not on_gpu and common.amp:
+        raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
+    if common.fp16 and common.bf16:
+        raise OptionError("fp16", "with --bf16", "give one of them")
+    _check_products(cfg)
+    if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
+        raise OptionError("write_checkpoints_asynchronously", "without iopath",
+                          "fairseq asks for it: pip install iopath")
+    if parallel.ddp_backend == "fully_sharded":
+        _check_fully_sharded(cfg, on_gpu)
+    elif parallel.use_sharded_state:
+        raise OptionError("use_sharded_state", f"with --ddp-backend {parallel.ddp_backend}",
+                          "needs --ddp-backend fully_sharded")
+    elif parallel.ddp_backend == "slowmo" and not on_gpu:
+        raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
+    if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
+        _check_expert_parallel(cfg, num_processes)
+
+
+def _check_products(cfg: Any) -> None:
+    dtype = getattr(cfg.model, "moe_products_dtype", "same")
+    for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
+        if dtype != "same" and getattr(cfg.common, option):
+            raise OptionError("moe_products_dtype", f"{dtype} with --{option.replace('_', '-')}",
+                              "its weights are in fp32: leave one of them out")
+
+
+def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    combined = "with --ddp-backend fully_sharded"
+    if not importlib.util.find_spec("fairscale"):
+        raise OptionError("ddp_backend", "fully_sharded", "needs fairscale: pip install fairscale")
+    if common.cpu and torch.cuda.is_available():
+        raise OptionError("cpu", combined,
+                          "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
+    if common.bf16 or common.memory_efficient_bf16:
+        raise OptionError("memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
+                          combined, "give --fp16, --moe-products-dtype bf16, or --ddp-backend "
+                                    "legacy_ddp")
+    if common.amp:
+        raise OptionError("amp", combined, "give --fp16")
+    if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
+        raise OptionError("use_sharded_state", "with --moe-train-only",
+                          "the shards do not tell what is frozen: leave it out")
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
+                          "leave it out, fully_sharded does that already")
+    if parallel.cpu_offload and not on_gpu:
+        raise OptionError("cpu_offload", "without a GPU",
+                          "leave it out, everything is on the CPU already")
+    if parallel.fp32_reduce_scatter and (not common.fp16 or common.memory_efficient_fp16):
+        raise OptionError("fp32_reduce_scatter", "without plain --fp16", "leave it out")
+    if parallel.not_fsdp_flatten_parameters and not (
+        parallel.use_sharded_state or cfg.checkpoint.no_save_optimizer_state
+        or cfg.checkpoint.no_save
+    ):
+        raise OptionError("not_fsdp_flatten_parameters", "with one file for all ranks",
+                          "add --use-sharded-state, or --no-save-optimizer-state")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", combined, "leave it out")
+    if _optimizer(cfg) in _NOT_SHARDED:
+        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
+                          "adam, fused_adamw, adamax, adadelta, nag and sgd are sharded: give one, "
+                          "or --ddp-backend legacy_ddp")
+
+
+def _optimizer(cfg: Any) -> str | None:
+    return getattr(cfg.optimizer, "_name", None)
+
+
+def _check_expert_parallel(cfg: Any, num_processes: int) -> None:
+    parallel, size = cfg.distributed_training, cfg.model.moe_expert_parallel_size
+    combined = "with --moe-expert-parallel-size"
+    if cfg.common.amp:
+        raise OptionError("amp", combined, "it looks for overflow in each process's own experts: "
+                                           "give --fp16 or --bf16")
+    if num_processes % size:
+        raise OptionError("moe_expert_parallel_size", size,
+                          f"does not divide the {num_processes} processes of "
+                          "--distributed-world-size")
+    if parallel.zero_sharding != "none":
+        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
+                          "give --ddp-backend fully_sharded")
+    if parallel.ddp_backend not in ("fully_sharded", "legacy_ddp"):
+        raise OptionError("ddp_backend", f"{parallel.ddp_backend} {combined}",
+                          "give fully_sharded or legacy_ddp")
+    if parallel.use_sharded_state:
+        raise OptionError("use_sharded_state", combined,
+                          "leave it out: --moe-ep-checkpoint sharded writes a file a process")
+    if cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError("store_ema", combined,
+                          "it knows nothing of experts on other processes: leave it out")
+    if cfg.optimization.use_bmuf:
+        raise OptionError("use_bmuf", combined, "leave it out")
+    remedy = "give adam, fused_adamw, adamax, adadelta, nag or sgd"
+    if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
+        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
+                          "its steps follow from means over whole parameters, of which each "
+                          f"process holds a part: {remedy}")
+    if _optimizer(cfg) == "composite":
+        raise OptionError("optimizer", f"composite {combined}",
+                          f"checkpoints know one optimizer for all parameters: {remedy}")

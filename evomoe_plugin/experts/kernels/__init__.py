@@ -1,0 +1,1 @@
+"""Grouped expert FFN kernels, one folder per device type."""

@@ -1,0 +1,1 @@
+"""Chunked grouped FFN; also the generic path on devices without a grouped matmul."""

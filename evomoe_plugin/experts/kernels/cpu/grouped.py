@@ -1,0 +1,354 @@
+"""Grouped feed-forward networks: each expert's segment of rows through its own weights.
+
+Gathering the rows, the products, the activation and the weighted sum are one autograd function
+that goes through the rows in chunks. Of what is as long as the routed pairs only the hidden rows
+before the activation are kept for the backward pass; all else is of a chunk's size, and computed
+again. The gradient of a pair's weight is that of SonicMoE (arXiv 2512.14080), from the hidden row
+and its gradient: no output rows are kept for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from evomoe_plugin.experts.activations import ROWS, Activation, padded
+from evomoe_plugin.experts.kernels.cpu.chunks import Chunk, chunks_of
+from evomoe_plugin.experts.kernels.cpu.memory_pool import POOL
+from evomoe_plugin.experts.kernels.cpu.segment_matmul import Gradient, Matrices, multiply
+from evomoe_plugin.experts.kernels.cuda import grouped_mm
+from evomoe_plugin.experts.precision import operand_dtype, product_dtype
+
+CHUNK_ROWS, CHUNKS = 1024, 8
+"""A chunk has at most so many rows, or one of so many equal shares of all where that is more."""
+_DOT_ROWS = 128
+_ON_DEVICES = 16384
+"""Instead of both on other devices than CPUs, which have no cache to stay in, and many units."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is computed, beside the tensors."""
+
+    counts: Sequence[int]
+    """Rows of each expert; they sum to N."""
+    activation: Activation
+    dropout: float
+    """Probability that a hidden value is dropped."""
+    grad_scale: float
+    """The gradients of weights and biases are multiplied by this."""
+    dtype: torch.dtype
+    """Precision of rows and products."""
+    keeps: bool
+    """Whether a backward pass may follow."""
+
+
+class _GroupedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias):
+        work = _Work(call, token_ids, fc1)
+        matrix1, matrix3, matrix2, bias1, bias2 = map(
+            work.matrices, (fc1, fc3, fc2, fc1_bias, fc2_bias))
+        hidden = work.hidden(work.to_keep())
+        linear = None if fc3 is None else work.hidden(work.to_keep())
+        dropped = work.to_keep(torch.bool) if call.dropout else None
+        rows_buffer, active_buffer = work.buffer(x.size(1)), work.buffer()
+        sums = work.sums(x)
+
+        for chunk in work.chunks:
+            rows = rows_buffer[: chunk.size]
+            work.fetch(x, chunk, rows)
+            h = hidden.place(chunk)
+            h3 = None if linear is None else linear.place(chunk)
+            multiply(chunk, rows, matrix1.transposed(chunk), h, bias1)
+            hidden.store(chunk)
+            if linear is not None:
+                multiply(chunk, rows, matrix3.transposed(chunk), h3)
+                linear.store(chunk)
+            active = _activate(call.activation, h, h3, active_buffer[: padded(chunk.size)])
+            if call.dropout:
+                drop = torch.rand(active.shape, device=x.device) < call.dropout
+                _drop(active, drop, call.dropout)
+                if dropped is not None:
+                    dropped[chunk.start : chunk.stop] = drop[: chunk.size]
+            multiply(chunk, active, matrix2.of(chunk), rows, bias2)
+            if row_weights is not None:
+                rows *= row_weights[chunk.start : chunk.stop, None]
+            work.add(rows, chunk, sums)
+
+        ctx.save_for_backward(
+            token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
+            hidden.kept, None if linear is None else linear.kept, dropped)
+        ctx.call = call
+        return sums.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        (token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
+         kept_hidden, kept_linear, dropped) = ctx.saved_tensors
+        call = ctx.call
+        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[2:]
+        work = _Work(call, token_ids, fc1)
+        matrix1, matrix3, matrix2, bias2 = map(work.matrices, (fc1, fc3, fc2, fc2_bias))
+        hidden = work.hidden(kept_hidden)
+        linear = None if fc3 is None else work.hidden(kept_linear)
+        grad1, grad_bias1, grad3, grad2, grad_bias2 = (
+            Gradient(stack, call.counts, call.grad_scale) if need else None
+            for stack, need in zip((fc1, fc1_bias, fc3, fc2, fc2_bias), need_stacks, strict=True))
+        rows_buffer, active_buffer, grad_buffer = (
+            work.buffer(x.size(1)), work.buffer(), work.buffer())
+        grad_x = work.sums(x) if need_x else None
+        grad_row_weights = torch.empty_like(row_weights) if need_row_weights else None
+        scales = None if row_weights is None else _Scales(row_weights, work.dtype)
+
+        for chunk in work.chunks:
+            h = hidden.load(chunk)
+            h3 = None if linear is None else linear.load(chunk)
+            drop = None if dropped is None else dropped[chunk.start : chunk.stop]
+            active = _activate(call.activation, h, h3, active_buffer[: padded(chunk.size)])
+            _drop(active, drop, call.dropout)
+
+            rows, grad = rows_buffer[: chunk.size], grad_buffer[: padded(chunk.size)]
+            work.fetch(grad_out, chunk, rows)
+            if scales is not None:
+                scales.multiply(rows, chunk)
+            multiply(chunk, rows, matrix2.transposed(chunk), grad)
+            if need_row_weights:
+                dots = grad_row_weights[chunk.start : chunk.stop]
+                _dot(active, grad, dots)
+                if bias2 is not None:
+                    dots += torch.cat([part @ bias for part, bias in zip(
+                        rows.split(chunk.sizes), bias2.of(chunk), strict=True)])
+                dots /= scales.divisors[chunk.start : chunk.stop]
+            if scales is not None:
+                scales.multiply_rest(rows, chunk)
+                scales.multiply_rest(grad, chunk)
+            if grad2 is not None:
+                grad2.add_products(chunk, active, rows)
+            if grad_bias2 is not None:
+                grad_bias2.add_sums(chunk, rows)
+
+            _drop(grad, drop, call.dropout)
+            if linear is not None:
+                call.activation.forward(h, active)
+                active *= grad  # now the gradient of h3
+                grad *= h3
+            call.activation.backward(grad, h)
+            work.fetch(x, chunk, rows)
+            if grad1 is not None:
+                grad1.add_products(chunk, grad, rows)
+            if grad_bias1 is not None:
+                grad_bias1.add_sums(chunk, grad)
+            if grad3 is not None:
+                grad3.add_products(chunk, active, rows)
+            if need_x:
+                multiply(chunk, grad, matrix1.of(chunk), rows)
+                if linear is not None:
+                    multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
+                work.add(rows, chunk, grad_x)
+
+        stacks = (None if g is None else g.whole() for g in
+                  (grad1, grad_bias1, grad3, grad2, grad_bias2))
+        return None, None, None if grad_x is None else grad_x.to(x.dtype), grad_row_weights, *stacks
+
+
+def grouped_ffn(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    counts: Sequence[int] | Tensor,
+    activation: Activation,
+    *,
+    dropout: float = 0.0,
+    grad_scale: float = 1.0,
+    token_ids_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Apply each expert's network to its rows.
+
+    Plain: fc2 dropout(act(fc1 row + fc1_bias)) + fc2_bias. Gated, with an fc3:
+    fc2 dropout(act(fc1 row) * fc3 row). Under autocast, rows and products have its precision.
+
+    Args:
+        x: tokens [T, D], or without `token_ids_N` rows [N, D] sorted by expert.
+        weights: `fc1_weight`, `fc2_weight` and, where gated, `fc3_weight`, all [E, F, D];
+            `fc1_bias` [E, F] and `fc2_bias` [E, D], or neither.
+        counts: rows of each expert, in order; they sum to N. On a GPU a tensor spares waiting.
+        activation: of hidden rows.
+        dropout: probability that a hidden value is dropped.
+        grad_scale: the gradients of `weights` are multiplied by this.
+        token_ids_N: int64, the token of each row.
+        weights_N: what the row of each pair is multiplied by; None: 1. Only with tokens.
+    Returns:
+        The sums of each token's rows [T, D], or without `token_ids_N` the rows [N, D], in the
+        precision of x. First derivatives only.
+    """
+    device = x.device.type
+    dtype = operand_dtype(x)
+    arguments = [x, weights_N, *map(
+        weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias"))]
+    if device == "cuda":
+        reason = grouped_mm.why_not(x.device, dtype, x.size(1), weights["fc1_weight"].size(1))
+        if not reason:
+            num_rows = (x if token_ids_N is None else token_ids_N).size(0)
+            call = grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype)
+            counts_E = torch.as_tensor(counts, device=x.device)
+            return grouped_mm.GroupedMMFFN.apply(call, counts_E, token_ids_N, *arguments)
+        grouped_mm.say_once(reason)
+    call = _Call(
+        counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
+        activation=activation,
+        dropout=dropout,
+        grad_scale=grad_scale,
+        dtype=dtype,
+        keeps=torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments),
+    )
+    return _GroupedFFN.apply(call, token_ids_N, *arguments)
+
+
+class _Work:
+    """Chunks, buffers and precisions of one pass."""
+
+    def __init__(self, call: _Call, token_ids: Tensor | None, fc1: Tensor):
+        num_rows = sum(call.counts)
+        self.call, self.token_ids = call, token_ids
+        self.device, self.width = fc1.device, fc1.size(1)
+        self.dtype = product_dtype(call.dtype, fc1.device.type)
+        self.num_rows = num_rows
+        least = CHUNK_ROWS if fc1.device.type == "cpu" else _ON_DEVICES
+        self.chunks = chunks_of(call.counts, max(least, -(-num_rows // CHUNKS)))
+        self.longest = max((chunk.size for chunk in self.chunks), default=0)
+
+    def buffer(self, width: int | None = None) -> Tensor:
+        """For rows of one chunk; hidden ones if no width is given."""
+        shape = padded(self.longest), width or self.width
+        return POOL.empty(shape, self.dtype, self.device)
+
+    def to_keep(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """For hidden rows of all pairs."""
+        if not self.call.keeps:
+            return None
+        return POOL.empty((self.num_rows + ROWS, self.width), dtype or self.call.dtype, self.device)
+
+    def hidden(self, kept: Tensor | None) -> _Hidden:
+        """What is kept, to compute with."""
+        is_direct = kept is not None and kept.dtype == self.dtype
+        return _Hidden(kept, None if is_direct else self.buffer(), self.call.dtype)
+
+    def matrices(self, stack: Tensor | None) -> Matrices | None:
+        """Experts' matrices or biases, to compute with."""
+        return None if stack is None else Matrices(stack, self.call.dtype, self.dtype)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """What `add` adds to: of the shape of x, in fp32 at least."""
+        if self.token_ids is None:
+            return POOL.empty(x.shape, x.dtype, x.device)
+        return POOL.empty(x.shape, torch.promote_types(x.dtype, torch.float32), x.device).zero_()
+
+    def fetch(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Copy the chunk's rows out of x, of one row a token or, without tokens, a row itself."""
+        if self.token_ids is None:
+            source = x[chunk.start : chunk.stop]
+        elif x.dtype == self.call.dtype == self.dtype:
+            torch.index_select(x, 0, self.token_ids[chunk.start : chunk.stop], out=rows)
+            return
+        else:
+            source = x.index_select(0, self.token_ids[chunk.start : chunk.stop])
+        rows.copy_(source.to(self.call.dtype))
+
+    def add(self, rows: Tensor, chunk: Chunk, sums: Tensor) -> None:
+        """Add the chunk's rows where `fetch` would find them."""
+        if self.token_ids is None:
+            sums[chunk.start : chunk.stop] = rows
+            return
+        token_ids = self.token_ids[chunk.start : chunk.stop]
+        if self.device.type == "cpu":
+            sums.index_add_(0, token_ids, rows.to(sums.dtype))
+            return
+        for part, ids in zip(rows.split(chunk.sizes), token_ids.split(chunk.sizes), strict=True):
+            # One row a token: no race whose order would show in the sum.
+            sums.index_add_(0, ids, part.to(sums.dtype))
+
+
+class _Hidden:
+    """Hidden rows before the activation: kept for all pairs, computed with a chunk at a time."""
+
+    def __init__(self, kept: Tensor | None, buffer: Tensor | None, dtype: torch.dtype):
+        self.kept, self._buffer, self._dtype = kept, buffer, dtype
+
+    def place(self, chunk: Chunk) -> Tensor:
+        """Where the chunk's rows are computed, padded."""
+        if self._buffer is None:
+            return self.kept[chunk.start : chunk.start + padded(chunk.size)]
+        return self._buffer[: padded(chunk.size)]
+
+    def store(self, chunk: Chunk) -> None:
+        """Keep them; what is computed further is what was kept."""
+        if self._buffer is None or self._buffer.dtype == self._dtype:
+            return
+        rounded = self._buffer[: chunk.size].to(self._dtype)
+        self._buffer[: chunk.size] = rounded
+        if self.kept is not None:
+            self.kept[chunk.start : chunk.stop] = rounded
+
+    def load(self, chunk: Chunk) -> Tensor:
+        """The chunk's rows as they were kept, padded."""
+        rows = self.place(chunk)
+        if self._buffer is not None:
+            rows[: chunk.size] = self.kept[chunk.start : chunk.stop]
+        return rows
+
+
+class _Scales:
+    """The weights of pairs, as factors of the gradients of their answers.
+
+    The scalar product with a weighted gradient, divided by the weight again, is that with the
+    gradient itself; so D numbers a pair are multiplied and not F. Weights too small to divide by
+    come last.
+    """
+
+    def __init__(self, weights_N: Tensor, dtype: torch.dtype):
+        is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
+        self.divisors = weights_N.masked_fill(is_small_N, 1.0)
+        self._rest = weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None
+
+    def multiply(self, rows: Tensor, chunk: Chunk) -> None:
+        """By all but the small ones."""
+        rows *= self.divisors[chunk.start : chunk.stop, None]
+
+    def multiply_rest(self, rows: Tensor, chunk: Chunk) -> None:
+        """By the small ones."""
+        if self._rest is not None:
+            rows = rows[: chunk.size]
+            rows *= self._rest[chunk.start : chunk.stop, None]
+
+
+def _activate(activation: Activation, h: Tensor, h3: Tensor | None, out: Tensor) -> Tensor:
+    activation.forward(h, out)
+    if h3 is not None:
+        out *= h3
+    return out
+
+
+def _drop(rows: Tensor, drop: Tensor | None, probability: float) -> None:
+    if drop is not None:
+        rows = rows[: drop.size(0)]
+        rows.masked_fill_(drop, 0).div_(1 - probability)
+
+
+def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = the scalar products of rows, summed in fp32 at least."""
+    step = _DOT_ROWS if a.device.type == "cpu" else _ON_DEVICES
+    products = POOL.empty((min(step, out.size(0)), a.size(1)),
+                          torch.promote_types(a.dtype, torch.float32), a.device)
+    for start in range(0, out.size(0), step):
+        stop = min(start + step, out.size(0))
+        block = torch.mul(a[start:stop], b[start:stop], out=products[: stop - start])
+        if out.dtype == block.dtype:
+            torch.sum(block, 1, out=out[start:stop])
+        else:
+            out[start:stop] = block.sum(1)

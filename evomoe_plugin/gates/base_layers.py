@@ -1,0 +1,86 @@
+"""The gate of BASE layers: in training every expert gets the same number of tokens."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.scorers import LinearScorer
+from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.routing.assignment import balanced_assignment
+from evomoe_plugin.routing.choice import Choice
+
+
+def centroids(info: LayerInfo, options: Any) -> LinearScorer:
+    """A linear scorer whose vectors start orthogonal, with gain 0.1."""
+    scorer = LinearScorer(info.model_dim, info.num_experts, options)
+    nn.init.orthogonal_(scorer.weight, gain=0.1)
+    return scorer
+
+
+MANY_EXPERTS = 128
+"""From here on the assignment is slow."""
+
+
+@register_gate("base")
+class BaseGate(Gate):
+    """y = σ(x·w_e) E_e(x) for one expert e a token, and no balance loss.
+
+    In training e comes from the assignment that gives every expert floor(T / E) or ceil(T / E)
+    of the T real tokens and has the largest total Σ x·w_e (`routing.assignment`). In evaluation
+    e = argmax x·w_e. Each rank and micro-batch is balanced by itself, and so all of them together
+    are, without communication.
+
+    With the residual stream around the layer this is BASE's x + σ (F(x) - x), whose F(x) has the
+    residual inside: x + E_e(x).
+
+    Source: BASE layers (arXiv 2103.16716).
+    """
+
+    DEFAULT_AUX = "none"
+    TAKES_NULL = False
+    TAKES_CAPACITY = False
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__(info, options)
+        self.scorer = centroids(info, options)
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        yield ("--moe-gate base: in training, a token's expert depends on later tokens of the "
+               "batch too, which is not causal; evaluation takes each token's best expert")
+        if max(expert_counts) > MANY_EXPERTS:
+            yield (f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to "
+                   f"more than {MANY_EXPERTS} takes seconds a layer and step on a CPU")
+
+    @classmethod
+    def has_vectors(cls, options: Any) -> bool:
+        return True
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        logits_TE = self.score(x_TD)
+        if self.training:
+            expert_T = self._balanced(logits_TE.detach(), context.token_mask_T)
+        else:
+            expert_T = logits_TE.argmax(1)
+        return Choice(
+            mask_TC=F.one_hot(expert_T, self.num_experts).bool(),
+            weights_TC=torch.sigmoid(logits_TE),
+            probs_TC=torch.softmax(logits_TE, dim=1),
+            logits_TC=logits_TE,
+        )
+
+    def _balanced(self, logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
+        if token_mask_T is None:
+            return balanced_assignment(logits_TE)
+        expert_T = torch.zeros_like(token_mask_T, dtype=torch.int64)
+        expert_T[token_mask_T] = balanced_assignment(logits_TE[token_mask_T])
+        return expert_T

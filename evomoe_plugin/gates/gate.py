@@ -1,0 +1,362 @@
+"""What a gate is, and the registry of gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import parse_bool
+from evomoe_plugin.gates.auxiliary import LOSSES, coefficients
+from evomoe_plugin.gates.scorers import SCORERS, SOFTMAX_SCORERS, Scorer, validate_scorer
+from evomoe_plugin.gates.shared_weights import SharedWeights
+from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.routing import noise
+from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing.choice import Choice
+from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
+from evomoe_plugin.routing.stats import routing_stats
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Where a gate stands."""
+
+    model_dim: int
+    """D."""
+    num_experts: int
+    """E, routed experts."""
+    num_null: int = 0
+    """Null experts: candidates whose output is zero and costs nothing."""
+    layer_id: int = 0
+    """Which of the model's MoE layers, from 0."""
+    seed: int = 1
+    """The run's."""
+    token_counts_V: tuple[int, ...] = ()
+    """How often each symbol of the vocabulary occurs in the training data, as the dictionary says;
+    empty where no vocabulary is known."""
+    start_experts: int = 0
+    """How many of the routed experts, the first, can be chosen at the start; 0: all."""
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return self.num_experts + self.num_null
+
+
+@dataclass(frozen=True)
+class GateContext:
+    """What a gate may know beside the tokens themselves."""
+
+    num_updates: int = 0
+    """Completed updates in which gates work: of the run, or since the spawn."""
+    token_mask_T: Tensor | None = None
+    """bool, False for padding; None: no padding."""
+    noise_keys_T: Tensor | None = None
+    """int64 noise keys of the tokens (`routing.noise`); None where nothing may be random."""
+    token_ids_T: Tensor | None = None
+    """int64 symbols of the vocabulary."""
+    token_weights_T: Tensor | None = None
+    """Weight of each token in the auxiliary losses; None: 1."""
+
+    def num_tokens(self, x_TD: Tensor) -> Tensor:
+        """Tokens that are not padding, a scalar in fp64."""
+        if self.token_mask_T is None:
+            return torch.tensor(float(x_TD.size(0)), dtype=torch.float64, device=x_TD.device)
+        return self.token_mask_T.sum().double()
+
+    @property
+    def loss_weights_T(self) -> Tensor | None:
+        """Weight of each token in the losses, 0 for padding; None: 1 for all."""
+        if self.token_mask_T is None or self.token_weights_T is None:
+            return self.token_weights_T if self.token_mask_T is None else self.token_mask_T
+        return self.token_weights_T * self.token_mask_T
+
+
+@dataclass
+class NoOptions:
+    """Of a gate that has none of its own."""
+
+
+class Gate(nn.Module):
+    """A gate for one MoE layer.
+
+    A subclass is registered with `@register_gate(name)` and implements `route`. `Options` is a
+    dataclass of the options it uses, which become flags and Hydra fields; their names start with
+    `moe_`. A scorer is made if `Options` inherits `ScorerOptions`.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    SCORERS: ClassVar[tuple[str, ...]] = SOFTMAX_SCORERS
+    """The scorers it can use, if it uses any."""
+    LOSSES: ClassVar[tuple[str, ...]] = ()
+    """Auxiliary losses that its own choices bring, beside those of `gates.auxiliary`."""
+    DEFAULT_AUX: ClassVar[str] = "balance=1"
+    """`--moe-aux` where the user gives none."""
+    STATS: ClassVar[tuple[str, ...]] = ()
+    """Scalar statistics that its choices bring."""
+    HAS_LOGITS: ClassVar[bool] = True
+    TAKES_NULL: ClassVar[bool] = True
+    """Whether null experts can be candidates."""
+    TAKES_CAPACITY: ClassVar[bool] = True
+    HAS_WEIGHTS: ClassVar[bool] = True
+    """Whether it has parameters that `--gate-init` can draw."""
+    LEARNS_FROM_ZERO: ClassVar[bool] = True
+    """Whether it learns where they all begin as 0 (`--gate-init zero`)."""
+    KEEPS_ALIKE: ClassVar[bool] = False
+    """Whether, where they all begin as 0, experts of equal weights get the same tokens with the
+    same weights in every update, so that nothing ever parts them."""
+
+    def __init__(self, info: LayerInfo, options: Any):
+        super().__init__()
+        self.info = info
+        self.use_fp32 = parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
+        self.scorer: Scorer | None = None
+        if hasattr(self.Options, "moe_scorer"):
+            self.scorer = SCORERS[options.moe_scorer](info.model_dim, info.num_candidates, options)
+        self.shared_weights: SharedWeights | None = None
+        if options.moe_shared_experts and options.moe_shared_combine != "add":
+            self.shared_weights = SharedWeights(
+                info.model_dim, options.moe_shared_experts, options.moe_shared_combine)
+        self.aux_names = tuple(coefficients(options, type(self)))
+        self.null_rate_target = options.moe_null_rate_target
+        self.drop_policy = options.moe_drop_policy or "position"
+
+    @classmethod
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+        """Warnings about `options`; raises `OptionError` where they cannot work.
+
+        Only the gate's own options: what all gates share has been checked.
+        """
+        return ()
+
+    @classmethod
+    def has_fixed_picks(cls, options: Any) -> bool:
+        """Whether every token goes to as many candidates: a capacity then depends on the number
+        of tokens alone, and not on what later ones are."""
+        return False
+
+    @classmethod
+    def has_vectors(cls, options: Any) -> bool:
+        """Whether `vectors` gives a vector for each candidate."""
+        return hasattr(cls.Options, "moe_scorer") and SCORERS[options.moe_scorer].HAS_VECTORS
+
+    @classmethod
+    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+                   zero_logits: bool = False) -> WeightSum:
+        """Whether a token's weights over the routed experts sum to 1, in evaluation before the
+        first update, without null experts and capacities.
+
+        Experts made as copies of a dense network then compute what it does, and users are told so.
+
+        Args:
+            expert_counts: of each MoE layer.
+            zero_logits: whether all logits are 0.
+        """
+        return WeightSum(None, f"the gate {options.moe_gate} does not say what its weights sum to")
+
+    @classmethod
+    def renormalizes_after_drop(cls, options: Any) -> bool:
+        """Whether what a capacity leaves of a token gets the weight of what it took."""
+        return options.moe_renormalize_after_drop
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.info.num_experts
+
+    def vectors(self) -> Tensor:
+        """A vector for each candidate, [C, any]."""
+        return self.scorer.vectors()
+
+    def active(self) -> Tensor | None:
+        """bool [C]: candidates that can be chosen now; None: all, always."""
+        return None
+
+    def record_sizes(self) -> Mapping[str, int]:
+        """Lengths of the further statistics, vectors, that `after_update` wants; not logged."""
+        return {}
+
+    @property
+    def learns_after_updates(self) -> bool:
+        """Whether `after_update` is to be called."""
+        return type(self).after_update is not Gate.after_update
+
+    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
+                     layers: Mapping[str, Tensor]) -> None:
+        """Change buffers after an update, by what was routed in it on all ranks.
+
+        Args:
+            num_updates: completed updates, this one included.
+            own: this layer's statistics, its `record_sizes` included, summed over the update.
+            layers: the statistics of all layers, name -> [L] or [L, E].
+        """
+
+    def flops_per_token(self) -> int:
+        """Floating point operations of the matrix products for one token."""
+        return sum(2 * p.numel() for p in self.parameters() if p.dim() == 2)
+
+    def score(self, x_TD: Tensor) -> Tensor:
+        """Logits of the scorer, [T, C]."""
+        return self.scorer(x_TD)
+
+    def route(self, x_TD: Tensor, context: GateContext) -> Choice:
+        """Choose candidates for tokens, in training mode or not as `training` says.
+
+        Args:
+            x_TD: tokens, in fp32 unless `--moe-gating-use-fp32 false`; padding among them.
+        """
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, context: GateContext) -> RoutingPlan:
+        """Route tokens `x_TD`.
+
+        The plan's `aux` holds the losses of `aux_names`, in that order.
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.use_fp32 and x_TD.dtype != torch.float64:
+                x_TD = x_TD.float()
+            choice = self.route(x_TD, context)
+            if context.token_mask_T is not None:
+                mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
+                choice = dataclasses.replace(choice, mask_TC=mask_TC)
+            weight_T = context.loss_weights_T
+            aux = {
+                name: choice.aux[name] if name in choice.aux
+                else LOSSES[name].compute(self, choice, weight_T)
+                for name in self.aux_names
+            }
+            weights_TC, shared_weights_TS = choice.weights_TC, None
+            if self.shared_weights is not None:
+                routed_T, shared_weights_TS = self.shared_weights(x_TD, choice)
+                weights_TC = weights_TC * routed_T.unsqueeze(1)
+            with torch.no_grad():
+                stats = routing_stats(choice, context.token_mask_T, self.num_experts)
+            return self._plan(choice, weights_TC, context, aux=aux, stats=stats,
+                              shared_weights_TS=shared_weights_TS)
+
+    def _plan(
+        self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields: Any
+    ) -> RoutingPlan:
+        E = self.num_experts
+        mask_TC = choice.mask_TC
+        if self.info.num_null:
+            null_TC = weights_TC.detach()[:, E:].masked_fill(~mask_TC[:, E:], 0.0)
+            null_mass_T = null_TC.sum(1)
+            fields["null_mass_T"] = null_mass_T
+            fields["stats"][st.NULL_MASS] = null_mass_T.sum(dtype=torch.float64)
+        plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], **fields)
+        priority_TC = self._priority(choice, context)
+        if priority_TC is None:
+            return plan
+        priority_N = priority_TC.detach()[plan.token_ids_N, plan.expert_ids_N]
+        return dataclasses.replace(plan, priority_N=priority_N)
+
+    def _priority(self, choice: Choice, context: GateContext) -> Tensor | None:
+        """What a capacity orders by, as `--moe-drop-policy` says."""
+        if self.drop_policy == "probs":
+            return choice.probs_TC
+        if self.drop_policy == "random":
+            keys_T = context.noise_keys_T
+            if keys_T is None:  # evaluation: an order that is arbitrary, but always the same
+                keys_T = torch.arange(choice.mask_TC.size(0), device=choice.mask_TC.device)
+            return noise.uniform(noise.fold(keys_T, _DROP_STREAM), choice.mask_TC.size(1))
+        return choice.priority_TC
+
+
+_DROP_STREAM = 0xD809  # sets these random numbers apart from those of the gates
+
+_GATES: dict[str, type[Gate]] = {}
+_listeners: list[Callable[[type[Gate]], None]] = []
+
+
+def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
+    """Class decorator: make a gate available as `--moe-gate NAME`, and its options as flags.
+
+    Raises:
+        ValueError: there is another gate of this name, or an option cannot become a flag.
+    """
+
+    def register(cls: type[Gate]) -> type[Gate]:
+        if _GATES.get(name, cls) is not cls:
+            raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
+        for option in dataclasses.fields(cls.Options):
+            _check_option(cls, option)
+        for listener in _listeners:
+            listener(cls)
+        _GATES[name] = cls
+        return cls
+
+    return register
+
+
+def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
+    if not option.name.startswith("moe_"):
+        raise ValueError(f"{cls.__name__}: the option {option.name} must be named moe_…, as all "
+                         "options of gates are")
+    if option.default is dataclasses.MISSING:
+        raise ValueError(f"{cls.__name__}: the option {option.name} needs a default value (no "
+                         "default_factory)")
+    if "help" not in option.metadata:
+        raise ValueError(f"{cls.__name__}: the option {option.name} needs a help text: "
+                         'field(default=…, metadata={"help": "…"})')
+
+
+def on_registration(listener: Callable[[type[Gate]], None]) -> None:
+    """Have `listener(gate)` called for every gate that is registered from now on."""
+    _listeners.append(listener)
+
+
+def gate_names() -> list[str]:
+    """Registered gates, sorted."""
+    return sorted(_GATES)
+
+
+def gate_class(name: str) -> type[Gate]:
+    """The gate registered as `name`, or an `OptionError` that lists those there are."""
+    if name not in _GATES:
+        raise OptionError("moe_gate", name, f"unknown gate; one of: {', '.join(gate_names())}")
+    return _GATES[name]
+
+
+def option_fields() -> dict[str, dataclasses.Field]:
+    """The options of all registered gates, by name."""
+    return {
+        field.name: field for name in gate_names()
+        for field in dataclasses.fields(_GATES[name].Options)
+    }
+
+
+def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
+    """Check the chosen gate's options and that it uses all that are given.
+
+    Returns:
+        warnings.
+    Raises:
+        OptionError: naming the option, its value and what would be right.
+    """
+    cls = gate_class(options.moe_gate)
+    used = {field.name for field in dataclasses.fields(cls.Options)}
+    for name, field in option_fields().items():
+        if name not in used and getattr(options, name, field.default) != field.default:
+            users = [gate for gate in gate_names() if hasattr(_GATES[gate].Options, name)]
+            raise OptionError(name, getattr(options, name),
+                              f"the gate {options.moe_gate} does not use it: leave it out, or "
+                              f"take a gate that does ({', '.join(users)})")
+    if options.moe_null_experts and not cls.TAKES_NULL:
+        raise OptionError("moe_null_experts", options.moe_null_experts,
+                          f"the gate {options.moe_gate} cannot choose null experts: give 0")
+    if "moe_scorer" in used:
+        validate_scorer(options, cls.SCORERS)
+    if options.moe_shared_experts and options.moe_shared_combine == "softmax" and (
+            not cls.HAS_LOGITS):
+        raise OptionError("moe_shared_combine", "softmax",
+                          f"the gate {options.moe_gate} has no logits to weigh against: give add "
+                          "or mix")
+    coefficients(options, cls)
+    return list(cls.validate(options, expert_counts))

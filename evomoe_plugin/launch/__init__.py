@@ -1,0 +1,1 @@
+"""Starting a run: fairseq's `call_main`, rank processes, torchrun and Slurm detection."""

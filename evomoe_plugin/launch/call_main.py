@@ -1,0 +1,170 @@
+"""Starting a run: `fairseq.distributed.utils.call_main`, which all of fairseq's commands call.
+
+Three things are done here that upstream does not do: bad options end in one line before anything
+is started; processes can run on CPUs over gloo; and one process may train fully sharded.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import open_dict
+
+from evomoe_plugin.checkpoint import async_writer
+from evomoe_plugin.config.errors import OptionError, one_line_errors
+from evomoe_plugin.config.run_checks import check_run
+from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
+from evomoe_plugin.launch.ranks import run_ranks
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+logger = logging.getLogger(__name__)
+
+
+def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
+    """`main` in a process that trains: nothing is left half-written when it ends."""
+    with async_writer.finished_on_exit():
+        main(cfg, **kwargs)
+
+
+def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
+    """Run `main(cfg, **kwargs)` in as many processes as `cfg.distributed_training` asks for."""
+    with one_line_errors():
+        check_run(cfg, process_count(cfg.distributed_training))
+        _check_evaluation(cfg, main)
+        main = functools.partial(run_main, main)
+        if torch.cuda.is_available() and not cfg.common.cpu:
+            _launch_on_gpus(upstream, cfg, main, kwargs)
+        else:
+            _launch_on_cpus(cfg, main, kwargs)
+
+
+def _check_evaluation(cfg: Any, main: Callable) -> None:
+    count = process_count(cfg.distributed_training)
+    if count > 1 and "eval_lm" in main.__globals__:
+        raise OptionError("distributed_world_size", count,
+                          "fairseq-eval-lm would print the perplexity of each process's share of "
+                          "the data: start one process")
+
+
+def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) -> None:
+    options = cfg.distributed_training
+    if _is_single_fully_sharded(options):
+        _in_group_of_one("nccl", main, cfg, kwargs)
+    elif options.distributed_init_method is None and not started_by_torchrun() and (
+        options.distributed_world_size > torch.cuda.device_count()
+        and "SLURM_JOB_ID" not in os.environ
+    ):
+        raise OptionError("distributed_world_size", options.distributed_world_size,
+                          f"this machine has {torch.cuda.device_count()} GPUs; give at most that "
+                          "many, or --distributed-init-method for several machines")
+    else:
+        upstream(cfg, main, **kwargs)
+
+
+def _launch_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
+    options = cfg.distributed_training
+    options.distributed_backend = "gloo"
+    if options.distributed_init_method is None and started_by_torchrun():
+        options.distributed_init_method = "env://"
+        options.distributed_world_size = int(os.environ["WORLD_SIZE"])
+        options.distributed_rank = int(os.environ["RANK"])
+        options.distributed_no_spawn = True
+    elif is_slurm_task(options):
+        distributed_utils._infer_slurm_init(options, None)
+
+    if options.distributed_world_size == 1:
+        if options.ddp_backend == "fully_sharded":
+            _in_group_of_one("gloo", main, cfg, kwargs)
+        else:
+            main(cfg, **kwargs)
+    elif options.distributed_no_spawn:
+        distributed_utils.distributed_main(options.device_id, main, cfg, kwargs)
+    else:
+        _spawn_on_cpus(cfg, main, kwargs)
+
+
+def _spawn_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
+    options = cfg.distributed_training
+    count = options.distributed_world_size - options.distributed_rank
+    # The default of --distributed-num-procs is 1 where there is no GPU: it says nothing.
+    if options.distributed_num_procs is not None and options.distributed_num_procs > 1:
+        count = min(count, options.distributed_num_procs)
+    if options.distributed_init_method is None:
+        port = options.distributed_port if options.distributed_port > 0 else _free_port()
+        options.distributed_init_method = f"tcp://localhost:{port}"
+    kwargs["start_rank"] = options.distributed_rank
+    with open_dict(cfg):
+        options.distributed_num_procs = count
+        options.distributed_rank = None  # upstream's sign that each process adds its own
+    run_ranks(main, cfg, kwargs, count, _threads_per_rank(count))
+
+
+def _threads_per_rank(count: int) -> int | None:
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, (cores or 1) // count)
+    logger.info("%d processes share %s cores: OMP_NUM_THREADS=%d for each, unless you set it",
+                count, cores, threads)
+    return threads
+
+
+def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> None:
+    """fairscale's FSDP wants a process group even for one process; give it one, without a port."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        main(cfg, **kwargs)
+    finally:
+        _forget_groups()
+        dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Drop the groups that fairseq and fairscale keep: a Hydra sweep starts anew in-process."""
+    for holder, name in _group_caches():
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+def _group_caches() -> list[tuple[Any, str]]:
+    caches: list[tuple[Any, str]] = [(distributed_utils.get_global_group, "_global_group")]
+    try:
+        from fairscale.internal.parallel import get_process_group_cached
+    except ImportError:
+        return caches
+    return [*caches, (get_process_group_cached, "_global_group_cache")]
+
+
+def _is_single_fully_sharded(options: Any) -> bool:
+    return options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@functools.cache
+def apply() -> None:
+    wrap(distributed_utils, "call_main", _call_main)
+
+
+PATCH = Patch(
+    name="launch",
+    broken="without a GPU --distributed-world-size 2 fails an assertion, with an init method it "
+           "starts no process and exits 0, torchrun divides by zero, and one process cannot "
+           "train fully sharded; bad options end in a traceback",
+    upstream="fairseq/distributed/utils.py: call_main, infer_init_method",
+    remove_when="fairseq starts gloo processes by itself; the one-line errors stay",
+    needed=always("one-line errors; processes without GPUs"),
+    apply=apply,
+)

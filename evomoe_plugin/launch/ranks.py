@@ -1,0 +1,143 @@
+"""The processes of one run on this machine: started, watched, and ended together.
+
+torch's own `spawn` names the first process that it finds dead, which after a crash is as likely
+a rank that lost its peer as the one that failed. Here each rank reports its error before it
+dies, and the first report counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+import torch.multiprocessing
+from fairseq.distributed import utils as distributed_utils
+
+from evomoe_plugin.config.errors import FAILED, RunFailed, exit_status
+
+logger = logging.getLogger(__name__)
+
+# Seconds a rank gets to finish what it writes before it is ended, and before it is killed.
+GRACE = 10.0
+
+
+def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int | None) -> None:
+    """Run `main(cfg, **kwargs)` in `count` processes; return when all have ended well.
+
+    Args:
+        threads: OMP_NUM_THREADS of each process; None leaves the environment's.
+
+    Raises:
+        OptionError, RunFailed: as raised by a rank, or for a rank that died.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(i, main, cfg, kwargs, reports)) for i in range(count)
+    ]
+    # A rank that outlives us would train on unseen: end the ranks first, then ourselves.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with _environment("OMP_NUM_THREADS", threads):
+            for rank in ranks:
+                rank.start()
+        _wait(ranks, reports)
+    except KeyboardInterrupt:
+        for rank in ranks:
+            if rank.is_alive():
+                os.kill(rank.pid, signal.SIGINT)
+        raise
+    finally:
+        _end(ranks)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:
+    if hasattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig"):  # Linux: die with the parent
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGINT)
+    start = cfg.distributed_training.distributed_rank or kwargs.get("start_rank", 0)
+    try:
+        distributed_utils.distributed_main(i, main, cfg, kwargs)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        explained = exit_status(error) is not None
+        story = None if explained else traceback.format_exc()
+        last = error if explained else RunFailed(
+            f"rank {start + i} stopped with {type(error).__name__}: {error}".split("\n")[0]
+        )
+        reports.put((last, story))
+        # The peers notice our end by their broken connections: let the report arrive first.
+        time.sleep(0.2)
+        os._exit(exit_status(error) or FAILED)
+
+
+def _wait(ranks: list, reports: Any) -> None:
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for sentinel in connection.wait(list(waiting)):
+            waiting.pop(sentinel).join()
+        if any(rank.exitcode for rank in ranks):
+            raise _first_failure(ranks, reports)
+
+
+def _first_failure(ranks: list, reports: Any) -> BaseException:
+    for i, rank in enumerate(ranks):
+        if rank.exitcode is not None and rank.exitcode < 0:
+            name = signal.Signals(-rank.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return RunFailed(f"rank {i} was ended by {name}{hint}; the other ranks were stopped, "
+                             "the last checkpoint is intact")
+    if any(rank.exitcode == 128 + signal.SIGINT for rank in ranks):
+        return KeyboardInterrupt()
+    if reports.empty():
+        return RunFailed("a rank ended without a word: "
+                         + ", ".join(f"rank {i} with status {rank.exitcode}"
+                                     for i, rank in enumerate(ranks) if rank.exitcode))
+    error, story = reports.get()
+    if story:
+        print(story, file=sys.stderr)
+    return error
+
+
+def _end(ranks: list) -> None:
+    """End what still runs: rudely when another rank failed, since it waits for that rank."""
+    interrupted = isinstance(sys.exception(), KeyboardInterrupt)
+    for rank in ranks:
+        if rank.pid is not None and interrupted:
+            rank.join(GRACE)
+    for rank in ranks:
+        if rank.pid is not None and rank.is_alive():
+            rank.terminate()
+    for rank in ranks:
+        if rank.pid is not None:
+            rank.join(GRACE)
+            if rank.is_alive():
+                rank.kill()
+                rank.join()
+
+
+class _environment:
+    """Set one environment variable for the processes started inside, unless the value is None."""
+
+    def __init__(self, name: str, value: Any):
+        self.name, self.value = name, value
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get(self.name)
+        if self.value is not None:
+            os.environ[self.name] = str(self.value)
+
+    def __exit__(self, *_: object) -> None:
+        if self.value is not None:
+            if self.before is None:
+                del os.environ[self.name]
+            else:
+                os.environ[self.name] = self.before

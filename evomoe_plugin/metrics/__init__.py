@@ -1,0 +1,17 @@
+"""Looking at runs: fairseq's JSON log as numbers, as a picture, as a table."""
+
+from evomoe_plugin.metrics.log import Record, TrainingLog, parse_log, read_log
+from evomoe_plugin.metrics.phases import Phase, dense_start, one_expert_start, sparse_end
+from evomoe_plugin.metrics.steps import seconds_per_update
+
+__all__ = [
+    "Phase",
+    "Record",
+    "TrainingLog",
+    "dense_start",
+    "one_expert_start",
+    "parse_log",
+    "read_log",
+    "seconds_per_update",
+    "sparse_end",
+]

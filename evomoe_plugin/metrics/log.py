@@ -1,0 +1,121 @@
+"""Reading fairseq's log (`--log-format json`), whatever else the file holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evomoe_plugin.config.errors import OptionError
+
+_COUNT = "num_updates"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of metrics: averages over the updates since the line before, unless said else."""
+
+    update: int
+    """Completed updates."""
+    values: dict[str, float]
+
+
+@dataclass
+class TrainingLog:
+    """The metrics of one run, ascending in updates."""
+
+    name: str
+    intervals: list[Record] = field(default_factory=list)
+    """One each `--log-interval` updates."""
+    summaries: dict[str, list[Record]] = field(default_factory=dict)
+    """What is written once in a while, by the name that stands before its metrics: `train` at the
+    end of an epoch and of the run, once its checkpoint is saved; `valid` and other subsets at
+    each validation."""
+
+    def series(self, metric: str, summary: str | None = None) -> tuple[list[int], list[float]]:
+        """Updates and values of a metric, of the intervals or of a summary, where it was logged."""
+        records = self.intervals if summary is None else self.summaries.get(summary, [])
+        known = [(r.update, r.values[metric]) for r in records if metric in r.values]
+        return [update for update, _ in known], [value for _, value in known]
+
+    def add(self, line: str) -> Record | None:
+        """Take in one line; the record of an interval if it is one, else None.
+
+        A run that was resumed logs again what came after its checkpoint: the later line stands.
+        """
+        found = _parse(line)
+        if found is None:
+            return None
+        name, record = found
+        if name:
+            _append(self.summaries.setdefault(name, []), record)
+            return None
+        if self.intervals and record.update <= self.intervals[-1].update:
+            for records in self.summaries.values():
+                _drop_from(records, record.update)
+        _append(self.intervals, record)
+        return record
+
+
+def _append(records: list[Record], record: Record) -> None:
+    _drop_from(records, record.update)
+    records.append(record)
+
+
+def _drop_from(records: list[Record], update: int) -> None:
+    while records and records[-1].update >= update:
+        records.pop()
+
+
+def _parse(line: str) -> tuple[str, Record] | None:
+    """The name before the metrics ('' for intervals) and the record, if the line holds one."""
+    start = line.find('{"')
+    if start < 0:
+        return None
+    try:
+        # What follows the object (a terminal's control codes, another program's text) is let be.
+        logged, _ = json.JSONDecoder().raw_decode(line, start)
+    except ValueError:  # a line that was cut off, or is no JSON
+        return None
+    prefix = next((key.removesuffix(_COUNT) for key in logged if key.endswith(_COUNT)), None)
+    if prefix is None or prefix and not prefix.endswith("_"):
+        return None
+    values = {}
+    for key, value in logged.items():
+        if key.startswith(prefix):
+            try:
+                values[key.removeprefix(prefix)] = float(value)
+            except (TypeError, ValueError):  # a list, or "None"
+                continue
+    update = values.pop(_COUNT, None)
+    return None if update is None else (prefix.removesuffix("_"), Record(int(update), values))
+
+
+def parse_log(lines: Iterable[str], name: str = "") -> TrainingLog:
+    """The metrics in `lines`; empty if there are none."""
+    log = TrainingLog(name)
+    for line in lines:
+        log.add(line)
+    return log
+
+
+def read_log(path: str | Path) -> TrainingLog:
+    """The metrics in a file.
+
+    Raises:
+        OptionError: it cannot be read, or holds no metrics of training.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            log = parse_log(lines, path.stem)
+    except FileNotFoundError:
+        raise OptionError("LOG", path, "no such file; give what fairseq-train printed, saved to "
+                          "a file, or its --log-file") from None
+    except OSError as error:
+        raise OptionError("LOG", path, f"cannot be read ({error.strerror})") from None
+    if not log.intervals:
+        raise OptionError("LOG", path, "holds no metrics of training; log with --log-format json, "
+                          "and train for at least --log-interval updates")
+    return log

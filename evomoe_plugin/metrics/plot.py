@@ -1,0 +1,104 @@
+"""The picture of a run: loss, temperature, experts per token and time, update by update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.metrics import panels
+from evomoe_plugin.metrics.log import TrainingLog
+from evomoe_plugin.metrics.phases import annealing_end, spawn_update, top1_start
+
+_COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#444444")
+_GREY = "#6b6b6b"
+
+
+def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -> None:
+    """Draw one or several runs into a file; its suffix says which kind of picture.
+
+    Panels whose metric no run has are left out. The file is there whole or not at all.
+
+    Args:
+        logs: runs, told apart by their names.
+        smoothing: weight of the moving average of the loss, in [0, 1).
+    Raises:
+        OptionError: matplotlib is missing, the file cannot be written, or an option is wrong.
+    """
+    if not 0 <= smoothing < 1:
+        raise OptionError("smoothing", smoothing, "give 0 (none) or more and less than 1")
+    out = Path(out)
+    figure = _figure(out)
+    _draw(figure, logs, smoothing)
+    _save(figure, out)
+
+
+def _figure(out: Path) -> Any:
+    """An empty figure that can be saved as `out`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("out", out, "drawing needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
+    kinds = sorted(figure.canvas.get_supported_filetypes())
+    if out.suffix[1:].lower() not in kinds:
+        raise OptionError("out", out, "end it in one of: " + ", ".join(f".{k}" for k in kinds))
+    if not out.absolute().parent.is_dir():
+        raise OptionError("out", out, f"there is no folder {out.absolute().parent}; make it first")
+    return figure
+
+
+def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
+    drawn = [panel for panel in panels.PANELS if any(panel.applies(log) for log in logs)]
+    grid = figure.subplots(math.ceil(len(drawn) / 2), min(len(drawn), 2), squeeze=False).flat
+    for axes in grid[len(drawn):]:
+        axes.remove()
+    last = max(log.intervals[-1].update for log in logs)
+    for panel, axes in zip(drawn, grid, strict=False):
+        _dress(axes, last)
+        for number, log in enumerate(logs):
+            colour = _COLOURS[number % len(_COLOURS)]
+            panel.draw(axes, log, panels.Style(colour, smoothing, log.name if logs[1:] else ""))
+        panel.finish(axes, logs)
+        if len(logs) == 1:
+            _mark(axes, logs[0], named=panel is drawn[0])
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+
+
+def _dress(axes: Any, last_update: int) -> None:
+    axes.set_xlabel("updates")
+    axes.set_xlim(0, 1.01 * last_update)
+    axes.grid(True, color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _mark(axes: Any, log: TrainingLog, named: bool) -> None:
+    """Upright lines where experts are spawned and where the gate changes its ways."""
+    marks: dict[int, list[str]] = {}
+    for update, text in ((spawn_update(log), "experts spawned"),
+                         (annealing_end(log), "annealing ends"),
+                         (top1_start(log), "top-1 from here")):
+        if update is not None:
+            marks.setdefault(update, []).append(text)
+    for update, texts in marks.items():
+        axes.axvline(update, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
+        if named:
+            axes.annotate(", ".join(texts), (update, 1), xycoords=axes.get_xaxis_transform(),
+                          color=_GREY, xytext=(-4, -4), textcoords="offset points", rotation=90,
+                          fontsize=8, ha="right", va="top")
+
+
+def _save(figure: Any, out: Path) -> None:
+    part = out.with_name(f".{out.name}.part")
+    try:
+        figure.savefig(part, format=out.suffix[1:].lower(), dpi=150)
+        part.replace(out)
+    except OSError as error:
+        raise OptionError("out", out, f"cannot be written ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)

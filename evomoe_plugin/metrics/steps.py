@@ -1,0 +1,37 @@
+"""How long an update took, from what fairseq logs about time."""
+
+from __future__ import annotations
+
+from evomoe_plugin.metrics.log import TrainingLog
+
+
+def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
+    """Updates, and the mean seconds an update took in the interval that ends there.
+
+    fairseq logs two clocks. `train_wall` is the time of the training steps alone, but in whole
+    seconds. `wpb / wps` is fine, but counts what else happened in the interval: reading data,
+    validation, saving, and the start of a process that resumes. The second is believed as far as
+    the first allows.
+    """
+    updates, seconds = [], []
+    for record, length in zip(log.intervals, _lengths(log), strict=True):
+        wps, wpb = record.values.get("wps", 0), record.values.get("wpb", 0)
+        fine = wpb / wps if wps > 0 and wpb > 0 else None
+        coarse = record.values.get("train_wall")
+        if coarse is None:
+            found = fine
+        elif fine is None:
+            found = coarse / length or None  # 0 of them may be anything below half a second
+        else:
+            found = min(max(fine, (coarse - 0.5) / length), (coarse + 0.5) / length)
+        if found is not None:
+            updates.append(record.update)
+            seconds.append(found)
+    return updates, seconds
+
+
+def _lengths(log: TrainingLog) -> list[int]:
+    """Updates in each interval. The first may belong to a run whose beginning is not in the log."""
+    ends = [record.update for record in log.intervals]
+    differences = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [min([ends[0], *differences]), *differences]

@@ -1,0 +1,59 @@
+"""How models are built under fairscale's FSDP: what is wrapped, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from fairseq.distributed import fsdp_wrap
+from torch import nn
+
+
+def _has_fairscale() -> bool:
+    return importlib.util.find_spec("fairscale") is not None
+
+
+def wrap_experts(layer: Any) -> None:
+    """Give the experts of an `MoELayer` an FSDP instance of their own, if FSDP wraps at all and
+    they are divided."""
+    if layer.groups is not None:
+        replicas = layer.groups.replicas
+        layer.experts = fsdp_wrap(layer.experts, process_group=replicas,
+                                  process_group_reduce_scatter=replicas)
+
+
+@contextlib.contextmanager
+def built_unwrapped(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, `fsdp_wrap` wraps nothing: parameters can be told apart by name, and
+    frozen, only before they are flattened into one."""
+    if not wanted or not _has_fairscale():
+        yield
+        return
+    from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+
+    before = ConfigAutoWrap.in_autowrap_context
+    ConfigAutoWrap.in_autowrap_context = False
+    try:
+        yield
+    finally:
+        ConfigAutoWrap.in_autowrap_context = before
+
+
+def is_wrapping() -> bool:
+    """Whether `fsdp_wrap` wraps what it is given now."""
+    if not _has_fairscale():
+        return False
+    from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+
+    return ConfigAutoWrap.in_autowrap_context
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `module` is an FSDP instance."""
+    if not _has_fairscale():
+        return False
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)

@@ -1,0 +1,59 @@
+"""`--bf16` on the command line, which fairseq takes for a wish to train on a TPU."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fairseq import options
+
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+
+def _asks_for_tpu(arguments: list[str] | None) -> bool:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tpu", action="store_true")
+    return parser.parse_known_args(arguments)[0].tpu
+
+
+def _parse_args_and_arch(
+    upstream: Callable,
+    parser: argparse.ArgumentParser,
+    input_args: list[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    given, _ = _precision_parser().parse_known_args(input_args)
+    if (given.fp16 or given.memory_efficient_fp16) and (given.bf16 or given.memory_efficient_bf16):
+        parser.error("--fp16 does not go with --bf16: give one of them")
+    parsed = upstream(parser, input_args, *args, **kwargs)
+    # Upstream returns (known, rest) when it was asked to leave unknown arguments.
+    namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    if hasattr(namespace, "tpu"):
+        namespace.tpu = _asks_for_tpu(input_args)
+    return parsed
+
+
+def _precision_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for precision in ("fp16", "bf16"):
+        parser.add_argument(f"--{precision}", action="store_true")
+        parser.add_argument(f"--memory-efficient-{precision}", action="store_true")
+    return parser
+
+
+@functools.cache
+def apply() -> None:
+    wrap(options, "parse_args_and_arch", _parse_args_and_arch)
+
+
+PATCH = Patch(
+    name="bf16-flag",
+    broken="--bf16 ends in ModuleNotFoundError: torch_xla; through Hydra it works",
+    upstream="fairseq/options.py: parse_args_and_arch sets tpu wherever bf16 is set",
+    remove_when="fairseq leaves --tpu to the user",
+    needed=always("--bf16 is not --tpu"),
+    apply=apply,
+)

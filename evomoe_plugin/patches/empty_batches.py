@@ -1,0 +1,36 @@
+"""fairseq-validate in several processes, where one of them has a batch fewer than the others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.tasks import FairseqTask
+
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+
+def _valid_step(
+    upstream: Callable, task: FairseqTask, sample: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """No sentences, no loss; a trainer gives an earlier batch in place of an empty one."""
+    if not sample:
+        return 0.0, 0, {}
+    return upstream(task, sample, *args, **kwargs)
+
+
+@functools.cache
+def apply() -> None:
+    wrap(FairseqTask, "valid_step", _valid_step)
+
+
+PATCH = Patch(
+    name="empty-batches",
+    broken="fairseq-validate in several processes ends in KeyError: 'net_input' unless each has "
+           "as many batches as the others",
+    upstream="fairseq_cli/validate.py: main; fairseq/tasks/fairseq_task.py: valid_step",
+    remove_when="fairseq-validate leaves out the batches that fill up a process's share",
+    needed=always("the batches of a data set need not be a multiple of the processes"),
+    apply=apply,
+)

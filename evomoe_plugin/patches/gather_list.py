@@ -1,0 +1,37 @@
+"""Any data of all processes, as a list: on CPUs, and of any size."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.distributed as dist
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+
+from evomoe_plugin.patches.patch import Patch, always
+
+
+def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> list[Any]:
+    """In place of `fairseq.distributed.utils.all_gather_list`; `max_size` is not needed."""
+    group = distributed_utils.get_global_group() if group is None else group
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, utils.move_to_cpu(data), group=group)
+    return found
+
+
+@functools.cache
+def apply() -> None:
+    distributed_utils.all_gather_list = all_gather_list
+
+
+PATCH = Patch(
+    name="gather-list",
+    broken="fairseq-validate in several processes ends in an error about CUDA where there is no "
+           "GPU, and elsewhere if what it logs has more than --all-gather-list-size bytes, which "
+           "the routing of a few hundred batches has",
+    upstream="fairseq/distributed/utils.py: all_gather_list",
+    remove_when="fairseq gathers objects with torch's all_gather_object",
+    needed=always("validation in several processes"),
+    apply=apply,
+)

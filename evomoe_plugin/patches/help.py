@@ -1,0 +1,49 @@
+"""`--help` tells of the options that the chosen architecture, task and criterion bring."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fairseq import options
+
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+_HELP = {"-h", "--help"}
+
+
+def _parse(
+    upstream: Callable, parser: ArgumentParser, input_args: Sequence[str] | None = None,
+    *args: Any, **kwargs: Any,
+) -> Any:
+    """As upstream; asked for help, it prints that of the whole parser, as it is made by then."""
+    given = list(sys.argv[1:] if input_args is None else input_args)
+    if not _HELP & set(given):
+        return upstream(parser, input_args, *args, **kwargs)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(
+            SystemExit, RuntimeError):
+        # Whatever else is missing or wrong, the parser has its options when it is found out.
+        upstream(parser, [word for word in given if word not in _HELP], *args, **kwargs)
+    parser.print_help()
+    raise SystemExit(0)
+
+
+@functools.cache
+def apply() -> None:
+    wrap(options, "parse_args_and_arch", _parse)
+
+
+PATCH = Patch(
+    name="help",
+    broken="fairseq-train --arch … --help shows none of the options of the architecture, task, "
+           "criterion and optimizer",
+    upstream="fairseq/options.py: parse_args_and_arch parses once before it adds them",
+    remove_when="fairseq adds them first",
+    needed=always("options of the architecture"),
+    apply=apply,
+)

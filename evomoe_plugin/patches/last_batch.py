@@ -1,0 +1,40 @@
+"""The last batch of a data set, which fairseq drops where its size is no multiple of 8."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fairseq.data import data_utils
+
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+
+def _batch_by_size(
+    upstream: Callable, indices: Any, *args: Any, fixed_shapes: Any = None, **kwargs: Any
+) -> list:
+    if not isinstance(indices, np.ndarray):
+        indices = np.fromiter(indices, dtype=np.int64, count=-1)
+    batches = upstream(indices, *args, fixed_shapes=fixed_shapes, **kwargs)
+    if fixed_shapes is not None:
+        return batches
+    left = indices[sum(map(len, batches)):]
+    return [*batches, left] if len(left) else batches
+
+
+@functools.cache
+def apply() -> None:
+    wrap(data_utils, "batch_by_size", _batch_by_size)
+
+
+PATCH = Patch(
+    name="last-batch",
+    broken="training, validation and fairseq-validate silently leave out the last batch, so that "
+           "perplexity depends on the batch size and differs from fairseq-eval-lm's",
+    upstream="fairseq/data/data_utils.py: batch_by_size (fairseq issue 5036)",
+    remove_when="fairseq keeps the last batch under --required-batch-size-multiple",
+    needed=always("no sample is left out"),
+    apply=apply,
+)

@@ -1,0 +1,72 @@
+"""What a mend is, and the tricks that mends share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One fault of fairseq, fairscale or what they stand on, put right from outside.
+
+    Attributes:
+        name: short, for the table of `evomoe doctor`.
+        broken: what a user would meet.
+        upstream: file and function that hold the fault.
+        remove_when: what must have happened before this mend can go.
+        needed: the reason that this environment needs it, or None.
+        apply: puts it right; doing so again changes nothing.
+    """
+
+    name: str
+    broken: str
+    upstream: str
+    remove_when: str
+    needed: Callable[[], str | None]
+    apply: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class PatchStatus:
+    """Whether a mend is in place, and why (or what makes it unnecessary)."""
+
+    name: str
+    active: bool
+    reason: str
+
+
+def wrap(owner: Any, name: str, around: Callable) -> None:
+    """Have `around(original, *args, **kwargs)` called wherever `owner.name(...)` is.
+
+    Mends of the same function compose, in the order in which they are applied.
+    """
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+class ModuleView(ModuleType):
+    """`module` with some names replaced: what one upstream file shall see in its place.
+
+    Patching the module itself would change it for everybody; this changes it for one file.
+    """
+
+    def __init__(self, module: ModuleType, **replaced: Any):
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced, _viewed=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._viewed, name)
+
+
+def always(reason: str) -> Callable[[], str | None]:
+    """`needed` of a mend that every environment needs."""
+    return lambda: reason

@@ -1,0 +1,61 @@
+"""fairseq-eval-lm and fairseq-validate, which print nothing at all where iopath is installed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+
+from evomoe_plugin.patches.patch import Patch
+
+
+def _unasked_handler() -> logging.Handler | None:
+    """The handler that `logging.debug` gives to a root logger that has none, if it is there."""
+    root = logging.getLogger()
+    if len(root.handlers) != 1 or root.level != logging.WARNING:
+        return None
+    handler = root.handlers[0]
+    unasked = (
+        type(handler) is logging.StreamHandler and handler.stream is sys.stderr
+        and handler.formatter is not None
+        and handler.formatter._fmt == logging.BASIC_FORMAT
+    )
+    return handler if unasked else None
+
+
+def _command() -> str | None:
+    """The command of fairseq that this process runs, as a module's name."""
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    names = [specification.name] if specification else []
+    names += [name for name in sys.modules if name.startswith("fairseq_cli.")]
+    return next((name for name in names if name.startswith("fairseq_cli.")), None)
+
+
+def needed() -> str | None:
+    if _command() and _unasked_handler():
+        return "fairseq logged before it set up its logging"
+    return None
+
+
+@functools.cache
+def apply() -> None:
+    logging.getLogger().removeHandler(_unasked_handler())
+    if _command() != "fairseq_cli.generate":  # sets up its own later, to --results-path
+        logging.basicConfig(
+            format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+            datefmt="%Y-%m-%d %H:%M:%S",
+            level=os.environ.get("LOGLEVEL", "INFO").upper(),
+            stream=sys.stdout,
+        )
+
+
+PATCH = Patch(
+    name="silent-commands",
+    broken="fairseq-eval-lm, -validate and -generate log nothing, not even the perplexity",
+    upstream="fairseq/file_io.py calls logging.debug while it is imported, which sets up the root "
+             "logger before fairseq_cli/eval_lm.py and others do",
+    remove_when="fairseq's modules log through loggers of their own",
+    needed=needed,
+    apply=apply,
+)

@@ -1,0 +1,33 @@
+"""`--activation-fn swish` is a function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq import utils
+
+from evomoe_plugin.patches.patch import Patch, always, wrap
+
+
+def _get_activation_fn(upstream: Callable, activation: str) -> Callable[[Any], Any]:
+    if activation == "swish":
+        return torch.nn.functional.silu
+    return upstream(activation)
+
+
+@functools.cache
+def apply() -> None:
+    wrap(utils, "get_activation_fn", _get_activation_fn)
+
+
+PATCH = Patch(
+    name="swish",
+    broken="--activation-fn swish, which SwiGLU needs, ends in a TypeError in the first step",
+    upstream="fairseq/utils.py: get_activation_fn returns the class SiLU where it should make one",
+    remove_when="it returns a function",
+    needed=always("SwiGLU experts"),
+    apply=apply,
+)

@@ -1,0 +1,82 @@
+"""Checkpoints are whole or absent, whatever name they go by and whoever removes it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from evomoe_plugin.checkpoint import atomic_files
+from evomoe_plugin.checkpoint.atomic_files import CheckpointFiles
+from evomoe_plugin.config.errors import RunFailed
+
+
+def test_an_error_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "checkpoint_last.pt"
+    path.write_text("good")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunFailed, match="No space left on device .*earlier checkpoints are int"):
+        atomic_files.write_whole(str(path), fail)
+    assert path.read_text() == "good"
+    assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
+
+
+def test_a_limit_of_the_system_is_named(tmp_path):
+    """The error reaches us through torch's writer, which wraps it."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "checkpoint_last.pt"
+    atomic_files.save({"weights": torch.zeros(10)}, str(path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RunFailed, match="File too large"):
+            atomic_files.save({"weights": torch.zeros(1_000_000)}, str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
+    assert torch.load(path)["weights"].numel() == 10
+
+
+def test_copies_do_not_share_their_content(tmp_path):
+    first, last = str(tmp_path / "checkpoint_1_2.pt"), str(tmp_path / "checkpoint_last.pt")
+    atomic_files.save({"update": 2}, first)
+    CheckpointFiles.copy(first, last, overwrite=True)
+    os.truncate(first, 0)
+    assert torch.load(last) == {"update": 2}
+
+
+def test_links_are_relative(tmp_path):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    first, last = str(folder / "checkpoint_1_2.pt"), str(folder / "checkpoint_last.pt")
+    atomic_files.save({"update": 2}, first)
+    with atomic_files.linking(True):
+        CheckpointFiles.copy(first, last, overwrite=True)
+    assert os.readlink(last) == "checkpoint_1_2.pt"
+    folder.rename(tmp_path / "there")
+    assert torch.load(tmp_path / "there/checkpoint_last.pt") == {"update": 2}
+
+
+def test_removing_a_target_leaves_its_links_whole(tmp_path):
+    first = str(tmp_path / "checkpoint_1_2.pt")
+    names = [str(tmp_path / f"checkpoint_{name}.pt") for name in ("best", "last")]
+    atomic_files.save({"update": 2}, first)
+    with atomic_files.linking(True):
+        for name in names:
+            CheckpointFiles.copy(first, name, overwrite=True)
+    atomic_files.remove(first)
+    assert not os.path.lexists(first)
+    assert [torch.load(name) for name in names] == [{"update": 2}] * 2
+    assert sum(os.path.islink(name) for name in names) == 1  # still one copy on the disk
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    for name in ("checkpoint_1_2.pt", "checkpoint_1_4.pt.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("")
+    atomic_files.remove_leftovers(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "notes.tmp"]

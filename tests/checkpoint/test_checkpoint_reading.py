@@ -1,0 +1,128 @@
+"""What a checkpoint may hold, and what is said of files that are none."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import zipfile
+
+import numpy as np
+import omegaconf
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.patches import checkpoint_reading
+
+
+def state(**more):
+    return {
+        "model": {"w": torch.ones(2)},
+        "args": None,
+        "cfg": {"model": {"_name": "transformer_lm"}},
+        "optimizer_history": [
+            {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 1}
+        ],
+        "extra_state": {"train_iterator": {"epoch": 1}},
+        **more,
+    }
+
+
+def load(path, content):
+    torch.save(content, path)
+    return checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def test_what_fairseq_stores_is_loaded(tmp_path):
+    cfg = omegaconf.OmegaConf.create({"a": [1, {"b": "c"}]})
+    loaded = load(tmp_path / "c.pt", state(
+        task_state={
+            "cfg": cfg, "score": np.float64(1.5), "count": np.int64(2), "array": np.ones(3),
+            "args": argparse.Namespace(x=1),
+        },
+    ))
+    assert loaded["task_state"]["score"] == 1.5
+    assert loaded["task_state"]["cfg"] == cfg
+    assert loaded["task_state"]["args"].x == 1
+    assert loaded["task_state"]["array"].tolist() == [1, 1, 1]
+
+
+def test_a_config_with_a_namespace_is_loaded(tmp_path):
+    """As models without a dataclass leave it."""
+    loaded = load(tmp_path / "c.pt", state(cfg={"model": argparse.Namespace(arch="old")}))
+    assert loaded["cfg"].model.arch == "old"
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evomoe_should_not_exist",)
+
+
+def test_a_program_is_refused_by_name(tmp_path):
+    with pytest.raises(OptionError, match=r"c\.pt: holds posix\.system, .*refused"):
+        load(tmp_path / "c.pt", state(task_state=Malicious()))
+    assert not os.path.exists("/tmp/evomoe_should_not_exist")
+
+
+@pytest.mark.parametrize("size", [0, 100, -30])
+def test_a_file_cut_short_is_named(tmp_path, size):
+    path = tmp_path / "c.pt"
+    torch.save(state(), path)
+    os.truncate(path, size % (path.stat().st_size + 1) if size < 0 else size)
+    with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def pickled_as(path, content):
+    """A file of torch whose pickle is these bytes, or what a function makes of the right ones."""
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in files if name.endswith("data.pkl"))
+    files[name] = content(files[name]) if callable(content) else content
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, parts in files.items():
+            archive.writestr(name, parts)
+    return path
+
+
+@pytest.mark.parametrize(("content", "cause"), [
+    (b"\x80\x02a.", IndexError), (b"\x80\x02}]Ns.", TypeError),
+    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", TypeError),
+    (b"\x80\x02cargparse\nNamespace\n)RK\x01b.", TypeError)])
+def test_damage_that_leads_the_unpickler_astray(tmp_path, content, cause):
+    with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short") as caught:
+        with open(pickled_as(tmp_path / "c.pt", content), "rb") as file:
+            checkpoint_reading.load(file)
+    assert isinstance(caught.value.__cause__, cause)
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_in_the_pickle_ends_in_one_line(tmp_path):
+    draw, refused = random.Random(1), 0
+
+    def damage(pickled):
+        damaged = bytearray(pickled)
+        for _ in range(draw.randint(1, 3)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        return bytes(damaged)
+
+    for _ in range(100):
+        with open(pickled_as(tmp_path / "c.pt", damage), "rb") as file:
+            try:
+                checkpoint_reading.load(file)
+            except OptionError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 50
+
+
+def test_a_foreign_file_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"c\.pt: is a file of torch, but no checkpoint"):
+        load(tmp_path / "c.pt", {"weight": torch.ones(2)})
+    path = tmp_path / "text.pt"
+    path.write_text("hello, this is no checkpoint at all\n" * 9)
+    with pytest.raises(OptionError, match=r"text\.pt: cannot be read"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))

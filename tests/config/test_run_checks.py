@@ -1,0 +1,82 @@
+"""Runs that cannot divide experts over processes, refused before any is started."""
+
+import copy
+
+import pytest
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf, open_dict
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.run_checks import check_run
+from evomoe_plugin.launch.environment import process_count
+
+
+@pytest.fixture(scope="module")
+def divided():
+    """Options of four processes that divide the experts by two; the data is not there."""
+    args = options.parse_args_and_arch(options.get_training_parser(), [
+        "no-data", "--user-dir", "evomoe_plugin", "--task", "language_modeling", "--arch",
+        "transformer_lm_gpttiny_moe", "--optimizer", "adam", "--lr", "0.1", "--max-update", "10",
+        "--criterion", "moe_cross_entropy", "--ddp-backend", "legacy_ddp",
+        "--distributed-world-size", "4", "--moe-expert-parallel-size", "2"])
+    return convert_namespace_to_omegaconf(args)
+
+
+BAD = [
+    ({"distributed_training.distributed_world_size": 3},
+     "--moe-expert-parallel-size 2: does not divide the 3 processes"),
+    ({"distributed_training.ddp_backend": "pytorch_ddp"},
+     "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fully_sharded or legacy_ddp"),
+    ({"distributed_training.zero_sharding": "os"},
+     "--zero-sharding os with --moe-expert-parallel-size: give --ddp-backend fully_sharded"),
+    ({"distributed_training.ddp_backend": "fully_sharded",
+      "distributed_training.use_sharded_state": True},
+     "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint"),
+    ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it knows nothing"),
+    ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
+    ({"optimizer._name": "adafactor"},
+     "--optimizer adafactor with --moe-expert-parallel-size: its steps follow from means"),
+    ({"optimizer._name": "composite"}, "--optimizer composite with --moe-expert-parallel-size: "),
+    ({"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
+     "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta"),
+]
+
+
+def refused(cfg) -> str:
+    with pytest.raises(OptionError) as raised:
+        check_run(cfg, process_count(cfg.distributed_training))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("given, message", BAD, ids=[message[:30] for _, message in BAD])
+def test_refused_in_one_line(divided, given, message):
+    cfg = copy.deepcopy(divided)
+    with open_dict(cfg):
+        for name, value in given.items():
+            OmegaConf.update(cfg, name, value)
+    assert refused(cfg).startswith(message)
+
+
+def test_amp_is_refused(divided, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cfg = copy.deepcopy(divided)
+    cfg.common.amp = True
+    assert refused(cfg).startswith("--amp with --moe-expert-parallel-size: it looks for overflow")
+
+
+def test_adagrad_is_none_of_them(divided):
+    cfg = copy.deepcopy(divided)
+    cfg.optimizer._name = "adagrad"
+    assert "no such folder" in refused(cfg)  # which is what is looked at next
+
+
+@pytest.mark.parametrize("environment, refused_for", [
+    ({"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the 5 processes"),
+    ({"SLURM_NTASKS": "7"}, "the 7 processes"),
+    ({"SLURM_NTASKS": "8"}, "no such folder"),  # which is what is looked at next
+], ids=["torchrun", "slurm", "slurm with as many as needed"])
+def test_processes_are_counted_whoever_starts_them(divided, monkeypatch, environment, refused_for):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert refused_for in refused(copy.deepcopy(divided))

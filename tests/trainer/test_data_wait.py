@@ -1,0 +1,44 @@
+"""What is logged of waiting for batches."""
+
+import pytest
+from fairseq.data import iterators
+from fairseq.logging import metrics
+
+from evomoe_plugin.trainer import data_wait
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock whose seconds pass where `now` is moved."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(data_wait, "time", clock)
+    data_wait._seconds.set(0.0)
+    return clock
+
+
+def logged():
+    with metrics.aggregate(new_root=True) as meters:
+        data_wait._log(None)
+    return meters["data_wait_ms"].avg
+
+
+def test_all_batches_of_an_update_count_and_nothing_between(ticking):
+    def slow():
+        for i in range(5):
+            ticking.now += 2.0
+            yield i
+
+    batches = iterators.GroupedIterator(iterators.CountingIterator(slow(), total=5), chunk_size=2)
+    assert next(batches) == [0, 1]
+    ticking.now += 100.0  # the update itself
+    assert logged() == pytest.approx(4000)
+    assert (next(batches), next(batches)) == ([2, 3], [4])  # one of them of no update
+    assert logged() == pytest.approx(6000)
+    assert logged() == 0
