@@ -1,6 +1,6 @@
 """MoE language models whose sparsity is learned, as a plugin of stock fairseq.
 
-`--user-dir evomoe_plugin` imports this package. Importing mends what is broken in the installed
+`--user-dir evomoe_plugin` imports this package. Importing patches the faults of the installed
 fairseq and fairscale (`patches`) and registers the models, criterions, tasks and optimizers, once.
 """
 
@@ -18,5 +18,11 @@ else:
     from evomoe_plugin import patches
 
     patches.apply_all()
+
+    from evomoe_plugin.config.dataclass_fields import add_checkpoint_fields
+    from evomoe_plugin.launch import call_main
+
+    add_checkpoint_fields()
+    call_main.install()
 
     from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401

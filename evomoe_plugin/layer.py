@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import expert_ffn_dim, parse_bool, shared_ffn_dim
-from evomoe_plugin.dispatch import expert_rows
 from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
@@ -245,15 +244,11 @@ def _take_own_experts(
     layer: MoELayer, state: dict[str, Any], prefix: str, _metadata, _strict, _missing, _unexpected,
     _errors,
 ) -> None:
-    """The rows of the experts that this process holds, of whole parameters or from their file."""
-    own = layer.held_experts
-    source = expert_rows.source.get()
+    """This rank's rows, where the state dict has those of all experts."""
     for name in layer.expert_names:
         key = f"{prefix}experts.{name}"
-        if key in state:
-            state[key] = state[key][own]
-        elif source is not None:
-            state[key] = source(expert_rows.plain_name(key), own)
+        if key in state and len(state[key]) == layer.num_experts:
+            state[key] = state[key][layer.held_experts]
 
 
 def build_layer(

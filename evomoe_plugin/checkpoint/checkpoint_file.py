@@ -10,8 +10,8 @@ from typing import Any
 
 from evomoe_plugin.checkpoint import fsdp_shards
 from evomoe_plugin.checkpoint.expert_shards import ExpertShards, Manifest, manifest_of, merge
+from evomoe_plugin.checkpoint.load import load_file
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.patches import checkpoint_reading
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_main_file(option: str, path: str) -> MainFile:
     """
     def load(file: str) -> dict[str, Any]:
         with open(file, "rb") as opened:
-            return checkpoint_reading.load(opened, map_location="cpu", mapped=True)
+            return load_file(opened, map_location="cpu", mapped=True)
 
     try:
         file = path

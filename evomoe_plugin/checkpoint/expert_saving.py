@@ -1,12 +1,11 @@
-"""Saving a run whose experts are divided over processes: as if one had held them all."""
+"""Save a run with sharded experts as if one rank had held them all."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,23 +29,21 @@ from evomoe_plugin.checkpoint.expert_shards import (
     with_experts,
     write_shard,
 )
-from evomoe_plugin.checkpoint.optimizer_layout import model_layout
-from evomoe_plugin.checkpoint.parameter_storage import storages
-from evomoe_plugin.checkpoint.sharded_experts import Divided, divided
-from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, model_layout
+from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, storages
+from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts
+from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
-from evomoe_plugin.patches.patch import Patch, always, wrap
-from evomoe_plugin.trainer.fp32_masters import masters
 
 # Seconds until a file that another machine wrote must be seen here.
 PATIENCE = 60.0
 
 
 class ExpertSave:
-    """The files of experts of one save. All processes with the first copies of experts have one.
+    """The expert files of one save. Each rank of the first replica of the experts has one.
 
-    The first process writes the main file inside `beside`, if one is due; in the end all call
-    `finish`, in which the others wait to be told the name, and write theirs.
+    Rank 0 writes the main file inside `beside`, if one is due. In the end all call `finish`, in
+    which the other ranks receive the file's name and write theirs.
     """
 
     def __init__(self, groups: ExpertGroups, update: int, tensors: Mapping[str, Tensor],
@@ -57,10 +54,10 @@ class ExpertSave:
 
     @contextlib.contextmanager
     def beside(self, state: dict[str, Any], path: str) -> Iterator[None]:
-        """Inside, the main file `path` is written, with `state` that now has the manifest.
+        """Write the expert files and add their manifest to `state`, which is written inside.
 
         Raises:
-            RunFailed: some process could not write, or its file is not seen here.
+            RunFailed: a rank could not write, or its file is not visible here.
         """
         tag = new_tag(self._update)
         with replacing(path, tag):
@@ -79,7 +76,7 @@ class ExpertSave:
                         dict(self._optimizer), files)
 
     def finish(self) -> None:
-        """End the save on this process."""
+        """End the save on this rank."""
         if self._is_written:
             return
         path, tag = self._announce(None, None)
@@ -92,7 +89,7 @@ class ExpertSave:
         return given[0], given[1]
 
     def _write_all(self, path: str, tag: str) -> list[ShardFile]:
-        """Each process writes its own; all learn how the others fared."""
+        """Each rank writes its own file; all receive all reports."""
         groups = self._groups
         try:
             own: Any = write_shard(path, tag, groups.rank, groups.size, self._tensors)
@@ -112,19 +109,19 @@ def _wait_for(folder: str, files: list[ShardFile]) -> None:
         path = os.path.join(folder, file.name)
         while not os.path.exists(path) or os.path.getsize(path) != file.bytes:
             if time.monotonic() > end:
-                raise RunFailed(f"{path} was written by another process, but is not seen here: "
+                raise RunFailed(f"{path} was written by another rank, but is not visible here: "
                                 "give a --save-dir that all machines share, or "
                                 "--moe-ep-checkpoint consolidated")
             time.sleep(0.1)
 
 
-def take(trainer: Trainer, experts: Divided) -> tuple[dict[str, Any], ExpertSave | None]:
-    """What `trainer.state_dict()` would be with all experts here. All processes take part.
+def take(trainer: Trainer, experts: ShardedExperts) -> tuple[dict[str, Any], ExpertSave | None]:
+    """What `trainer.state_dict()` would be with all experts on this rank. A collective.
 
     Returns:
-        On the first process the whole state, or one without experts, which then are in the second
-        result; on others what they have. The optimizer's state has an entry for each parameter,
-        in the order of the model's, whichever way the run keeps it.
+        On rank 0 the whole state, or one without experts, which then are in the second result; on
+        others what they have. The optimizer's state has an entry for each parameter, in the order
+        of the model's, in whatever layout the run keeps it.
     """
     first_copy = dist.get_rank() < experts.groups.size
     is_first = dist.get_rank() == 0
@@ -132,7 +129,7 @@ def take(trainer: Trainer, experts: Divided) -> tuple[dict[str, Any], ExpertSave
     trainer._gathered_optim_state = {}
     state = utils.move_to_cpu(trainer.state_dict())
     state.pop("fsdp_metadata", None)
-    tensors = _own_weights(experts, masters(trainer))
+    tensors = _own_weights(experts, fp32_masters(trainer))
     order: dict[str, int] = {}
     optimizer: dict[str, Entry] = {}
     if "last_optimizer_state" in state:
@@ -142,6 +139,7 @@ def take(trainer: Trainer, experts: Divided) -> tuple[dict[str, Any], ExpertSave
                  } if is_first else dict.fromkeys(values, 0)
         optimizer = {name: Entry(order[name], values[name]) for name in values}
         state["last_optimizer_state"] = _plain(trainer, order, named)
+        state[PARAMETER_NAMES] = list(order)
     if not first_copy:
         return state, None
     if is_sharded(trainer, experts, tensors):
@@ -153,7 +151,7 @@ def take(trainer: Trainer, experts: Divided) -> tuple[dict[str, Any], ExpertSave
     return state, None
 
 
-def is_sharded(trainer: Trainer, experts: Divided, own: Mapping[str, Tensor]) -> bool:
+def is_sharded(trainer: Trainer, experts: ShardedExperts, own: Mapping[str, Tensor]) -> bool:
     """Whether experts go to files of their own, by the options and the size of all of them."""
     options = trainer.cfg.model
     if options.moe_ep_checkpoint != "auto":
@@ -162,23 +160,23 @@ def is_sharded(trainer: Trainer, experts: Divided, own: Mapping[str, Tensor]) ->
     return total > options.moe_ep_consolidate_below * 2**30
 
 
-def _own_weights(experts: Divided, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Own rows of parameters and buffers, as a plain run's checkpoint has them.
+def _own_weights(experts: ShardedExperts, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's rows of parameters and buffers, as a plain run's checkpoint has them.
 
     Args:
-        exact: those that are held more precisely than in the model, by name.
+        masters: fp32 masters of parameters in half precision, by name.
     """
     own = {}
     for prefix, layer in experts.layers.items():
         weights = _whole_on_every_rank(layer.experts)
         for name in layer.expert_names:
             key = f"{prefix}experts.{name}"
-            own[f"{MODEL}/{key}"] = exact.get(key, weights[name]).detach().cpu()
+            own[f"{MODEL}/{key}"] = masters.get(key, weights[name]).detach().cpu()
     return own
 
 
 def _whole_on_every_rank(module: torch.nn.Module) -> Mapping[str, Tensor]:
-    """A state dict, by fairscale where fairseq's gives it to the first process of a group alone."""
+    """A state dict; fairseq's FSDP would return one on the first rank of a group only."""
     try:
         from fairscale.nn.data_parallel import FullyShardedDataParallel
     except ImportError:
@@ -189,10 +187,10 @@ def _whole_on_every_rank(module: torch.nn.Module) -> Mapping[str, Tensor]:
 
 
 def _own_optimizer_state(
-    trainer: Trainer, experts: Divided, is_first: bool
+    trainer: Trainer, experts: ShardedExperts, is_first: bool
 ) -> tuple[dict[str, dict], dict[str, Tensor], dict[str, dict]]:
-    """Entries by name of what is no expert's, on the first process; moments of own experts, by
-    the manifest's keys; and what else is kept of experts, by name."""
+    """Entries by name of all but experts, on rank 0; moments of this rank's experts, by the
+    manifest's keys; and what else the optimizer keeps of experts, by name."""
     names = experts.names()
     named: dict[str, dict] = {}
     moments: dict[str, Tensor] = {}
@@ -221,16 +219,18 @@ def _own_optimizer_state(
 
 
 def _number(key: str, value: Any) -> Any:
-    """What is kept once for a parameter, as a plain number."""
+    """A value that is kept once for a parameter, as a plain number."""
     if not torch.is_tensor(value):
         return value
     if value.dim() == 0:
         return value.item()
     raise RunFailed(f"the optimizer keeps {key} of shape {tuple(value.shape)}, which cannot be "
-                    "divided like experts: give --optimizer adam")
+                    "sharded like experts: give --optimizer adam")
 
 
-def _optimizer_order(trainer: Trainer, experts: Divided, state: Mapping[str, Any]) -> list[str]:
+def _optimizer_order(
+    trainer: Trainer, experts: ShardedExperts, state: Mapping[str, Any]
+) -> list[str]:
     names = model_layout(trainer).names
     if not trainer.is_fsdp:
         return list(names)
@@ -250,7 +250,7 @@ def _plain(
 
 
 def _on_first(own: Tensor, groups: ExpertGroups, device: torch.device) -> Tensor | None:
-    """The rows of all processes, on the first of them; None on others."""
+    """The rows of all ranks, on the first of them; None on others."""
     sent = own.to(device).contiguous()
     flat = sent.view(-1).view(torch.uint8)  # backends differ in the number types they move
     parts = [torch.empty_like(flat) for _ in range(groups.size)] if groups.rank == 0 else None
@@ -262,7 +262,7 @@ def _on_first(own: Tensor, groups: ExpertGroups, device: torch.device) -> Tensor
 
 def _put(state: dict[str, Any], whole: Mapping[str, Tensor], optimizer: Mapping[str, Entry]
          ) -> None:
-    """Put experts into the state that is written, as `expert_shards.merge` does when reading."""
+    """Put experts into the state that is written: the inverse of reading with `merge`."""
     prefix = f"{MODEL}/"
     state["model"] = with_experts(state["model"], {
         key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)})
@@ -274,43 +274,3 @@ def _put(state: dict[str, Any], whole: Mapping[str, Tensor], optimizer: Mapping[
                 key.removeprefix(start): value for key, value in whole.items()
                 if key.startswith(start)}}
         state["last_optimizer_state"]["state"] = dict(sorted(entries.items()))
-
-
-def _build_optimizer(upstream: Callable, trainer: Trainer) -> None:
-    """The optimizers of fairseq that cannot be divided are refused before the run; one that a user
-    registered is asked."""
-    upstream(trainer)
-    name = trainer.cfg.optimizer._name
-    # fairseq's Adagrad has a sum for each weight, though it does not say so.
-    pointwise = trainer.optimizer.supports_flat_params or name == "adagrad"
-    if divided(trainer) is not None and not pointwise:
-        raise OptionError("optimizer", f"{name} with --moe-expert-parallel-size",
-                          "it must treat each weight by itself, and say so (supports_flat_params): "
-                          "give adam")
-
-
-def _save_checkpoint(upstream: Callable, trainer: Trainer, filename: str, *args: Any) -> Any:
-    """Who calls this by himself, not through `checkpoint_utils.save_checkpoint`, would write a
-    model without experts."""
-    if divided(trainer) is not None:
-        raise RunFailed(f"cannot write {filename}: with --moe-expert-parallel-size checkpoints are "
-                        "written by fairseq.checkpoint_utils.save_checkpoint, on all processes")
-    return upstream(trainer, filename, *args)
-
-
-@functools.cache
-def apply() -> None:
-    wrap(Trainer, "_build_optimizer", _build_optimizer)
-    wrap(Trainer, "save_checkpoint", _save_checkpoint)
-
-
-PATCH = Patch(
-    name="expert-saving",
-    broken="with experts divided over processes only those of the first process are saved, and "
-           "all processes go on with these after a restart",
-    upstream="fairseq/checkpoint_utils.py: save_checkpoint; fairseq/trainer.py: state_dict, "
-             "load_checkpoint",
-    remove_when="training moves to torch's own distributed checkpoints",
-    needed=always("experts can be divided over processes"),
-    apply=apply,
-)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evomoe_plugin.checkpoint import expert_files
-from evomoe_plugin.checkpoint.atomic_files import write_whole
+from evomoe_plugin.checkpoint.atomic_files import TEMPORARY, sync_folder, write_files
 from evomoe_plugin.checkpoint.tensor_files import dtype_name, num_bytes, sha256_of, write_tensors
 from evomoe_plugin.config.errors import OptionError
 
@@ -150,11 +150,11 @@ def write_shard(
     """
     folder = os.path.join(expert_files.beside(path), tag)
     os.makedirs(folder, exist_ok=True)
-    expert_files.sync_folder(os.path.dirname(folder))
+    sync_folder(os.path.dirname(folder))
     name = file_name(rank, size)
     full = os.path.join(folder, name)
     metadata = {"format": "pt", "tag": tag, "rank": str(rank), "size": str(size)}
-    write_whole(full, lambda file: write_tensors(file.name, tensors, metadata))
+    write_files({full: lambda file: write_tensors(file.name, tensors, metadata)})
     return ShardFile(name, os.path.getsize(full), sha256_of(full))
 
 
@@ -206,7 +206,7 @@ class ExpertShards:
         wanted = {file.name: file for file in self.manifest.files}
         try:
             found = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)
-                     if not entry.name.endswith(expert_files.TEMPORARY)}
+                     if not entry.name.endswith(TEMPORARY)}
         except OSError:
             found = {}
         for rank, (name, file) in enumerate(wanted.items()):

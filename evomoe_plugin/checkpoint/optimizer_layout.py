@@ -16,6 +16,9 @@ import torch
 from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
 from evomoe_plugin.config.errors import OptionError
 
+PARAMETER_NAMES = "optimizer_parameter_names"
+"""The key of a checkpoint's list of parameter names, in the order of its optimizer's entries."""
+
 
 @dataclass(frozen=True)
 class OptimizerLayout:
@@ -177,10 +180,12 @@ def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None
 def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:
     """The layout of a checkpoint without FSDP, whose parameters `model` names in another order.
 
-    A state dict lists parameters in the order of the optimizer, among buffers and second names.
+    Files that do not name the optimizer's entries, as fairseq's own, list parameters in their
+    order, among buffers and second names.
     """
     shapes = dict(zip(model.names, model.shapes, strict=True))
-    names = tuple(name for name in state["model"] if name in shapes)
+    listed = state.get(PARAMETER_NAMES) or state["model"]
+    names = tuple(name for name in listed if name in shapes)
     return OptimizerLayout(
         names, tuple(shapes[name] for name in names),
         is_flat=is_flat(state["last_optimizer_state"], model),

@@ -7,43 +7,40 @@ from typing import Any
 
 import torch
 
-from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
+from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, fsdp_layout
 from evomoe_plugin.config.errors import OptionError
 
 _REMEDY = ("start a run from it instead, with --moe-expert-parallel-size and --moe-ep-checkpoint "
            "sharded")
 
 
-def plain_optimizer_state(path: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's state with an entry for each parameter, in the order of `state["model"]`.
-
-    Args:
-        path: of the file, for messages.
-        state: of a run without files of experts, whichever way it kept the optimizer's.
-    Raises:
-        OptionError: it does not say which entry is of which parameter.
-    """
+def make_optimizer_plain(state: dict[str, Any]) -> None:
+    """Change the optimizer's state of a run under FSDP to an entry for each parameter, named in the
+    order of `state["model"]`, as a run without FSDP writes it and every run can read."""
     optimizer = state["last_optimizer_state"]
-    if "param_id_map" in optimizer:
-        named = fsdp_layout(state).by_name(optimizer)
-        names = [name for name in state["model"] if name in named]
-        kept = {key: value for key, value in optimizer.items()
-                if key not in ("param_id_map", "uncollected_local_ids")}
-        groups = [dict(optimizer["param_groups"][0], params=list(range(len(names))))]
-        return dict(kept, param_groups=groups,
-                    state={i: named[name] for i, name in enumerate(names)})
-    return optimizer
+    if "param_id_map" not in optimizer:
+        return
+    named = fsdp_layout(state).by_name(optimizer)
+    state[PARAMETER_NAMES] = names = [name for name in state["model"] if name in named]
+    kept = {key: value for key, value in optimizer.items()
+            if key not in ("param_id_map", "uncollected_local_ids")}
+    state["last_optimizer_state"] = dict(
+        kept, state={i: named[name] for i, name in enumerate(names)},
+        param_groups=[dict(optimizer["param_groups"][0], params=list(range(len(names))))])
 
 
 def optimizer_names(path: str, state: Mapping[str, Any]) -> list[str]:
-    """Names of the entries of a `plain_optimizer_state`, by their order.
+    """Names of the entries of an optimizer's state without FSDP, by their order.
 
-    A file lists parameters in the order of the optimizer, among buffers, second names and frozen
-    ones. The names are those of the only way in which shapes fit.
+    Files of fairseq, and those of before entries were saved with names, list parameters in the
+    order of the optimizer, among buffers, second names and frozen ones. There, the names are those
+    of the only way in which shapes fit.
 
     Raises:
         OptionError: there is more than one way, or none.
     """
+    if PARAMETER_NAMES in state:
+        return list(state[PARAMETER_NAMES])
     optimizer = state["last_optimizer_state"]
     count = sum(len(group["params"]) for group in optimizer["param_groups"])
     shapes = [_shape(optimizer["state"].get(i, {})) for i in range(count)]

@@ -1,15 +1,10 @@
-"""Where a verb writes: checked before it works, and written whole or not at all."""
+"""Check where a verb is to write, before it works."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
 
-from evomoe_plugin.checkpoint.atomic_files import reason_of
-from evomoe_plugin.checkpoint.expert_files import TEMPORARY
-from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.config.errors import OptionError
 
 
 def check_output(option: str, path: str, *, overwrite: bool | None = None,
@@ -35,28 +30,3 @@ def check_output(option: str, path: str, *, overwrite: bool | None = None,
         is_there = os.path.lexists(above)
         raise OptionError(option, path, f"{above} is no folder" if is_there
                           else f"there is no folder {above}")
-
-
-def write_together(files: Mapping[str, Callable[[BinaryIO], Any]]) -> None:
-    """Have each function write a file, and give all of them their names once all are whole.
-
-    If one cannot be written, every path stays what it was. The folders exist.
-
-    Raises:
-        RunFailed: the disk is full or cannot be written; nothing stays behind.
-    """
-    path = ""
-    try:
-        for path, write in files.items():
-            with open(path + TEMPORARY, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(path + TEMPORARY, path)
-    except (OSError, RuntimeError) as error:  # torch hides the reason in a RuntimeError
-        raise RunFailed(f"cannot write {path}: {reason_of(error)}; nothing is changed") from error
-    finally:
-        for path in files:
-            with contextlib.suppress(OSError):
-                os.remove(path + TEMPORARY)

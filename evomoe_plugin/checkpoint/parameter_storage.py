@@ -101,3 +101,17 @@ def _sharded(trainer: Any) -> Iterator[Storage]:
             tuple(torch.Size(shape) for shape in parameter["shapes"]),
             module=module,
         )
+
+
+def fp32_masters(trainer: Any) -> dict[str, Tensor]:
+    """What the optimizer updates in place of parameters in half precision, by their names in the
+    checkpoint; views. None under FSDP, whose own shards are in fp32."""
+    found: dict[str, Tensor] = {}
+    if trainer.is_fsdp:
+        return found
+    for storage in storages(trainer):
+        if storage.copies:
+            flat = storage.owner.data.view(-1)
+            for name, shape, begin, end in storage.pieces():
+                found[name] = flat[begin:end].view(shape)
+    return found

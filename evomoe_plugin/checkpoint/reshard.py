@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.checkpoint import atomic_files, expert_files
+from evomoe_plugin.checkpoint import checkpoint_files, expert_files
 from evomoe_plugin.checkpoint.checkpoint_file import MainFile
 from evomoe_plugin.checkpoint.expert_shards import (
     KEY,
@@ -22,7 +22,7 @@ from evomoe_plugin.checkpoint.expert_shards import (
     replacing,
     write_shard,
 )
-from evomoe_plugin.checkpoint.optimizer_names import optimizer_names, plain_optimizer_state
+from evomoe_plugin.checkpoint.optimizer_names import make_optimizer_plain, optimizer_names
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.checkpoint.tensor_files import dtype_name
 from evomoe_plugin.config.errors import OptionError
@@ -47,8 +47,8 @@ def consolidate(main: MainFile, out: str) -> None:
         RunFailed: the disk is full or cannot be written.
     """
     state = main.whole()
-    _make_plain(main, state)
-    atomic_files.save(state, out)
+    _make_plain(state)
+    checkpoint_files.save(state, out)
     expert_files.keep_only(out, ())
 
 
@@ -74,7 +74,7 @@ def reshard(main: MainFile, out: str, size: int) -> None:
                     for key, whole in source.tensors.items()}
             files.append(write_shard(out, tag, rank, size, rows))
         manifest = Manifest(main.update, tag, source.tensors, source.optimizer, files)
-        atomic_files.save({**source.rest, KEY: manifest.plain()}, out)
+        checkpoint_files.save({**source.rest, KEY: manifest.plain()}, out)
 
 
 def _part(count: int, rank: int, size: int) -> slice:
@@ -98,7 +98,7 @@ class _InOneFile:
 
     def __init__(self, main: MainFile):
         state = main.whole()
-        _make_plain(main, state)
+        _make_plain(state)
         self._values: dict[str, Tensor] = {}
         self.optimizer: dict[str, Entry] = {}
         names = [name for name in state["model"] if is_expert_parameter(name)]
@@ -126,9 +126,10 @@ class _InOneFile:
         return self._values[key][rows]
 
 
-def _make_plain(main: MainFile, state: dict[str, Any]) -> None:
+def _make_plain(state: dict[str, Any]) -> None:
     """As a run without FSDP writes it, which every run can read."""
     if state.get("last_optimizer_state"):
-        state["last_optimizer_state"] = dict(plain_optimizer_state(main.path, state))
-        state["last_optimizer_state"]["state"] = dict(state["last_optimizer_state"]["state"])
+        make_optimizer_plain(state)
+        optimizer = dict(state["last_optimizer_state"])
+        state["last_optimizer_state"] = dict(optimizer, state=dict(optimizer["state"]))
     state.pop("fsdp_metadata", None)

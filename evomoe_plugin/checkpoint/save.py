@@ -1,115 +1,109 @@
-"""Saving a checkpoint: whole or not at all, in the foreground or behind the training."""
+"""Save a run's checkpoints under fairseq's names, whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import data_utils
-from fairseq.file_io import PathManager
 
-from evomoe_plugin.checkpoint import (
-    async_writer,
-    atomic_files,
-    expert_files,
-    expert_loading,
-    expert_saving,
-)
-from evomoe_plugin.checkpoint.atomic_files import CheckpointFiles
-from evomoe_plugin.checkpoint.sharded_experts import divided
-from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.patches.patch import ModuleView, Patch, always, wrap
+from evomoe_plugin.checkpoint import async_writer, checkpoint_files, expert_files, expert_saving
+from evomoe_plugin.checkpoint.sharded_experts import sharded_experts
 
 logger = logging.getLogger(__name__)
 
-# What upstream draws the last digit of checkpoint.best_* from: numpy's own generator belongs to
-# the training, which may draw from it while we save.
-_dice = np.random.RandomState()
 
+def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> str | None:
+    """In place of fairseq's `checkpoint_utils.save_checkpoint`, called on all ranks.
 
-@contextlib.contextmanager
-def _seed_dice(*seeds: float) -> Iterator[None]:
-    _dice.seed(int(hash(seeds) % 1e6))  # the same digit on every rank
-    yield
-
-
-class _TakenState:
-    """The trainer at the moment of saving, as upstream's `save_checkpoint` asks for it.
-
-    Upstream decides names, what is best, and what is no longer kept. Given this in place of the
-    trainer it can do so in another thread, while the trainer trains on. The collectives of FSDP
-    have taken place by then, on all ranks, even where no file turns out to be due.
+    Args:
+        cfg: fairseq's `CheckpointConfig`.
+    Returns:
+        The first file that was written; None for none, or where it is written in the background.
+    Raises:
+        RunFailed: this checkpoint, or the one before that was written in the background, could
+            not be written.
     """
+    async_writer.wait()
+    if trainer.data_parallel_rank == 0:
+        os.makedirs(cfg.save_dir, exist_ok=True)
+    _update_best(cfg, val_loss)
+    if cfg.no_save:
+        return None
+    state = TrainerState(trainer)
+    if not trainer.should_save_checkpoint_on_current_rank:
+        state.finish()
+        return None
+    updates, suffix = trainer.get_num_updates(), trainer.checkpoint_suffix
+    logger.info("Preparing to save checkpoint for epoch %d @ %d updates", epoch_itr.epoch, updates)
+    paths = [os.path.join(cfg.save_dir, name)
+             for name in _due(cfg, epoch_itr, updates, suffix, val_loss)]
+    state.add_extra(_extra_state(trainer.task, epoch_itr, val_loss))
+    job = functools.partial(_write, copy.deepcopy(cfg), state, paths, epoch_itr.end_of_epoch(),
+                            suffix, (epoch_itr.epoch, updates, val_loss))
+    # A task that asks to see each file gets it at once.
+    if not cfg.write_checkpoints_asynchronously or hasattr(trainer.task, "post_save"):
+        return job()
+    if state.needs_all_ranks:
+        _warn_not_asynchronous()
+        return job()
+    state.own_copy()
+    async_writer.submit(job)
+    return None
 
-    def __init__(self, trainer: Any, experts: Any = None):
+
+class TrainerState:
+    """A trainer's state at one update. Taking it is a collective of all ranks."""
+
+    def __init__(self, trainer: Any):
+        experts = sharded_experts(trainer)
         self._experts = None
-        if experts is None:
-            trainer.consolidate_optimizer()
-            self._state = utils.move_to_cpu(trainer.state_dict())
-        else:
+        self._state: dict[str, Any] = {}
+        if experts is not None:
             self._state, self._experts = expert_saving.take(trainer, experts)
-        self._num_updates = trainer.get_num_updates()
-        self.task = trainer.task
-        self.checkpoint_suffix = trainer.checkpoint_suffix
-        self.data_parallel_rank = trainer.data_parallel_rank
-        self.should_save_checkpoint_on_current_rank = trainer.should_save_checkpoint_on_current_rank
-        self.always_call_state_dict_during_save_checkpoint = False
+            return
+        trainer.consolidate_optimizer()
+        if trainer.should_save_checkpoint_on_current_rank:
+            self._state = utils.move_to_cpu(trainer.state_dict())
+        elif trainer.always_call_state_dict_during_save_checkpoint:
+            trainer.state_dict()  # FSDP gathers
 
     @property
     def needs_all_ranks(self) -> bool:
-        """Whether other processes write a part of it."""
+        """Whether other ranks write a part of it."""
         return self._experts is not None
 
+    def add_extra(self, extra_state: dict[str, Any]) -> None:
+        """Add to fairseq's `extra_state`."""
+        self._state["extra_state"].update(extra_state)
+
     def own_copy(self) -> None:
-        """Let the training go on without changing what is to be written."""
+        """Copy the tensors, so that training can go on while they are written."""
         self._state = _own_copy(self._state, {})
 
-    def consolidate_optimizer(self) -> None:
-        """It was done when the state was taken."""
-
-    def get_num_updates(self) -> int:
-        return self._num_updates
-
-    def save_checkpoint(self, filename: str, extra_state: dict) -> str:
-        self._state["extra_state"].update(extra_state)
+    def write(self, path: str) -> None:
+        """Write it to `path`; with experts in files of their own, `finish` must follow."""
         if self._experts is None:
-            atomic_files.save(self._state, filename)
-            expert_files.keep_only(filename, ())
+            checkpoint_files.save(self._state, path)
+            expert_files.keep_only(path, ())
         else:
-            with self._experts.beside(self._state, filename):
-                atomic_files.save(self._state, filename)
-        return os.path.abspath(filename)
+            with self._experts.beside(self._state, path):
+                checkpoint_files.save(self._state, path)
 
     def finish(self) -> None:
-        """To be called on every process, when all that was to be saved is."""
+        """End the save; called on every rank."""
         if self._experts is not None:
             self._experts.finish()
 
 
-class _TakenIterator:
-    """The epoch iterator at the moment of saving."""
-
-    def __init__(self, epoch_itr: Any):
-        self.epoch = epoch_itr.epoch
-        self._end_of_epoch = epoch_itr.end_of_epoch()
-        self._state = epoch_itr.state_dict()
-
-    def end_of_epoch(self) -> bool:
-        return self._end_of_epoch
-
-    def state_dict(self) -> dict:
-        return self._state
-
-
-def _own_copy(value: Any, copies: dict) -> Any:
+def _own_copy(value: Any, copies: dict[Any, torch.Tensor]) -> Any:
     """`value` with tensors of its own; tensors that share memory keep sharing theirs."""
     if torch.is_tensor(value):
         key = (value.data_ptr(), value.dtype, value.storage_offset(), value.shape, value.stride())
@@ -126,97 +120,103 @@ def _own_copy(value: Any, copies: dict) -> Any:
     return copy.deepcopy(value)
 
 
-def _save_checkpoint(
-    upstream: Callable, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None
+def _update_best(cfg: Any, val_loss: float | None) -> None:
+    """fairseq keeps the best score, which resuming restores, as an attribute of the function."""
+    if val_loss is not None:
+        better = max if cfg.maximize_best_checkpoint_metric else min
+        function = checkpoint_utils.save_checkpoint
+        function.best = better(val_loss, getattr(function, "best", val_loss))
+
+
+def _best() -> float | None:
+    return getattr(checkpoint_utils.save_checkpoint, "best", None)
+
+
+def _extra_state(task: Any, epoch_itr: Any, val_loss: float | None) -> dict[str, Any]:
+    extra = {"train_iterator": epoch_itr.state_dict(), "val_loss": val_loss}
+    if hasattr(task, "get_checkpoint_dict"):
+        extra.update(task.get_checkpoint_dict())
+    if _best() is not None:
+        extra["best"] = _best()
+    return extra
+
+
+def _due(
+    cfg: Any, epoch_itr: Any, updates: int, suffix: str, val_loss: float | None
+) -> Iterator[str]:
+    """The names under which this checkpoint is kept."""
+    epoch = epoch_itr.epoch
+    if epoch_itr.end_of_epoch():
+        if not cfg.no_epoch_checkpoints and epoch % cfg.save_interval == 0:
+            yield f"checkpoint{epoch}{suffix}.pt"
+    elif cfg.save_interval_updates > 0 and updates % cfg.save_interval_updates == 0:
+        yield f"checkpoint_{epoch}_{updates}{suffix}.pt"
+    if val_loss is not None:
+        if _is_better(cfg, val_loss, _best()):
+            yield f"checkpoint_best{suffix}.pt"
+        if cfg.keep_best_checkpoints > 0 and _is_better(cfg, val_loss, _worst_kept(cfg, suffix)):
+            # A digit tells equal scores apart: the same on all ranks, and not of a generator that
+            # the training draws from.
+            seed = int(hash((epoch, updates, val_loss)) % 1e6)
+            digit = np.random.RandomState(seed).randint(0, cfg.keep_best_checkpoints)
+            yield f"checkpoint.best_{cfg.best_checkpoint_metric}_{val_loss:.3f}{digit}{suffix}.pt"
+    if not cfg.no_last_checkpoints:
+        yield f"checkpoint_last{suffix}.pt"
+
+
+def _is_better(cfg: Any, score: float, other: float | None) -> bool:
+    if other is None:
+        return True
+    return score >= other if cfg.maximize_best_checkpoint_metric else score <= other
+
+
+def _kept_best(cfg: Any, suffix: str) -> list[str]:
+    """The files `checkpoint.best_*`, from the best to the worst."""
+    paths = checkpoint_utils.checkpoint_paths(
+        cfg.save_dir,
+        pattern=rf"checkpoint\.best_{cfg.best_checkpoint_metric}_(\d+\.?\d*){suffix}\.pt")
+    return paths if cfg.maximize_best_checkpoint_metric else paths[::-1]
+
+
+def _worst_kept(cfg: Any, suffix: str) -> float | None:
+    paths = _kept_best(cfg, suffix)
+    return float(paths[-1].rsplit("_")[-1].replace(f"{suffix}.pt", "")) if paths else _best()
+
+
+def _write(
+    cfg: Any, state: TrainerState, paths: list[str], end_of_epoch: bool, suffix: str,
+    written: tuple[int, int, float | None],
 ) -> str | None:
-    """In place of `checkpoint_utils.save_checkpoint`, with the same results.
-
-    Raises:
-        RunFailed: this checkpoint, or the one before that was written in the async_writer, could
-            not be written.
-    """
-    async_writer.wait()
-    experts = divided(trainer)
-    saves = trainer.should_save_checkpoint_on_current_rank
-    if cfg.no_save or not (saves or experts is not None):
-        return upstream(cfg, trainer, epoch_itr, val_loss)
-    state = _TakenState(trainer, experts)
-    # A task that asks to see each file gets it at once.
-    later = cfg.write_checkpoints_asynchronously and not hasattr(trainer.task, "post_save")
-    if later and state.needs_all_ranks:
-        if saves:
-            _tell_not_asynchronous()
-        later = False
-    if later and saves:
-        state.own_copy()
-    in_turn = copy.deepcopy(cfg)
-    in_turn.write_checkpoints_asynchronously = False
-    job = functools.partial(
-        _save, upstream, in_turn, state, _TakenIterator(epoch_itr), val_loss
-    )
-    if not later or not saves:
-        return job()
-    async_writer.submit(job)
-    return None
-
-
-@functools.cache
-def _tell_not_asynchronous() -> None:
-    logger.warning("--write-checkpoints-asynchronously: training waits while processes write "
-                   "their experts; --moe-ep-checkpoint consolidated does not")
-
-
-def _save(
-    upstream: Callable, cfg: Any, state: _TakenState, iterator: _TakenIterator, val_loss: Any
-) -> str | None:
-    with atomic_files.linking(getattr(cfg, "symlink", False)):
-        saved = upstream(cfg, state, iterator, val_loss)
+    """Write all names of one checkpoint, then remove those that are no longer kept."""
+    began = time.monotonic()
+    for path in paths[:1]:
+        state.write(path)
+    for path in paths[1:]:
+        checkpoint_files.copy(paths[0], path, symlink=getattr(cfg, "symlink", False))
+    if paths:
+        logger.info("Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %.1f "
+                    "seconds)", paths[0], *written, time.monotonic() - began)
+    for path in _outdated(cfg, end_of_epoch, suffix):
+        checkpoint_files.remove(path)
     state.finish()
-    return saved
+    return os.path.abspath(paths[0]) if paths else None
 
 
-def _wait_for_background() -> bool:
-    """In place of iopath's `async_close`, at the end of fairseq's `main`."""
-    async_writer.wait()
-    return True
-
-
-def _load_checkpoint(upstream: Callable, cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-    """As upstream, after removing what a killed run left half-written."""
-    if trainer.data_parallel_rank == 0 and not cfg.no_save:
-        atomic_files.remove_leftovers(cfg.save_dir)
-        expert_loading.remove_stale(cfg.save_dir)
-    return upstream(cfg, trainer, **kwargs)
-
-
-def _verify_checkpoint_directory(upstream: Callable, save_dir: str) -> None:
-    try:
-        upstream(save_dir)
-    except OSError as error:
-        raise OptionError("save_dir", save_dir, f"cannot be written: {error.strerror}") from error
+def _outdated(cfg: Any, end_of_epoch: bool, suffix: str) -> Iterator[str]:
+    """The files that options let go of; fairseq lists them from the newest on."""
+    listed = functools.partial(checkpoint_utils.checkpoint_paths, cfg.save_dir)
+    if not end_of_epoch and cfg.keep_interval_updates > 0:
+        found = listed(pattern=rf"checkpoint_\d+_(\d+){suffix}\.pt", keep_match=True)
+        every = cfg.keep_interval_updates_pattern
+        paths = [path for path, update in found if every == -1 or update % every]
+        yield from paths[cfg.keep_interval_updates :]
+    if cfg.keep_last_epochs > 0:
+        yield from listed(pattern=rf"checkpoint(\d+){suffix}\.pt")[cfg.keep_last_epochs :]
+    if cfg.keep_best_checkpoints > 0:
+        yield from _kept_best(cfg, suffix)[cfg.keep_best_checkpoints :]
 
 
 @functools.cache
-def apply() -> None:
-    wrap(checkpoint_utils, "save_checkpoint", _save_checkpoint)
-    wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
-    wrap(checkpoint_utils, "verify_checkpoint_directory", _verify_checkpoint_directory)
-    checkpoint_utils.torch_persistent_save = atomic_files.save
-    checkpoint_utils.PathManager = CheckpointFiles
-    checkpoint_utils.os = ModuleView(os, remove=atomic_files.remove)
-    checkpoint_utils.np = ModuleView(np, random=_dice)
-    checkpoint_utils.data_utils = ModuleView(data_utils, numpy_seed=_seed_dice)
-    PathManager.async_close = staticmethod(_wait_for_background)
-
-
-PATCH = Patch(
-    name="checkpoint-writing",
-    broken="checkpoint_last.pt is overwritten in place, so a kill at the wrong moment loses it; "
-           "--write-checkpoints-asynchronously writes no checkpoint_last.pt and loses errors; a "
-           "full disk is retried into the same file; with FSDP and no file due, ranks wait for "
-           "each other for ever",
-    upstream="fairseq/checkpoint_utils.py: save_checkpoint, torch_persistent_save",
-    remove_when="fairseq writes every name through a temporary file and waits for its writers",
-    needed=always("checkpoints are whole or absent"),
-    apply=apply,
-)
+def _warn_not_asynchronous() -> None:
+    logger.warning("--write-checkpoints-asynchronously: training waits while ranks write their "
+                   "experts; --moe-ep-checkpoint consolidated does not")

@@ -23,8 +23,9 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from evomoe_plugin.checkpoint.atomic_files import write_files
     from evomoe_plugin.checkpoint.huggingface import import_gpt2
-    from evomoe_plugin.checkpoint.output import check_output, write_together
+    from evomoe_plugin.checkpoint.output import check_output
     from evomoe_plugin.data.dictionary import load_dictionary
 
     dict_path, model_path = paths = [os.path.join(args.out, name)
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
         imported.dictionary.symbols[imported.dictionary.nspecial:],
         imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
-    write_together({
+    write_files({
         dict_path: lambda file: file.write(rows.encode()),
         model_path: lambda file: torch.save(imported.state, file),
     })

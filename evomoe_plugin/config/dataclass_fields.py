@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
@@ -49,3 +49,13 @@ def store_schemas() -> None:
         node = options()
         node._name = name
         store.store(name=name, group="model", node=node, provider="fairseq")
+
+
+def add_checkpoint_fields() -> None:
+    """Add `--symlink`, which the published command lines give: the EvoMoE authors' fork of fairseq
+    has it."""
+    add_field(
+        CheckpointConfig, "symlink", bool, default=False,
+        help="make checkpoint_last.pt and checkpoint_best.pt relative links to the numbered "
+             "file they equal, instead of copies",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -30,3 +31,12 @@ def all_gather_rows(own: Tensor, groups: Any) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(groups.size)]
     dist.all_gather(parts, own.contiguous(), group=groups.exchange)
     return torch.cat(parts)
+
+
+# What wrappers such as FSDP put into names.
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_fpw_module|module)\.")
+
+
+def checkpoint_name(name: str) -> str:
+    """The name of a parameter or module in the checkpoint, without what wraps the modules."""
+    return _WRAPPERS.sub("", name)

@@ -6,17 +6,13 @@ it; and checkpoints looked at before a run goes on from them.
 """
 
 from evomoe_plugin.evolve.adapt import adapt_experts
-from evomoe_plugin.evolve.dense_phase import first_expert_alone
 from evomoe_plugin.evolve.resume_checks import check_spawn, check_trained
 from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.evolve.start import init_from_dense
-from evomoe_plugin.trainer.before_loading import before_loading
-from evomoe_plugin.trainer.train_start import at_train_start
-from evomoe_plugin.trainer.update_end import after_update, around_update
+from evomoe_plugin.trainer.hooks import after_update, at_train_start, before_loading
 
 before_loading(check_spawn)
 before_loading(check_trained)
 at_train_start(init_from_dense)
-around_update(first_expert_alone)
 after_update(spawn_experts)
 after_update(adapt_experts)

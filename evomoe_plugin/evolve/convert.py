@@ -22,9 +22,10 @@ from fairseq.models import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.atomic_files import write_files
 from evomoe_plugin.checkpoint.build_model import as_it_says
 from evomoe_plugin.checkpoint.initial_state import first_checkpoint
-from evomoe_plugin.checkpoint.output import check_output, write_together
+from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.agreement import Agreement, agreement
@@ -103,7 +104,7 @@ def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
         RunFailed: it cannot be written.
     """
     check_output("MOE", path, overwrite=overwrite)
-    write_together({path: lambda file: torch.save(state, file)})
+    write_files({path: lambda file: torch.save(state, file)})
 
 
 def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Recipe, arch: str,

@@ -23,13 +23,15 @@ from evomoe_plugin.config.errors import OptionError, one_line_errors
 from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import wrap
+from evomoe_plugin.trainer.install import install as install_trainer
 
 logger = logging.getLogger(__name__)
 
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
-    """`main` in a process that trains: nothing is left half-written when it ends."""
+    """Run `main` with our trainer, in the process that trains, and end with all files written."""
+    install_trainer(main)
     with async_writer.finished_on_exit():
         main(cfg, **kwargs)
 
@@ -154,17 +156,6 @@ def _free_port() -> int:
 
 
 @functools.cache
-def apply() -> None:
+def install() -> None:
+    """Have all of fairseq's commands start their runs here."""
     wrap(distributed_utils, "call_main", _call_main)
-
-
-PATCH = Patch(
-    name="launch",
-    broken="without a GPU --distributed-world-size 2 fails an assertion, with an init method it "
-           "starts no process and exits 0, torchrun divides by zero, and one process cannot "
-           "train fully sharded; bad options end in a traceback",
-    upstream="fairseq/distributed/utils.py: call_main, infer_init_method",
-    remove_when="fairseq starts gloo processes by itself; the one-line errors stay",
-    needed=always("one-line errors; processes without GPUs"),
-    apply=apply,
-)

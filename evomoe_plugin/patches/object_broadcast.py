@@ -1,11 +1,14 @@
 """Sending a checkpoint from rank 0 to the other ranks with torch >= 2.6."""
 
-import functools
+from __future__ import annotations
+
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
-from evomoe_plugin.patches.patch import ModuleView, Patch
+from evomoe_plugin.patches.patch import Patch
 
 
 def needed() -> str | None:
@@ -14,16 +17,19 @@ def needed() -> str | None:
     return None
 
 
+def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+    objects = [obj]
+    dist.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
+    return objects[0]
+
+
 def apply() -> None:
-    # The bytes come from our own rank 0, which pickled them a moment ago.
-    distributed_utils.torch = ModuleView(
-        torch, load=functools.partial(torch.load, weights_only=False)
-    )
+    distributed_utils._broadcast_object_slow = _broadcast_object
 
 
 PATCH = Patch(
     name="object-broadcast",
-    broken="resuming with more than one process ends in UnpicklingError",
+    broken="resuming with more than one rank ends in UnpicklingError",
     upstream="fairseq/distributed/utils.py: _broadcast_object_slow",
     remove_when="fairseq passes weights_only=False there",
     needed=needed,

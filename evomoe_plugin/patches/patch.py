@@ -1,4 +1,4 @@
-"""What a mend is, and the tricks that mends share."""
+"""The description of a patch, and the helpers that patches share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Patch:
-    """One fault of fairseq, fairscale or what they stand on, put right from outside.
+    """The patch of one fault of fairseq, fairscale or what they depend on.
 
     Attributes:
         name: short, for the table of `evomoe doctor`.
-        broken: what a user would meet.
+        broken: what a user would see.
         upstream: file and function that hold the fault.
-        remove_when: what must have happened before this mend can go.
+        remove_when: what must have happened before the patch can go.
         needed: the reason that this environment needs it, or None.
-        apply: puts it right; doing so again changes nothing.
+        apply: applies it; again, it changes nothing.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """Whether a mend is in place, and why (or what makes it unnecessary)."""
+    """Whether a patch is active, and why (or what makes it unnecessary)."""
 
     name: str
     active: bool
@@ -42,7 +42,7 @@ class PatchStatus:
 def wrap(owner: Any, name: str, around: Callable) -> None:
     """Have `around(original, *args, **kwargs)` called wherever `owner.name(...)` is.
 
-    Mends of the same function compose, in the order in which they are applied.
+    Patches of the same function compose, in the order in which they are applied.
     """
     original = getattr(owner, name)
 
@@ -54,7 +54,7 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 
 class ModuleView(ModuleType):
-    """`module` with some names replaced: what one upstream file shall see in its place.
+    """`module` with some names replaced, for one upstream file to see in its place.
 
     Patching the module itself would change it for everybody; this changes it for one file.
     """
@@ -68,5 +68,5 @@ class ModuleView(ModuleType):
 
 
 def always(reason: str) -> Callable[[], str | None]:
-    """`needed` of a mend that every environment needs."""
+    """`needed` of a patch that every environment needs."""
     return lambda: reason

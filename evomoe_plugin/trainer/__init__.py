@@ -1,1 +1,1 @@
-"""The trainer: loading, saving, updates, fp32 masters and gradients of sharded experts."""
+"""The trainer: loading, saving, updates, and gradients of sharded experts."""

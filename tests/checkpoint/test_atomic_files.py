@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from evomoe_plugin.checkpoint import atomic_files
-from evomoe_plugin.checkpoint.atomic_files import CheckpointFiles
+from evomoe_plugin.checkpoint import checkpoint_files
+from evomoe_plugin.checkpoint.atomic_files import write_files
 from evomoe_plugin.config.errors import RunFailed
 
 
@@ -20,8 +20,8 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunFailed, match="No space left on device .*earlier checkpoints are int"):
-        atomic_files.write_whole(str(path), fail)
+    with pytest.raises(RunFailed, match="No space left on device .*nothing is changed"):
+        write_files({str(path): fail})
     assert path.read_text() == "good"
     assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
 
@@ -30,12 +30,12 @@ def test_a_limit_of_the_system_is_named(tmp_path):
     """The error reaches us through torch's writer, which wraps it."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "checkpoint_last.pt"
-    atomic_files.save({"weights": torch.zeros(10)}, str(path))
+    checkpoint_files.save({"weights": torch.zeros(10)}, str(path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(RunFailed, match="File too large"):
-            atomic_files.save({"weights": torch.zeros(1_000_000)}, str(path))
+        with pytest.raises(RunFailed, match="File too large .*earlier checkpoints are intact"):
+            checkpoint_files.save({"weights": torch.zeros(1_000_000)}, str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
@@ -44,8 +44,8 @@ def test_a_limit_of_the_system_is_named(tmp_path):
 
 def test_copies_do_not_share_their_content(tmp_path):
     first, last = str(tmp_path / "checkpoint_1_2.pt"), str(tmp_path / "checkpoint_last.pt")
-    atomic_files.save({"update": 2}, first)
-    CheckpointFiles.copy(first, last, overwrite=True)
+    checkpoint_files.save({"update": 2}, first)
+    checkpoint_files.copy(first, last)
     os.truncate(first, 0)
     assert torch.load(last) == {"update": 2}
 
@@ -54,9 +54,8 @@ def test_links_are_relative(tmp_path):
     folder = tmp_path / "here"
     folder.mkdir()
     first, last = str(folder / "checkpoint_1_2.pt"), str(folder / "checkpoint_last.pt")
-    atomic_files.save({"update": 2}, first)
-    with atomic_files.linking(True):
-        CheckpointFiles.copy(first, last, overwrite=True)
+    checkpoint_files.save({"update": 2}, first)
+    checkpoint_files.copy(first, last, symlink=True)
     assert os.readlink(last) == "checkpoint_1_2.pt"
     folder.rename(tmp_path / "there")
     assert torch.load(tmp_path / "there/checkpoint_last.pt") == {"update": 2}
@@ -65,11 +64,10 @@ def test_links_are_relative(tmp_path):
 def test_removing_a_target_leaves_its_links_whole(tmp_path):
     first = str(tmp_path / "checkpoint_1_2.pt")
     names = [str(tmp_path / f"checkpoint_{name}.pt") for name in ("best", "last")]
-    atomic_files.save({"update": 2}, first)
-    with atomic_files.linking(True):
-        for name in names:
-            CheckpointFiles.copy(first, name, overwrite=True)
-    atomic_files.remove(first)
+    checkpoint_files.save({"update": 2}, first)
+    for name in names:
+        checkpoint_files.copy(first, name, symlink=True)
+    checkpoint_files.remove(first)
     assert not os.path.lexists(first)
     assert [torch.load(name) for name in names] == [{"update": 2}] * 2
     assert sum(os.path.islink(name) for name in names) == 1  # still one copy on the disk
@@ -78,5 +76,5 @@ def test_removing_a_target_leaves_its_links_whole(tmp_path):
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     for name in ("checkpoint_1_2.pt", "checkpoint_1_4.pt.tmp", "notes.tmp"):
         (tmp_path / name).write_text("")
-    atomic_files.remove_leftovers(str(tmp_path))
+    checkpoint_files.remove_leftovers(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "notes.tmp"]

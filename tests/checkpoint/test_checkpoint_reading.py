@@ -13,8 +13,8 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from evomoe_plugin.checkpoint.load import load_file
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.patches import checkpoint_reading
 
 
 def state(**more):
@@ -95,7 +95,7 @@ def pickled_as(path, content):
 def test_damage_that_leads_the_unpickler_astray(tmp_path, content, cause):
     with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short") as caught:
         with open(pickled_as(tmp_path / "c.pt", content), "rb") as file:
-            checkpoint_reading.load(file)
+            load_file(file)
     assert isinstance(caught.value.__cause__, cause)
     assert "\n" not in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_damage_anywhere_in_the_pickle_ends_in_one_line(tmp_path):
     for _ in range(100):
         with open(pickled_as(tmp_path / "c.pt", damage), "rb") as file:
             try:
-                checkpoint_reading.load(file)
+                load_file(file)
             except OptionError as error:
                 assert "\n" not in str(error)
                 refused += 1

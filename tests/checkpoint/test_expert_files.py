@@ -7,9 +7,8 @@ import shutil
 import pytest
 import torch
 
-from evomoe_plugin.checkpoint import atomic_files, expert_loading
-from evomoe_plugin.checkpoint.atomic_files import CheckpointFiles, linking, remove
 from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
+from evomoe_plugin.checkpoint.checkpoint_files import copy, remove, remove_leftovers
 from evomoe_plugin.checkpoint.reshard import consolidate, reshard
 from tests.checkpoint.expert_states import assert_same, assert_same_state, save, whole_state
 
@@ -41,7 +40,7 @@ def names(folder):
 def test_a_copy_has_the_same_experts(last, tmp_path):
     best = tmp_path / "checkpoint_best.pt"
     write(best, size=4, seed=1, update=20)
-    CheckpointFiles.copy(str(last), str(best), overwrite=True)
+    copy(str(last), str(best))
     assert best.read_bytes() == last.read_bytes()
     (own,), (others,) = (list(p.with_suffix(".experts").iterdir()) for p in (last, best))
     assert own.name == others.name
@@ -55,7 +54,7 @@ def test_a_copy_has_the_same_experts(last, tmp_path):
 def test_a_copy_to_a_disk_without_links(last, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
     best = tmp_path / "checkpoint_best.pt"
-    CheckpointFiles.copy(str(last), str(best))
+    copy(str(last), str(best))
     shutil.rmtree(last.with_suffix(".experts"))
     assert_same_state(best, OLD)
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
@@ -65,8 +64,7 @@ def test_links_lead_to_the_experts_of_what_they_name(tmp_path):
     first, last = tmp_path / "checkpoint_1_10.pt", tmp_path / "checkpoint_last.pt"
     write(last, seed=1, update=20)
     write(first)
-    with linking(True):
-        CheckpointFiles.copy(str(first), str(last))
+    copy(str(first), str(last), symlink=True)
     assert last.is_symlink()
     assert not last.with_suffix(".experts").exists()
     assert_same_state(last, OLD)
@@ -156,8 +154,7 @@ def clean(tmp_path):
 
 def restart(folder):
     """As the next start of the run."""
-    atomic_files.remove_leftovers(str(folder))
-    expert_loading.remove_stale(str(folder))
+    remove_leftovers(str(folder))
 
 
 def test_what_a_killed_run_left_goes_at_the_next_start(last, tmp_path):
@@ -210,7 +207,7 @@ def test_killed_while_copying(clean, tmp_path, monkeypatch):
 
     def prepared():
         prepare()
-        CheckpointFiles.copy(str(folder / "checkpoint_last.pt"), str(best))
+        copy(str(folder / "checkpoint_last.pt"), str(best))
 
     def check(was_killed):
         assert matches(best) in ((10, 20) if was_killed else (20,))
@@ -218,8 +215,8 @@ def test_killed_while_copying(clean, tmp_path, monkeypatch):
         matches(best)
         assert len(list(best.with_suffix(".experts").iterdir())) == 1
 
-    assert every_kill(monkeypatch, prepared, lambda: CheckpointFiles.copy(
-        str(tmp_path / "newer.pt"), str(best), overwrite=True), check) > 5
+    assert every_kill(monkeypatch, prepared, lambda: copy(
+        str(tmp_path / "newer.pt"), str(best)), check) > 5
 
 
 @pytest.mark.parametrize("linked", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -230,8 +227,7 @@ def test_killed_while_removing(clean, monkeypatch, linked):
     def prepared():
         prepare()
         if linked:
-            with linking(True):
-                CheckpointFiles.copy(str(last), str(other))
+            copy(str(last), str(other), symlink=True)
 
     def check(was_killed):
         if linked:

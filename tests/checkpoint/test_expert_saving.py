@@ -3,15 +3,15 @@
 import multiprocessing
 import os
 import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from evomoe_plugin.checkpoint import atomic_files, expert_files, expert_loading, expert_saving
+from evomoe_plugin.checkpoint import checkpoint_files, expert_files, expert_saving
 from evomoe_plugin.checkpoint.expert_saving import ExpertSave
 from evomoe_plugin.checkpoint.expert_shards import Entry, ExpertShards, manifest_of
+from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
 
@@ -25,7 +25,7 @@ def experts_of(rank, update):
 
 
 def save(rank, folder, update, is_due=True):
-    """As `checkpoint_writing` does on each process."""
+    """As `checkpoint.save` does on each process."""
     groups = ExpertGroups(SIZE, rank, dist.group.WORLD, None)
     entry = {WEIGHT: Entry(5, {"step": update})}
     save = ExpertSave(groups, update, experts_of(rank, update), entry)
@@ -33,7 +33,7 @@ def save(rank, folder, update, is_due=True):
     if rank == 0 and is_due:
         state = {"model": {}}
         with save.beside(state, path):
-            atomic_files.save(state, path)
+            checkpoint_files.save(state, path)
     save.finish()
 
 
@@ -106,7 +106,7 @@ def the_others_are_not_seen(rank, folder):
     expert_saving.write_shard = lambda path, *args: upstream(
         os.path.join(own, os.path.basename(path)), *args)
     if rank == 0:
-        with pytest.raises(RunFailed, match="is not seen here: give a --save-dir that all mach"):
+        with pytest.raises(RunFailed, match="is not visible here: give a --save-dir that all mach"):
             save(rank, folder, 2)
         assert_saved(folder, 1)
     else:
@@ -114,26 +114,15 @@ def the_others_are_not_seen(rank, folder):
 
 
 def one_does_not_see_the_checkpoint(rank, folder):
-    trainer = SimpleNamespace(
-        cfg=SimpleNamespace(checkpoint=SimpleNamespace(load_checkpoint_on_all_dp_ranks=False)),
-        _optim_history=[])
-    expert_loading.divided = lambda _trainer: True
     path = os.path.join(folder, f"checkpoint_of_{rank}.pt")
-    with expert_loading.loading(trainer, path):  # a run that begins
-        pass
+    check_all_ranks_see(folder, os.path.isfile(path))  # a run that begins
     dist.barrier()
     if rank == 0:
         open(path, "w").close()
-    with (pytest.raises(OptionError, match="process 1 does not see what process 0 does"),
-          expert_loading.loading(trainer, path)):
-        raise AssertionError("nothing must be read")
-    if rank == 1:
-        open(path, "w").close()
-    dist.barrier()
-    with (pytest.raises(OptionError, match="that all machines share"),
-          expert_loading.loading(trainer, path)):
-        assert trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
-        trainer._optim_history = [{"num_updates": 5 + rank}]  # of different updates
+    with pytest.raises(OptionError, match="rank 1 does not see what rank 0 does"):
+        check_all_ranks_see(folder, os.path.isfile(path))
+    with pytest.raises(OptionError, match="that all machines share"):
+        check_all_ranks_see(folder, 5 + rank)  # the updates of what was read
 
 
 @pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen,
@@ -141,21 +130,3 @@ def one_does_not_see_the_checkpoint(rank, folder):
                          ids=lambda body: body.__name__)
 def test_two_processes(tmp_path, body):
     run(tmp_path, body)
-
-
-@pytest.mark.parametrize("name, pointwise", [("adagrad", False), ("mine", True)])
-def test_an_optimizer_of_single_weights_may_be_divided(monkeypatch, name, pointwise):
-    monkeypatch.setattr(expert_saving, "divided", lambda _trainer: True)
-    expert_saving._build_optimizer(lambda _trainer: None, trainer_with(name, pointwise))
-
-
-def test_any_other_is_refused(monkeypatch):
-    monkeypatch.setattr(expert_saving, "divided", lambda _trainer: True)
-    with pytest.raises(OptionError, match="--optimizer mine with --moe-expert-parallel-size"):
-        expert_saving._build_optimizer(lambda _trainer: None, trainer_with("mine", False))
-
-
-def trainer_with(name, pointwise):
-    """A trainer whose optimizer, `--optimizer NAME`, says so or not."""
-    return SimpleNamespace(optimizer=SimpleNamespace(supports_flat_params=pointwise),
-                           cfg=SimpleNamespace(optimizer=SimpleNamespace(_name=name)))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.start import init_from_dense
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 from tests.checkpoint.test_reading import Program
 from tests.evolve.conftest import make_config, make_model, task, trainer_of  # noqa: F401
 from tests.evolve.dense_models import dense_config, dictionary_of, save_dense
@@ -50,7 +50,8 @@ def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     trainer = types.SimpleNamespace(
         cfg=cfg, is_fsdp=False, tpu=False, data_parallel_world_size=1, data_parallel_rank=0,
         checkpoint_suffix="", get_model=torch.nn.Identity)
-    trainer.load_checkpoint = functools.partial(Trainer.load_checkpoint, trainer)
+    trainer.load_checkpoint = functools.partial(MoETrainer.load_checkpoint, trainer)
+    trainer._read_checkpoint = functools.partial(MoETrainer._read_checkpoint, trainer)
 
     def run(path):
         cfg.checkpoint[option] = path

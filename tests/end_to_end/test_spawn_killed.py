@@ -12,9 +12,9 @@ from tests.end_to_end.test_spawn import EXACT, SHARDED, SPAWN, N, spawns
 KILLING = '''
 import os, signal
 import torch.distributed as dist
-from fairseq.trainer import Trainer
 import evomoe_plugin
-from evomoe_plugin.trainer.update_end import after_update
+from evomoe_plugin.trainer.hooks import after_update
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 from evomoe_plugin.evolve import spawn
 
 N, WHERE = 3, os.environ.get("KILLED_WHERE")
@@ -24,7 +24,7 @@ def kill():
     if not last or dist.get_rank() == last:
         os.kill(os.getpid(), signal.SIGKILL)
 
-def train_step(trainer, *args, upstream=Trainer.train_step, **kwargs):
+def train_step(trainer, *args, upstream=MoETrainer.train_step, **kwargs):
     if WHERE == {N - 1: "before", N: "saved"}.get(trainer.get_num_updates(), ""):
         kill()
     return upstream(trainer, *args, **kwargs)
@@ -39,7 +39,7 @@ def after(trainer):
     if WHERE == "after" and trainer.get_num_updates() == N:
         kill()
 
-Trainer.train_step = train_step
+MoETrainer.train_step = train_step
 spawn.edit_parameters = edit_parameters
 after_update(after)
 '''

@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-from evomoe_plugin.patches.checkpoint_reading import load
+from evomoe_plugin.checkpoint.load import load_file as load
 
 VOCABULARY = 40
 SIZES = {"layers": 4, "width": 16, "ffn": 24, "heads": 2}

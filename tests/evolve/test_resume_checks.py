@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout, check_number_trained
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.resume_checks import check_spawn, check_trained
-from evomoe_plugin.trainer import before_loading
 from tests.evolve.conftest import make_config, make_model, task  # noqa: F401
 
 
@@ -102,17 +101,3 @@ def test_flat_moments_of_another_length():
         else:
             with pytest.raises(OptionError, match="is of 12 numbers, 10 are trained now: give"):
                 check_number_trained(state, layout)
-
-
-@pytest.mark.parametrize("given", [(), (True,)])
-def test_it_is_asked_for_files_that_a_trainer_reads(monkeypatch, given):
-    seen, state, trainer = [], {"model": {}}, types.SimpleNamespace()
-    monkeypatch.setattr(before_loading, "_callbacks", [lambda *told: seen.append(told)])
-
-    def read(path):
-        return before_loading._load_to_cpu(lambda path: state, path)
-
-    read("evaluated.pt")
-    before_loading._load_checkpoint(lambda trainer, path, *_: read(path), trainer, "old.pt", *given)
-    read("evaluated.pt")
-    assert seen == [(trainer, state, "old.pt", bool(given))]

@@ -1,6 +1,5 @@
 """`--moe-init-from-dense` around real optimizers: what is set, in which precision."""
 
-import types
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.run_checks import validate_run
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.start import init_from_dense, recipe_of
-from evomoe_plugin.trainer import train_start
 from tests.evolve.conftest import trainer_of
 from tests.evolve.dense_models import (
     SIZES,
@@ -74,16 +72,6 @@ def test_nothing_happens_without_the_option(make_model):
     before = [p.clone() for p in model.parameters()]
     init_from_dense(trainer_of(model, num_updates=0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("found", [True, False])
-def test_only_a_run_without_a_checkpoint_asks(monkeypatch, found):
-    asked = []
-    monkeypatch.setattr(train_start, "_callbacks", [asked.append])
-    trainer = types.SimpleNamespace()
-    state = {"train_iterator": {}} if found else None
-    assert train_start._load_checkpoint(lambda *_: state, trainer, "checkpoint_last.pt") is state
-    assert asked == ([] if found else [trainer])
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -1,10 +1,14 @@
 """What is logged of waiting for batches."""
 
+import types
+
 import pytest
+import torch
 from fairseq.data import iterators
 from fairseq.logging import metrics
 
 from evomoe_plugin.trainer import data_wait
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
 @pytest.fixture
@@ -19,13 +23,14 @@ def ticking(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(data_wait, "time", clock)
-    data_wait._seconds.set(0.0)
+    data_wait.take_seconds()
     return clock
 
 
 def logged():
+    trainer = types.SimpleNamespace(get_model=torch.nn.Identity)
     with metrics.aggregate(new_root=True) as meters:
-        data_wait._log(None)
+        MoETrainer._log_waiting(trainer)
     return meters["data_wait_ms"].avg
 
 
@@ -35,7 +40,8 @@ def test_all_batches_of_an_update_count_and_nothing_between(ticking):
             ticking.now += 2.0
             yield i
 
-    batches = iterators.GroupedIterator(iterators.CountingIterator(slow(), total=5), chunk_size=2)
+    counted = iterators.CountingIterator(slow(), total=5)
+    batches = data_wait.TimedGroupedIterator(counted, chunk_size=2)
     assert next(batches) == [0, 1]
     ticking.now += 100.0  # the update itself
     assert logged() == pytest.approx(4000)

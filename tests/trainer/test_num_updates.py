@@ -1,13 +1,14 @@
 """The model knows the number of updates when it is validated, as eval-lm will."""
 
 from fairseq.models import BaseFairseqModel
-from fairseq.trainer import Trainer
+
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
 def watch(monkeypatch):
     """Pairs (updates of the trainer, updates that the model was told) at each validation step."""
     told, pairs = {}, []
-    set_num_updates, valid_step = BaseFairseqModel.set_num_updates, Trainer.valid_step
+    set_num_updates, valid_step = BaseFairseqModel.set_num_updates, MoETrainer.valid_step
 
     def tell(self, num_updates):
         told["updates"] = num_updates
@@ -18,7 +19,7 @@ def watch(monkeypatch):
         return valid_step(self, *args, **kwargs)
 
     monkeypatch.setattr(BaseFairseqModel, "set_num_updates", tell)
-    monkeypatch.setattr(Trainer, "valid_step", step)
+    monkeypatch.setattr(MoETrainer, "valid_step", step)
     return told, pairs
 
 
@@ -37,8 +38,8 @@ def test_a_fully_sharded_model_is_told(runs, monkeypatch):
 def test_a_reset_optimizer_resets_the_model_too(runs, monkeypatch):
     told, _ = watch(monkeypatch)
     first = runs.train("first", updates=3)
-    begin_epoch, seen = Trainer.begin_epoch, []
-    monkeypatch.setattr(Trainer, "begin_epoch", lambda self, epoch: (
+    begin_epoch, seen = MoETrainer.begin_epoch, []
+    monkeypatch.setattr(MoETrainer, "begin_epoch", lambda self, epoch: (
         seen.append(told["updates"]), begin_epoch(self, epoch)
     ))
     restore = ("--restore-file", first.folder / "checkpoint_last.pt")

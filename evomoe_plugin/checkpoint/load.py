@@ -1,0 +1,128 @@
+"""Read fairseq checkpoints: data only, whole, and one line for whatever is wrong with a file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import overwrite_args_by_name
+from fairseq.file_io import PathManager
+from omegaconf import OmegaConf, open_dict
+from torch.serialization import safe_globals
+
+from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
+from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
+from evomoe_plugin.config.errors import OptionError
+
+
+def load_file(file: BinaryIO, map_location: Any = None, mapped: bool = False) -> dict[str, Any]:
+    """`torch.load` of a checkpoint, of data only (`weights_only=True`).
+
+    Args:
+        mapped: memory-map the tensors, if the file's format allows it.
+    Raises:
+        OptionError: naming the file, and what is wrong with it.
+    """
+    try:
+        with safe_globals(allowed_globals()):
+            if mapped and zipfile.is_zipfile(file.name):
+                state = torch.load(file.name, map_location=map_location, weights_only=True,
+                                   mmap=True)
+            else:
+                state = torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise OptionError("checkpoint", file.name, _unpickling_reason(str(error))) from error
+    except Exception as error:  # a damaged file can lead the unpickler anywhere
+        first_line = str(error).split("\n")[0]
+        raise OptionError("checkpoint", file.name,
+                          f"cannot be read, it is cut short or no checkpoint ({first_line}); "
+                          "take an earlier one") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise OptionError("checkpoint", file.name,
+                          "is a file of torch, but no checkpoint of fairseq (it has no 'model')")
+    return state
+
+
+def _unpickling_reason(message: str) -> str:
+    found = re.search(r"GLOBAL (\S+)", message)
+    if found is None:
+        return "cannot be read, it is cut short or no checkpoint; take an earlier one"
+    return (f"holds {found[1]}, which is not data and could run a program: refused; if you trust "
+            f"the file, load it with torch.load(…, weights_only=False) and save it without that")
+
+
+def read_state(
+    path: str, arg_overrides: dict[str, Any] | None = None, load_on_all_ranks: bool = False
+) -> dict[str, Any]:
+    """One file's state on the CPU, in the form of today's fairseq.
+
+    Args:
+        arg_overrides: options to set in the stored configuration.
+        load_on_all_ranks: whether all ranks read, not one only.
+    """
+    with open(_local_path(path, load_on_all_ranks), "rb") as file:
+        state = load_file(file, map_location="cpu")
+    if arg_overrides and state.get("args") is not None:
+        vars(state["args"]).update(arg_overrides)
+    if state.get("cfg") is not None:
+        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+        if arg_overrides is not None:
+            overwrite_args_by_name(state["cfg"], arg_overrides)
+    return checkpoint_utils._upgrade_state_dict(state)
+
+
+def _local_path(path: str, load_on_all_ranks: bool) -> str:
+    """Where a file is on this machine; of a remote one, a fresh copy."""
+    local = PathManager.get_local_path(path)
+    if local == path or not PathManager.path_requires_pathmanager(path):
+        return local
+    if os.path.exists(local):
+        os.remove(local)
+    if load_on_all_ranks:
+        dist.barrier()
+    return PathManager.get_local_path(path)
+
+
+def load_checkpoint_to_cpu(
+    path: str, arg_overrides: dict[str, Any] | None = None, load_on_all_ranks: bool = False
+) -> dict[str, Any]:
+    """In place of fairseq's `checkpoint_utils.load_checkpoint_to_cpu`: the whole model.
+
+    FSDP shards and sharded experts are put together, and the stored configuration says that each
+    rank holds all experts: the ranks of an evaluation have different numbers of batches, and could
+    not exchange rows.
+    """
+    def read(file: str) -> dict[str, Any]:
+        return read_state(file, arg_overrides, load_on_all_ranks)
+
+    if fsdp_shards.SHARD.search(path):
+        state = fsdp_shards.consolidated(path, read)
+        del state["fsdp_metadata"]  # it would make fairseq look for shards
+    else:
+        state = read(path)
+        manifest = manifest_of(state, path)
+        if manifest is not None:
+            merge(state, ExpertShards(path, manifest))
+    model = (state.get("cfg") or {}).get("model")
+    if model is not None and "moe_expert_parallel_size" in model:
+        with open_dict(model):
+            model.moe_expert_parallel_size = 1
+    return state
+
+
+def misfit(filename: str, error: BaseException) -> OptionError:
+    """From torch's "Error(s) in loading state_dict", which has one line a fault."""
+    faults = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+    first = (faults or [str(error)])[0][:300]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    remedy = "give the architecture and options it was trained with"
+    if "size mismatch" in first and "embed_tokens" in first:
+        remedy = "give the data, and so the dictionary, that it was trained with"
+    return OptionError("checkpoint", filename, f"does not fit the model: {first}{more}; {remedy}")

@@ -1,0 +1,181 @@
+"""Read a checkpoint for a trainer: found, checked, and fitted to the parallelism of the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
+from evomoe_plugin.checkpoint.load import read_state
+from evomoe_plugin.checkpoint.optimizer_layout import (
+    OptimizerLayout,
+    check_number_trained,
+    fsdp_layout,
+    is_flat,
+    model_layout,
+    plain_layout,
+)
+from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts, sharded_experts
+from evomoe_plugin.config.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+# Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
+HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
+
+# Optimizers whose state is the same, by what `--optimizer` calls them.
+SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
+
+
+def reads_own_shard(trainer: Any) -> bool:
+    """Whether each rank saves and loads a file of its own (`--use-sharded-state`)."""
+    return trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state
+
+
+def file_to_read(trainer: Any, filename: str) -> str:
+    """The file to read for `filename`: itself, or else a shard of the same checkpoint.
+
+    Raises:
+        OptionError: it exists in a form that this run cannot read, or was named and is missing.
+    """
+    if os.path.exists(filename):
+        return filename
+    first_shard = fsdp_shards.shard_path(filename, 0)
+    whole = fsdp_shards.SHARD.sub(".pt", filename)
+    if reads_own_shard(trainer):
+        if os.path.exists(first_shard):
+            # Names the shard that is missing, unless this run only has more ranks.
+            state = fsdp_shards.consolidated(filename, read_state)
+            raise _other_world_size(fsdp_shards.world_size(state), trainer)
+        if os.path.exists(whole):
+            raise OptionError("use_sharded_state", "", f"{whole} is one file for all ranks: "
+                                                       "resume without --use-sharded-state")
+    elif os.path.exists(first_shard):
+        logger.info("%s was written with --use-sharded-state: consolidating the shards", filename)
+        return first_shard
+    given = trainer.cfg.checkpoint.restore_file
+    if given != "checkpoint_last.pt":
+        raise OptionError("restore_file", given, f"there is no {filename}")
+    return filename
+
+
+def _other_world_size(count: int, trainer: Any) -> OptionError:
+    return OptionError(
+        "distributed_world_size", trainer.data_parallel_world_size,
+        f"the checkpoint has {count} shards: give {count}, or leave --use-sharded-state out, "
+        "which consolidates them",
+    )
+
+
+def check_same_update(trainer: Any, filename: str, num_updates: int) -> None:
+    """Raise `OptionError` if the ranks' shards, left by a killed run, are of different updates."""
+    updates = [num_updates] * trainer.data_parallel_world_size
+    dist.all_gather_object(updates, num_updates, group=trainer.data_parallel_process_group)
+    if len(set(updates)) > 1:
+        raise OptionError("checkpoint", fsdp_shards.SHARD.sub(".pt", filename),
+                          f"its shards are of different updates ({', '.join(map(str, updates))}):"
+                          " take an earlier one with --restore-file")
+
+
+def read_for(
+    trainer: Any, path: str, reset_optimizer: bool, on_all_ranks: bool,
+    check: Callable[[dict[str, Any], str], None],
+) -> dict[str, Any]:
+    """What a run like `trainer`'s would have written: this rank's experts, its optimizer layout.
+
+    Args:
+        path: as `file_to_read` gives it.
+        reset_optimizer: the optimizer's state is not used, and stays as it is.
+        check: called with the whole state and the path, before anything is taken from it.
+    """
+    read = partial(read_state, load_on_all_ranks=on_all_ranks)
+    if reads_own_shard(trainer):
+        state = read(path)
+        if fsdp_shards.world_size(state) != trainer.data_parallel_world_size:
+            raise _other_world_size(fsdp_shards.world_size(state), trainer)
+        check(state, path)
+        _rename_optimizer(state, trainer)
+        return state
+    is_shard = fsdp_shards.SHARD.search(path)
+    state = fsdp_shards.consolidated(path, read) if is_shard else read(path)
+    _rescale_iterator(state, trainer)
+    experts, manifest = sharded_experts(trainer), manifest_of(state, path)
+    if experts is not None:
+        experts.check(state, path)
+    if manifest is not None:
+        merge(state, ExpertShards(path, manifest), experts and experts.groups.own,
+              with_optimizer=not reset_optimizer)
+    check(state, path)
+    if not reset_optimizer:
+        _fit_optimizer(state, trainer, None if manifest is not None else experts)
+    if experts is not None and manifest is None:
+        experts.keep_own(state["model"])
+    return state
+
+
+def _fit_optimizer(state: dict, trainer: Any, whole: ShardedExperts | None = None) -> None:
+    """Change the optimizer's state to the layout of `trainer`'s.
+
+    Args:
+        whole: sharded experts of which the state still has all rows.
+    """
+    optimizer = state.get("last_optimizer_state")
+    if not optimizer:
+        return
+    _rename_optimizer(state, trainer)
+    was_fsdp = "param_id_map" in optimizer
+    new = model_layout(trainer)
+    if not was_fsdp and not trainer.is_fsdp and whole is None and (
+            is_flat(optimizer, new) == new.is_flat):
+        check_number_trained(optimizer, new)
+        return
+    written = new if whole is None else whole.unsharded(new)
+    old = fsdp_layout(state, new.names) if was_fsdp else plain_layout(state, written)
+    check_number_trained(optimizer, old)
+    if old == new:
+        return
+    logger.info("converting the optimizer's state from %s to %s",
+                _layout_name(old), _layout_name(new))
+    named = old.by_name(optimizer)
+    if whole is not None:
+        named = whole.own_moments(named)
+    state["last_optimizer_state"] = new.state(named, optimizer)
+
+
+def _rename_optimizer(state: dict, trainer: Any) -> None:
+    """Give the trainer's name to an optimizer that keeps the same state under another."""
+    history = state["optimizer_history"][-1]
+    if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
+        efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
+        history["optimizer_name"] = HALF_PRECISION[efficient]
+    elif history["optimizer_name"] in SAME_STATE.values():
+        history["optimizer_name"] = SAME_STATE.get(trainer.cfg.optimizer._name,
+                                                   history["optimizer_name"])
+
+
+def _layout_name(layout: OptimizerLayout) -> str:
+    if layout.modules is not None:
+        return "fully sharded"
+    return "flat" if layout.is_flat else "plain"
+
+
+def _rescale_iterator(state: dict, trainer: Any) -> None:
+    """Count batches of this many ranks: each takes every N-th batch of the epoch."""
+    iterator = state.get("extra_state", {}).get("train_iterator")
+    if not iterator or not state.get("cfg"):
+        return
+    before, now = fsdp_shards.world_size(state), trainer.data_parallel_world_size
+    position = iterator.get("iterations_in_epoch", 0)
+    if before == now or position == 0:
+        return
+    iterator["iterations_in_epoch"] = position * before // now
+    again = position * before % now
+    logger.info("resuming at batch %d of each of %d ranks, which was %d of each of %d%s",
+                iterator["iterations_in_epoch"], now, position, before,
+                f"; {again} batches are seen again" if again else "")

@@ -1,0 +1,44 @@
+"""`--fp16` on CPUs: the flat fp32 masters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
+from torch import Tensor, nn
+
+from evomoe_plugin.patches.patch import Patch
+
+
+def needed() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def _build_fp32_params(
+    upstream: Callable, args: Any, params: Sequence[Tensor], flatten: bool = True
+) -> Any:
+    if not flatten:
+        return upstream(args, params, flatten)
+    master = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in params]))
+    master.grad = torch.zeros_like(master)
+    return {None: master}  # by the index of their device, of which a CPU has none
+
+
+@functools.cache
+def apply() -> None:
+    upstream = _FP16OptimizerMixin.build_fp32_params
+    _FP16OptimizerMixin.build_fp32_params = staticmethod(
+        functools.partial(_build_fp32_params, upstream))
+
+
+PATCH = Patch(
+    name="fp16-on-cpu",
+    broken="--fp16 ends in AssertionError: Torch not compiled with CUDA enabled on CPUs",
+    upstream="fairseq/optim/fp16_optimizer.py: build_fp32_params asks CUDA for the current device",
+    remove_when="it asks the parameters for theirs",
+    needed=needed,
+    apply=apply,
+)

@@ -1,0 +1,523 @@
+"""The trainer of all runs of this plugin: fairseq's, with its steps and checkpoints written out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+from fairseq.logging import meters, metrics
+from fairseq.nan_detector import NanDetector
+from fairseq.trainer import Trainer
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from evomoe_plugin.checkpoint import checkpoint_files, resume
+from evomoe_plugin.checkpoint.load import misfit
+from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, model_layout
+from evomoe_plugin.checkpoint.parameter_storage import fp32_masters
+from evomoe_plugin.checkpoint.save import TrainerState
+from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
+from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
+from evomoe_plugin.trainer import data_wait, hooks, sharded_gradients
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Accumulated:
+    """What the micro-batches of an update gave."""
+
+    logging_outputs: list[dict[str, Any]]
+    sample_size: Any
+    ooms: int
+    is_dummy: bool
+
+
+class MoETrainer(Trainer):
+    """fairseq's trainer with exact resuming, sharded experts, and hooks (`trainer.hooks`).
+
+    It differs from fairseq's in this: checkpoints hold the fp32 masters of parameters in half
+    precision and the names of the optimizer's entries; they resume under any parallelism; the
+    model learns when an update ends and what its number is; gradients of sharded experts are
+    reduced over the ranks that hold them; and nothing asks for CUDA on a CPU.
+    """
+
+    # --- updates
+
+    @metrics.aggregate("train")
+    def train_step(self, samples: Sequence[Any], raise_oom: bool = False) -> Any:
+        """Make one update from the micro-batches `samples`.
+
+        Args:
+            raise_oom: raise when a batch does not fit into memory, instead of leaving it out.
+        Returns:
+            What was logged; None where no update was made (overflow, out of memory).
+        """
+        self._set_seed()
+        self.model.train()
+        self.criterion.train()
+        self.zero_grad()
+        metrics.log_start_time("train_wall", priority=800, round=0)
+
+        done = self._forward_backward(samples, raise_oom or self._shards_experts)
+        if done is None:
+            return None
+        if self._sync_stats():
+            self._sum_over_ranks(done)
+
+        overflow = False
+        try:
+            grad_norm = self._reduce_and_clip_grads(done.sample_size)
+            if not torch.isfinite(grad_norm).all():
+                if not self.cfg.common.amp:
+                    raise FloatingPointError("gradients are Nan/Inf")
+                overflow = True  # AMP's scaler needs the optimizer step nevertheless
+            with record_function("optimizer"):
+                self.task.optimizer_step(
+                    self.optimizer, model=self.model, update_num=self.get_num_updates())
+        except FloatingPointError:
+            self._save_crash_checkpoint()
+            self._find_nan(samples)
+            raise
+        except OverflowError as error:
+            logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
+            overflow, grad_norm = True, torch.zeros((), device=self.device)
+            self.zero_grad()
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                self._log_oom(error)
+                logger.error("OOM during optimization, irrecoverable")
+            raise
+        if overflow and self._retries_batch():
+            self._discard_update()
+            return self.train_step(samples, raise_oom)
+
+        if hasattr(self.model, "perform_slowmo"):
+            self.model.perform_slowmo(
+                self.optimizer.optimizer, getattr(self.optimizer, "fp32_params", None))
+        logged = None
+        if overflow and self.cfg.distributed_training.ddp_backend != "slowmo":
+            self._discard_update()
+        else:
+            logged = self._finish_update(done, grad_norm)
+        self._log_loss_scale()
+        metrics.log_stop_time("train_wall")
+        return logged
+
+    def _forward_backward(self, samples: Sequence[Any], raise_oom: bool) -> _Accumulated | None:
+        """Accumulate gradients; None where the only rank of the run was out of memory."""
+        done = _Accumulated([], 0, 0, False)
+        for i, sample in enumerate(samples):
+            sample, done.is_dummy = self._prepare_sample(sample)
+            try:
+                with self._no_sync(i < len(samples) - 1), self._not_recording(done.is_dummy):
+                    _loss, size, logging_output = self.task.train_step(
+                        sample=sample, model=self.model, criterion=self.criterion,
+                        optimizer=self.optimizer, update_num=self.get_num_updates(),
+                        ignore_grad=done.is_dummy, **self._ema_arguments)
+                done.logging_outputs.append(logging_output)
+                done.sample_size += size
+                if self.cuda and self.get_num_updates() == 0:
+                    torch.cuda.empty_cache()  # what the first step allocated is not typical
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                self._log_oom(error)
+                if raise_oom:
+                    raise
+                logger.warning("attempting to recover from OOM in forward/backward pass")
+                done.ooms += 1
+                self.zero_grad()
+                if self.cuda:
+                    torch.cuda.empty_cache()
+                if self.cfg.distributed_training.distributed_world_size == 1:
+                    self._discard_update()
+                    return None
+            except Exception:
+                self._save_crash_checkpoint()
+                raise
+        size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
+        done.sample_size = size.float() if torch.is_tensor(size) else float(size)
+        return done
+
+    @property
+    def _ema_arguments(self) -> dict[str, Any]:
+        """For tasks that look at the moving average of the weights."""
+        wanted = self.cfg.ema.store_ema and getattr(self.task, "uses_ema", False)
+        return {"ema_model": self.ema.get_model()} if wanted else {}
+
+    def _no_sync(self, accumulates: bool) -> contextlib.AbstractContextManager[Any]:
+        """Inside, DDP leaves gradients local. FSDP would hold unsharded ones, and reduces."""
+        if accumulates and self.data_parallel_world_size > 1 and not self.is_fsdp and hasattr(
+                self.model, "no_sync"):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _not_recording(self, is_dummy: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, routing is not counted: a rank without a batch repeats an earlier one."""
+        model = self.get_model()
+        if is_dummy and hasattr(model, "not_recording"):
+            return model.not_recording()
+        return contextlib.nullcontext()
+
+    def _sum_over_ranks(self, done: _Accumulated) -> None:
+        done.logging_outputs, (done.sample_size, done.ooms, seconds) = (
+            self._aggregate_logging_outputs(
+                done.logging_outputs, done.sample_size, done.ooms,
+                self._local_cumulative_training_time(), ignore=done.is_dummy))
+        self._cumulative_training_time = seconds / self.data_parallel_world_size
+
+    def _reduce_and_clip_grads(self, sample_size: Any) -> Tensor:
+        """Gradients of the mean loss over all ranks, clipped.
+
+        Returns:
+            Their norm before.
+        """
+        groups = expert_groups_of(self.get_model())
+        with record_function("reduce-grads"):
+            if groups is not None and not self.is_fsdp:
+                sharded_gradients.all_reduce_grads(self, groups)
+            else:
+                self.optimizer.all_reduce_grads(self.model)
+            if utils.has_parameters(self.criterion):
+                self.optimizer.all_reduce_grads(self.criterion)
+        with record_function("multiply-grads"):
+            # Gradients are means over ranks, and sums over the samples of each.
+            summed = not self.cfg.optimization.use_bmuf or self._sync_stats()
+            ranks = self.data_parallel_world_size if summed else 1
+            self.optimizer.multiply_grads(ranks / (sample_size or 1.0))
+        with record_function("clip-grads"):
+            grad_norm = self.clip_grad_norm(self.cfg.optimization.clip_norm)
+        if not self.cfg.optimization.use_bmuf and (
+                self.cfg.distributed_training.ddp_backend != "slowmo"):
+            self._check_grad_norms(grad_norm)
+        return grad_norm
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """Clip by the norm of the whole model's gradients, of which each rank may hold a part."""
+        groups = expert_groups_of(self.get_model())
+
+        def over_shards(norm: Tensor) -> Tensor:
+            return distributed_utils.all_reduce(
+                norm.float() ** 2, group=self.data_parallel_process_group) ** 0.5
+
+        def with_sharded_experts(_norm_of_this_rank: Tensor) -> Tensor:
+            return sharded_gradients.grad_norm(self, groups)
+
+        aggregate = None
+        if self.is_fsdp:
+            aggregate = over_shards
+        elif groups is not None:
+            aggregate = with_sharded_experts
+        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
+
+    def _retries_batch(self) -> bool:
+        """Whether AMP, after an overflow, tries the same batch again with a smaller scale."""
+        if not self.cfg.common.amp:
+            return False
+        if self._amp_retries == self.cfg.common.amp_batch_retries:
+            logger.info("AMP: skipping this batch.")
+            self._amp_retries = 0
+            return False
+        self._amp_retries += 1
+        return True
+
+    def _finish_update(self, done: _Accumulated, grad_norm: Tensor) -> Any:
+        """Count and log an update whose optimizer step is done; call the hooks."""
+        self.set_num_updates(self.get_num_updates() + 1)
+        if self.cfg.ema.store_ema:
+            self.ema.step(self.get_model(), self.get_num_updates())
+            metrics.log_scalar("ema_decay", self.ema.get_decay(), priority=10000, round=5, weight=0)
+        if self.cuda and self.cuda_env is not None:
+            used = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+            metrics.log_scalar("gb_free", self.cuda_env.total_memory_in_GB - used, priority=1500,
+                               round=1, weight=0)
+        logged = self._reduce_and_log_stats(done.logging_outputs, done.sample_size, grad_norm)
+        every = self.cfg.common.empty_cache_freq
+        if self.cuda and every > 0 and (self.get_num_updates() - 1) % every == 0:
+            torch.cuda.empty_cache()
+        model = self.get_model()
+        if hasattr(model, "finish_update"):
+            group = None
+            if self.data_parallel_world_size > 1:
+                group = self.data_parallel_process_group
+            model.finish_update(self.get_num_updates(), group)
+            for callback in hooks.UPDATE_END:
+                callback(self)
+            self._log_waiting()
+        return logged
+
+    def _discard_update(self) -> None:
+        model = self.get_model()
+        if hasattr(model, "discard_update"):
+            model.discard_update()
+
+    def _log_waiting(self) -> None:
+        """How long this rank waited for data, and for exchanges of rows of sharded experts."""
+        metrics.log_scalar("data_wait_ms", 1000 * data_wait.take_seconds(), priority=1510, round=2)
+        exchange_meters = [layer.meter for layer in sharded_layers(self.get_model())]
+        if exchange_meters:
+            waited = sum(meter.seconds for meter in exchange_meters)
+            metrics.log_scalar("ep_wait_ms", 1000 * waited, priority=1500, round=1)
+        for meter in exchange_meters:
+            meter.reset()
+
+    def _log_loss_scale(self) -> None:
+        common = self.cfg.common
+        if common.fp16 or common.amp:
+            scaler = self.optimizer.scaler
+            scale = scaler.loss_scale if common.fp16 else scaler.get_scale()
+            metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
+
+    def _find_nan(self, samples: Sequence[Any]) -> None:
+        """Run the batches again, with hooks that name the module where NaN/Inf arises."""
+        self.zero_grad()
+        with NanDetector(self.get_model()):
+            for sample in samples:
+                sample, _ = self._prepare_sample(sample)
+                self.task.train_step(sample, self.model, self.criterion, self.optimizer,
+                                     self.get_num_updates(), ignore_grad=False,
+                                     **self._ema_arguments)
+
+    def _save_crash_checkpoint(self) -> None:
+        """Write crash.pt, if this rank can alone: the others may not have met the exception."""
+        if self.data_parallel_world_size > 1:
+            logger.error("no crash.pt: with several ranks it would need them all; "
+                         "the last checkpoint is intact")
+            return
+        try:
+            self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
+        except RunFailed as error:  # must not hide the exception that is being handled
+            logger.error("no crash.pt: %s", error)
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        """As fairseq's; with sharded experts a rank that is out of memory ends the run, since the
+        others wait for its rows."""
+        return super().valid_step(sample, raise_oom=raise_oom or self._shards_experts)
+
+    @property
+    def _shards_experts(self) -> bool:
+        return getattr(self.cfg.model, "moe_expert_parallel_size", 1) > 1
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Set the number of completed updates, of the model too: its schedules follow it."""
+        super().set_num_updates(num_updates)
+        self._set_model_updates()
+
+    def _set_model_updates(self) -> None:
+        model = self.get_model()  # asking for the wrapped one would build the wrapper
+        if hasattr(model, "set_num_updates"):
+            model.set_num_updates(self.get_num_updates())
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        name = self.cfg.optimizer._name
+        # fairseq's Adagrad is pointwise, though it does not say so.
+        pointwise = self.optimizer.supports_flat_params or name == "adagrad"
+        if sharded_layers(self.get_model()) and not pointwise:
+            raise OptionError("optimizer", f"{name} with --moe-expert-parallel-size",
+                              "it must treat each weight by itself, and say so "
+                              "(supports_flat_params): give adam")
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """fairseq's state, with fp32 masters in place of half-precision weights and the names of
+        the optimizer's entries."""
+        state = super().state_dict()
+        model = state["model"]
+        # By address, since shared parameters have several names. Copies, since a file would hold
+        # all of the flat master for every view of it.
+        masters = {model[name].data_ptr(): master.clone()
+                   for name, master in fp32_masters(self).items()
+                   if name in model and master.numel()}
+        for name, value in model.items():
+            model[name] = masters.get(value.data_ptr(), value)
+        if "last_optimizer_state" in state and not self.is_fsdp:
+            state[PARAMETER_NAMES] = list(model_layout(self).names)
+        return state
+
+    def save_checkpoint(self, filename: str, extra_state: Mapping[str, Any]) -> str | None:
+        """Write the state to `filename`; on other ranks than the first, gather it with that one.
+
+        Raises:
+            RunFailed: it cannot be written; or experts are sharded, where only
+                `fairseq.checkpoint_utils.save_checkpoint`, on all ranks, writes checkpoints.
+        """
+        if sharded_layers(self.get_model()):
+            raise RunFailed(f"cannot write {filename}: with --moe-expert-parallel-size checkpoints "
+                            "are written by fairseq.checkpoint_utils.save_checkpoint, on all ranks")
+        state = TrainerState(self)
+        if not self.should_save_checkpoint_on_current_rank:
+            return None
+        state.add_extra(dict(extra_state))
+        state.write(filename)
+        return os.path.abspath(filename)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: dict[str, Any] | None = None,
+        reset_meters: bool = False,
+    ) -> dict[str, Any] | None:
+        """Resume from a checkpoint of any parallelism, called on all ranks.
+
+        Returns:
+            fairseq's `extra_state`; None where there is no checkpoint, and the run begins.
+        Raises:
+            OptionError: the checkpoint cannot be read or does not fit the run.
+        """
+        checkpoint = self.cfg.checkpoint
+        if self.data_parallel_rank == 0 and not checkpoint.no_save:
+            checkpoint_files.remove_leftovers(checkpoint.save_dir)
+        self._optim_history = []
+        logger.info("Preparing to load checkpoint %s", filename)
+        path = resume.file_to_read(self, filename)
+        state = self._read_checkpoint(path, reset_optimizer)
+        if state is None:
+            logger.info("No existing checkpoint found %s", path)
+            self._set_model_updates()
+            for callback in hooks.TRAIN_START:
+                callback(self)
+            return None
+
+        exact = self._load_model(path, state)
+        self._optim_history = state["optimizer_history"]
+        optimizer_state = state.pop("last_optimizer_state", None)
+        if optimizer_state is not None and not reset_optimizer:
+            self._load_optimizer(path, optimizer_state, reset_lr_scheduler, optimizer_overrides)
+        if exact:
+            for name, master in fp32_masters(self).items():
+                if name in exact:
+                    master.copy_(exact[name])
+        extra_state = state["extra_state"]
+        self._load_progress(extra_state, reset_meters)
+        self._set_model_updates()  # 0 with --reset-optimizer
+        self._check_same_on_all_ranks(path, filename)
+        logger.info("Loaded checkpoint %s (epoch %d @ %d updates)", path,
+                    extra_state["train_iterator"]["epoch"], self.get_num_updates())
+        return extra_state
+
+    def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
+        """This rank's state, fitted to the run; None where there is no file.
+
+        Rank 0 reads and sends it to the others, unless the ranks need different parts of it.
+        """
+        is_sharded = bool(sharded_layers(self.get_model()))
+        exists = PathManager.isfile(path)
+        if is_sharded:
+            check_all_ranks_see(path, exists)
+        if not exists:
+            return None
+        on_all_ranks = (is_sharded or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
+                        or resume.reads_own_shard(self))
+
+        def check(state: dict[str, Any], path: str) -> None:
+            for function in hooks.LOADING:
+                function(self, state, path, reset_optimizer)
+
+        state: Any = None
+        if on_all_ranks or self.data_parallel_rank == 0:
+            state = resume.read_for(self, path, reset_optimizer, on_all_ranks, check)
+        if self.data_parallel_world_size == 1 or on_all_ranks:
+            return state
+        kept = None
+        if state is not None and self.cfg.distributed_training.zero_sharding == "os":
+            # Each rank is sent its shard of it when the optimizer loads it.
+            kept, state["last_optimizer_state"] = state.get("last_optimizer_state"), "SHARDED"
+        state = distributed_utils.broadcast_object(
+            state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device)
+        if kept is not None:
+            state["last_optimizer_state"] = kept
+        return state
+
+    def _load_model(self, path: str, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Load the weights, and take them out of `state`.
+
+        Returns:
+            By name, those that the file holds in fp32 and the model in half precision.
+        """
+        history, weights = state["optimizer_history"], state.pop("model")
+        if history and "num_updates" in history[-1]:
+            self.model.set_num_updates(history[-1]["num_updates"])
+        try:
+            exact = {}
+            if (self.cfg.common.fp16 or self.cfg.common.bf16) and not self.is_fsdp:
+                exact = {name: weights[name] for name, p in self.get_model().named_parameters()
+                         if name in weights and weights[name].dtype == torch.float32 != p.dtype}
+            self.model.load_state_dict(weights, strict=True, model_cfg=self.cfg.model)
+            if utils.has_parameters(self.get_criterion()):
+                self.get_criterion().load_state_dict(state.pop("criterion"), strict=True)
+        except OptionError:
+            raise
+        except Exception as error:
+            raise misfit(path, error) from error
+        return exact
+
+    def _load_optimizer(
+        self, path: str, state: Any, reset_lr_scheduler: bool, overrides: dict[str, Any] | None
+    ) -> None:
+        self._build_optimizer()  # anew: the parameters may be other tensors now
+        last = self._optim_history[-1]
+        for what, saved, now in (
+            ("Criterion", last["criterion_name"], type(self.get_criterion()).__name__),
+            ("Optimizer", last["optimizer_name"], type(self.optimizer).__name__),
+        ):
+            if saved != now:
+                raise OptionError("checkpoint", path, f"{what} does not match; please reset the "
+                                                      f"optimizer (--reset-optimizer). {saved} vs "
+                                                      f"{now}")
+        if not reset_lr_scheduler:
+            self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
+        if self.is_fsdp and not resume.reads_own_shard(self):
+            state = self.model.get_shard_from_optim_state_dict(state)
+        elif self.cfg.distributed_training.zero_sharding == "os":
+            state = self.optimizer.broadcast_global_state_dict(state)
+        self.optimizer.load_state_dict(state, overrides)
+        self.set_num_updates(last["num_updates"])
+
+    def _load_progress(self, extra_state: dict[str, Any], reset_meters: bool) -> None:
+        """Restore times, learning rate, meters and the moving average of weights."""
+        if "previous_training_time" in extra_state:
+            self._previous_training_time = extra_state["previous_training_time"]
+            self._start_time = time.time()
+        iterator = extra_state["train_iterator"]
+        self.lr_step(iterator["epoch"])
+        starts_epoch = iterator.get("version", 1) >= 2 and iterator["iterations_in_epoch"] == 0
+        if "metrics" in extra_state and not reset_meters and not starts_epoch:
+            metrics.load_state_dict(extra_state["metrics"])
+            for meter in metrics.get_meters("default"):
+                if isinstance(meter, meters.TimeMeter):
+                    meter.reset()  # its start belongs to the earlier process
+        if not self.cfg.ema.store_ema:
+            return
+        if "ema" not in extra_state:
+            logger.warning("the checkpoint has no moving average of the weights: it starts from "
+                           "the weights")
+            self.ema.restore(self.get_model().state_dict(),
+                             build_fp32_params=self.cfg.ema.ema_fp32)
+            return
+        self.ema.restore(extra_state["ema"], build_fp32_params=False)
+        if self.cfg.ema.ema_fp32:
+            self.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
+
+    def _check_same_on_all_ranks(self, path: str, filename: str) -> None:
+        """Raise `OptionError` on all ranks if each read a file of its own and they differ."""
+        updates = self._optim_history[-1].get("num_updates")
+        if resume.reads_own_shard(self):
+            resume.check_same_update(self, filename, updates)
+        elif sharded_layers(self.get_model()):
+            check_all_ranks_see(path, updates)

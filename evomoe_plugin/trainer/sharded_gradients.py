@@ -1,0 +1,69 @@
+"""Gradients of sharded experts: fairseq takes every parameter for one that all ranks hold.
+
+Under `fully_sharded` the experts of a layer have an FSDP instance of their own, over the ranks
+that hold the same ones; the gradient norm, summed over all ranks' shards, then counts each expert
+once. Under `legacy_ddp` their gradients are averaged over those ranks here, and the norm is put
+together from both kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from evomoe_plugin.checkpoint.parameter_storage import trained_parameters
+from evomoe_plugin.dispatch.process_groups import ExpertGroups
+from evomoe_plugin.dispatch.sharded_layers import sharded_layers
+
+
+def sharded_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of sharded experts; without FSDP only."""
+    return [p for layer in sharded_layers(model) for p in layer.experts.parameters()]
+
+
+def all_reduce_grads(trainer: Any, groups: ExpertGroups) -> None:
+    """Average gradients over the ranks that hold the same parameters (`legacy_ddp`)."""
+    parameters = sharded_parameters(trainer.get_model())
+    for p in parameters:
+        p.expert = True  # fairseq leaves the gradients of such parameters as they are
+    try:
+        trainer.optimizer.all_reduce_grads(trainer.model)
+    finally:
+        for p in parameters:
+            del p.expert
+    if groups.replicas.size() == 1:
+        return
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.div_(groups.replicas.size())
+            dist.all_reduce(p.grad, group=groups.replicas)
+
+
+def grad_norm(trainer: Any, groups: ExpertGroups) -> Tensor:
+    """The norm of the whole model's gradients, without FSDP. A collective."""
+    sums = [torch.zeros((), device=trainer.device) for _ in range(2)]
+    for grad, is_sharded in _gradients(trainer):
+        sums[is_sharded] += grad.float().norm() ** 2
+    common, sharded = sums
+    dist.all_reduce(sharded, group=groups.exchange)
+    return (common + sharded).sqrt()
+
+
+def _gradients(trainer: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The gradients that are about to be clipped, and whether they are of sharded experts."""
+    model_parameters = [p for _, p in trained_parameters(trainer)]
+    sharded = {id(p) for p in sharded_parameters(trainer.get_model())}
+    masters = getattr(trainer.optimizer, "fp32_params", model_parameters)
+    if isinstance(masters, dict):  # all of them end to end, by device
+        (flat,) = masters.values()
+        parts = flat.grad.split([p.numel() for p in model_parameters])
+        yield from ((part, id(p) in sharded)
+                    for part, p in zip(parts, model_parameters, strict=True))
+        return
+    for p, master in zip(model_parameters, masters, strict=True):
+        if master.grad is not None:
+            yield master.grad, id(p) in sharded
