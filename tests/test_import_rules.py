@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md), read from the sources."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -10,57 +11,105 @@ import evomoe_plugin
 PACKAGE = Path(evomoe_plugin.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "routing", "gates", "experts", "dispatch", "layer", "models"}
+# The options themselves and the errors lie below all, their checks above the gates.
+BASE = {"config.errors", "config.options"}
+LAYER = BASE | {"routing", "gates", "experts", "dispatch", "layer"}
+MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 
 # What each package may import of ours, beside itself.
 ALLOWED = {
-    "config": {"gates", "routing", "dispatch", "patches"},
+    "config.errors": set(),
+    "config.options": {"config.errors"},
+    "config.dataclass_fields": set(),
+    "config.checks": BASE | {"gates", "dispatch"},
+    "config.run_checks": BASE | {"gates", "config.checks"},
     "routing": set(),
-    "gates": {"config", "routing"},
-    "experts": {"config", "routing"},
-    "dispatch": {"config", "routing", "experts"},
-    "layer": {"config", "routing", "gates", "experts", "dispatch"},
-    "models": CORE,
-    "criterions": CORE,
-    "tasks": CORE | {"data"},
+    "gates": BASE | {"routing"},
+    "experts": BASE | {"routing"},
+    "dispatch": BASE | {"routing", "experts"},
+    "layer": LAYER - {"layer"},
+    "models": MODEL,
+    "criterions": MODEL,
+    "tasks": MODEL | {"data"},
     "optim": set(),
-    "data": {"config"},
-    "metrics": {"config"},
-    "checkpoint": CORE | {"patches", "trainer"},
-    "evolve": CORE | {"checkpoint", "data", "trainer"},
-    "trainer": CORE | {"checkpoint", "patches"},
-    "generation": CORE | {"checkpoint", "data"},
-    "export": CORE | {"checkpoint", "data", "generation"},
-    "launch": {"checkpoint", "config", "patches"},
-    "patches": CORE | {"checkpoint", "launch", "trainer"},
+    "data": BASE,
+    "metrics": BASE,
+    "checkpoint": BASE | {"dispatch"},
+    "trainer": BASE | {"dispatch", "checkpoint"},
+    "evolve": MODEL | {"checkpoint", "data", "trainer"},
+    "generation": MODEL | {"checkpoint", "data"},
+    "export": MODEL | {"checkpoint", "data", "generation"},
+    "patches": BASE | {"checkpoint"},
+    "launch": BASE | {"checkpoint", "config.run_checks", "patches", "trainer"},
 }
-MAY_IMPORT_FAIRSEQ = {"models", "criterions", "tasks", "evolve", "patches", "data", "checkpoint",
-                      "generation", "export", "optim", "cli", "config", "launch", "trainer", ""}
+KNOW_NOTHING_OF_FAIRSEQ = {"config.errors", "config.options", "config.checks", "config.run_checks",
+                           "routing", "gates", "experts", "dispatch", "layer", "metrics"}
 
 
-def room_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py") if relative != Path("__init__.py") else ""
+def dotted(path: Path) -> str:
+    """`gates.top_k` of evomoe_plugin/gates/top_k.py; "" of the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-def imports_of(path: Path) -> set[str]:
+def package_of(module: str) -> str:
+    """The key of `ALLOWED` that a module is of: its folder, or in config/ its file."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "config" else parts[0]
+
+
+def imports_of(path: Path, typing_only: bool = True, deferred: bool = True) -> set[str]:
+    """Full names of what a file imports.
+
+    Args:
+        typing_only: those under `if TYPE_CHECKING` too.
+        deferred: those inside of functions too.
+    """
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+
+    def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            if typing_only:
+                for child in node.body:
+                    visit(child)
+        elif deferred or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(path.read_text()))
     return names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_import_only_what_stands_below_them(path):
-    room = room_of(path)
+def test_packages_import_only_what_lies_below_them(path):
+    package = package_of(dotted(path))
     for name in imports_of(path):
-        top, *rest = name.split(".")
+        top, _, rest = name.partition(".")
         if top in ("fairseq", "fairseq_cli", "fairscale"):
-            assert room in MAY_IMPORT_FAIRSEQ, f"{room} imports {name}"
-        if top == "evomoe_plugin" and rest and room in ALLOWED:
-            assert rest[0] in ALLOWED[room] | {room, "__version__"}, (
-                f"{room} imports {name}")
+            assert package not in KNOW_NOTHING_OF_FAIRSEQ, f"{package} imports {name}"
+        if top == "evomoe_plugin" and rest and package in ALLOWED:
+            imported = package_of(rest)
+            assert imported in ALLOWED[package] | {package, "__version__"}, (
+                f"{package} imports {name}")
+
+
+def test_there_is_no_circle_of_imports():
+    modules = {dotted(path) for path in MODULES} - {""}
+    graph = {}
+    for path in MODULES:
+        found = set()
+        for name in imports_of(path, deferred=False):
+            inner = name.removeprefix("evomoe_plugin.")
+            if inner != name:
+                found.add(inner if inner in modules else inner.rpartition(".")[0])
+        graph[dotted(path)] = found & modules - {dotted(path)}
+    # A package's own file lists its modules, which may import from its folder.
+    folders = {dotted(path) for path in MODULES if path.name == "__init__.py"}
+    for module, found in graph.items():
+        found -= {folder for folder in folders if module.startswith(f"{folder}.")}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

@@ -1,1 +1,1 @@
-"""Checkpoint files of others: read as data only, and brought into fairseq's form."""
+"""The checkpoint format: save, load, reshard, inspect, verify, import."""

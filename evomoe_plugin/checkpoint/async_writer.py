@@ -1,4 +1,4 @@
-"""One thread that writes checkpoints while training goes on, and never loses an error."""
+"""Write checkpoints in a background thread, without losing errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's main file as it is written, without the experts that lie beside it."""
+"""A checkpoint's main file, without the expert files beside it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from evomoe_plugin.config.errors import OptionError
 
 @dataclass(frozen=True)
 class MainFile:
-    """What it holds, tensors read when they are looked at."""
+    """The content of a main file; tensors are memory-mapped."""
 
     path: str
     state: dict[str, Any]
     manifest: Manifest | None
-    """Of the experts beside it, if there are any."""
+    """The list of expert files beside it, if there are any."""
 
     @property
     def update(self) -> int:
-        """The run's when it was written."""
+        """The run's update when it was written."""
         return self.state["optimizer_history"][-1]["num_updates"]
 
     def option(self, group: str, name: str) -> Any:
@@ -48,7 +48,7 @@ class MainFile:
 
 
 def read_main_file(option: str, path: str) -> MainFile:
-    """Read a checkpoint of ours; one of `--use-sharded-state` is put together.
+    """Read a checkpoint of ours; FSDP shards are consolidated.
 
     Args:
         option: what the user named the file with, for messages.

@@ -1,7 +1,8 @@
-"""Experts of a checkpoint in files of their own, one for each process that held a part of them.
+"""Sharded experts of a checkpoint in files of their own, one for each rank that held some.
 
 The checkpoint's main file holds everything else, and a manifest that says what the files must be:
-it is read as one with them or not at all. Any number of processes can read them, each its rows.
+the checkpoint is read with all of them or not at all. Any number of ranks can read them, each its
+rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from evomoe_plugin.checkpoint.tensor_files import dtype_name, num_bytes, sha256_
 from evomoe_plugin.config.errors import OptionError
 
 KEY = "moe_experts"
-"""The manifest's in the main file."""
+"""The key of the manifest in the main file."""
 
 MODEL, OPTIMIZER = "model", "optimizer"
 VERSION = 1
@@ -33,7 +34,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Whole:
-    """A tensor of all experts of a layer, its rows divided over the files."""
+    """A tensor of all experts of a layer, its rows sharded over the files."""
 
     shape: list[int]
     dtype: str
@@ -41,7 +42,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """What a file must be."""
+    """The name, size and hash of an expert file."""
 
     name: str
     bytes: int
@@ -50,7 +51,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an optimizer keeps of a parameter beside tensors, and its place among them all."""
+    """A parameter's index in the optimizer's state, and the values kept there beside tensors."""
 
     index: int
     values: dict[str, Any]
@@ -58,14 +59,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the main file says of the files of experts.
+    """The main file's list of expert files and their contents.
 
     Attributes:
         update: the run's, when it was written.
         tag: the name of the files' folder.
         tensors: `model/NAME` and `optimizer/NAME/MOMENT`, NAME as in a checkpoint that holds all.
         optimizer: by NAME.
-        files: one for each process, in the order of their rows.
+        files: one for each rank, in the order of their rows.
     """
 
     update: int
@@ -76,7 +77,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """R, the processes that the experts were divided over."""
+        """R, the ranks that the experts were sharded over."""
         return len(self.files)
 
     def weights(self) -> list[str]:
@@ -85,17 +86,17 @@ class Manifest:
                 if key.startswith(f"{MODEL}/")]
 
     def moments(self, name: str) -> list[str]:
-        """Names of the tensors that the optimizer keeps of a parameter."""
+        """Names of the optimizer's moments of a parameter."""
         prefix = f"{OPTIMIZER}/{name}/"
         return [key.removeprefix(prefix) for key in self.tensors if key.startswith(prefix)]
 
     def plain(self) -> dict[str, Any]:
-        """As the main file holds it: containers, strings and numbers."""
+        """As stored in the main file: containers, strings and numbers."""
         return {"version": VERSION, **asdict(self)}
 
 
 def manifest_of(state: Mapping[str, Any], path: str) -> Manifest | None:
-    """The manifest in a main file's state; None where that holds the experts itself.
+    """The manifest in a main file's state; None if that holds the experts itself.
 
     Raises:
         OptionError: it is of a later version, or not what one is.
@@ -128,20 +129,20 @@ def manifest_of(state: Mapping[str, Any], path: str) -> Manifest | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError("checkpoint", path, f"its list of experts cannot be read ({error}): "
+        raise OptionError("checkpoint", path, f"its list of experts is invalid ({error}): "
                                               "take an earlier one") from error
     return manifest
 
 
 def file_name(rank: int, size: int) -> str:
-    """Of the rows of the `rank`-th of `size` processes."""
+    """The name of the file of rank `rank` of `size`."""
     return f"{rank:05d}-of-{size:05d}.safetensors"
 
 
 def write_shard(
     path: str, tag: str, rank: int, size: int, tensors: Mapping[str, Tensor]
 ) -> ShardFile:
-    """Write the rows of one process beside the main file `path`, which may not exist yet.
+    """Write the rows of one rank beside the main file `path`, which may not exist yet.
 
     Args:
         tensors: by the names of a manifest's, each with 1 / `size` of its rows.
@@ -159,14 +160,14 @@ def write_shard(
 
 
 def new_tag(update: int) -> str:
-    """Of a checkpoint that is about to be written."""
+    """A new tag for a checkpoint that is about to be written."""
     return f"u{update}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
 def replacing(path: str, tag: str) -> Iterator[None]:
-    """Inside, experts with `tag` and then the main file `path` are written. Afterwards the experts
-    of before are gone, or, if that failed, the new ones."""
+    """Inside, write experts with `tag`, then the main file `path`. On exit the earlier experts are
+    removed; on an error, the new ones."""
     try:
         yield
     except BaseException:
@@ -176,7 +177,7 @@ def replacing(path: str, tag: str) -> Iterator[None]:
 
 
 def wholes(tensors: Mapping[str, Tensor], size: int) -> dict[str, Whole]:
-    """A manifest's tensors, of what one of `size` processes writes."""
+    """A manifest's tensors, from those that one of `size` ranks writes."""
     return {name: Whole([len(t) * size, *t.shape[1:]], dtype_name(t.dtype))
             for name, t in tensors.items()}
 
@@ -189,7 +190,7 @@ class ExpertShards:
 
     Args:
         path: the main file, as it is named to the user.
-        check: whether the files must be there now; else `faults_of_folder` tells.
+        check: whether the files must be there now; else `faults_of_folder` reports.
     Raises:
         OptionError: naming the file that is missing, or is none of them, or has changed.
     """
@@ -202,7 +203,7 @@ class ExpertShards:
         self._open: dict[int, Any] = {}
 
     def faults_of_folder(self) -> Iterator[str]:
-        """What is wrong with names and sizes."""
+        """Faults of names and sizes."""
         wanted = {file.name: file for file in self.manifest.files}
         try:
             found = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)
@@ -219,7 +220,7 @@ class ExpertShards:
             yield f"{os.path.join(self.folder, name)} is no part of it: move it away"
 
     def faults_of_file(self, rank: int) -> Iterator[str]:
-        """What is wrong with the contents of a file."""
+        """Faults of a file's content."""
         file = self.manifest.files[rank]
         full = os.path.join(self.folder, file.name)
         if sha256_of(full) != file.sha256:
@@ -254,7 +255,7 @@ class ExpertShards:
         return self._open[rank]
 
     def rows(self, key: str, rows: slice | None = None) -> Tensor:
-        """Rows of one of the manifest's tensors; None: all. No other file is read than theirs."""
+        """Rows of one of the manifest's tensors; None: all. Reads the files that hold them alone."""
         whole = self.manifest.tensors[key]
         wanted = range(whole.shape[0])[rows or slice(None)]
         held = whole.shape[0] // self.manifest.size
@@ -268,7 +269,7 @@ class ExpertShards:
         return value
 
     def rows_of_file(self, key: str, rank: int) -> Tensor:
-        """What a file has of one of the manifest's tensors."""
+        """The rows of one of the manifest's tensors in a file."""
         return self._file(rank).get_tensor(key)
 
 
@@ -278,7 +279,7 @@ def merge(
     rows_of: Callable[[int], slice] | None = None,
     with_optimizer: bool = True,
 ) -> None:
-    """Put experts into the main file's state, where one file for all of them has them.
+    """Insert experts into the main file's state, as a consolidated checkpoint has them.
 
     Args:
         rows_of: of E experts, those that are wanted; None: all.
@@ -302,7 +303,7 @@ def merge(
 
 
 def with_experts(model: Mapping[str, Any], experts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict with experts where that of a model which holds them all lists them.
+    """A state dict with experts inserted in the order of a whole model's.
 
     A layer lists what is its own, its gate, its experts, and its shared ones.
     """
@@ -329,5 +330,5 @@ def with_experts(model: Mapping[str, Any], experts: Mapping[str, Any]) -> Mappin
 
 
 def total_bytes(manifest: Manifest) -> int:
-    """Of all tensors of all experts."""
+    """The size of all tensors of all experts."""
     return sum(num_bytes(whole.shape, whole.dtype) for whole in manifest.tensors.values())

@@ -1,4 +1,4 @@
-"""Checkpoints of `--use-sharded-state`: one file a rank, put together in memory."""
+"""Checkpoints of `--use-sharded-state`: one file a rank, consolidated in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shard_path(path: str, rank: int) -> str:
 
 
 def world_size(state: dict) -> int:
-    """How many processes wrote the checkpoint that `state` is (a shard of)."""
+    """The number of ranks that wrote the checkpoint that `state` is (a shard of)."""
     return state["cfg"]["distributed_training"]["distributed_world_size"]
 
 
@@ -37,7 +37,7 @@ def flat_parameters(state: dict) -> Iterator[tuple[str, str, dict]]:
 
 
 def consolidated(path: str, load: Callable[[str], dict]) -> dict:
-    """The state that one file for all ranks would have had.
+    """The state of all shards, as one file for all ranks would hold it.
 
     Args:
         path: the file of any rank.
@@ -91,7 +91,7 @@ def _optimizer(states: list[dict]) -> dict[str, Any]:
     for local, (_, key, parameter) in enumerate(flat_parameters(states[0])):
         if not key.split(".")[-1].startswith("flat_param_"):
             raise OptionError("not_fsdp_flatten_parameters", "in the checkpoint",
-                              "the optimizer's state cannot be put together: resume as it was "
+                              "the optimizer's state cannot be consolidated: resume as it was "
                               "written, or with --reset-optimizer")
         own = [next(ids) for _ in parameter["names"]]
         whole["param_id_map"].update(dict.fromkeys(own, local))

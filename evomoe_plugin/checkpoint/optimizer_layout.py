@@ -1,4 +1,4 @@
-"""The optimizer's state by parameter name, whichever way the run that saved it kept it.
+"""The optimizer's state by parameter name, in whatever layout a run saved it.
 
 Three layouts exist: one entry a parameter; one entry for all of them, end to end (plain --fp16);
 and fairscale's, one entry a parameter in the order of the FSDP modules, with a map to them.
@@ -22,7 +22,7 @@ PARAMETER_NAMES = "optimizer_parameter_names"
 
 @dataclass(frozen=True)
 class OptimizerLayout:
-    """Which parameters an optimizer's state is of.
+    """The parameters of an optimizer's state, in its order.
 
     Attributes:
         names: of the parameters, in the order of the state.
@@ -72,7 +72,7 @@ class OptimizerLayout:
         return named
 
     def state(self, named: dict[str, dict[str, Any]], old: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state in this layout; what is no parameter's (lr, loss scale) is `old`'s.
+        """An optimizer's state in this layout; the rest (lr, loss scale) is `old`'s.
 
         Parameters without an entry, which were never updated, get moments of zero.
         """
@@ -121,7 +121,7 @@ def fsdp_layout(state: dict, trained: Container[str] | None = None) -> Optimizer
 
 
 def trained_parameters(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """What the optimizer that `trainer` builds is given without FSDP, in its order, by name."""
+    """The parameters of the optimizer that `trainer` builds without FSDP, by name, in its order."""
     parameters = [
         *trainer.get_model().named_parameters(),
         *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
@@ -158,7 +158,7 @@ def _trained_when_sharded(trainer: Any) -> set[str]:
 
 
 def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None:
-    """Raise `OptionError` if the state is of more or fewer parameters, or numbers, than `layout`:
+    """Raise `OptionError` if the state has more or fewer parameters, or elements, than `layout`:
     others were frozen when it was saved."""
     saved = sum(len(group["params"]) for group in state.get("param_groups", ()))
     trained = len(layout.names)

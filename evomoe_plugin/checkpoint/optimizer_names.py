@@ -1,4 +1,4 @@
-"""Which parameters the entries of an optimizer's state in a file are of."""
+"""The parameter names of an optimizer's entries in a file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def optimizer_names(path: str, state: Mapping[str, Any]) -> list[str]:
     found = _only_way(shapes, [tuple(state["model"][name].shape) for name in names])
     if found is None:
         raise OptionError("checkpoint", path,
-                          f"does not tell which parameters its optimizer's state is of: {_REMEDY}")
+                          "does not name the parameters of its optimizer's state: " + _REMEDY)
     return [names[i] for i in found]
 
 
@@ -64,7 +64,7 @@ def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
 def _only_way(
     wanted: Sequence[tuple[int, ...] | None], given: Sequence[tuple[int, ...]]
 ) -> list[int] | None:
-    """Places of `wanted` in `given`, in order, if there is one way only; None fits anything."""
+    """Positions of `wanted` in `given`, in order, if they are unique; None fits anything."""
     def fits(i: int, j: int) -> bool:
         return wanted[i] is None or wanted[i] == given[j]
 

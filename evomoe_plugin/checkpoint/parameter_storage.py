@@ -1,7 +1,7 @@
-"""Where a run keeps its parameters and what its optimizer keeps of them.
+"""Where a run stores its parameters and the optimizer's moments of them.
 
 A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
-fp32 masters, flat or one by one), or in pieces on several processes (FSDP).
+fp32 masters, flat or one by one), or in shards on several ranks (FSDP).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evomoe_plugin.checkpoint.optimizer_layout import trained_parameters
 
 @dataclass(frozen=True)
 class Storage:
-    """Parameters that the optimizer holds end to end in one tensor, or a process's piece of it."""
+    """Parameters that the optimizer holds in one flat tensor, or this rank's shard of it."""
 
     owner: nn.Parameter
     """What the optimizer updates."""
@@ -40,9 +40,9 @@ class Storage:
             yield name, shape, end - shape.numel(), end
 
     def gathered(self, own: Tensor) -> tuple[Tensor, int]:
-        """The whole of what `own`, flat, is the owner's part of, and where that begins in it.
+        """The whole flat tensor of which `own` is this rank's shard, and the shard's offset in it.
 
-        All processes of the FSDP module must call it together.
+        A collective of the ranks of the FSDP module.
         """
         if self.module is None or not self.owner._is_sharded:
             return own, 0
@@ -53,7 +53,7 @@ class Storage:
         return torch.cat(pieces), self.module.rank * own.numel()
 
     def moments(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What an optimizer's state of the owner has a number of for each of its elements."""
+        """The tensors of the owner's optimizer state that have its number of elements."""
         own = self.owner.numel()
         return {key: value.view(-1) for key, value in state.items()
                 if torch.is_tensor(value) and value.dim() and value.numel() == own}
@@ -61,7 +61,7 @@ class Storage:
 
 def storages(trainer: Any) -> Iterator[Storage]:
     """All storages of what `trainer` trains, and of frozen FSDP modules; in the same order on all
-    processes."""
+    ranks."""
     return _sharded(trainer) if trainer.is_fsdp else _whole(trainer)
 
 
@@ -104,8 +104,8 @@ def _sharded(trainer: Any) -> Iterator[Storage]:
 
 
 def fp32_masters(trainer: Any) -> dict[str, Tensor]:
-    """What the optimizer updates in place of parameters in half precision, by their names in the
-    checkpoint; views. None under FSDP, whose own shards are in fp32."""
+    """The fp32 masters of parameters in half precision, by their names in the checkpoint; views.
+    None under FSDP, whose own shards are in fp32."""
     found: dict[str, Tensor] = {}
     if trainer.is_fsdp:
         return found

@@ -1,4 +1,4 @@
-"""One checkpoint in other files: experts in one file with the rest, or divided over some number."""
+"""Rewrite a checkpoint: experts in one file with the rest, or sharded over several."""
 
 from __future__ import annotations
 

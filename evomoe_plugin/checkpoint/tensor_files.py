@@ -1,4 +1,4 @@
-"""Files of safetensors, and what stands in them."""
+"""Read and write safetensors files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evomoe_plugin.config.errors import OptionError
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors`, whatever device they are on, as a file of safetensors.
+    """Write `tensors`, on any device, to a safetensors file.
 
     Raises:
         OSError: it cannot be written.
@@ -46,13 +46,13 @@ def read_safetensors(option: str, path: str) -> dict[str, Tensor]:
 
 
 def sha256_of(path: str) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def num_bytes(shape: tuple[int, ...] | list[int], dtype: str) -> int:
-    """Of a tensor, its dtype named as `dtype_name` does."""
+    """The size of a tensor whose dtype has the name that `dtype_name` gives."""
     return math.prod(shape) * getattr(torch, dtype).itemsize
 
 

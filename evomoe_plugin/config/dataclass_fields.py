@@ -1,4 +1,4 @@
-"""Adding a field to one of fairseq's option dataclasses, for the command line and for Hydra."""
+"""Add fields to fairseq's option dataclasses, for the command line and for Hydra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 
 def add_field(options: type, name: str, kind: type, default: Any, help: str) -> None:
-    """Give the dataclass `options` one more field; again, it does nothing.
+    """Add a field to the dataclass `options`, unless it has it.
 
     Parsers made afterwards have the flag, and Hydra configurations composed afterwards the
     field, if `options` is one of the groups of `FairseqConfig` or of a registered model. Do this
@@ -34,7 +34,7 @@ def add_field(options: type, name: str, kind: type, default: Any, help: str) -> 
 
 
 def store_schemas() -> None:
-    """Tell Hydra anew the schemas that fairseq stored before they had the new field."""
+    """Store fairseq's Hydra schemas again, with the new fields."""
     store = ConfigStore.instance()
     # fairseq stores the whole as "config", and again under the name that --config-name gives.
     whole = [

@@ -1,4 +1,4 @@
-"""How a run ends when it cannot go on: one line for the user, and an exit status."""
+"""Errors that end a run in one line for the user, with an exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 class OptionError(ValueError):
-    """An option has a value that cannot work: one line with option, value and remedy."""
+    """An option has an invalid value: one line with option, value and remedy."""
 
     exit_status = 2
 
@@ -27,19 +27,19 @@ class OptionError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, for a reason that one line explains (a full disk, a dead rank)."""
+    """The run cannot continue, for a reason that one line explains (a full disk, a dead rank)."""
 
     exit_status = FAILED
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status of an error whose message is all that the user needs, else None."""
+    """The exit status of an error whose message suffices for the user, else None."""
     return getattr(error, "exit_status", None)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors that explain themselves into `error: …` and an exit status, no traceback."""
+    """Print `OptionError` and `RunFailed` as `error: …`, and exit with their status."""
     try:
         yield
     except (OptionError, RunFailed) as error:

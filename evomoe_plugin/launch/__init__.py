@@ -1,1 +1,1 @@
-"""Starting a run: fairseq's `call_main`, rank processes, torchrun and Slurm detection."""
+"""Start runs: fairseq's `call_main`, rank processes, detection of torchrun and Slurm."""

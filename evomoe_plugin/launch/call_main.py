@@ -1,7 +1,7 @@
-"""Starting a run: `fairseq.distributed.utils.call_main`, which all of fairseq's commands call.
+"""Start a run, in place of fairseq's `distributed.utils.call_main`, which its commands call.
 
-Three things are done here that upstream does not do: bad options end in one line before anything
-is started; processes can run on CPUs over gloo; and one process may train fully sharded.
+Upstream does not do three things: end bad options in one line before anything is started, start
+ranks on CPUs over gloo, and train fully sharded with one rank.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
-    """Run `main` with our trainer, in the process that trains, and end with all files written."""
+    """Run `main` with `MoETrainer`, in a rank's process; return when all files are written."""
     install_trainer(main)
     with async_writer.finished_on_exit():
         main(cfg, **kwargs)
 
 
 def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
-    """Run `main(cfg, **kwargs)` in as many processes as `cfg.distributed_training` asks for."""
+    """Run `main(cfg, **kwargs)` on as many ranks as `cfg.distributed_training` asks for."""
     with one_line_errors():
         check_run(cfg, process_count(cfg.distributed_training))
         _check_evaluation(cfg, main)
@@ -52,7 +52,7 @@ def _check_evaluation(cfg: Any, main: Callable) -> None:
     count = process_count(cfg.distributed_training)
     if count > 1 and "eval_lm" in main.__globals__:
         raise OptionError("distributed_world_size", count,
-                          "fairseq-eval-lm would print the perplexity of each process's share of "
+                          "fairseq-eval-lm would print the perplexity of each rank's share of "
                           "the data: start one process")
 
 
@@ -105,7 +105,7 @@ def _spawn_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
     kwargs["start_rank"] = options.distributed_rank
     with open_dict(cfg):
         options.distributed_num_procs = count
-        options.distributed_rank = None  # upstream's sign that each process adds its own
+        options.distributed_rank = None  # upstream's sign that each rank adds its own
     run_ranks(main, cfg, kwargs, count, _threads_per_rank(count))
 
 
@@ -114,13 +114,13 @@ def _threads_per_rank(count: int) -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // count)
-    logger.info("%d processes share %s cores: OMP_NUM_THREADS=%d for each, unless you set it",
+    logger.info("%d ranks share %s cores: OMP_NUM_THREADS=%d for each, unless you set it",
                 count, cores, threads)
     return threads
 
 
 def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> None:
-    """fairscale's FSDP wants a process group even for one process; give it one, without a port."""
+    """fairscale's FSDP needs a process group even for one rank: make one, without a port."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         main(cfg, **kwargs)
@@ -130,7 +130,8 @@ def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> No
 
 
 def _forget_groups() -> None:
-    """Drop the groups that fairseq and fairscale keep: a Hydra sweep starts anew in-process."""
+    """Drop the groups that fairseq and fairscale cache: a Hydra sweep runs several trainings in one
+    process."""
     for holder, name in _group_caches():
         if hasattr(holder, name):
             delattr(holder, name)
@@ -157,5 +158,5 @@ def _free_port() -> int:
 
 @functools.cache
 def install() -> None:
-    """Have all of fairseq's commands start their runs here."""
+    """Replace `call_main` for all of fairseq's commands."""
     wrap(distributed_utils, "call_main", _call_main)

@@ -1,4 +1,4 @@
-"""What started this process, and how many others, by the environment."""
+"""Detect what launched this process, and how many ranks, from the environment."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def started_by_torchrun() -> bool:
-    """Or by another launcher that sets the same variables."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
     return all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
 
 
 def is_slurm_task(options: Any) -> bool:
-    """Whether this is one of several tasks of Slurm that find each other by its variables.
+    """Whether this is one of several Slurm tasks that find each other by Slurm's variables.
 
     Args:
         options: the run's, of `distributed_training`.
@@ -21,7 +21,7 @@ def is_slurm_task(options: Any) -> bool:
 
 
 def process_count(options: Any) -> int:
-    """Processes of the run: those of `--distributed-world-size`, or of what started this one."""
+    """The number of ranks: of `--distributed-world-size`, or of the launcher."""
     count = options.distributed_world_size
     if started_by_torchrun():
         return max(count, int(os.environ["WORLD_SIZE"]))

@@ -1,4 +1,4 @@
-"""The processes of one run on this machine: started, watched, and ended together.
+"""Supervise the ranks of a run on this machine: start, watch and end them together.
 
 torch's own `spawn` names the first process that it finds dead, which after a crash is as likely
 a rank that lost its peer as the one that failed. Here each rank reports its error before it
@@ -29,10 +29,10 @@ GRACE = 10.0
 
 
 def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int | None) -> None:
-    """Run `main(cfg, **kwargs)` in `count` processes; return when all have ended well.
+    """Run `main(cfg, **kwargs)` on `count` ranks; return when all have succeeded.
 
     Args:
-        threads: OMP_NUM_THREADS of each process; None leaves the environment's.
+        threads: OMP_NUM_THREADS of each rank; None leaves the environment's.
 
     Raises:
         OptionError, RunFailed: as raised by a rank, or for a rank that died.
@@ -42,7 +42,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
     ranks = [
         context.Process(target=_rank, args=(i, main, cfg, kwargs, reports)) for i in range(count)
     ]
-    # A rank that outlives us would train on unseen: end the ranks first, then ourselves.
+    # Ranks that outlive this process would train on unseen: end them first.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _environment("OMP_NUM_THREADS", threads):
@@ -98,7 +98,7 @@ def _first_failure(ranks: list, reports: Any) -> BaseException:
     if any(rank.exitcode == 128 + signal.SIGINT for rank in ranks):
         return KeyboardInterrupt()
     if reports.empty():
-        return RunFailed("a rank ended without a word: "
+        return RunFailed("a rank ended without a report: "
                          + ", ".join(f"rank {i} with status {rank.exitcode}"
                                      for i, rank in enumerate(ranks) if rank.exitcode))
     error, story = reports.get()
@@ -108,7 +108,7 @@ def _first_failure(ranks: list, reports: Any) -> BaseException:
 
 
 def _end(ranks: list) -> None:
-    """End what still runs: rudely when another rank failed, since it waits for that rank."""
+    """End the ranks that still run; after a failure at once, since they wait for the failed one."""
     interrupted = isinstance(sys.exception(), KeyboardInterrupt)
     for rank in ranks:
         if rank.pid is not None and interrupted:

@@ -1,4 +1,4 @@
-"""`--bf16` on the command line, which fairseq takes for a wish to train on a TPU."""
+"""`--bf16` on the command line, which fairseq takes as `--tpu`."""
 
 from __future__ import annotations
 

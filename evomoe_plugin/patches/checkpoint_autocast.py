@@ -20,7 +20,7 @@ def _checkpointed_forward(
 
 
 def _as_now(forward: Callable) -> Callable:
-    """`forward`, under the autocast of this moment whenever it is called."""
+    """`forward` under the autocast state of this moment, whenever it is called."""
     wanted = [
         (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
         if torch.is_autocast_enabled(kind)
@@ -49,6 +49,6 @@ PATCH = Patch(
            "first under autocast: gradients are of other numbers than the loss, also with --amp",
     upstream="fairseq/modules/checkpoint_activations.py: CheckpointFunction.backward",
     remove_when="fairseq saves the state of autocast as torch.utils.checkpoint does",
-    needed=always("products may be of another precision than weights"),
+    needed=always("the matmul dtype may differ from that of the weights"),
     apply=apply,
 )

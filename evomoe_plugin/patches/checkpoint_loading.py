@@ -1,4 +1,4 @@
-"""Loading checkpoints for evaluation: safely, put together from their files, in clear errors."""
+"""Load checkpoints for evaluation: data only, from all of their files, with clear errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from evomoe_plugin.patches.patch import Patch, always, wrap
 def _file_to_evaluate(
     upstream: Callable, filename: str, suffix: str, shard_idx: int, num_shards: int
 ) -> str:
-    """The file that was named, where fairseq prefers shards beside it, however old."""
+    """Prefer the named file to shards beside it, which may be of an earlier save."""
     named = filename.replace(".pt", suffix + ".pt")
     if num_shards == 1 and os.path.exists(named):
         return named

@@ -1,4 +1,4 @@
-"""fairseq-validate in several processes, where one of them has a batch fewer than the others."""
+"""fairseq-validate on several ranks, where one has fewer batches than the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evomoe_plugin.patches.patch import Patch, always, wrap
 def _valid_step(
     upstream: Callable, task: FairseqTask, sample: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """No sentences, no loss; a trainer gives an earlier batch in place of an empty one."""
+    """An empty batch has no loss. (A trainer passes an earlier batch instead.)"""
     if not sample:
         return 0.0, 0, {}
     return upstream(task, sample, *args, **kwargs)
@@ -27,10 +27,10 @@ def apply() -> None:
 
 PATCH = Patch(
     name="empty-batches",
-    broken="fairseq-validate in several processes ends in KeyError: 'net_input' unless each has "
+    broken="fairseq-validate on several ranks ends in KeyError: 'net_input' unless each has "
            "as many batches as the others",
     upstream="fairseq_cli/validate.py: main; fairseq/tasks/fairseq_task.py: valid_step",
-    remove_when="fairseq-validate leaves out the batches that fill up a process's share",
-    needed=always("the batches of a data set need not be a multiple of the processes"),
+    remove_when="fairseq-validate leaves out the batches that pad a rank's share",
+    needed=always("the number of batches need not be a multiple of the number of ranks"),
     apply=apply,
 )

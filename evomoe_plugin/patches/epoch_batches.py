@@ -1,4 +1,4 @@
-"""Which samples make a batch: for a resumed run the same as for one that was never stopped."""
+"""The composition of batches, which must be the same for a resumed run as for an unbroken one."""
 
 from __future__ import annotations
 

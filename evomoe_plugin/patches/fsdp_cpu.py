@@ -30,7 +30,7 @@ def apply() -> None:
 
 
 def _record_stream(tensor: torch.Tensor, stream: object) -> None:
-    """Memory of a CPU tensor is not reused behind anybody's back: nothing to record."""
+    """A no-op: memory of CPU tensors is not tied to streams."""
 
 
 PATCH = Patch(

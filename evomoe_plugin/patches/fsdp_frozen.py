@@ -20,7 +20,7 @@ def needed() -> str | None:
 
 
 def _get_fsdp_instances(upstream: Callable, module: nn.Module, skip_empty: bool = False) -> Any:
-    """With `skip_empty` it is asked for what the optimizer has state of: not for frozen ones."""
+    """`skip_empty` asks for the instances with optimizer state, which frozen ones have not."""
     instances = upstream(module, skip_empty)
     if not skip_empty:
         return instances
@@ -30,8 +30,8 @@ def _get_fsdp_instances(upstream: Callable, module: nn.Module, skip_empty: bool 
 def _rebuild_full_params(
     upstream: Callable, self: Any, force_full_precision: bool = False
 ) -> Any:
-    """No backward pass of a frozen module frees what its forward pass gathered, and upstream then
-    finds nothing to give to who asks for all of it."""
+    """Free what a frozen module's forward pass gathered: no backward pass has done so, and upstream
+    expects it."""
     if force_full_precision and self.has_full_params and (
             not any(p.requires_grad for p in self.params)):
         self._free_full_params()
@@ -50,7 +50,7 @@ def apply() -> None:
 PATCH = Patch(
     name="fsdp-frozen",
     broken="the optimizer's state of a fully sharded model with frozen parameters is taken for "
-           "that of other parameters when it is gathered and divided; saving right after an "
+           "that of other parameters when it is gathered and sharded; saving right after an "
            "update ends in AssertionError: 0 vs. 1",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: get_fsdp_instances, "
              "_rebuild_full_params",

@@ -50,7 +50,7 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
 
 
 def _get_shard_from_optim_state_dict(self: Any, full: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of a gathered state, each module's as that module is divided."""
+    """This rank's part of a gathered state, sharded as each module is."""
     from fairscale.nn.data_parallel import fsdp_optim_utils
     from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
 
@@ -89,8 +89,8 @@ def apply() -> None:
 PATCH = Patch(
     name="fsdp-optimizer-state",
     broken="on a CPU Adam's second moment is saved in place of the first, and a resumed run is "
-           "silently wrong; with one process saving ends in AttributeError: _full_param_padded, "
-           "as does loading shards into nested FSDP, on any device; modules over fewer processes "
+           "silently wrong; with one rank saving ends in AttributeError: _full_param_padded, "
+           "as does loading shards into nested FSDP, on any device; modules over fewer ranks "
            "than the whole get parts of another size",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
              "get_shard_from_optim_state_dict, load_local_state_dict",

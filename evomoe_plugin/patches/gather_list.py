@@ -1,4 +1,4 @@
-"""Any data of all processes, as a list: on CPUs, and of any size."""
+"""Gather objects of all ranks in a list, on CPUs too and of any size."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def apply() -> None:
 
 PATCH = Patch(
     name="gather-list",
-    broken="fairseq-validate in several processes ends in an error about CUDA where there is no "
+    broken="fairseq-validate on several ranks ends in an error about CUDA where there is no "
            "GPU, and elsewhere if what it logs has more than --all-gather-list-size bytes, which "
            "the routing of a few hundred batches has",
     upstream="fairseq/distributed/utils.py: all_gather_list",
     remove_when="fairseq gathers objects with torch's all_gather_object",
-    needed=always("validation in several processes"),
+    needed=always("validation on several ranks"),
     apply=apply,
 )

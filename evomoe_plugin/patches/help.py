@@ -1,4 +1,4 @@
-"""`--help` tells of the options that the chosen architecture, task and criterion bring."""
+"""`--help` lists the options of the chosen architecture, task and criterion."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _parse(
     upstream: Callable, parser: ArgumentParser, input_args: Sequence[str] | None = None,
     *args: Any, **kwargs: Any,
 ) -> Any:
-    """As upstream; asked for help, it prints that of the whole parser, as it is made by then."""
+    """As upstream, but `--help` is answered once the parser has all options."""
     given = list(sys.argv[1:] if input_args is None else input_args)
     if not _HELP & set(given):
         return upstream(parser, input_args, *args, **kwargs)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(
             SystemExit, RuntimeError):
-        # Whatever else is missing or wrong, the parser has its options when it is found out.
+        # Whatever is missing or wrong, the parser has all options by the time it is noticed.
         upstream(parser, [word for word in given if word not in _HELP], *args, **kwargs)
     parser.print_help()
     raise SystemExit(0)

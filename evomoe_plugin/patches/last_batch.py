@@ -1,4 +1,4 @@
-"""The last batch of a data set, which fairseq drops where its size is no multiple of 8."""
+"""The last batch of a data set, which fairseq drops if its size is no multiple of 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`np.compat.long`, which numpy 2 took away."""
+"""`np.compat.long`, which numpy 2 removed."""
 
 from types import SimpleNamespace
 

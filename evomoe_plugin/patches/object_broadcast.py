@@ -1,4 +1,4 @@
-"""Sending a checkpoint from rank 0 to the other ranks with torch >= 2.6."""
+"""Broadcast a checkpoint from rank 0 with torch >= 2.6."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class PatchStatus:
 
 
 def wrap(owner: Any, name: str, around: Callable) -> None:
-    """Have `around(original, *args, **kwargs)` called wherever `owner.name(...)` is.
+    """Call `around(original, *args, **kwargs)` wherever `owner.name(...)` is called.
 
     Patches of the same function compose, in the order in which they are applied.
     """
@@ -56,7 +56,7 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 class ModuleView(ModuleType):
     """`module` with some names replaced, for one upstream file to see in its place.
 
-    Patching the module itself would change it for everybody; this changes it for one file.
+    Patching the module itself would change it for all; this changes it for one file.
     """
 
     def __init__(self, module: ModuleType, **replaced: Any):

@@ -1,4 +1,4 @@
-"""fairseq-eval-lm and fairseq-validate, which print nothing at all where iopath is installed."""
+"""fairseq-eval-lm and fairseq-validate, which log nothing where iopath is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evomoe_plugin.patches.patch import Patch
 
 
 def _unasked_handler() -> logging.Handler | None:
-    """The handler that `logging.debug` gives to a root logger that has none, if it is there."""
+    """The handler that `logging.debug` adds to a root logger without one, if there is one."""
     root = logging.getLogger()
     if len(root.handlers) != 1 or root.level != logging.WARNING:
         return None
@@ -25,7 +25,7 @@ def _unasked_handler() -> logging.Handler | None:
 
 
 def _command() -> str | None:
-    """The command of fairseq that this process runs, as a module's name."""
+    """The module name of the fairseq command that this process runs."""
     specification = getattr(sys.modules["__main__"], "__spec__", None)
     names = [specification.name] if specification else []
     names += [name for name in sys.modules if name.startswith("fairseq_cli.")]

@@ -1,4 +1,4 @@
-"""`--activation-fn swish` is a function."""
+"""`--activation-fn swish`, for which fairseq returns a class."""
 
 from __future__ import annotations
 

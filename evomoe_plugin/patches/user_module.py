@@ -1,4 +1,4 @@
-"""`common.user_dir: evomoe_plugin` in whatever folder Hydra runs, from whichever copy of it."""
+"""`common.user_dir: evomoe_plugin` from any working directory, installed or cloned."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _STARTED_IN = os.getcwd()
 
 
 def _import_user_module(upstream: Callable, args: Any) -> None:
-    """As upstream, but our own package, which is imported since this runs, is left at that, and
-    others are found from where the command was typed."""
+    """As upstream, but our own package, which is imported already, is not imported again, and
+    relative paths start where the command was typed."""
     given = getattr(args, "user_dir", None)
     if given is None:
         return upstream(args)

@@ -280,9 +280,9 @@ def test_entries_are_told_by_their_shapes_or_not_at_all(tmp_path):
     assert optimizer_names("some.pt", state) == parameters(state)
     # Two of one shape side by side, of which one was frozen: it could be either.
     state["model"]["decoder.other_norm.weight"] = torch.rand(5)
-    with pytest.raises(OptionError, match="does not tell which parameters"):
+    with pytest.raises(OptionError, match="does not name the parameters"):
         optimizer_names("some.pt", state)
     torch.save(state, tmp_path / "some.pt")
-    with pytest.raises(OptionError, match="does not tell which parameters"):
+    with pytest.raises(OptionError, match="does not name the parameters"):
         divide(tmp_path / "some.pt", tmp_path / "out.pt", 2)
     assert os.listdir(tmp_path) == ["some.pt"]

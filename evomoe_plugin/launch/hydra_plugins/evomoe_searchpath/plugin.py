@@ -1,7 +1,7 @@
 """What makes fairseq's Hydra commands know this package before they compose a configuration.
 
 `common.user_dir` is imported after composition: too late for our models, and for the gates of a
-user's own package, to be fields of the configuration, and for the mends to have a say in how the
+user's own package, to be fields of the configuration, and for the patches to take part in how the
 run starts. Every Hydra program of the environment loads this; those that are not fairseq's are left
 alone.
 """
