@@ -136,6 +136,7 @@ def one_does_not_see_the_checkpoint(rank, folder):
         trainer._optim_history = [{"num_updates": 5 + rank}]  # of different updates
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen,
                                   one_does_not_see_the_checkpoint],
                          ids=lambda body: body.__name__)
