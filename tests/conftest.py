@@ -19,6 +19,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Tests in these folders, and tests with one of these fixtures, train with fairseq's commands, start
+# processes or form process groups. Single tests elsewhere carry the mark.
+DISTRIBUTED_FOLDERS = {"end_to_end", "launch", "trainer", "dispatch"}
+DISTRIBUTED_FIXTURES = {"tiny_data", "run_command", "hydra_train", "wheel", "interrupted"}
+TIERS = pytest.StashKey[dict[str, list[str]]]()
+
+
+def tiers_of(item: pytest.Item) -> list[str]:
+    """The tiers that a test is marked with: `unit`, `distributed`, `slow`."""
+    return [name for name in ("unit", "distributed", "slow") if item.get_closest_marker(name)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with its tier: `slow` as given, `distributed` as above, else `unit`."""
+    for item in items:
+        if not tiers_of(item):
+            folder = item.path.relative_to(ROOT / "tests").parts[0]
+            distributed = (folder in DISTRIBUTED_FOLDERS
+                           or not DISTRIBUTED_FIXTURES.isdisjoint(item.fixturenames))
+            item.add_marker("distributed" if distributed else "unit")
+    config.stash[TIERS] = {item.nodeid: tiers_of(item) for item in items}
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -125,6 +125,7 @@ def one_does_not_see_the_checkpoint(rank, folder):
         check_all_ranks_see(folder, 5 + rank)  # the updates of what was read
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen,
                                   one_does_not_see_the_checkpoint],
                          ids=lambda body: body.__name__)

@@ -193,6 +193,7 @@ def test_help_version_and_typos(capsys):
         assert told in "".join(capsys.readouterr())
 
 
+@pytest.mark.distributed
 def test_closed_pipe_is_no_error():
     process = subprocess.Popen([*EVOMOE, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

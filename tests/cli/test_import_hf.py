@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 from fairseq.data import Dictionary
-from tests.checkpoint.test_safetensors import written
 
 from evomoe_plugin.checkpoint import output
 from evomoe_plugin.cli import main
+from tests.checkpoint.test_tensor_files import written
 from tests.data.test_dictionary import BAD_DICTIONARIES
 from tests.evolve.dense_models import build
 

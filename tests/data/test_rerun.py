@@ -165,6 +165,7 @@ def test_an_older_set_stays_until_the_new_one_is_complete(make, folder, tmp_path
     assert stray(tmp_path) == []
 
 
+@pytest.mark.distributed
 def test_killed_it_leaves_no_worker_and_goes_on(folder, tmp_path, shards, log, monkeypatch):
     """SIGKILL, while workers are at work."""
     prepare(options_for(tmp_path, folder), Progress(log))

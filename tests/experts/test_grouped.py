@@ -188,6 +188,7 @@ def test_gradients_become_the_parameters_own_without_a_copy(monkeypatch):
     assert all(p.grad.is_contiguous() for p in experts.parameters())
 
 
+@pytest.mark.distributed
 def test_few_kernels_are_compiled_for_many_numbers_of_rows():
     script = (
         "import torch\nfrom evomoe_plugin.experts import ExpertFFN\n"

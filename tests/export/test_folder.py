@@ -41,7 +41,8 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("gate", [
-    "dense_to_sparse", *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash"))])
+    pytest.param("dense_to_sparse", marks=pytest.mark.distributed),
+    *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash"))])
 @torch.no_grad()
 def test_in_a_process_that_cannot_import_us(make_trained, tmp_path, gate):
     trained = make_trained(20, moe_gate=gate)

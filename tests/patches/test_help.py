@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.distributed
 def test_help_lists_the_options_of_the_architecture_and_the_criterion():
     shown = subprocess.run(
         [sys.executable, "-m", "fairseq_cli.train", "--user-dir", "evomoe_plugin", "--arch",
