@@ -9,7 +9,7 @@ from evomoe_plugin.config.errors import OptionError, RunFailed
 
 
 @contextlib.contextmanager
-def as_it_says(option: str, path: str) -> Iterator[None]:
+def report_config_faults(option: str, path: str) -> Iterator[None]:
     """Inside, whatever goes wrong is the file's fault, and ends in one line that names it.
 
     fairseq and omegaconf meet a value of the wrong type or size wherever they first use it, and

@@ -99,12 +99,9 @@ def _tell(args: argparse.Namespace, converted: Any) -> None:
     experts = "-".join(map(str, (counts[0], counts[-1])[: len(counts)]))
     print(f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
           f"width {expert_ffn_dim(options)} each, by {args.method}")
-    agreement = converted.agreement
-    word = {True: "equal to the dense model's", False: "not those of the dense model",
-            None: "perhaps not those of the dense model"}[agreement.equal]
-    print(f"logits: {word}: {agreement.why}")
-    if not args.data and not agreement.equal:
-        print("--data DIR would measure what this changes")
+    print(converted.logits)
+    if not args.data and not converted.logits.equal:
+        print("--data DIR evaluates both models, to show what that changes")
 
 
 def _tell_perplexity(args: argparse.Namespace, before: float, after: float) -> None:

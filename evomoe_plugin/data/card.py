@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evomoe_plugin.data.files import write_atomically
-
-if TYPE_CHECKING:
-    from evomoe_plugin.data.sources import SourceFile
 
 CARD = "DATA_CARD.json"
 CARD_TEXT = "DATA_CARD.md"
@@ -88,25 +84,6 @@ def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str
         before, now = recorded.get(name), options.get(name)
         if before != now:
             return f"--{name.replace('_', '-')} was {before}, and is now {now}"
-    return None
-
-
-def inputs_difference(
-    recorded: list[dict[str, Any]], not_read: int, sources: Sequence[SourceFile]
-) -> str | None:
-    """The first way in which the files differ from the recorded ones, in words."""
-    read = 0
-    for source in sources:
-        entry = recorded[read] if read < len(recorded) else None
-        if entry is None or (entry["split"], entry["name"]) != (source.split, source.name):
-            continue
-        if entry["bytes"] != source.bytes or entry["sha256"] != source.sha256():
-            return f"{source.name} has changed"
-        read += 1
-    if read < len(recorded):
-        return f"{recorded[read]['name']} is missing or stands elsewhere"
-    if len(sources) != len(recorded) + not_read:
-        return f"there were {len(recorded) + not_read} files, and now there are {len(sources)}"
     return None
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import evomoe_plugin
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data import binarize
-from evomoe_plugin.data.card import DataCard, inputs_difference, options_difference
+from evomoe_plugin.data.card import DataCard, options_difference
 from evomoe_plugin.data.folder import OutputFolder
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.progress import Progress
-from evomoe_plugin.data.sources import SourceFile, find_sources, sha256
+from evomoe_plugin.data.sources import SourceFile, find_sources, inputs_difference, sha256
 from evomoe_plugin.data.splits import SPLITS
 from evomoe_plugin.data.staging import Staged, shard_prefixes, stage
 from evomoe_plugin.data.tokenizers import (

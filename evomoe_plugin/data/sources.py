@@ -6,9 +6,10 @@ import fnmatch
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.card import CARD
@@ -61,6 +62,25 @@ def find_sources(options: PrepareOptions) -> list[SourceFile]:
                           "every file of it is given by --valid or --test; none is left to "
                           "train on")
     return [*found.values(), *held_out.values()]
+
+
+def inputs_difference(
+    recorded: list[dict[str, Any]], not_read: int, sources: Sequence[SourceFile]
+) -> str | None:
+    """The first way in which the files differ from the recorded ones, in words."""
+    read = 0
+    for source in sources:
+        entry = recorded[read] if read < len(recorded) else None
+        if entry is None or (entry["split"], entry["name"]) != (source.split, source.name):
+            continue
+        if entry["bytes"] != source.bytes or entry["sha256"] != source.sha256():
+            return f"{source.name} has changed"
+        read += 1
+    if read < len(recorded):
+        return f"{recorded[read]['name']} is missing or stands elsewhere"
+    if len(sources) != len(recorded) + not_read:
+        return f"there were {len(recorded) + not_read} files, and now there are {len(sources)}"
+    return None
 
 
 def _find(

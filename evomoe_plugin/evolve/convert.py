@@ -23,18 +23,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.atomic_files import write_files
-from evomoe_plugin.checkpoint.build_model import as_it_says
+from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.initial_state import first_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
-from evomoe_plugin.evolve.agreement import Agreement, agreement
 from evomoe_plugin.evolve.dense_checkpoint import (
     SIZES,
     STRUCTURE,
     DenseCheckpoint,
     read_dense_checkpoint,
 )
+from evomoe_plugin.evolve.logit_difference import LogitDifference, measure_logit_difference
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_structure
 from evomoe_plugin.models.config import MoELanguageModelConfig
 
@@ -54,7 +54,7 @@ class Converted:
     """fairseq's checkpoint."""
     dense: DenseCheckpoint
     upcycling: Upcycling
-    agreement: Agreement
+    logits: LogitDifference
 
 
 def convert(
@@ -85,7 +85,7 @@ def convert(
     options = _model_options(dense, given, recipe, arch, max_update)
     dictionary = _dictionary(dense, options, data)
     task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    with as_it_says("DENSE", path), torch.random.fork_rng(devices=[]):
+    with report_config_faults("DENSE", path), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = models.build_model(OmegaConf.create(options), task)
         cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
@@ -93,7 +93,8 @@ def convert(
     upcycling = Upcycling(dense, built, recipe)
     weights = _weights(model, upcycling)
     state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
-    return Converted(state, dense, upcycling, agreement(upcycling))
+    model.load_state_dict(dict(weights))
+    return Converted(state, dense, upcycling, measure_logit_difference(model, dense))
 
 
 def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
@@ -178,27 +179,23 @@ def _resolved_dims(options: Mapping[str, Any]) -> dict[str, int]:
 
 def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
                 data: str | None) -> Dictionary:
-    """The data's dictionary; without data, one of as many symbols without names or counts."""
-    size = dense.vocabulary
+    """The data's; without data a placeholder of that many rows."""
     if data is not None:
         path = os.path.join(data, "dict.txt")
         if not os.path.isfile(path):
             raise OptionError("data", data, "has no dict.txt; give a folder made by `evomoe "
                                             "prepare` or fairseq-preprocess")
         dictionary = load_dictionary("data", path)
-        if len(dictionary) != size:
-            raise OptionError("data", data, f"its dict.txt has {len(dictionary)} symbols, the "
-                                            f"dense checkpoint was trained with {size}: give the "
-                                            "data that belongs to it")
+        if len(dictionary) != dense.vocabulary:
+            raise OptionError("data", data,
+                              f"its dict.txt has {len(dictionary)} rows, the dense checkpoint was "
+                              f"trained with {dense.vocabulary}: give the data that belongs to it")
         return dictionary
     if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
         raise OptionError("moe_hash", options["moe_hash"],
                           "goes by how often symbols occur, as the data's dictionary says: give "
                           "--data, or --moe-hash random")
-    dictionary = Dictionary()
-    for n in range(size - len(dictionary)):
-        dictionary.add_symbol(f"symbol{n}")
-    return dictionary
+    return dense.dictionary
 
 
 def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:

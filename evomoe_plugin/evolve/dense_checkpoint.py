@@ -6,9 +6,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
@@ -17,7 +19,7 @@ from fairseq.models.transformer_lm import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.build_model import as_it_says
+from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import UNSUPPORTED
@@ -55,6 +57,14 @@ class DenseCheckpoint:
     def vocabulary(self) -> int:
         """Rows of the dictionary it was trained with."""
         return self.weights["decoder.embed_tokens.weight"].size(0)
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """One of that many rows; the checkpoint has neither their names nor their counts."""
+        dictionary = Dictionary()
+        for n in range(self.vocabulary - len(dictionary)):
+            dictionary.add_symbol(f"token{n}")
+        return dictionary
 
     @property
     def post_norm(self) -> bool:
@@ -94,13 +104,13 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
                                         "a dense one")
     if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
         raise OptionError(option, path, f"is a model {name}, not one of fairseq's transformer_lm")
-    with as_it_says(option, path):
+    with report_config_faults(option, path):
         model = _model_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
             raise OptionError(option, path, f"was trained with --{field.replace('_', '-')} "
                                             f"{model[field]}, which no MoE architecture has")
-    with as_it_says(option, path):
+    with report_config_faults(option, path):
         _check_weights(option, path, model, weights)
     return DenseCheckpoint(option, path, cfg, model, weights)
 

@@ -14,7 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS
 from fairseq_cli import eval_lm
 
-from evomoe_plugin.checkpoint.build_model import as_it_says
+from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 
@@ -41,7 +41,7 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
     if length is None:
         length = task.get("tokens_per_sample") or 512
     with_bos = bool(task.get("add_bos_token"))
-    with as_it_says("path", path):
+    with report_config_faults("path", path):
         most = _positions(state) - with_bos
     if not 1 <= length <= most:
         raise OptionError("tokens_per_sample", length,
@@ -54,7 +54,7 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         arguments.append("--add-bos-token")
     args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
     with _quiet():
-        with as_it_says("path", path):
+        with report_config_faults("path", path):
             return float(eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
-from evomoe_plugin.evolve.agreement import agreement
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
+from evomoe_plugin.evolve.logit_difference import measure_logit_difference
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
 from evomoe_plugin.models.decoder import MoEDecoder
@@ -69,10 +69,12 @@ def init_from_dense(trainer: Any) -> None:
                 whole = values[name]
                 is_divided = groups is not None and is_expert_parameter(name)
                 parameter.copy_(whole[groups.own(len(whole))] if is_divided else whole)
-    told = agreement(upcycling)
-    logger.info("experts made from %s by %s; logits %s: %s", path, upcycling.recipe.method,
-                {True: "are equal to the dense model's", False: "are not the dense model's",
-                 None: "may not be the dense model's"}[told.equal], told.why)
+    if trainer.is_fsdp or groups is not None:
+        logits = ("logits not compared with the dense model's, since no rank holds the whole "
+                  "model: `evomoe upcycle` with the same options compares them")
+    else:
+        logits = measure_logit_difference(model, dense)
+    logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 
 
 def _parameters(trainer: Any) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:

@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
 from omegaconf import DictConfig, open_dict
 
-from evomoe_plugin.checkpoint.build_model import as_it_says
+from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import existing_file, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
@@ -52,7 +52,7 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
         OptionError: no such file or folder, not a language model's, or they do not fit.
     """
     state = read_checkpoint(option, path)
-    with as_it_says(option, path):
+    with report_config_faults(option, path):
         task = state["cfg"].get("task") or {}
         name = task.get("_name")
         if not str(name).startswith("language_modeling"):

@@ -14,9 +14,8 @@ from commands import Refused
 from recipe import Recipe
 
 from evomoe_plugin.data import DataCard, PrepareOptions
-from evomoe_plugin.data.card import inputs_difference
 from evomoe_plugin.data.files import write_atomically
-from evomoe_plugin.data.sources import find_sources
+from evomoe_plugin.data.sources import find_sources, inputs_difference
 
 REMEDY = "give --fresh to delete it and start anew, or --dir for another folder"
 

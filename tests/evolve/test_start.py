@@ -1,5 +1,6 @@
 """`--moe-init-from-dense` around real optimizers: what is set, in which precision."""
 
+import logging
 
 import pytest
 import torch
@@ -55,6 +56,24 @@ def test_what_the_optimizer_updates_is_what_the_verb_would_write(dense, make_mod
         masters = list(masters.values()) if isinstance(masters, dict) else masters
         flat = torch.cat([master.flatten() for master in masters])
         assert torch.equal(flat, torch.cat([value.flatten() for value in expected.values()]))
+
+
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(("method", "verdict"), [("copy", "equal to"), ("mask", "differ from")])
+def test_logits_are_compared_and_nothing_else_changes(dense, make_model, caplog, precision, method,
+                                                      verdict):
+    model = make_model(**GATE, moe_init_from_dense=dense, moe_init_method=method).train()
+    trainer = trainer_of(model, num_updates=0, **precision)
+    random_state = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with caplog.at_level(logging.INFO):
+        init_from_dense(trainer)
+    assert f"logits {verdict} the dense model's (max difference" in caplog.messages[-1]
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert not model.decoder._update_totals
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
 
 
 def test_frozen_parameters_are_set_too(dense, make_model):
