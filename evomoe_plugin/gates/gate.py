@@ -178,9 +178,12 @@ class Gate(nn.Module):
         """bool [C]: candidates that can be chosen now; None: all, always."""
         return None
 
-    def record_sizes(self) -> Mapping[str, int]:
-        """Lengths of the further statistics, vectors, that `after_update` wants; not logged."""
-        return {}
+    def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
+        """The statistics that its choices bring, for no tokens: scalars, which are logged, and
+        vectors for `after_update`."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return {**dict.fromkeys(self.STATS, zero),
+                st.ASKED_C: zero.expand(self.info.num_candidates)}
 
     @property
     def learns_after_updates(self) -> bool:
@@ -193,7 +196,7 @@ class Gate(nn.Module):
 
         Args:
             num_updates: completed updates, this one included.
-            own: this layer's statistics, its `record_sizes` included, summed over the update.
+            own: this layer's statistics, summed over the update.
             layers: the statistics of all layers, name -> [L] or [L, E].
         """
 

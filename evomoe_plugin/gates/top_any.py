@@ -226,8 +226,8 @@ class TopAnyGate(Gate):
             aux["balance"] = balance * num_active / mask_TE.size(1)
         return aux
 
-    def record_sizes(self) -> Mapping[str, int]:
-        return self.record.sizes
+    def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
+        return super().zero_stats(device) | self.record.zeros(device)
 
     @property
     def learns_after_updates(self) -> bool:

@@ -137,9 +137,6 @@ class TopKGate(Gate):
         drawn_TC = (log_scores_TC + noise_TC).scatter(1, best_TK, float("-inf"))
         return torch.cat([best_TK, drawn_TC.topk(self.sampled, dim=1).indices], dim=1)
 
-    def record_sizes(self) -> Mapping[str, int]:
-        return {st.ASKED_C: self.info.num_candidates} if self.learns_after_updates else {}
-
     @property
     def learns_after_updates(self) -> bool:
         return self.bias_update_rate > 0
