@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.reference import loop_moe
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo
 from evomoe_plugin.layer import MoELayer
@@ -68,7 +69,7 @@ class FixedGate(Gate):
     """Routes as it is told; for the shapes that a learned gate seldom makes."""
 
     Options = MoEOptions
-    DEFAULT_AUX = "none"
+    capabilities = Capabilities(default_aux="none")
 
     def __init__(self, mask_TE):
         super().__init__(LayerInfo(D, mask_TE.size(1)), MoEOptions())

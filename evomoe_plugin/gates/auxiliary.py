@@ -79,7 +79,7 @@ def coefficients(options: Any, gate: type["Gate"]) -> Mapping[str, float]:
     Raises:
         OptionError: not of the form NAME=NUMBER,…, a loss twice, unknown, or not for this gate.
     """
-    text = gate.DEFAULT_AUX if options.moe_aux is None else str(options.moe_aux)
+    text = gate.capabilities.default_aux if options.moe_aux is None else str(options.moe_aux)
     chosen: dict[str, float] = {}
     text = text.replace(" ", "")
     for part in text.split(","):
@@ -101,13 +101,14 @@ def coefficients(options: Any, gate: type["Gate"]) -> Mapping[str, float]:
 
 
 def _check_name(options: Any, gate: type["Gate"], name: str) -> None:
-    has = {"logits": gate.HAS_LOGITS, "vectors": gate.has_vectors(options),
+    has = {"logits": gate.capabilities.logits, "vectors": gate.has_vectors(options),
            "null": options.moe_null_experts > 0, "": True}
-    usable = [*gate.LOSSES, *(known for known, loss in LOSSES.items() if has[loss.needs])]
+    usable = [*gate.capabilities.losses,
+              *(known for known, loss in LOSSES.items() if has[loss.needs])]
     if name in usable:
         return
     missing = LOSSES[name].needs if name in LOSSES else None
-    no_null = "give --moe-null-experts" if gate.TAKES_NULL else (
+    no_null = "give --moe-null-experts" if gate.capabilities.null_experts else (
         f"and the gate {options.moe_gate} can have none")
     reason = {
         "logits": f"{name}: the gate {options.moe_gate} has no logits",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import parse_bool
 from evomoe_plugin.gates.auxiliary import LOSSES, coefficients
-from evomoe_plugin.gates.scorers import SCORERS, SOFTMAX_SCORERS, Scorer, validate_scorer
+from evomoe_plugin.gates.capabilities import Capabilities
+from evomoe_plugin.gates.scorers import SCORERS, Scorer, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
@@ -92,25 +93,7 @@ class Gate(nn.Module):
     """
 
     Options: ClassVar[type] = NoOptions
-    SCORERS: ClassVar[tuple[str, ...]] = SOFTMAX_SCORERS
-    """The scorers it can use, if it uses any."""
-    LOSSES: ClassVar[tuple[str, ...]] = ()
-    """Auxiliary losses that its own choices bring, beside those of `gates.auxiliary`."""
-    DEFAULT_AUX: ClassVar[str] = "balance=1"
-    """`--moe-aux` where the user gives none."""
-    STATS: ClassVar[tuple[str, ...]] = ()
-    """Scalar statistics that its choices bring."""
-    HAS_LOGITS: ClassVar[bool] = True
-    TAKES_NULL: ClassVar[bool] = True
-    """Whether null experts can be candidates."""
-    TAKES_CAPACITY: ClassVar[bool] = True
-    HAS_WEIGHTS: ClassVar[bool] = True
-    """Whether it has parameters that `--gate-init` can draw."""
-    LEARNS_FROM_ZERO: ClassVar[bool] = True
-    """Whether it learns where they all begin as 0 (`--gate-init zero`)."""
-    KEEPS_ALIKE: ClassVar[bool] = False
-    """Whether, where they all begin as 0, experts of equal weights get the same tokens with the
-    same weights in every update, so that nothing ever parts them."""
+    capabilities: ClassVar[Capabilities] = Capabilities()
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()
@@ -128,12 +111,15 @@ class Gate(nn.Module):
         self.drop_policy = options.moe_drop_policy or "position"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
-        """Warnings about `options`; raises `OptionError` where they cannot work.
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+        """Check the gate's own options; the options that all gates share have been checked.
 
-        Only the gate's own options: what all gates share has been checked.
+        Returns:
+            warnings.
+        Raises:
+            OptionError: the options cannot work.
         """
-        return ()
+        return []
 
     @classmethod
     def has_fixed_picks(cls, options: Any) -> bool:
@@ -182,7 +168,7 @@ class Gate(nn.Module):
         """The statistics that its choices bring, for no tokens: scalars, which are logged, and
         vectors for `after_update`."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return {**dict.fromkeys(self.STATS, zero),
+        return {**dict.fromkeys(self.capabilities.stats, zero),
                 st.ASKED_C: zero.expand(self.info.num_candidates)}
 
     @property
@@ -351,15 +337,15 @@ def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
             raise OptionError(name, getattr(options, name),
                               f"the gate {options.moe_gate} does not use it: leave it out, or "
                               f"take a gate that does ({', '.join(users)})")
-    if options.moe_null_experts and not cls.TAKES_NULL:
+    if options.moe_null_experts and not cls.capabilities.null_experts:
         raise OptionError("moe_null_experts", options.moe_null_experts,
                           f"the gate {options.moe_gate} cannot choose null experts: give 0")
     if "moe_scorer" in used:
-        validate_scorer(options, cls.SCORERS)
+        validate_scorer(options, cls.capabilities.scorers)
     if options.moe_shared_experts and options.moe_shared_combine == "softmax" and (
-            not cls.HAS_LOGITS):
+            not cls.capabilities.logits):
         raise OptionError("moe_shared_combine", "softmax",
                           f"the gate {options.moe_gate} has no logits to weigh against: give add "
                           "or mix")
     coefficients(options, cls)
-    return list(cls.validate(options, expert_counts))
+    return cls.validate(options, expert_counts)

@@ -45,7 +45,7 @@ GATES = [name for name in gate_names() if name in WAYS]
 def with_scorers(name):
     yield from WAYS[name]
     if hasattr(gate_class(name).Options, "moe_scorer"):
-        for scorer in gate_class(name).SCORERS:
+        for scorer in gate_class(name).capabilities.scorers:
             if scorer != "linear":
                 yield {"moe_scorer": scorer}
 
@@ -56,17 +56,17 @@ def cases(also_of_the_layer=False):
             yield {"moe_gate": name, **NEEDED.get(name, {}), **given}
         if not also_of_the_layer:
             continue
-        cls = gate_class(name)
+        can = gate_class(name).capabilities
         extras = [{"moe_shared_experts": 2, "moe_expert_gated": True},
                   {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3}]
-        if cls.HAS_LOGITS:
+        if can.logits:
             extras.append({"moe_shared_experts": 2, "moe_shared_combine": "softmax"})
-        if cls.TAKES_NULL:
+        if can.null_experts:
             extras.append({"moe_null_experts": 3})
-        if cls.TAKES_NULL and cls.HAS_LOGITS:
+        if can.null_experts and can.logits:
             extras.append({"moe_null_experts": 2, "moe_shared_experts": 2,
                            "moe_shared_combine": "softmax"})
-        if cls.TAKES_CAPACITY:
+        if can.capacity:
             extras += [
                 {"moe_capacity_factor": 0.7, "moe_drop_policy": policy, "moe_min_capacity": 1,
                  "moe_eval_capacity_factor": 0.7, "moe_renormalize_after_drop": policy == "probs"}
@@ -275,16 +275,16 @@ def test_one_expert(make_layer, given):
 
 @every()
 def test_every_loss_that_the_gate_can_have(make_layer, given):
-    cls = gate_class(given["moe_gate"])
-    nulls = {"moe_null_experts": 2, "moe_null_rate_target": 0.3} if cls.TAKES_NULL else {}
+    can = gate_class(given["moe_gate"]).capabilities
+    nulls = {"moe_null_experts": 2, "moe_null_rate_target": 0.3} if can.null_experts else {}
     possible = []
-    for name in (*LOSSES, *cls.LOSSES):
+    for name in (*LOSSES, *can.losses):
         extra = nulls if name == "null" else {}
         try:
             layer = make_layer(**given, **extra, moe_aux=f"{name}=0.5")
         except OptionError as refusal:
             assert name in str(refusal)
-            assert name not in ("balance", "switch", "mi", "importance", "entropy", *cls.LOSSES)
+            assert name not in ("balance", "switch", "mi", "importance", "entropy", *can.losses)
             continue
         possible.append(name)
         x, known = tokens()

@@ -276,9 +276,9 @@ def test_bad_values(moe_options, given, message):
 
 
 @pytest.mark.parametrize("given, warning", [
-    ({"moe_aux": "greedy_balance=0.3"}, "a router has it that has learned nothing"),
-    ({"moe_aux": "distill=0"}, "a router has it that has learned nothing"),
-    ({"moe_stable_updates": 0}, "a router has it that has learned nothing"),
+    ({"moe_aux": "greedy_balance=0.3"}, "that of an untrained router"),
+    ({"moe_aux": "distill=0"}, "that of an untrained router"),
+    ({"moe_stable_updates": 0}, "that of an untrained router"),
     ({"moe_stable_updates": 100}, "the run ends before routing is frozen at update 100"),
 ])
 def test_doubtful_values_are_warned_of(moe_options, caplog, given, warning):

@@ -310,7 +310,7 @@ def test_what_it_refuses(moe_options, given, message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 1, "moe_top_k_weights": "renormalized"}, "its weight is 1"),
+    ({"moe_top_k": 1, "moe_top_k_weights": "renormalized"}, "the weight is always 1"),
     ({"moe_capacity_factor": 1.0, "moe_batch_prioritized_routing": True}, "not causal"),
 ])
 def test_what_it_warns_of(moe_options, caplog, given, message):
