@@ -26,7 +26,6 @@ from evomoe_plugin.config.options import (
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.gate import gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ def _check_null(options: Any) -> None:
     target = options.moe_null_rate_target
     check_number(options, "moe_null_rate_target", least=0, most=1,
                  remedy="it is a probability: give a number from 0 to 1")
-    wanted = "null" in coefficients(options, gate_class(options.moe_gate))
+    wanted = "null" in gate_class(options.moe_gate).aux_coefficients(options)
     if wanted and target is None:
         raise OptionError("moe_aux", options.moe_aux,
                           "the loss null has nothing to aim at: give --moe-null-rate-target")

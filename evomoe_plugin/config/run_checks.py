@@ -19,7 +19,6 @@ import torch
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ _LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
 
 
 def _strong_losses(model: Any, weight: float) -> list[str]:
-    chosen = coefficients(model, gate_class(model.moe_gate))
+    chosen = gate_class(model.moe_gate).aux_coefficients(model)
     strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
     return [f"--moe-gate-loss-wt {weight}: the auxiliary loss {name} is added with weight "
             f"{chosen[name] * weight:g}; 0.01 is usual" for name in strong[:1]]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -28,7 +27,7 @@ class DenseGate(Gate):
     def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         return [f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
                 "loss is constant"
-                for name in coefficients(options, cls) if name in ("balance", "switch", "load")]
+                for name in cls.aux_coefficients(options) if name in ("balance", "switch", "load")]
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

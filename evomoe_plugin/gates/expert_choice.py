@@ -9,7 +9,6 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -70,7 +69,7 @@ class ExpertChoiceGate(Gate):
             "its best experts instead: perplexity is worse than the training loss suggests",
             *(f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
               "expert_choice, so this loss is constant"
-              for name in coefficients(options, cls) if name in ("balance", "switch"))]
+              for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import parse_bool
-from evomoe_plugin.gates.auxiliary import LOSSES, coefficients
+from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
@@ -106,7 +106,7 @@ class Gate(nn.Module):
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
                 info.model_dim, options.moe_shared_experts, options.moe_shared_combine)
-        self.aux_names = tuple(coefficients(options, type(self)))
+        self.aux_names = tuple(self.aux_coefficients(options))
         self.null_rate_target = options.moe_null_rate_target
         self.drop_policy = options.moe_drop_policy or "position"
 
@@ -126,6 +126,15 @@ class Gate(nn.Module):
         """Whether every token goes to as many candidates: a capacity then depends on the number
         of tokens alone, and not on what later ones are."""
         return False
+
+    @classmethod
+    def aux_coefficients(cls, options: Any) -> Mapping[str, float]:
+        """The auxiliary losses that `options` select and their coefficients, in that order.
+
+        Raises:
+            OptionError: as `gates.auxiliary.coefficients`.
+        """
+        return coefficients(options, cls.capabilities, has_vectors=cls.has_vectors(options))
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
@@ -214,12 +223,7 @@ class Gate(nn.Module):
             if context.token_mask_T is not None:
                 mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
                 choice = dataclasses.replace(choice, mask_TC=mask_TC)
-            weight_T = context.loss_weights_T
-            aux = {
-                name: choice.aux[name] if name in choice.aux
-                else LOSSES[name].compute(self, choice, weight_T)
-                for name in self.aux_names
-            }
+            aux = self._aux(choice, context.loss_weights_T)
             weights_TC, shared_weights_TS = choice.weights_TC, None
             if self.shared_weights is not None:
                 routed_T, shared_weights_TS = self.shared_weights(x_TD, choice)
@@ -228,6 +232,16 @@ class Gate(nn.Module):
                 stats = routing_stats(choice, context.token_mask_T, self.num_experts)
             return self._plan(choice, weights_TC, context, aux=aux, stats=stats,
                               shared_weights_TS=shared_weights_TS)
+
+    def _aux(self, choice: Choice, weight_T: Tensor | None) -> dict[str, Tensor]:
+        vectors_CD = None
+        if any(name in LOSSES and LOSSES[name].needs == "vectors" for name in self.aux_names):
+            # As precise as the gate computes, whatever the dtype of the parameters.
+            vectors_CD = self.vectors().to(choice.probs_TC.dtype)
+        given = LossInputs(choice, weight_T, self.active(), vectors_CD, self.info.num_null,
+                           self.null_rate_target)
+        return {name: choice.aux[name] if name in choice.aux else LOSSES[name].compute(given)
+                for name in self.aux_names}
 
     def _plan(
         self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields: Any
@@ -347,5 +361,5 @@ def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
         raise OptionError("moe_shared_combine", "softmax",
                           f"the gate {options.moe_gate} has no logits to weigh against: give add "
                           "or mix")
-    coefficients(options, cls)
+    cls.aux_coefficients(options)
     return cls.validate(options, expert_counts)

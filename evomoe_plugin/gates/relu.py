@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.options import check_number
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import exact, register_exact
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -81,7 +80,7 @@ class ReluGate(Gate):
                                                                       "at most 1, as 1e-8")
         check_number(options, "moe_l1_factor", above=1, most=10,
                      remedy="give a factor above 1 and at most 10, as 1.2")
-        if coefficients(options, cls).get("l1"):
+        if cls.aux_coefficients(options).get("l1"):
             return []
         return ["--moe-aux without l1: nothing drives the number of experts per token towards "
                 "--moe-top-k"]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number, gated_updates
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -107,7 +106,7 @@ class StableGate(Gate):
             raise OptionError("moe_stable_updates", "(not given)",
                               "give it, or --max-update, of which stage 1 takes 10 % by default")
         warnings = []
-        if not coefficients(options, cls).get("distill") or stable_updates(options) == 0:
+        if not cls.aux_coefficients(options).get("distill") or stable_updates(options) == 0:
             warnings.append(
                 "--moe-gate stable: the frozen routing will be that of an untrained router; "
                 "--moe-aux distill=0.3 trains it until --moe-stable-updates")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.gates import LayerInfo, gate_class
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.attention import Mask, causal_mask
@@ -44,7 +43,7 @@ class MoEDecoder(TransformerDecoder):
         self._start_experts = expert_counts(args, len(moe_layers))
         self._layers_built = 0
         self._token_counts = tuple(getattr(dictionary, "count", ()))
-        self._aux_coefficients = coefficients(args, gate_class(args.moe_gate))
+        self._aux_coefficients = gate_class(args.moe_gate).aux_coefficients(args)
         with built_unwrapped(args.moe_train_only is not None):
             super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         if args.moe_train_only is not None:
