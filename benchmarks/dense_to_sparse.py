@@ -58,8 +58,7 @@ def build(args: argparse.Namespace, wanted: float) -> tuple[MoELayer, torch.Tens
 def pairs(layer: MoELayer, x_TD: torch.Tensor) -> int:
     """Routed pairs of one forward pass."""
     with torch.no_grad():
-        plan_stats = layer.named_stats(layer(x_TD)[2])
-    return int(plan_stats[st.PAIRS])
+        return int(layer(x_TD)[2][st.PAIRS])
 
 
 def step(layer: MoELayer, x_TD: torch.Tensor) -> None:

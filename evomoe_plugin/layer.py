@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,9 @@ class MoELayer(nn.Module):
     """Route tokens to experts and sum what they answer.
 
     Nothing is kept between forward and loss: the auxiliary losses and statistics are outputs, so
-    that activation checkpointing and FSDP can neither lose nor double them. They leave as two
-    flat tensors, since neither carries gradients through containers; `gate.aux_names` and
-    `named_stats` name them again.
+    that activation checkpointing and FSDP can neither lose nor double them. The losses are one
+    tensor, in the order of `gate.aux_names`, since checkpointing carries no gradients through
+    containers.
 
     Args:
         gate: routes.
@@ -124,7 +124,7 @@ class MoELayer(nn.Module):
         token_keys_T: Tensor | None = None,
         token_ids_T: Tensor | None = None,
         token_weights_T: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Apply the layer.
 
         Args:
@@ -135,10 +135,10 @@ class MoELayer(nn.Module):
             token_weights_T: weight of each token in the auxiliary losses; None: 1.
         Returns:
             y_TD, zeros for tokens without any expert; the auxiliary losses, [A] with gradient;
-            the statistics, detached fp64.
+            the statistics by name (`routing.stats`), detached fp64.
         """
         if self.is_single:
-            plan = first_expert_plan(x_TD, token_mask_T, self.num_experts, self.gate.aux_names)
+            plan = self._first_expert_plan(x_TD, token_mask_T)
         else:
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
             plan = self._within_capacity(self.gate(x_TD, context))
@@ -150,8 +150,21 @@ class MoELayer(nn.Module):
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
-        stats = {**plan.stats, **self._travel(plan)}
-        return y_TD, aux, torch.cat([stats[name].reshape(-1) for name in self._stat_sizes()])
+        return y_TD, aux, {**plan.stats, **self._travel(plan)}
+
+    def zero_stats(self) -> dict[str, Tensor]:
+        """The statistics of a forward pass without tokens, for a layer that LayerDrop skips."""
+        device = self.num_updates.device
+        plan = self._first_expert_plan(torch.zeros(0, 1, device=device), None)
+        gate_stats = {} if self.is_single else self.gate.zero_stats(device)
+        return {**plan.stats, **gate_stats, **self._travel(plan)}
+
+    def _first_expert_plan(self, x_TD: Tensor, token_mask_T: Tensor | None) -> RoutingPlan:
+        names = [st.DROPPED] if self._has_capacity else []
+        if self.gate.info.num_null:
+            names += [st.NULL_PAIRS, st.NULL_MASS]
+        return first_expert_plan(x_TD, token_mask_T, self.num_experts,
+                                 aux_names=self.gate.aux_names, zero_stats=names)
 
     def _travel(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """Statistics of what leaves this process, in the places of the processes' own."""
@@ -199,35 +212,6 @@ class MoELayer(nn.Module):
     @property
     def _has_capacity(self) -> bool:
         return bool(self.capacity or self.eval_capacity)
-
-    def _stat_sizes(self) -> dict[str, int]:
-        scalars = [st.TOKENS, st.PAIRS, st.EXPERTS, st.ENTROPY, st.NONFINITE]
-        if not self.is_single:
-            scalars += self.gate.STATS
-        if self._has_capacity:
-            scalars.append(st.DROPPED)
-        if self.gate.info.num_null:
-            scalars += [st.NULL_PAIRS, st.NULL_MASS]
-        records = {} if self.is_single else self.gate.record_sizes()
-        travel = {} if self.groups is None else dict.fromkeys(
-            (st.SENT_R, st.RECEIVED_R), self.groups.size)
-        return {**dict.fromkeys(scalars, 1), st.LOAD_E: self.num_experts, **travel, **records}
-
-    @property
-    def stats_size(self) -> int:
-        """Length of the flat statistics."""
-        return sum(self._stat_sizes().values())
-
-    def named_stats(self, flat: Tensor) -> Mapping[str, Tensor]:
-        """Name the statistics `forward` returned: scalars, and vectors for `tokens_per_expert`,
-        what travels between processes and the gate's records."""
-        sizes = self._stat_sizes()
-        vectors = {st.LOAD_E, st.SENT_R, st.RECEIVED_R, *self.gate.record_sizes()}
-        parts = flat.split(list(sizes.values()))
-        return {
-            name: part if name in vectors else part.squeeze(0)
-            for name, part in zip(sizes, parts, strict=True)
-        }
 
 
 def _read_num_updates(layer: MoELayer, _incompatible_keys) -> None:

@@ -47,9 +47,10 @@ def test_every_gate_and_its_losses_are_documented(name):
     text = (ROOT / "docs/options.md").read_text()
     assert f"| `{name}`" in text or f", `{name}` |" in text
     gate = gate_class(name)
-    for loss in (*LOSSES, *gate.LOSSES):
+    for loss in (*LOSSES, *gate.capabilities.losses):
         assert f"`{loss}`" in text, loss
-    assert gate.DEFAULT_AUX == "none" or f"`{gate.DEFAULT_AUX}`" in text
+    default = gate.capabilities.default_aux
+    assert default == "none" or f"`{default}`" in text in text
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"],

@@ -255,7 +255,7 @@ class ExpertShards:
         return self._open[rank]
 
     def rows(self, key: str, rows: slice | None = None) -> Tensor:
-        """Rows of one of the manifest's tensors; None: all. Reads the files that hold them alone."""
+        """Rows of one of the manifest's tensors; None: all. Reads only the files that hold them."""
         whole = self.manifest.tensors[key]
         wanted = range(whole.shape[0])[rows or slice(None)]
         held = whole.shape[0] // self.manifest.size

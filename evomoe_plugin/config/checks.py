@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +26,6 @@ from evomoe_plugin.config.options import (
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.gate import gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ def _check_null(options: Any) -> None:
     target = options.moe_null_rate_target
     check_number(options, "moe_null_rate_target", least=0, most=1,
                  remedy="it is a probability: give a number from 0 to 1")
-    wanted = "null" in coefficients(options, gate_class(options.moe_gate))
+    wanted = "null" in gate_class(options.moe_gate).aux_coefficients(options)
     if wanted and target is None:
         raise OptionError("moe_aux", options.moe_aux,
                           "the loss null has nothing to aim at: give --moe-null-rate-target")
@@ -162,7 +161,7 @@ def _check_capacity(options: Any, gate: Any) -> None:
     limits = [option for option in ("moe_capacity_factor", "moe_eval_capacity_factor",
                                     "moe_eval_capacity_token_fraction")
               if getattr(options, option) != getattr(MoEOptions, option)]
-    if limits and not gate.TAKES_CAPACITY:
+    if limits and not gate.capabilities.capacity:
         raise OptionError(limits[0], getattr(options, limits[0]),
                           f"the gate {options.moe_gate} sets the load of experts itself: leave "
                           "it out")
@@ -173,19 +172,23 @@ def _check_capacity(options: Any, gate: Any) -> None:
                                              "--moe-capacity-factor")
 
 
-def _capacity_warnings(options: Any, gate: Any) -> Iterator[str]:
+def _capacity_warnings(options: Any, gate: Any) -> list[str]:
+    warnings = []
     if options.moe_eval_capacity_factor is not None or (
             options.moe_eval_capacity_token_fraction != -1):
-        yield ("a capacity in evaluation: what a token gets depends on the tokens beside it, and "
-               "perplexity on the batch size")
+        warnings.append("a capacity in evaluation: a token's output depends on the other tokens of "
+                        "the batch, and perplexity on the batch size")
     fixed = gate.has_fixed_picks(options) and not options.moe_null_experts
     if options.moe_capacity_factor is not None and not fixed:
-        yield (f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the "
-               "number of pairs, which later tokens have a part in: training is not causal; "
-               "evaluation has no capacity by default")
+        warnings.append(
+            f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the number "
+            "of pairs, which depends on later tokens: training is not causal; evaluation has no "
+            "capacity by default")
     if options.moe_capacity_factor is not None and options.moe_drop_policy in ("probs", "random"):
-        yield (f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can push "
-               "out earlier ones, which is not causal; evaluation has no capacity by default")
+        warnings.append(
+            f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can displace "
+            "earlier ones, which is not causal; evaluation has no capacity by default")
+    return warnings
 
 
 def _check_init(options: Any) -> None:
@@ -241,16 +244,18 @@ def _check_spawn(options: Any) -> None:
                               "mask")
 
 
-def _spawn_warnings(options: Any, counts: Sequence[int]) -> Iterator[str]:
+def _spawn_warnings(options: Any, counts: Sequence[int]) -> list[str]:
     updates = options.moe_spawn_updates
     if updates is None:
-        return
+        return []
+    warnings = []
     if min(counts) == 1:
-        yield (f"--moe-spawn-updates {updates}: a layer has one expert only, which is changed at "
-               "the spawn and finds no other beside it")
+        warnings.append(f"--moe-spawn-updates {updates}: a layer has only one expert, which the "
+                        "spawn changes without adding others")
     if options.moe_spawn_method == "copy":
-        yield ("--moe-spawn-method copy: experts begin alike, so that only what the gate sends "
-               "them tells them apart")
+        warnings.append("--moe-spawn-method copy: experts start identical, so that only the tokens "
+                        "the gate sends them make them differ")
     if options.moe_shared_experts and options.moe_shared_combine != "add":
-        yield (f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there is no "
-               "gate to weigh by, and shared experts count in full")
+        warnings.append(f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there "
+                        "is no gate, and shared experts have weight 1")
+    return warnings

@@ -9,7 +9,7 @@ import ast
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
@@ -127,28 +126,27 @@ def largest_step(betas: Sequence[float], updates: int) -> float:
     return max(map(step, range(1, 1 + int(5 / max(1 - beta1, 1 - beta2, 1e-3)))))
 
 
-def _moments_warnings(optimizer: Any, updates: int) -> Iterator[str]:
+def _moments_warnings(optimizer: Any, updates: int) -> list[str]:
     betas = getattr(optimizer, "adam_betas", None)
     if isinstance(betas, str):
         betas = ast.literal_eval(betas)
     if not betas or betas[1] <= _MOST_BETA2:
-        return
-    yield (f"--adam-betas {tuple(betas)} with --moe-spawn-updates {updates}: after the spawn the "
-           "gate's weights, and those that are new, begin without moments amid the run: their "
-           f"first steps are up to {largest_step(betas, updates):.1f} times --lr; with (0.9, 0.98) "
-           f"it is {largest_step((0.9, 0.98), updates):.1f} times")
+        return []
+    return [f"--adam-betas {tuple(betas)} with --moe-spawn-updates {updates}: after the spawn, the "
+            "weights of the gate and new weights start without moments in the middle of the run: "
+            f"their first steps are up to {largest_step(betas, updates):.1f} times --lr; with "
+            f"(0.9, 0.98) {largest_step((0.9, 0.98), updates):.1f} times"]
 
 
 # Losses that are about 1 or more when all is well; published coefficients are 0.001 to 0.03.
 _LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
 
 
-def _strong_losses(model: Any, weight: float) -> Iterator[str]:
-    chosen = coefficients(model, gate_class(model.moe_gate))
+def _strong_losses(model: Any, weight: float) -> list[str]:
+    chosen = gate_class(model.moe_gate).aux_coefficients(model)
     strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
-    if strong:
-        yield (f"--moe-gate-loss-wt {weight}: the auxiliary loss {strong[0]} is added "
-               f"{chosen[strong[0]] * weight:g} times; 0.01 is usual")
+    return [f"--moe-gate-loss-wt {weight}: the auxiliary loss {name} is added with weight "
+            f"{chosen[name] * weight:g}; 0.01 is usual" for name in strong[:1]]
 
 
 def _check_data(cfg: Any) -> None:

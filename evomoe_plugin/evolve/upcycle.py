@@ -172,15 +172,16 @@ class Upcycling:
         scorer = getattr(self.options, "moe_scorer", "linear")
         gate = self.options.moe_gate
         cls = gate_class(gate)
-        if not cls.HAS_WEIGHTS:
+        if not cls.capabilities.gate_init:
             raise OptionError(option, recipe.gate_init,
                               f"the gate {gate} has no weights: leave it out")
         if recipe.gate_deviation == 0.0 and (
-                not cls.LEARNS_FROM_ZERO or scorer not in ("linear", "sigmoid")):
+                not cls.capabilities.zero_init or scorer not in ("linear", "sigmoid")):
             with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
             raise OptionError(option, "zero", f"the gate {gate}{with_scorer} cannot learn from "
                                               "weights of 0: give default or normal:STD")
-        if recipe.gate_deviation == 0.0 and cls.KEEPS_ALIKE and self._has_twins():
+        if (recipe.gate_deviation == 0.0 and cls.capabilities.keeps_copies_equal
+                and self._has_twins()):
             raise OptionError(option, "zero",
                               f"with it the gate {gate} treats all experts alike, and experts that "
                               "begin alike stay so for ever: give default or normal:STD, or a "

@@ -1,7 +1,7 @@
 """Gates: one a file, registered by name. A gate turns tokens into a `RoutingPlan`."""
 
 from evomoe_plugin.gates import (  # noqa: F401 - importing registers them
-    # noqa: F401     base_layer,
+    base_layers,
     dense,
     dense_to_sparse,
     dselect_k,
@@ -15,6 +15,7 @@ from evomoe_plugin.gates import (  # noqa: F401 - importing registers them
     top_k,
     top_p,
 )
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import (
     Gate,
     GateContext,
@@ -28,6 +29,6 @@ from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 __all__ = [
-    "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions", "WeightSum", "gate_class",
-    "gate_names", "register_gate",
+    "Capabilities", "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions", "WeightSum",
+    "gate_class", "gate_names", "register_gate",
 ]

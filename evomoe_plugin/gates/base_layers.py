@@ -1,12 +1,13 @@
 """The gate of BASE layers: in training every expert gets the same number of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -40,21 +41,21 @@ class BaseGate(Gate):
     Source: BASE layers (arXiv 2103.16716).
     """
 
-    DEFAULT_AUX = "none"
-    TAKES_NULL = False
-    TAKES_CAPACITY = False
+    capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
         self.scorer = centroids(info, options)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
-        yield ("--moe-gate base: in training, a token's expert depends on later tokens of the "
-               "batch too, which is not causal; evaluation takes each token's best expert")
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+        warnings = ["--moe-gate base: in training, a token's expert depends on later tokens of the "
+                    "batch too, which is not causal; evaluation takes each token's best expert"]
         if max(expert_counts) > MANY_EXPERTS:
-            yield (f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to "
-                   f"more than {MANY_EXPERTS} takes seconds a layer and step on a CPU")
+            warnings.append(
+                f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to more "
+                f"than {MANY_EXPERTS} experts takes seconds per layer and step on a CPU")
+        return warnings
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:

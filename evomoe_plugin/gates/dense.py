@@ -1,12 +1,12 @@
 """The dense gate: each token goes to all candidates, always."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -21,16 +21,13 @@ class DenseGate(Gate):
     """
 
     Options = ScorerOptions
-    DEFAULT_AUX = "none"
-    TAKES_CAPACITY = False
-    KEEPS_ALIKE = True
+    capabilities = Capabilities(default_aux="none", capacity=False, keeps_copies_equal=True)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
-        for name in coefficients(options, cls):
-            if name in ("balance", "switch", "load"):
-                yield (f"--moe-aux {name}: every expert gets every token with the gate dense, so "
-                       "that this loss is constant")
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+        return [f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
+                "loss is constant"
+                for name in cls.aux_coefficients(options) if name in ("balance", "switch", "load")]
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

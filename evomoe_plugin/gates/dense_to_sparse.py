@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.dense_to_sparse_options import (
     DenseToSparseOptions,
     annealing_updates,
@@ -37,7 +38,7 @@ class DenseToSparseGate(Gate):
     """
 
     Options = DenseToSparseOptions
-    STATS = (st.TEMPERATURE,)
+    capabilities = Capabilities(stats=(st.TEMPERATURE,))
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -52,7 +53,7 @@ class DenseToSparseGate(Gate):
         self.eval_gate = options.moe_eval_gate
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         return validate_dense_to_sparse(options)
 
     def temperature(self, num_updates: int) -> float:

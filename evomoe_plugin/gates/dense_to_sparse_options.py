@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -74,8 +73,8 @@ def hard_updates(options: Any) -> int:
     return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
 
 
-def validate_dense_to_sparse(options: Any) -> Iterator[str]:
-    """Yield warnings; raise `OptionError` for what cannot work."""
+def validate_dense_to_sparse(options: Any) -> list[str]:
+    """Warnings; raises `OptionError` for options that cannot work."""
     start, end = options.moe_temperature_start, options.moe_temperature_end
     constant = options.moe_temperature_schedule == "constant"
     choices = {
@@ -101,10 +100,12 @@ def validate_dense_to_sparse(options: Any) -> Iterator[str]:
     hard, annealing = hard_updates(options), annealing_updates(options)
     if hard < -1:
         raise OptionError("moe_hard_updates", hard, "give an update number, or -1 for never")
+    warnings = []
     if 0 <= hard < annealing and not constant:
-        yield (f"--moe-hard-updates {hard}: routing turns hard before the annealing ends at "
-               f"update {annealing}")
+        warnings.append(f"--moe-hard-updates {hard}: routing turns hard before the annealing ends "
+                        f"at update {annealing}")
     last = (options.moe_spawn_updates or 0) + max(hard, 0 if constant else annealing)
     if options.max_update and last > options.max_update:
-        yield (f"--max-update {options.max_update}: the run ends before the gate has come to its "
-               f"end at update {last}")
+        warnings.append(f"--max-update {options.max_update}: the run ends before the gate's "
+                        f"schedule does at update {last}")
+    return warnings

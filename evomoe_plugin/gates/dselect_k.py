@@ -1,6 +1,6 @@
 """The DSelect-k gate: k selectors write an expert's number in bits that can be in between."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import check_number
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -54,11 +55,10 @@ class DSelectKGate(Gate):
     """
 
     Options = DSelectKOptions
-    LOSSES = ("selector_entropy", "selector_validity")
-    DEFAULT_AUX = "selector_entropy=0.01,selector_validity=0.01"
-    HAS_LOGITS = False
-    TAKES_NULL = False
-    LEARNS_FROM_ZERO = False
+    capabilities = Capabilities(
+        losses=("selector_entropy", "selector_validity"),
+        default_aux="selector_entropy=0.01,selector_validity=0.01",
+        logits=False, null_experts=False, zero_init=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -72,10 +72,10 @@ class DSelectKGate(Gate):
             torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
-        return ()
+        return []
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

@@ -1,6 +1,6 @@
 """The expert-choice gate: each expert takes its best tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number
-from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -44,10 +44,8 @@ class ExpertChoiceGate(Gate):
     """
 
     Options = ExpertChoiceOptions
-    DEFAULT_AUX = "none"
-    TAKES_NULL = False
-    TAKES_CAPACITY = False
-    KEEPS_ALIKE = True
+    capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False,
+                                keeps_copies_equal=True)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -55,7 +53,7 @@ class ExpertChoiceGate(Gate):
         self.top_k = min(_picks_in_evaluation(options), info.num_experts)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         experts = min(expert_counts)
         check_number(options, "moe_expert_choice_factor", above=0, most=experts,
                      remedy=f"an MoE layer has {experts} experts, and none takes a token twice: "
@@ -66,12 +64,12 @@ class ExpertChoiceGate(Gate):
                               "experts choose among all tokens of a batch, so that tokens depend "
                               "on later ones, which a causal model must not: take top_k, or give "
                               "--moe-allow-noncausal to train it nonetheless")
-        yield ("--moe-gate expert_choice: training is not causal, and evaluation routes otherwise, "
-               "each token to its best experts: perplexity is worse than the training loss says")
-        for name in coefficients(options, cls):
-            if name in ("balance", "switch"):
-                yield (f"--moe-aux {name}: every expert gets as many tokens with the gate "
-                       "expert_choice, so that this loss is constant")
+        return [
+            "--moe-gate expert_choice: training is not causal, and evaluation routes each token to "
+            "its best experts instead: perplexity is worse than the training loss suggests",
+            *(f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
+              "expert_choice, so this loss is constant"
+              for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

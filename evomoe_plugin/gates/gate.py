@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import parse_bool
-from evomoe_plugin.gates.auxiliary import LOSSES, coefficients
-from evomoe_plugin.gates.scorers import SCORERS, SOFTMAX_SCORERS, Scorer, validate_scorer
+from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
+from evomoe_plugin.gates.capabilities import Capabilities
+from evomoe_plugin.gates.scorers import SCORERS, Scorer, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
@@ -92,25 +93,7 @@ class Gate(nn.Module):
     """
 
     Options: ClassVar[type] = NoOptions
-    SCORERS: ClassVar[tuple[str, ...]] = SOFTMAX_SCORERS
-    """The scorers it can use, if it uses any."""
-    LOSSES: ClassVar[tuple[str, ...]] = ()
-    """Auxiliary losses that its own choices bring, beside those of `gates.auxiliary`."""
-    DEFAULT_AUX: ClassVar[str] = "balance=1"
-    """`--moe-aux` where the user gives none."""
-    STATS: ClassVar[tuple[str, ...]] = ()
-    """Scalar statistics that its choices bring."""
-    HAS_LOGITS: ClassVar[bool] = True
-    TAKES_NULL: ClassVar[bool] = True
-    """Whether null experts can be candidates."""
-    TAKES_CAPACITY: ClassVar[bool] = True
-    HAS_WEIGHTS: ClassVar[bool] = True
-    """Whether it has parameters that `--gate-init` can draw."""
-    LEARNS_FROM_ZERO: ClassVar[bool] = True
-    """Whether it learns where they all begin as 0 (`--gate-init zero`)."""
-    KEEPS_ALIKE: ClassVar[bool] = False
-    """Whether, where they all begin as 0, experts of equal weights get the same tokens with the
-    same weights in every update, so that nothing ever parts them."""
+    capabilities: ClassVar[Capabilities] = Capabilities()
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__()
@@ -123,23 +106,35 @@ class Gate(nn.Module):
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
                 info.model_dim, options.moe_shared_experts, options.moe_shared_combine)
-        self.aux_names = tuple(coefficients(options, type(self)))
+        self.aux_names = tuple(self.aux_coefficients(options))
         self.null_rate_target = options.moe_null_rate_target
         self.drop_policy = options.moe_drop_policy or "position"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
-        """Warnings about `options`; raises `OptionError` where they cannot work.
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+        """Check the gate's own options; the options that all gates share have been checked.
 
-        Only the gate's own options: what all gates share has been checked.
+        Returns:
+            warnings.
+        Raises:
+            OptionError: the options cannot work.
         """
-        return ()
+        return []
 
     @classmethod
     def has_fixed_picks(cls, options: Any) -> bool:
         """Whether every token goes to as many candidates: a capacity then depends on the number
         of tokens alone, and not on what later ones are."""
         return False
+
+    @classmethod
+    def aux_coefficients(cls, options: Any) -> Mapping[str, float]:
+        """The auxiliary losses that `options` select and their coefficients, in that order.
+
+        Raises:
+            OptionError: as `gates.auxiliary.coefficients`.
+        """
+        return coefficients(options, cls.capabilities, has_vectors=cls.has_vectors(options))
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
@@ -178,9 +173,12 @@ class Gate(nn.Module):
         """bool [C]: candidates that can be chosen now; None: all, always."""
         return None
 
-    def record_sizes(self) -> Mapping[str, int]:
-        """Lengths of the further statistics, vectors, that `after_update` wants; not logged."""
-        return {}
+    def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
+        """The statistics that its choices bring, for no tokens: scalars, which are logged, and
+        vectors for `after_update`."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return {**dict.fromkeys(self.capabilities.stats, zero),
+                st.ASKED_C: zero.expand(self.info.num_candidates)}
 
     @property
     def learns_after_updates(self) -> bool:
@@ -193,7 +191,7 @@ class Gate(nn.Module):
 
         Args:
             num_updates: completed updates, this one included.
-            own: this layer's statistics, its `record_sizes` included, summed over the update.
+            own: this layer's statistics, summed over the update.
             layers: the statistics of all layers, name -> [L] or [L, E].
         """
 
@@ -225,12 +223,7 @@ class Gate(nn.Module):
             if context.token_mask_T is not None:
                 mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
                 choice = dataclasses.replace(choice, mask_TC=mask_TC)
-            weight_T = context.loss_weights_T
-            aux = {
-                name: choice.aux[name] if name in choice.aux
-                else LOSSES[name].compute(self, choice, weight_T)
-                for name in self.aux_names
-            }
+            aux = self._aux(choice, context.loss_weights_T)
             weights_TC, shared_weights_TS = choice.weights_TC, None
             if self.shared_weights is not None:
                 routed_T, shared_weights_TS = self.shared_weights(x_TD, choice)
@@ -239,6 +232,16 @@ class Gate(nn.Module):
                 stats = routing_stats(choice, context.token_mask_T, self.num_experts)
             return self._plan(choice, weights_TC, context, aux=aux, stats=stats,
                               shared_weights_TS=shared_weights_TS)
+
+    def _aux(self, choice: Choice, weight_T: Tensor | None) -> dict[str, Tensor]:
+        vectors_CD = None
+        if any(name in LOSSES and LOSSES[name].needs == "vectors" for name in self.aux_names):
+            # As precise as the gate computes, whatever the dtype of the parameters.
+            vectors_CD = self.vectors().to(choice.probs_TC.dtype)
+        given = LossInputs(choice, weight_T, self.active(), vectors_CD, self.info.num_null,
+                           self.null_rate_target)
+        return {name: choice.aux[name] if name in choice.aux else LOSSES[name].compute(given)
+                for name in self.aux_names}
 
     def _plan(
         self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields: Any
@@ -348,15 +351,15 @@ def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
             raise OptionError(name, getattr(options, name),
                               f"the gate {options.moe_gate} does not use it: leave it out, or "
                               f"take a gate that does ({', '.join(users)})")
-    if options.moe_null_experts and not cls.TAKES_NULL:
+    if options.moe_null_experts and not cls.capabilities.null_experts:
         raise OptionError("moe_null_experts", options.moe_null_experts,
                           f"the gate {options.moe_gate} cannot choose null experts: give 0")
     if "moe_scorer" in used:
-        validate_scorer(options, cls.SCORERS)
+        validate_scorer(options, cls.capabilities.scorers)
     if options.moe_shared_experts and options.moe_shared_combine == "softmax" and (
-            not cls.HAS_LOGITS):
+            not cls.capabilities.logits):
         raise OptionError("moe_shared_combine", "softmax",
                           f"the gate {options.moe_gate} has no logits to weigh against: give add "
                           "or mix")
-    coefficients(options, cls)
-    return list(cls.validate(options, expert_counts))
+    cls.aux_coefficients(options)
+    return cls.validate(options, expert_counts)

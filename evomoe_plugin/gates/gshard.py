@@ -1,6 +1,6 @@
 """The GShard gate: each token goes to its best candidate and to a second one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class GShardGate(Gate):
         return options.moe_second_expert_policy != "random"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_second_expert_policy", POLICIES)
         if min(expert_counts) + options.moe_null_experts < 2:
             raise OptionError("moe_expert_count", options.moe_expert_count,
@@ -74,7 +74,7 @@ class GShardGate(Gate):
                               "--moe-gate switch")
         if options.moe_normalize_gate_prob_before_dropping:
             cls._validate_normalization(options)
-        yield from validate_priority(options)
+        return validate_priority(options)
 
     @classmethod
     def _validate_normalization(cls, options: Any) -> None:

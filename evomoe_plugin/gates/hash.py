@@ -1,7 +1,7 @@
 """The hash gate: a token's symbol fixes its expert."""
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
@@ -98,10 +99,8 @@ class HashGate(Gate):
     """
 
     Options = HashOptions
-    DEFAULT_AUX = "none"
-    HAS_LOGITS = False
-    TAKES_NULL = False
-    HAS_WEIGHTS = False
+    capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
+                                gate_init=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -123,9 +122,9 @@ class HashGate(Gate):
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_hash", HASHES)
-        return ()
+        return []
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

@@ -47,15 +47,12 @@ class RoutingRecord(nn.Module):
         """Whether this update, or a later one without further request, is recorded."""
         return self.interval > 0 or self._state != _OFF
 
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Names and lengths of what `measure` gives."""
-        if not self.is_wanted:
-            return {}
-        return {
-            "recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
-            "recorded_unrouted_sum": self.unrouted_sum_D.numel(),
-        }
+    def zeros(self, device: torch.device) -> dict[str, Tensor]:
+        """What `measure` gives where nothing is recorded."""
+        sizes = {"recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
+                 "recorded_unrouted_sum": self.unrouted_sum_D.numel()}
+        return {name: torch.zeros(size, dtype=torch.float64, device=device)
+                for name, size in sizes.items() if self.is_wanted}
 
     def begin(self) -> None:
         """Record from now on, anew."""
@@ -85,7 +82,7 @@ class RoutingRecord(nn.Module):
         return self._state == _ENDING
 
     def measure(self, x_TD: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None,
-                num_updates: int) -> Mapping[str, Tensor]:
+                num_updates: int) -> dict[str, Tensor]:
         """What is to be added for these tokens: sums in fp64, zeros where nothing is recorded.
 
         Args:
@@ -94,22 +91,18 @@ class RoutingRecord(nn.Module):
             token_mask_T: bool, False for padding; None: no padding.
             num_updates: completed updates.
         """
-        if not self.is_wanted:
-            return {}
-        if not self.is_recording(num_updates):
-            return {
-                name: torch.zeros(size, dtype=torch.float64, device=x_TD.device)
-                for name, size in self.sizes.items()
-            }
+        zeros = self.zeros(x_TD.device)
+        if not (zeros and self.is_recording(num_updates)):
+            return zeros
         unrouted_T = ~mask_TE.any(1)
         if token_mask_T is not None:
             mask_TE = mask_TE & token_mask_T.unsqueeze(1)
             unrouted_T = unrouted_T & token_mask_T
         # Filled and not multiplied: padding may hold anything.
         lost_TD = x_TD.detach().masked_fill(~unrouted_T.unsqueeze(1), 0.0)
-        values = (mask_TE.sum(0).double(), unrouted_T.sum().double(),
+        values = (mask_TE.sum(0).double(), unrouted_T.sum().double().view(1),
                   lost_TD.sum(0, dtype=torch.float64))
-        return dict(zip(self.sizes, values, strict=True))
+        return dict(zip(zeros, values, strict=True))
 
     def add(self, measured: Mapping[str, Tensor], num_updates: int) -> None:
         """Add what `measure` gave, summed over an update.
@@ -119,10 +112,9 @@ class RoutingRecord(nn.Module):
         """
         if self.interval and (num_updates - 1) % self.interval == self.interval - self.window:
             self.clear()  # a run that was begun anew may have left a window half full
-        routed, unrouted, unrouted_sum = (measured[name] for name in self.sizes)
-        self.routed_E += routed.round().to(torch.int64)
-        self.unrouted += unrouted.round().to(torch.int64).squeeze()
-        self.unrouted_sum_D.add_(unrouted_sum)
+        self.routed_E += measured["recorded_routed"].round().to(torch.int64)
+        self.unrouted += measured["recorded_unrouted"].round().to(torch.int64).squeeze()
+        self.unrouted_sum_D.add_(measured["recorded_unrouted_sum"])
 
     def clear(self) -> None:
         """Forget all, and record no more unless the interval says so."""

@@ -1,6 +1,6 @@
 """The ReLU gate of ReMoE: an expert works on a token where its logit is positive."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.options import check_number
-from evomoe_plugin.gates.auxiliary import coefficients
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import exact, register_exact
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -62,12 +62,9 @@ class ReluGate(Gate):
     """
 
     Options = ReluOptions
-    LOSSES = ("l1",)
-    DEFAULT_AUX = "l1=1"
-    STATS = (st.COEFFICIENT,)
-    TAKES_NULL = False
-    # No logit is above 0, no expert has a token, and nothing a gradient.
-    LEARNS_FROM_ZERO = False
+    # From 0 no logit would be above 0, no expert have a token, and no parameter a gradient.
+    capabilities = Capabilities(losses=("l1",), default_aux="l1=1", stats=(st.COEFFICIENT,),
+                                null_experts=False, zero_init=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -77,15 +74,16 @@ class ReluGate(Gate):
         register_exact(self, "coefficient", torch.tensor(self.l1_start))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
                                                                       "at most 1, as 1e-8")
         check_number(options, "moe_l1_factor", above=1, most=10,
                      remedy="give a factor above 1 and at most 10, as 1.2")
-        if not coefficients(options, cls).get("l1"):
-            yield ("--moe-aux without l1: nothing leads the number of experts a token towards "
-                   "--moe-top-k")
+        if cls.aux_coefficients(options).get("l1"):
+            return []
+        return ["--moe-aux without l1: nothing drives the number of experts per token towards "
+                "--moe-top-k"]
 
     @property
     def coefficient(self) -> Tensor:

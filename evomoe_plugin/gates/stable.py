@@ -1,6 +1,6 @@
 """The gate of StableMoE: it learns to route, then keeps the routing it has learned."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number, gated_updates
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.base_layers import centroids
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
@@ -75,10 +75,9 @@ class StableGate(Gate):
     """
 
     Options = StableOptions
-    LOSSES = ("greedy_balance", "distill")
-    DEFAULT_AUX = "greedy_balance=0.3,distill=0.3"
-    TAKES_NULL = False
-    LEARNS_FROM_ZERO = False
+    capabilities = Capabilities(
+        losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
+        null_experts=False, zero_init=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -100,19 +99,22 @@ class StableGate(Gate):
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
         check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
             raise OptionError("moe_stable_updates", "(not given)",
                               "give it, or --max-update, of which stage 1 takes 10 % by default")
-        if not coefficients(options, cls).get("distill") or stable_updates(options) == 0:
-            yield ("--moe-gate stable: routing will be frozen as a router has it that has learned "
-                   "nothing; --moe-aux distill=0.3 teaches it until --moe-stable-updates")
+        warnings = []
+        if not cls.aux_coefficients(options).get("distill") or stable_updates(options) == 0:
+            warnings.append(
+                "--moe-gate stable: the frozen routing will be that of an untrained router; "
+                "--moe-aux distill=0.3 trains it until --moe-stable-updates")
         frozen = stable_updates(options) + (options.moe_spawn_updates or 0)
         if options.max_update and frozen >= options.max_update:
-            yield (f"--max-update {options.max_update}: the run ends before routing is frozen at "
-                   f"update {frozen}")
+            warnings.append(f"--max-update {options.max_update}: the run ends before routing is "
+                            f"frozen at update {frozen}")
+        return warnings
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
@@ -174,7 +176,7 @@ class StableGate(Gate):
             weights_TC=torch.sigmoid(logits_TE),
             probs_TC=mask_TE.to(logits_TE.dtype),
             logits_TC=logits_TE,
-            aux=dict.fromkeys(self.LOSSES, logits_TE.new_zeros(())),
+            aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 
     def _word_logits(self, words: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The Switch gate: each token goes to its best candidate."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,10 +27,11 @@ class SwitchGate(Gate):
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
-        if options.moe_renormalize_after_drop:
-            yield ("--moe-renormalize-after-drop: a token of the gate switch has one pick, kept "
-                   "whole or dropped; this changes nothing")
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+        if not options.moe_renormalize_after_drop:
+            return []
+        return ["--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
+                "or dropped; this changes nothing"]
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

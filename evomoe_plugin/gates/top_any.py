@@ -1,7 +1,7 @@
 """The top-any gate: each token goes to every expert whose threshold it reaches."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -80,13 +81,11 @@ class TopAnyGate(Gate):
     """
 
     Options = TopAnyOptions
-    LOSSES = ("efficiency",)
-    DEFAULT_AUX = "diversity=1,simplicity=1"
-    # Scores are compared with thresholds, not with each other.
-    HAS_LOGITS = False
-    # A token may have no expert as it is.
-    TAKES_NULL = False
-    LEARNS_FROM_ZERO = False
+    # No logits: scores are compared with thresholds, not with each other. No null experts: a token
+    # may have no expert anyway.
+    capabilities = Capabilities(
+        losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
+        null_experts=False, zero_init=False)
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -106,7 +105,7 @@ class TopAnyGate(Gate):
         self.record = RoutingRecord(E, D, interval, options.moe_adapt_window or interval)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_top_any_ste", ("full", "active"))
         check_choice(options, "moe_top_any_weights", ("uniform", "score"))
         check_number(options, "moe_top_any_scale", above=0, most=100,
@@ -117,10 +116,10 @@ class TopAnyGate(Gate):
             raise OptionError("moe_max_experts", most,
                               f"a layer starts with {start} experts: give at least that, or a "
                               "smaller --moe-expert-count")
-        yield from cls._validate_adaptation(options, min(expert_counts))
+        return cls._validate_adaptation(options, min(expert_counts))
 
     @classmethod
-    def _validate_adaptation(cls, options: Any, start: int) -> Iterable[str]:
+    def _validate_adaptation(cls, options: Any, start: int) -> list[str]:
         interval = options.moe_adapt_record_interval
         for option in ("moe_adapt_record_interval", "moe_adapt_window"):
             check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
@@ -143,10 +142,11 @@ class TopAnyGate(Gate):
             raise OptionError("moe_adapt_noise", options.moe_adapt_noise,
                               "--moe-adapt-source keep copies nothing: leave it out, or give "
                               "most_used")
-        if options.moe_max_experts > start and not interval:
-            yield (f"--moe-max-experts {options.moe_max_experts} without "
-                   "--moe-adapt-record-interval: experts are added only where the model's "
-                   "begin_record_routing() and end_record_routing() are called")
+        if options.moe_max_experts <= start or interval:
+            return []
+        return [f"--moe-max-experts {options.moe_max_experts} without --moe-adapt-record-interval: "
+                "experts are added only if the model's begin_record_routing() and "
+                "end_record_routing() are called"]
 
     @classmethod
     def has_vectors(cls, options: Any) -> bool:
@@ -226,8 +226,8 @@ class TopAnyGate(Gate):
             aux["balance"] = balance * num_active / mask_TE.size(1)
         return aux
 
-    def record_sizes(self) -> Mapping[str, int]:
-        return self.record.sizes
+    def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
+        return super().zero_stats(device) | self.record.zeros(device)
 
     @property
     def learns_after_updates(self) -> bool:

@@ -1,6 +1,6 @@
 """The top-k gate: each token goes to its k best candidates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import exact, register_exact
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
@@ -57,7 +58,7 @@ class TopKGate(Gate):
     """
 
     Options = TopKOptions
-    SCORERS = tuple(SCORERS)
+    capabilities = Capabilities(scorers=tuple(SCORERS))
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -73,7 +74,7 @@ class TopKGate(Gate):
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
         check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
@@ -84,10 +85,11 @@ class TopKGate(Gate):
             raise OptionError("moe_sample_top_k", options.moe_sample_top_k,
                               "picks are drawn whatever the bias, which would then grow for ever: "
                               "leave out this or --moe-bias-update-rate")
-        yield from validate_priority(options)
+        warnings = validate_priority(options)
         if options.moe_top_k_weights == "renormalized" and options.moe_top_k == 1:
-            yield ("--moe-top-k-weights renormalized: with one pick its weight is 1, and the gate "
-                   "learns from auxiliary losses alone")
+            warnings.append("--moe-top-k-weights renormalized: with --moe-top-k 1 the weight is "
+                            "always 1, so the gate learns from auxiliary losses only")
+        return warnings
 
     @property
     def bias_C(self) -> Tensor:
@@ -136,9 +138,6 @@ class TopKGate(Gate):
         noise_TC = gumbel(context.noise_keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
         drawn_TC = (log_scores_TC + noise_TC).scatter(1, best_TK, float("-inf"))
         return torch.cat([best_TK, drawn_TC.topk(self.sampled, dim=1).indices], dim=1)
-
-    def record_sizes(self) -> Mapping[str, int]:
-        return {st.ASKED_C: self.info.num_candidates} if self.learns_after_updates else {}
 
     @property
     def learns_after_updates(self) -> bool:

@@ -1,6 +1,6 @@
 """The top-p gate: each token goes to the smallest set of candidates that it trusts enough."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
@@ -53,7 +54,7 @@ class TopPGate(Gate):
     """
 
     Options = TopPOptions
-    DEFAULT_AUX = "switch=1"
+    capabilities = Capabilities(default_aux="switch=1")
 
     def __init__(self, info: LayerInfo, options: Any):
         super().__init__(info, options)
@@ -63,26 +64,29 @@ class TopPGate(Gate):
         self.jitter = options.moe_jitter
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> Iterable[str]:
+    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
         check_number(options, "moe_top_p", least=0, most=1,
                      remedy="it is a probability: give a number from 0 to 1; 0 takes --moe-top-k")
         check_choice(options, "moe_top_p_weights", WEIGHTS)
         check_number(options, "moe_jitter", least=0, below=1,
                      remedy="give 0 or more and less than 1; 0.01 is usual")
+        only = "learns only from auxiliary losses and softmax weights of shared experts"
+        warnings = []
         if options.moe_top_p == 0:
             validate_picks(options, expert_counts)
             if options.moe_top_k == 1:
-                yield ("--moe-top-p 0 --moe-top-k 1: the weight of one pick is 1, and the gate "
-                       "learns from auxiliary losses and softmax weights of shared experts alone")
+                warnings.append("--moe-top-p 0 --moe-top-k 1: the weight of the one selected "
+                                f"candidate is 1; the gate {only}")
         elif options.moe_top_k != PicksOptions.moe_top_k:
-            yield (f"--moe-top-k {options.moe_top_k}: --moe-top-p {options.moe_top_p} says how "
-                   "many picks there are; give --moe-top-p 0 for --moe-top-k")
+            warnings.append(
+                f"--moe-top-k {options.moe_top_k}: --moe-top-p {options.moe_top_p} determines how "
+                "many candidates are selected; give --moe-top-p 0 to use --moe-top-k")
         if options.moe_top_p_weights == "uniform":
-            yield ("--moe-top-p-weights uniform: the gate learns from auxiliary losses and softmax "
-                   "weights of shared experts alone")
+            warnings.append(f"--moe-top-p-weights uniform: the gate {only}")
         if options.moe_top_p_weights == "sparsemixer":
-            yield ("--moe-top-p-weights sparsemixer: but for tokens with near ties, the gate "
-                   "learns from auxiliary losses and softmax weights of shared experts alone")
+            warnings.append("--moe-top-p-weights sparsemixer: except for tokens with near ties, "
+                            f"the gate {only}")
+        return warnings
 
     @classmethod
     def weight_sum(cls, options: Any, expert_counts: Sequence[int],

@@ -1,6 +1,6 @@
 """What gates with a number of picks share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,10 @@ def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
                           "larger --moe-expert-count")
 
 
-def validate_priority(options: Any) -> Iterator[str]:
-    """Yield warnings; raise `OptionError` where batch-prioritised routing has nothing to order."""
+def validate_priority(options: Any) -> list[str]:
+    """Warnings; raises `OptionError` if batch-prioritised routing has nothing to order."""
     if not options.moe_batch_prioritized_routing:
-        return
+        return []
     if options.moe_capacity_factor is None:
         raise OptionError("moe_batch_prioritized_routing", True,
                           "no expert has a capacity in training: leave it out, or give "
@@ -54,8 +54,8 @@ def validate_priority(options: Any) -> Iterator[str]:
         raise OptionError("moe_drop_policy", options.moe_drop_policy,
                           "--moe-batch-prioritized-routing says who goes first: leave one of "
                           "them out")
-    yield ("--moe-batch-prioritized-routing: in training, later tokens can push out earlier "
-           "ones, which is not causal; evaluation has no capacity by default")
+    return ["--moe-batch-prioritized-routing: in training, later tokens can displace earlier ones, "
+            "which is not causal; evaluation has no capacity by default"]
 
 
 def best(scores_TC: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _batch(
 def _counting(model: torch.nn.Module, done: Generation) -> Iterator[None]:
     """Add up what the MoE layers route."""
     def add(layer: MoELayer, _inputs, output) -> None:
-        stats = layer.named_stats(output[2])
+        stats = output[2]
         done.pairs += float(stats[st.PAIRS])
         done.routed_tokens += float(stats[st.TOKENS])
         done.experts += float(stats[st.EXPERTS])

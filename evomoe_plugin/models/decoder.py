@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairseq.distributed import fsdp_wrap
+from fairseq.distributed.utils import all_reduce_dict
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.gates import LayerInfo, gate_class
-from evomoe_plugin.gates.auxiliary import coefficients
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.attention import Mask, causal_mask
@@ -44,7 +43,7 @@ class MoEDecoder(TransformerDecoder):
         self._start_experts = expert_counts(args, len(moe_layers))
         self._layers_built = 0
         self._token_counts = tuple(getattr(dictionary, "count", ()))
-        self._aux_coefficients = coefficients(args, gate_class(args.moe_gate))
+        self._aux_coefficients = gate_class(args.moe_gate).aux_coefficients(args)
         with built_unwrapped(args.moe_train_only is not None):
             super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         if args.moe_train_only is not None:
@@ -54,7 +53,7 @@ class MoEDecoder(TransformerDecoder):
             module for module in self.layers.modules() if isinstance(module, MoELayer)
         )
         self._recording = True
-        self._update_totals: dict[int, Tensor] = {}
+        self._update_totals: dict[int, dict[str, Tensor]] = {}
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
 
     def _freeze(self, args: Any) -> None:
@@ -250,35 +249,28 @@ class MoEDecoder(TransformerDecoder):
             return mask
         return packed.attention_mask(mask, self.args.decoder_attention_heads)
 
-    def _stack_stats(self, flat_stats: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def _stack_stats(self, stats: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""
         most = max(layer.num_experts for layer in self.moe_layers)
-        device = self.embed_tokens.weight.device
-        named = []
+        rows = []
         for n, layer in enumerate(self.moe_layers):
-            if n in flat_stats:
-                flat = flat_stats[n].detach()
-            else:
-                flat = torch.zeros(layer.stats_size, dtype=torch.float64, device=device)
-            stats = dict(layer.named_stats(flat))
+            row = dict(stats[n] if n in stats else layer.zero_stats())
             fill = (0, most - layer.num_experts)
-            stats[st.LOAD_E] = nn.functional.pad(stats[st.LOAD_E], fill, value=float("nan"))
-            for record in layer.gate.record_sizes():
-                stats.pop(record, None)
-            named.append(stats)
-        return {name: torch.stack([stats[name] for stats in named]) for name in named[0]}
+            row[st.LOAD_E] = nn.functional.pad(row[st.LOAD_E], fill, value=float("nan"))
+            rows.append(row)
+        return {name: torch.stack([row[name] for row in rows])
+                for name, value in rows[0].items() if st.is_logged(name, value)}
 
     # What gates learn from: all that was routed in an update. It is summed here and not in the
     # layers, whose forward pass activation checkpointing runs twice.
 
-    def _add_to_update(self, flat_stats: Mapping[int, Tensor]) -> None:
+    def _add_to_update(self, stats: Mapping[int, Mapping[str, Tensor]]) -> None:
         if self.is_single or not self._recording or not any(
                 layer.gate.learns_after_updates for layer in self.moe_layers):
             return
-        for n, flat in flat_stats.items():
-            flat = flat.detach()
-            known = self._update_totals.get(n)
-            self._update_totals[n] = flat if known is None else known + flat
+        for n, row in stats.items():
+            known = self._update_totals.get(n, {})
+            self._update_totals[n] = {k: value + known.get(k, 0) for k, value in row.items()}
 
     @contextmanager
     def not_recording(self) -> Iterator[None]:
@@ -300,25 +292,21 @@ class MoEDecoder(TransformerDecoder):
             num_updates: completed updates, that one included.
             group: the data-parallel process group; None where there is none.
         """
-        device = self.embed_tokens.weight.device
-        flats = [
-            self._update_totals.get(
-                n, torch.zeros(layer.stats_size, dtype=torch.float64, device=device))
-            for n, layer in enumerate(self.moe_layers)
-        ]
-        self._update_totals.clear()
+        totals, self._update_totals = self._update_totals, {}
         if num_updates <= self.moe_layers[0].spawn_updates:  # the gates had no part in it
             return
         if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
             return
-        whole = torch.cat(flats)
+        rows = [totals.get(n) or layer.zero_stats() for n, layer in enumerate(self.moe_layers)]
         if group is not None:
-            dist.all_reduce(whole, group=group)
-        flats = whole.split([layer.stats_size for layer in self.moe_layers])
-        layers = self._stack_stats(dict(enumerate(flats)))
-        for layer, flat in zip(self.moe_layers, flats, strict=True):
-            layer.gate.after_update(
-                layer.gate_updates(num_updates), layer.named_stats(flat), layers)
+            # In one order on all ranks.
+            flat = {(n, name): row[name] for n, row in enumerate(rows) for name in sorted(row)}
+            for (n, name), total in all_reduce_dict(
+                    flat, self.embed_tokens.weight.device, group).items():
+                rows[n][name] = total
+        layers = self._stack_stats(dict(enumerate(rows)))
+        for layer, row in zip(self.moe_layers, rows, strict=True):
+            layer.gate.after_update(layer.gate_updates(num_updates), row, layers)
 
     def begin_record_routing(self) -> None:
         """Record what is routed from now on, for DynMoE's adaptive process; call it on all ranks.

@@ -82,7 +82,7 @@ class MoEDecoderLayer(DecoderLayer):
         token_keys: Tensor | None = None,
         token_ids: Tensor | None = None,
         token_weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Apply the layer.
 
         Args:

@@ -34,4 +34,4 @@ class Choice:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Unweighted losses that only this gate knows (its `LOSSES`)."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
-    """Sums that only this gate knows (its `STATS` and `record_sizes`)."""
+    """Sums that only this gate knows (its `zero_stats`)."""

@@ -12,7 +12,8 @@ from evomoe_plugin.routing.plan import RoutingPlan
 
 
 def first_expert_plan(
-    x_TD: Tensor, token_mask_T: Tensor | None, num_experts: int, aux_names: Iterable[str] = ()
+    x_TD: Tensor, token_mask_T: Tensor | None, num_experts: int, *, aux_names: Iterable[str] = (),
+    zero_stats: Iterable[str] = (),
 ) -> RoutingPlan:
     """The plan that gives each token the whole answer of expert 0.
 
@@ -23,6 +24,7 @@ def first_expert_plan(
         token_mask_T: bool, False for padding, which goes nowhere; None: no padding.
         num_experts: E.
         aux_names: names of the losses.
+        zero_stats: names of further statistics, all 0.
     """
     device = x_TD.device
     if token_mask_T is None:
@@ -42,7 +44,6 @@ def first_expert_plan(
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
             st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E.double(),
-            st.ENTROPY: none, st.NONFINITE: none, st.DROPPED: none, st.NULL_PAIRS: none,
-            st.NULL_MASS: none,
+            **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], none),
         },
     )

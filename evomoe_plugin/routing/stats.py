@@ -63,7 +63,13 @@ def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int)
     }
     if load_C.size(0) > num_experts:
         stats[NULL_PAIRS] = load_C[num_experts:].sum()
-    return stats | choice.stats  # a gate may know better, of experts say
+    # A gate may know better, of experts say.
+    return stats | {name: value.detach().double() for name, value in choice.stats.items()}
+
+
+def is_logged(name: str, value: Tensor) -> bool:
+    """Whether a layer's statistic is logged; other vectors are for the gate's `after_update`."""
+    return value.dim() == 0 or name in (LOAD_E, SENT_R, RECEIVED_R)
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def test_before_the_spawn_the_layer_is_its_first_expert(make_layer, given, train
     layer.set_num_updates(N - 1)
     x, known = tokens()
     mask = torch.arange(T) % 4 != 1
-    y, aux, flat = layer(x, mask, **known)
+    y, aux, stats = layer(x, mask, **known)
     wanted = one_expert(layer.experts, x)
     wanted = wanted.masked_fill(~mask.unsqueeze(1), 0.0)
     if layer.shared is not None:
@@ -63,7 +63,6 @@ def test_before_the_spawn_the_layer_is_its_first_expert(make_layer, given, train
             wanted = wanted + one_expert(alone, x)
     assert torch.allclose(y, wanted)
 
-    stats = layer.named_stats(flat)
     assert stats[st.LOAD_E].tolist() == [int(mask.sum())] + [0] * (E - 1)
     assert stats[st.TOKENS] == stats[st.PAIRS] == stats[st.EXPERTS] == mask.sum()
     assert not any(stats[name] for name in (st.ENTROPY, st.NONFINITE))

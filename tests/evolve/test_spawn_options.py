@@ -69,10 +69,10 @@ def test_good_options_pass_without_a_word(moe_options, given, caplog):
 
 
 @pytest.mark.parametrize("given, warning", [
-    (after(moe_expert_count="1"), "a layer has one expert only"),
-    (after(moe_spawn_method="copy"), "experts begin alike"),
-    (after(moe_shared_experts=1, moe_shared_combine="mix"), "shared experts count in full"),
-    (after(80, moe_temperature_updates=30), "to its end at update 110"),
+    (after(moe_expert_count="1"), "a layer has only one expert"),
+    (after(moe_spawn_method="copy"), "experts start identical"),
+    (after(moe_shared_experts=1, moe_shared_combine="mix"), "shared experts have weight 1"),
+    (after(80, moe_temperature_updates=30), "schedule does at update 110"),
     (after(80, moe_gate="stable", moe_stable_updates=20), "routing is frozen at update 100"),
 ])
 def test_what_is_doubtful_is_said(moe_options, given, warning, caplog):
@@ -144,8 +144,8 @@ def test_a_yaml_that_leaves_fields_out_is_checked_too():
 
 @pytest.mark.parametrize(("betas", "updates", "warned"), [
     ("(0.9, 0.98)", 5000, None), ([0.9, 0.98], 5000, None), ("(0.9, 0.999)", None, None),
-    ("(0.9, 0.999)", 5000, "up to 6.5 times --lr; with (0.9, 0.98) it is 1.6 times"),
-    ([0.9, 0.999], 100, "up to 2.1 times --lr; with (0.9, 0.98) it is 1.5 times"),
+    ("(0.9, 0.999)", 5000, "up to 6.5 times --lr; with (0.9, 0.98) 1.6 times"),
+    ([0.9, 0.999], 100, "up to 2.1 times --lr; with (0.9, 0.98) 1.5 times"),
     (None, 5000, None),
 ])
 def test_a_large_beta2_with_a_spawn_is_warned_of(betas, updates, warned, caplog):

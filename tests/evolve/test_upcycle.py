@@ -13,7 +13,7 @@ from evomoe_plugin.evolve.convert import convert, write
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.init_methods import kept_mask, seed_of
 from evomoe_plugin.evolve.upcycle import METHODS, Recipe, Upcycling
-from evomoe_plugin.gates import gate_class, gate_names, register_gate
+from evomoe_plugin.gates import Capabilities, gate_class, gate_names, register_gate
 from evomoe_plugin.gates.switch import SwitchGate
 from tests.evolve.dense_models import (
     SIZES,
@@ -116,7 +116,7 @@ def test_every_gate_of_ours_is_in_the_table():
 class FirstGate(SwitchGate):
     """A user's gate: all tokens to expert 0, with a weight of 1."""
 
-    HAS_WEIGHTS = False
+    capabilities = Capabilities(gate_init=False)
 
     def route(self, x_TD, context):
         choice = super().route(x_TD, context)
@@ -320,7 +320,7 @@ ONE_LINE = [
     ("expert_choice", {"moe_allow_noncausal": True}, 0.0, False), ("gshard", {}, 0.0, True),
 ])
 def test_copies_and_a_gate_of_zeros_part_or_not(dense, gate, given, dropout, parted):
-    """What the refusal of `KEEPS_ALIKE` rests on."""
+    """What the refusal of `Capabilities.keeps_copies_equal` rests on."""
     state = made(dense, moe_gate=gate, activation_dropout=dropout, **given).state
     model = build(state, dictionary_of()).train()
     for name, parameter in model.named_parameters():
@@ -335,7 +335,7 @@ def test_copies_and_a_gate_of_zeros_part_or_not(dense, gate, given, dropout, par
     weights = model.decoder.moe_layers[0].experts.fc1_weight
     alike = all(torch.allclose(weight, weights[0], atol=1e-6) for weight in weights)
     assert alike != parted
-    assert gate_class(gate).KEEPS_ALIKE == (gate != "gshard")
+    assert gate_class(gate).capabilities.keeps_copies_equal == (gate != "gshard")
 
 
 def test_what_a_spawn_makes_is_not_alike_for_ever(dense):

@@ -197,13 +197,12 @@ def test_activation_checkpointing_at_the_switch(make_gate):
             return module(rows, None, None, context().token_ids_T)
 
         if checkpointed:
-            y, aux, flat = torch.utils.checkpoint.checkpoint(run, rows, use_reentrant=True)
+            y, aux, stats = torch.utils.checkpoint.checkpoint(run, rows, use_reentrant=True)
         else:
-            y, aux, flat = run(rows)
+            y, aux, stats = run(rows)
         (y.square().sum() + aux.sum()).backward()
-        results.append([y, flat, rows.grad, *(p.grad for p in module.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+        results.append([y, stats, rows.grad, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -277,9 +276,9 @@ def test_bad_values(moe_options, given, message):
 
 
 @pytest.mark.parametrize("given, warning", [
-    ({"moe_aux": "greedy_balance=0.3"}, "a router has it that has learned nothing"),
-    ({"moe_aux": "distill=0"}, "a router has it that has learned nothing"),
-    ({"moe_stable_updates": 0}, "a router has it that has learned nothing"),
+    ({"moe_aux": "greedy_balance=0.3"}, "that of an untrained router"),
+    ({"moe_aux": "distill=0"}, "that of an untrained router"),
+    ({"moe_stable_updates": 0}, "that of an untrained router"),
     ({"moe_stable_updates": 100}, "the run ends before routing is frozen at update 100"),
 ])
 def test_doubtful_values_are_warned_of(moe_options, caplog, given, warning):

@@ -76,10 +76,10 @@ def test_the_first_tokens_fit_the_others_get_nothing(make_layer):
             wanted[t] = probs[t, e] * one_expert(x[t], layer.experts, e)
         taken[e] += 1
     assert max(taken) > capacity
-    y, _, flat = layer(x)
+    y, _, stats = layer(x)
     assert torch.allclose(y, wanted, atol=1e-9)
     dropped = sum(max(count - capacity, 0) for count in taken)
-    assert layer.named_stats(flat)[st.DROPPED] == dropped
+    assert stats[st.DROPPED] == dropped
 
 
 def test_a_token_whose_best_candidate_is_null_goes_nowhere(make_gate):

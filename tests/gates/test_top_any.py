@@ -227,10 +227,9 @@ def test_records_come_with_the_statistics(make_gate):
     x = tokens()
     assert gate.learns_after_updates
     assert not any(gate(x, GateContext(num_updates=2)).stats[name].any()
-                   for name in gate.record_sizes())
+                   for name in gate.record.zeros(x.device))
     plan = gate(x, GateContext(num_updates=3))
-    own = {name: plan.stats[name].reshape(-1) for name in gate.record_sizes()}
-    gate.after_update(4, own, {})
+    gate.after_update(4, plan.stats, {})
     mask = dense(plan, torch.ones_like(plan.weights_N)).bool()
     assert torch.equal(gate.record.routed_E, mask.sum(0))
     assert torch.allclose(gate.record.unrouted_sum_D, x[~mask.any(1)].sum(0))

@@ -362,9 +362,9 @@ def test_what_it_refuses(moe_options, given, message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 3}, "--moe-top-p 0.7 says how many"),
-    ({"moe_top_p": 0.0, "moe_top_k": 1}, "the weight of one pick is 1"),
-    ({"moe_top_p_weights": "uniform"}, "learns from auxiliary losses"),
+    ({"moe_top_k": 3}, "--moe-top-p 0.7 determines how many"),
+    ({"moe_top_p": 0.0, "moe_top_k": 1}, "the weight of the one selected candidate is 1"),
+    ({"moe_top_p_weights": "uniform"}, "learns only from auxiliary losses"),
     ({"moe_top_p_weights": "sparsemixer"}, "near ties"),
 ])
 def test_what_it_warns_of(moe_options, caplog, given, message):

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from fairscale.nn import FullyShardedDataParallel
+from fairscale.nn.wrap import enable_wrap
 
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.accounting import count_parameters
@@ -104,6 +107,34 @@ def test_activation_checkpointing_changes_nothing(make_model, options, updates):
         assert a is None or torch.equal(a, b)
     for name, value in state.items():
         assert torch.equal(value, other_state[name]), name
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_checkpointed_layers_inside_fsdp_change_nothing(make_model, one_rank, options):
+    x = tokens()
+    results = []
+    for wrapped in (False, True):
+        torch.manual_seed(2)
+        if wrapped:
+            with enable_wrap(wrapper_cls=FullyShardedDataParallel):
+                model = make_model(**options, checkpoint_activations=True)
+            model = FullyShardedDataParallel(model)
+        else:
+            model = make_model(**options)
+        y, extra = model(x)
+        loss = y.logsumexp(-1).sum() + sum(aux.sum() for aux in extra["moe_aux"].values())
+        loss.backward()
+        model.finish_update(1)
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        results.append((loss, norm, extra["moe_stats"],
+                        [dict(layer.gate.named_buffers()) for layer in model.decoder.moe_layers]))
+    torch.testing.assert_close(*results, equal_nan=True)
 
 
 def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, options):
