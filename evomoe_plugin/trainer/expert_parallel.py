@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from evomoe_plugin.checkpoint.optimizer_layout import trained_parameters
-from evomoe_plugin.dispatch.process_groups import undivided
+from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.dispatch.sharded_layers import sharded_layers
 from evomoe_plugin.patches.patch import Patch, always, wrap
 from evomoe_plugin.trainer.update_end import after_update
@@ -113,9 +114,16 @@ def _log_waiting(trainer: Trainer) -> None:
         meter.reset()
 
 
-def _load_to_evaluate(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
-    with undivided():
-        return upstream(*args, **kwargs)
+# Overrides of a checkpoint's options that give every rank all experts.
+_UNSHARDED = {f.name: f.default for f in fields(MoEOptions)
+              if f.name.startswith(("moe_expert_parallel_", "moe_ep_"))}
+
+
+def _load_to_evaluate(
+    upstream: Callable, filenames: Any, arg_overrides: dict[str, Any] | None = None, *args: Any,
+    **kwargs: Any,
+) -> Any:
+    return upstream(filenames, {**(arg_overrides or {}), **_UNSHARDED}, *args, **kwargs)
 
 
 @functools.cache
