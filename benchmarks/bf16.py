@@ -1,6 +1,6 @@
 """Does a run whose products are in bf16 learn what one in fp32 learns?
 
-The quickstart's model on its text, with several seeds, in fp32 and with --moe-products-dtype bf16:
+The quickstart's model on its text, with several seeds, in fp32 and with --moe-matmul-dtype bf16:
 the training loss in windows of updates, and the test part's perplexity at the end. A seed sets
 first weights, order of the text and noise alike in both precisions. Runs of the same precision
 with other seeds show what of a difference is noise. A window is within the noise if its mean
@@ -24,7 +24,7 @@ import torch
 from processes import call
 from quickstart_text import Recipe, flags, prepare, program
 
-from evomoe_plugin.experts.precision import product_dtype
+from evomoe_plugin.experts.precision import native_matmul_dtype
 from evomoe_plugin.metrics.log import parse_log
 
 DTYPES = ("same", "bf16")
@@ -51,7 +51,7 @@ def train(dtype: str, seed: int, recipe: Recipe, data: Path, folder: Path, windo
     output = call([
         program("fairseq-train"), str(data), *flags(recipe.train), "--max-update",
         str(recipe.updates), "--save-dir", str(save), "--seed", str(seed), "--log-interval",
-        str(window), "--moe-products-dtype", dtype, "--disable-validation",
+        str(window), "--moe-matmul-dtype", dtype, "--disable-validation",
         "--save-interval-updates", "0", "--no-save-optimizer-state",
     ])
     intervals = [record.values for record in parse_log(output.splitlines(), save.name).intervals]
@@ -96,7 +96,7 @@ def speeds(curves: list[Curve]) -> str:
     """Markdown: tokens a second of each precision."""
     medians = {d: statistics.median(c.tokens_per_second for c in curves if c.dtype == d)
                for d in DTYPES}
-    units = product_dtype(torch.bfloat16, "cpu") is torch.bfloat16
+    units = native_matmul_dtype(torch.bfloat16, "cpu") is torch.bfloat16
     return (f"Tokens a second, median: fp32 {medians['same']:.0f}, bf16 {medians['bf16']:.0f} "
             f"({medians['bf16'] / medians['same']:.2f} times); this CPU has "
             f"{'' if units else 'no '}instructions for products in bf16.")

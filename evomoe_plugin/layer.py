@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import expert_ffn_dim, parse_bool, shared_ffn_dim
-from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES, Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
@@ -184,7 +184,7 @@ class MoELayer(nn.Module):
             return self.experts(x_TD, plan), None
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)
         if self.groups is not None:  # while rows are under way
-            return self.experts(x_TD, plan, meanwhile=shared)
+            return self.experts(x_TD, plan, overlap_fn=shared)
         return self.experts(x_TD, plan), shared()
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
@@ -275,7 +275,7 @@ def build_layer(
             ParallelExpertFFN,
             groups=groups,
             exchange=partial(Exchange, groups.exchange, meter=meter,
-                             wire_dtype=WIRE_DTYPES[options.moe_ep_wire_dtype]),
+                             transport_dtype=TRANSPORT_DTYPES[options.moe_ep_wire_dtype]),
             exchange_counts=exchange_counts,
             chunks=options.moe_ep_chunks,
         )

@@ -1,5 +1,6 @@
 """What the documentation says of options and tests is what there is."""
 
+import argparse
 import dataclasses
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ OWNERS = (MoEOptions, MoECrossEntropyCriterionConfig, LanguageModelingSFTConfig,
           *(gate_class(name).Options for name in OURS))
 FIELDS = list({
     field.name: field for owner in OWNERS for field in dataclasses.fields(owner)
-    if field.name.startswith("moe_")
+    if field.name.startswith("moe_") and field.metadata["help"] != argparse.SUPPRESS
 }.values())
 
 

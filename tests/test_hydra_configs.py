@@ -380,6 +380,12 @@ def test_fields_and_groups_are_overridden_without_a_plus(run):
     assert cfg.bpe._name == "gpt2"
 
 
+def test_the_old_name_of_an_option_is_accepted(data):
+    cfg = resolved("small/evomoe_dts", "model.moe_products_dtype=bf16", f"task.data={data}")
+    check_run(cfg, 1)
+    assert cfg.model.moe_matmul_dtype == "bf16"
+
+
 @pytest.mark.parametrize(("override", "complaint"), [
     ("model.moe_temprature_end=0.2", "Key 'moe_temprature_end' not in 'GPTTinyMoEConfig'"),
     ("lr_scheduler.warmup=2", "Key 'warmup' not in 'CosineLRScheduleConfig'"),

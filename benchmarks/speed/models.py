@@ -72,7 +72,7 @@ class Ours(Model):
         given = ["--moe-gate", "top_k", "--moe-top-k", self.sizes.top_k,
                  "--moe-top-k-weights", "renormalized", *self.GIVEN]
         if self.AUTOCAST and dtype == "bf16":
-            given += ["--moe-products-dtype", "bf16"]
+            given += ["--moe-matmul-dtype", "bf16"]
         run = build(self.sizes, given)
         self.autocast = False  # the model sees to it
         self.criterion = run.criterion.train()

@@ -261,9 +261,9 @@ def fast_paths(torch) -> Iterator[Row]:
     units = [flag for flag in INSTRUCTIONS[torch.bfloat16] if flag in flags]
     if capability:
         units = [f"SM {capability[0]}{capability[1]}"] if capability >= (8, 0) else []
-    yield Row("fast paths", "bf16 products", units[0] if units else "in fp32, rounded",
+    yield Row("fast paths", "bf16 matmul", units[0] if units else "in fp32, rounded",
               OK if units else OFF,
-              "--moe-products-dtype bf16" if units else "fp32 is faster here")
+              "--moe-matmul-dtype bf16" if units else "fp32 is faster here")
 
     if capability:
         # Widths are a model's own: some that fit.

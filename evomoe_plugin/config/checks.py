@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from omegaconf import open_dict
+
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
     ACTIVATIONS,
     ATTENTIONS,
     DROP_POLICIES,
-    PRODUCT_DTYPES,
+    MATMUL_DTYPES,
     SHARED_COMBINE,
     SPAWN_METHODS,
     UNSUPPORTED,
@@ -25,7 +27,7 @@ from evomoe_plugin.config.options import (
     moe_layer_indices,
     parse_bool,
 )
-from evomoe_plugin.dispatch.all_to_all import WIRE_DTYPES
+from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def validate(options: Any, warn: bool = True) -> None:
     Raises:
         OptionError: naming the option, its value and what would be right.
     """
-
+    resolve_renamed(options, warn)
     for option in UNSUPPORTED:
         if getattr(options, option, None):
             raise OptionError(option, getattr(options, option),
@@ -59,7 +61,7 @@ def validate(options: Any, warn: bool = True) -> None:
     gate = gate_class(options.moe_gate)
     check_choice(options, "activation_fn", ACTIVATIONS)
     check_choice(options, "moe_attention", ATTENTIONS)
-    check_choice(options, "moe_products_dtype", PRODUCT_DTYPES)
+    check_choice(options, "moe_matmul_dtype", MATMUL_DTYPES)
     for option in _PROBABILITIES:
         if hasattr(options, option):
             check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
@@ -75,6 +77,28 @@ def validate(options: Any, warn: bool = True) -> None:
     _check_null(options)
     for warning in warnings if warn else ():
         logger.warning(warning)
+
+
+def resolve_renamed(options: Any, warn: bool) -> None:
+    """Move the value of `moe_products_dtype`, the old name, to `moe_matmul_dtype`, in place.
+
+    Args:
+        options: a model's, also of a checkpoint written under the old name.
+        warn: log that the name is deprecated.
+    Raises:
+        OptionError: both are given and differ.
+    """
+    old = getattr(options, "moe_products_dtype", None)
+    if old is None:
+        return
+    new = getattr(options, "moe_matmul_dtype", MoEOptions.moe_matmul_dtype)
+    if new not in (MoEOptions.moe_matmul_dtype, old):
+        raise OptionError("moe_products_dtype", old,
+                          f"is the old name of --moe-matmul-dtype, given as {new}: leave it out")
+    if warn:
+        logger.warning("--moe-products-dtype is deprecated: give --moe-matmul-dtype %s", old)
+    with open_dict(options):
+        options.moe_matmul_dtype, options.moe_products_dtype = old, None
 
 
 def _check_experts(options: Any) -> None:
@@ -106,7 +130,7 @@ def _check_experts(options: Any) -> None:
 def _check_expert_parallel(options: Any) -> None:
     size = options.moe_expert_parallel_size
     check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
-    check_choice(options, "moe_ep_wire_dtype", tuple(WIRE_DTYPES))
+    check_choice(options, "moe_ep_wire_dtype", tuple(TRANSPORT_DTYPES))
     check_choice(options, "moe_ep_checkpoint", ("auto", "consolidated", "sharded"))
     check_number(options, "moe_ep_consolidate_below", least=0,
                  remedy="give a number of GiB, 0 or more")

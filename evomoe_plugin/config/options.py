@@ -4,6 +4,7 @@ The dataclasses here and beside each gate are what fairseq turns into command li
 fields. They know nothing of fairseq.
 """
 
+import argparse
 import logging
 import math
 import re
@@ -61,10 +62,14 @@ class MoEOptions:
         metadata={"help": "compute the gate in fp32 whatever the model's precision (true|false)",
                   "argparse_const": "true"},
     )
-    moe_products_dtype: str = field(
+    moe_matmul_dtype: str = field(
         default="same",
-        metadata={"help": "precision of matrix products: same (as the weights) or bf16 (with "
-                          "weights, gates, norms and losses in fp32)"},
+        metadata={"help": "dtype of matmuls: same (as the weights) or bf16 (with weights, gates, "
+                          "norms and losses in fp32)"},
+    )
+    # The old name, still accepted on command lines, in Hydra and in stored configurations.
+    moe_products_dtype: Optional[str] = field(
+        default=None, metadata={"help": argparse.SUPPRESS}
     )
     moe_aux: Optional[str] = field(
         default=None,
@@ -337,7 +342,7 @@ UNSUPPORTED = (
     "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
     "scale_fc", "scale_attn", "scale_heads", "scale_resids",
 )
-PRODUCT_DTYPES = ("same", "bf16")
+MATMUL_DTYPES = ("same", "bf16")
 SHARED_COMBINE = ("add", "softmax", "mix")
 ATTENTIONS = ("sdpa", "stock")
 DROP_POLICIES = ("position", "probs", "random")

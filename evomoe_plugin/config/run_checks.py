@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from evomoe_plugin.config.checks import validate
+from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.gate import gate_class
@@ -40,6 +40,7 @@ def check_run(cfg: Any, num_processes: int) -> None:
     """
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.model is not None:
+        resolve_renamed(cfg.model, warn=True)
         _check_training(cfg, num_processes, on_gpu)
     validate_run(cfg)
 
@@ -170,7 +171,7 @@ def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
         raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
     if common.fp16 and common.bf16:
         raise OptionError("fp16", "with --bf16", "give one of them")
-    _check_products(cfg)
+    _check_matmul_dtype(cfg)
     if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
         raise OptionError("write_checkpoints_asynchronously", "without iopath",
                           "fairseq asks for it: pip install iopath")
@@ -185,11 +186,11 @@ def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
         _check_expert_parallel(cfg, num_processes)
 
 
-def _check_products(cfg: Any) -> None:
-    dtype = getattr(cfg.model, "moe_products_dtype", "same")
+def _check_matmul_dtype(cfg: Any) -> None:
+    dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
     for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
         if dtype != "same" and getattr(cfg.common, option):
-            raise OptionError("moe_products_dtype", f"{dtype} with --{option.replace('_', '-')}",
+            raise OptionError("moe_matmul_dtype", f"{dtype} with --{option.replace('_', '-')}",
                               "its weights are in fp32: leave one of them out")
 
 
@@ -203,7 +204,7 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
                           "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
     if common.bf16 or common.memory_efficient_bf16:
         raise OptionError("memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
-                          combined, "give --fp16, --moe-products-dtype bf16, or --ddp-backend "
+                          combined, "give --fp16, --moe-matmul-dtype bf16, or --ddp-backend "
                                     "legacy_ddp")
     if common.amp:
         raise OptionError("amp", combined, "give --fp16")

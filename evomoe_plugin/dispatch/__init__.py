@@ -1,1 +1,1 @@
-"""Dispatch: which processes hold which experts, and rows on their way to them and back."""
+"""Expert parallelism: which ranks hold which experts, and the all-to-all between them."""

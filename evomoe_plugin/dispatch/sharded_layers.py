@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from evomoe_plugin.dispatch.process_groups import ExpertGroups
+
 
 def sharded_layers(model: nn.Module) -> list[Any]:
-    """The MoE layers of `model` whose experts are divided over processes."""
+    """The MoE layers of `model` whose experts are sharded over ranks."""
     return [m for m in model.modules() if getattr(m, "groups", None) is not None
             and hasattr(m, "expert_names")]
 
 
-def expert_groups_of(model: nn.Module) -> Any | None:
-    """The processes that the experts of `model` are divided over; None: each has all."""
+def expert_groups_of(model: nn.Module) -> ExpertGroups | None:
+    """The ranks that the experts of `model` are sharded over; None: each has all."""
     return next((layer.groups for layer in sharded_layers(model)), None)
 
 
@@ -26,8 +28,8 @@ def is_expert_parameter(name: str) -> bool:
     return ".moe.experts." in name
 
 
-def all_gather_rows(own: Tensor, groups: Any) -> Tensor:
-    """The rows of all experts, on each of the processes that hold some; all must call it."""
+def all_gather_rows(own: Tensor, groups: ExpertGroups) -> Tensor:
+    """The rows of all experts, on each of the ranks that hold some; all must call it."""
     parts = [torch.empty_like(own) for _ in range(groups.size)]
     dist.all_gather(parts, own.contiguous(), group=groups.exchange)
     return torch.cat(parts)

@@ -126,9 +126,9 @@ class ExpertFFN(ExpertStack):
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """The sum of each token's answers, weighted: [T, D]; zeros for a token without a pair."""
-        return self.mix(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
+        return self.forward_tokens(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
 
-    def mix(
+    def forward_tokens(
         self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor | None,
         counts: Sequence[int] | Tensor,
     ) -> Tensor:
@@ -142,7 +142,7 @@ class ExpertFFN(ExpertStack):
         """
         return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N)
 
-    def answer(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward_rows(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its segment of rows: [N, D].
 
         Args:

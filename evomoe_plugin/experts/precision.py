@@ -1,4 +1,4 @@
-"""In which precision a device multiplies matrices of half precision."""
+"""Matmul dtype by device: fp32 where bf16/fp16 would be emulated."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ INSTRUCTIONS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
 }
-"""What a CPU must have one of to multiply such matrices itself."""
+"""CPU capabilities, any of which computes matmuls of the dtype natively."""
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    """Precision that operands of products with x have: its own, or that of autocast."""
+    """Dtype of the operands of a matmul with x: its own, or that of autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache
-def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Precision in which products of `dtype` are best computed: exact ones are rounded to it.
+def native_matmul_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype to compute matmuls of `dtype` operands in; results are then rounded to `dtype`.
 
-    A CPU without instructions for half precision emulates them, several times slower than it
-    multiplies in fp32.
+    A CPU without instructions for half precision emulates it, several times slower than fp32.
     """
     if dtype not in INSTRUCTIONS or device_type != "cpu":
         return dtype
-    if not hasattr(torch.cpu, "get_capabilities"):  # older torch: not known
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch: unknown
         return dtype
     if any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS[dtype]):
         return dtype
-    logger.info("this CPU has no instructions for products in %s (%s): they are computed in fp32, "
+    logger.info("this CPU has no instructions for matmuls in %s (%s): they are computed in fp32 "
                 "and rounded", str(dtype).removeprefix("torch."),
                 ", ".join(INSTRUCTIONS[dtype]))
     return torch.float32

@@ -31,7 +31,7 @@ class SharedExperts(nn.Module):
         tokens, num_shared = x_TD.size(0), self.experts.num_experts
         counts = [tokens] * num_shared
         if num_shared == 1 and weights_TS is None:
-            return self.experts.answer(x_TD, counts)
+            return self.experts.forward_rows(x_TD, counts)
         token_ids_N = torch.arange(tokens, device=x_TD.device).repeat(num_shared)
         weights_N = None if weights_TS is None else weights_TS.t().reshape(-1)
-        return self.experts.mix(x_TD, token_ids_N, weights_N, counts)
+        return self.experts.forward_tokens(x_TD, token_ids_N, weights_N, counts)

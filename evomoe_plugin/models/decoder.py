@@ -22,7 +22,7 @@ from evomoe_plugin.models.attention import Mask, causal_mask
 from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
 from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
-from evomoe_plugin.models.mixed_precision import in_products_dtype, products_in
+from evomoe_plugin.models.mixed_precision import in_matmul_dtype, matmul_dtype
 from evomoe_plugin.models.segments import Segments
 from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
 from evomoe_plugin.routing import stats as st
@@ -104,11 +104,11 @@ class MoEDecoder(TransformerDecoder):
         """Name of the n-th MoE layer as in the checkpoint."""
         return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
 
-    def products(self) -> AbstractContextManager[None]:
-        """Inside, matrix products are as `--moe-products-dtype` says."""
-        return products_in(self.args.moe_products_dtype, self.embed_tokens.weight.device.type)
+    def matmul_dtype(self) -> AbstractContextManager[None]:
+        """Compute matmuls inside in the dtype of `--moe-matmul-dtype`."""
+        return matmul_dtype(self.args.moe_matmul_dtype, self.embed_tokens.weight.device.type)
 
-    @in_products_dtype
+    @in_matmul_dtype
     def forward(
         self,
         prev_output_tokens: Tensor,
@@ -146,7 +146,7 @@ class MoEDecoder(TransformerDecoder):
             x = self.output_layer(x)
         return x, extra
 
-    @in_products_dtype
+    @in_matmul_dtype
     def extract_features(
         self,
         prev_output_tokens: Tensor,

@@ -17,7 +17,7 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.models.mixed_precision import log_products
+from evomoe_plugin.models.mixed_precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class MoELanguageModel(TransformerLanguageModel):
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
         decoder = MoEDecoder(args, task.target_dictionary, embed_tokens)
         _log_sizes(args, vocabulary)
-        log_products(args.moe_products_dtype)
+        warn_if_emulated(args.moe_matmul_dtype)
         return cls(decoder, count_flops(args, vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:

@@ -1,10 +1,9 @@
-"""Mixed precision: matrix products in bf16, everything else in the precision of the weights.
+"""Mixed precision: matmuls in bf16, everything else in the dtype of the weights.
 
-The weights stay in fp32, and so do what the optimizer keeps of them, norms, softmaxes, losses, the
-gates (`--moe-gating-use-fp32`) and the sums of the residual stream. Operands of products are
-rounded to bf16 as they are multiplied; sums within a product are of fp32 (Micikevicius et al.,
-arXiv 1710.03740; of bf16, Kalamkar et al., arXiv 1905.12322). No loss scale is needed: bf16 has the
-range of fp32.
+The weights stay in fp32, and so do the optimizer's state, norms, softmaxes, losses, the gates
+(`--moe-gating-use-fp32`) and the residual stream. Operands of a matmul are rounded to bf16, its
+sums are in fp32 (Micikevicius et al., arXiv 1710.03740; for bf16, Kalamkar et al., arXiv
+1905.12322). No loss scale is needed: bf16 has the range of fp32.
 """
 
 from __future__ import annotations
@@ -19,42 +18,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evomoe_plugin.config.options import PRODUCT_DTYPES
-from evomoe_plugin.experts.precision import operand_dtype, product_dtype
+from evomoe_plugin.config.options import MATMUL_DTYPES
+from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 logger = logging.getLogger(__name__)
 
-_TORCH = dict(zip(PRODUCT_DTYPES, (None, torch.bfloat16), strict=True))
+_TORCH = dict(zip(MATMUL_DTYPES, (None, torch.bfloat16), strict=True))
 
 
-def products_in(dtype: str, device_type: str) -> AbstractContextManager[None]:
-    """Inside, products on such a device are of precision `dtype`, one of `PRODUCT_DTYPES`.
+def matmul_dtype(dtype: str, device_type: str) -> AbstractContextManager[None]:
+    """Compute matmuls on `device_type` inside in `dtype`, one of `MATMUL_DTYPES`.
 
-    It is torch's autocast, which functions of their own ask: `torch.is_autocast_enabled`.
+    This is torch's autocast, which our own autograd functions query with `operand_dtype`.
     """
     if _TORCH[dtype] is None:
         return nullcontext()
     return torch.autocast(device_type, dtype=_TORCH[dtype])
 
 
-def in_products_dtype(method: Callable) -> Callable:
-    """Decorator of a decoder's methods: their products are as `--moe-products-dtype` says."""
+def in_matmul_dtype(method: Callable) -> Callable:
+    """Decorate a method of a decoder to compute matmuls in the dtype of `--moe-matmul-dtype`."""
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.products():
+        with self.matmul_dtype():
             return method(self, *args, **kwargs)
 
     return wrapper
 
 
 class Linear(torch.nn.Linear):
-    """torch's, but where a CPU would emulate its products (`emulated`): there rounded operands are
-    multiplied in fp32, which is several times faster, and the answer is rounded."""
+    """torch's, except where a CPU would emulate the matmul (`emulated`): there the rounded operands
+    are multiplied in fp32, several times faster, and the output is rounded."""
 
     @classmethod
     def of(cls, linear: torch.nn.Module) -> torch.nn.Module:
-        """One with the parameters of `linear`; `linear` itself if it is more than torch's."""
+        """A layer with the parameters of `linear`; `linear` itself if it is a subclass or has
+        hooks."""
         if type(linear) is not torch.nn.Linear or linear._forward_pre_hooks:
             return linear
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -66,22 +66,22 @@ class Linear(torch.nn.Linear):
         if dtype is None:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            operands = (None if operand is None else operand.to(dtype).float()
-                        for operand in (input, self.weight, self.bias))
-            return functional.linear(*operands).to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype).float()
+            return functional.linear(
+                input.to(dtype).float(), self.weight.to(dtype).float(), bias).to(dtype)
 
 
 def emulated(x: Tensor) -> torch.dtype | None:
-    """The precision of products with x, its own or that of autocast, if they are to be computed in
-    fp32 instead; otherwise None."""
+    """The dtype of matmuls with x, its own or autocast's, if the device would emulate it and fp32
+    is to be used instead; otherwise None."""
     dtype = operand_dtype(x)
-    return None if product_dtype(dtype, x.device.type) is dtype else dtype
+    return None if native_matmul_dtype(dtype, x.device.type) is dtype else dtype
 
 
-def log_products(dtype: str) -> None:
-    """Say it where a CPU would compute products in bf16 no faster than in fp32."""
-    if _TORCH[dtype] is not None and not torch.cuda.is_available() and (
-            product_dtype(_TORCH[dtype], "cpu") is not _TORCH[dtype]):
-        logger.warning("--moe-products-dtype %s: this CPU has no instructions for such products: "
-                       "rounded operands are multiplied in fp32, and that is slower here than "
-                       "those in fp32 are", dtype)
+def warn_if_emulated(dtype: str) -> None:
+    """Log a warning where a CPU computes matmuls in `dtype` no faster than in fp32."""
+    chosen = _TORCH[dtype]
+    if chosen is not None and not torch.cuda.is_available() and (
+            native_matmul_dtype(chosen, "cpu") is not chosen):
+        logger.warning("--moe-matmul-dtype %s: this CPU has no instructions for it: rounded "
+                       "operands are multiplied in fp32, slower than fp32 matmuls", dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evomoe_plugin.experts.precision import operand_dtype, product_dtype
+from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 CHUNKS = {"cpu": 512, "cuda": 4096}
 """Tokens of a chunk, by measurement: on a CPU its logits stay near the processor, on a GPU products
@@ -70,7 +70,7 @@ class _Chunks:
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int,
                  dtype: torch.dtype):
-        computed = product_dtype(dtype, x_ND.device.type)
+        computed = native_matmul_dtype(dtype, x_ND.device.type)
         self.x_ND, self.weight_VD = (given.to(dtype).to(computed) for given in (x_ND, weight_VD))
         self.targets_N1 = targets_N.unsqueeze(1)
         self._rounded = None if computed is dtype else dtype

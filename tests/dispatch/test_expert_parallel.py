@@ -1,4 +1,4 @@
-"""Experts divided over real processes, held against one stack in one process."""
+"""Experts sharded over real ranks, compared with the whole stack on one rank."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch.multiprocessing as mp
 
 from evomoe_plugin.dispatch.all_to_all import Exchange, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
-from evomoe_plugin.dispatch.process_groups import expert_groups, undivided
+from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.routing.plan import RoutingPlan
 
 E, D, F, T = 8, 6, 10, 5
 
-# Rows that each process has for each expert.
+# Rows that each rank has for each expert.
 LOADS = {
     "uneven": lambda rank: [(3 * e + rank) % 5 for e in range(E)],
     "a rank without tokens": lambda rank: [2] * E if rank else [0] * E,
@@ -31,7 +31,7 @@ LOADS = {
 
 
 def on_ranks(world: int, check, *given) -> None:
-    """Run `check(rank, *given)` on `world` gloo processes; what fails on one fails here."""
+    """Run `check(rank, *given)` on `world` gloo ranks; a failure on one fails here."""
     context = mp.get_context("spawn")
     errors = context.SimpleQueue()
     port = context.Value("i", 0)
@@ -73,9 +73,9 @@ def make(kind, dtype=torch.float64, **given):
     return kind(E, D, F, torch.nn.functional.gelu, **given).to(dtype)
 
 
-def parallel(groups, wire_dtype=None, chunks=1, **given):
+def parallel(groups, transport_dtype=None, chunks=1, **given):
     return partial(ParallelExpertFFN, groups=groups, chunks=chunks,
-                   exchange=partial(Exchange, groups.exchange, wire_dtype=wire_dtype),
+                   exchange=partial(Exchange, groups.exchange, transport_dtype=transport_dtype),
                    exchange_counts=exchange_counts, **given)
 
 
@@ -83,35 +83,34 @@ def check_equal(rank: int, size: int) -> None:
     groups = expert_groups(size)
     own = groups.own(E)
     assert groups.rank == rank % size
-    with undivided():
-        assert expert_groups(size) is None
+    assert expert_groups(1) is None
     assert expert_groups(size) is groups
-    ways = itertools.product(LOADS.items(), (1, E // size), (False, True))
-    for (name, load), chunks, gated in ways:
+    cases = itertools.product(LOADS.items(), (1, E // size), (False, True))
+    for (name, load), chunks, gated in cases:
         whole = make(ExpertFFN, gated=gated)
-        divided = make(parallel(groups, chunks=chunks), gated=gated)
+        sharded = make(parallel(groups, chunks=chunks), gated=gated)
         state = whole.state_dict()
         assert all(torch.equal(value, state[key][own])
-                   for key, value in divided.state_dict().items())
+                   for key, value in sharded.state_dict().items())
         plan = plan_of(load(rank))
         x = torch.randn(T, D, dtype=torch.float64,
                         generator=torch.Generator().manual_seed(rank)).requires_grad_()
         x2 = x.detach().clone().requires_grad_()
-        y, aside = divided(x, plan, meanwhile=lambda x=x: 2 * x)
+        y, overlap_out = sharded(x, plan, overlap_fn=lambda x=x: 2 * x)
         wanted = whole(x2, plan)
         assert torch.allclose(y, wanted, atol=1e-9), (name, chunks)
-        assert torch.equal(aside, 2 * x)
+        assert torch.equal(overlap_out, 2 * x)
         (y.sum() + (y**2).sum()).backward()
         (wanted.sum() + (wanted**2).sum()).backward()
         assert torch.allclose(x.grad, x2.grad, atol=1e-9), (name, chunks)
         for key, parameter in whole.named_parameters():
             dist.all_reduce(parameter.grad)
-            mean = getattr(divided, key).grad
+            mean = getattr(sharded, key).grad
             dist.all_reduce(mean, group=groups.replicas)
             assert torch.allclose(mean, parameter.grad[own] / size, atol=1e-9), (name, key)
 
 
-def check_wire(rank: int) -> None:
+def check_transport_dtype(rank: int) -> None:
     groups = expert_groups(2)
     plan = plan_of(LOADS["uneven"](rank))
     x = torch.randn(T, D)
@@ -126,15 +125,15 @@ def check_wire(rank: int) -> None:
 @pytest.mark.parametrize("world, size", [
     (2, 2), pytest.param(4, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow),
 ])
-def test_divided_experts_equal_one_stack(world, size):
+def test_sharded_experts_equal_one_stack(world, size):
     on_ranks(world, check_equal, size)
 
 
 @pytest.mark.slow
-def test_rows_travel_in_the_precision_that_is_asked_for():
-    on_ranks(2, check_wire)
+def test_rows_are_sent_in_the_transport_dtype():
+    on_ranks(2, check_transport_dtype)
 
 
-def test_one_process_has_all_experts():
+def test_one_rank_has_all_experts():
     assert expert_groups(1) is None
     assert expert_groups(4) is None  # no process group here

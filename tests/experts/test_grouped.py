@@ -136,15 +136,15 @@ def test_dropped_values_are_dropped_in_both_passes():
 
 def test_only_dropout_that_works_drops():
     experts = ExpertFFN(E, D, F, nn.functional.relu, nn.Dropout(0.5))
-    rows = torch.randn(6, D)
-    assert not torch.equal(experts.answer(rows, [2, 2, 2]), experts.answer(rows, [2, 2, 2]))
+    given = torch.randn(6, D), [2, 2, 2]
+    assert not torch.equal(experts.forward_rows(*given), experts.forward_rows(*given))
     experts.eval()
-    assert torch.equal(experts.answer(rows, [2, 2, 2]), experts.answer(rows, [2, 2, 2]))
+    assert torch.equal(experts.forward_rows(*given), experts.forward_rows(*given))
 
 
 def test_an_expert_without_rows_gets_zero_gradient_not_none():
     experts = ExpertFFN(3, 4, 6, nn.functional.relu)
-    experts.answer(torch.randn(5, 4), [5, 0, 0]).sum().backward()
+    experts.forward_rows(torch.randn(5, 4), [5, 0, 0]).sum().backward()
     for parameter in experts.parameters():
         assert parameter.grad[0].any()
         assert not parameter.grad[1:].any()
@@ -183,7 +183,7 @@ def test_gradients_become_the_parameters_own_without_a_copy(monkeypatch):
 
     monkeypatch.setattr(segment_matmul.Gradient, "whole", whole)
     experts = ExpertFFN(4, 256, 1024, nn.functional.gelu)
-    experts.answer(torch.randn(4, 256), [1, 1, 1, 1]).sum().backward()
+    experts.forward_rows(torch.randn(4, 256), [1, 1, 1, 1]).sum().backward()
     assert {p.grad.data_ptr() for p in experts.parameters()} == set(made)
     assert all(p.grad.is_contiguous() for p in experts.parameters())
 
@@ -193,7 +193,7 @@ def test_few_kernels_are_compiled_for_many_numbers_of_rows():
     script = (
         "import torch\nfrom evomoe_plugin.experts import ExpertFFN\n"
         "experts = ExpertFFN(1, 8, 16, torch.nn.functional.gelu)\n"
-        "for n in range(1, 400): experts.answer(torch.randn(n, 8), [n]).sum().backward()")
+        "for n in range(1, 400): experts.forward_rows(torch.randn(n, 8), [n]).sum().backward()")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                          env={**os.environ, "ONEDNN_VERBOSE": "1"}, check=True)
     shapes = {line.split(",")[-2] for line in run.stdout.splitlines() if "eltwise" in line}

@@ -60,7 +60,7 @@ def test_bf16_goes_through_the_grouped_product_and_is_compiled(monkeypatch):
     monkeypatch.setattr(grouped_mm.GroupedMMFFN, "apply",
                         staticmethod(lambda *a: called.append(1) or real(*a)))
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().bfloat16()
-    experts.answer(torch.randn(64, D, device="cuda", dtype=torch.bfloat16), [40, 0, 24, 0])
+    experts.forward_rows(torch.randn(64, D, device="cuda", dtype=torch.bfloat16), [40, 0, 24, 0])
     assert called
     assert grouped_mm._fuses
 
@@ -69,8 +69,8 @@ def test_autocast_goes_through_the_grouped_product():
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda()
     rows = torch.randn(64, D, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):
-        got = experts.answer(rows, [40, 0, 24, 0])
-    wanted = experts.answer(rows, [40, 0, 24, 0])
+        got = experts.forward_rows(rows, [40, 0, 24, 0])
+    wanted = experts.forward_rows(rows, [40, 0, 24, 0])
     assert got.dtype == torch.float32
     assert 0 < (got - wanted).abs().max() < 0.05
     got.sum().backward()
@@ -82,8 +82,8 @@ def test_what_is_not_supported_is_said_once(caplog):
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda()
     rows = torch.randn(64, D, device="cuda")
     with caplog.at_level(logging.WARNING):
-        experts.answer(rows, [40, 0, 24, 0])
-        experts.answer(rows, [40, 0, 24, 0])
+        experts.forward_rows(rows, [40, 0, 24, 0])
+        experts.forward_rows(rows, [40, 0, 24, 0])
     assert sum("grouped product is not used" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -100,7 +100,7 @@ def test_a_step_gives_the_same_bits_again(dtype):
     seed = torch.randn(T, D, device="cuda").to(dtype)
 
     def step():
-        y = experts.mix(x, token_ids, weights, mask_TE.sum(0))
+        y = experts.forward_tokens(x, token_ids, weights, mask_TE.sum(0))
         return [y, *torch.autograd.grad(y, [x, weights, *experts.parameters()], seed)]
 
     first = step()
@@ -114,7 +114,7 @@ def test_dropped_values_are_dropped_in_both_passes():
         experts.fc1_weight.fill_(0.05)
     rows = torch.randn(256, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     torch.manual_seed(1)
-    got = experts.answer(rows, [64] * E)
+    got = experts.forward_rows(rows, [64] * E)
     # Quadratic in the row: Euler's theorem tells the same mask in both passes.
     (grad,) = torch.autograd.grad(got.float().sum(), rows)
     assert torch.allclose((grad.float() * rows).sum(), 2 * got.float().sum(), rtol=0.05, atol=2)

@@ -1,4 +1,4 @@
-"""`--moe-products-dtype bf16`: products are rounded, and nothing else."""
+"""`--moe-matmul-dtype bf16`: operands of matmuls are rounded, and nothing else."""
 
 import copy
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import build_model
+from omegaconf import open_dict
 from torch.nn import functional
 
 from evomoe_plugin.config.errors import OptionError
@@ -46,7 +48,7 @@ def difference(one, other):
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_trains_close_to_full_precision(make_model, gate):
     given = {"moe_gate": gate, **GIVEN.get(gate, {})}
-    rounded_model = make_model(moe_products_dtype="bf16", **given)
+    rounded_model = make_model(moe_matmul_dtype="bf16", **given)
     exact_model = make_model(**given)
     exact_model.load_state_dict(rounded_model.state_dict())
     rounded, grads = trained(rounded_model)
@@ -62,12 +64,12 @@ def test_every_gate_trains_close_to_full_precision(make_model, gate):
 
 
 def test_weights_residuals_and_gates_stay_as_they_are(make_model):
-    model = make_model(moe_products_dtype="bf16")
+    model = make_model(moe_matmul_dtype="bf16")
     seen = {}
     for name, module in model.named_modules():
         if name.endswith(("gate.scorer", "layer_norm")):
             module.register_forward_hook(
-                lambda module, given, answer, name=name: seen.update({name: answer.dtype}))
+                lambda module, given, output, name=name: seen.update({name: output.dtype}))
     _, extra = model.train()(tokens())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {state.dtype for state in extra["inner_states"]} == {torch.float32}
@@ -76,20 +78,20 @@ def test_weights_residuals_and_gates_stay_as_they_are(make_model):
 
 
 def test_the_second_pass_of_checkpointing_is_in_the_precision_of_the_first(make_model, monkeypatch):
-    kept = make_model(moe_products_dtype="bf16")
-    again = make_model(moe_products_dtype="bf16", checkpoint_activations=True)
+    kept = make_model(moe_matmul_dtype="bf16")
+    again = make_model(moe_matmul_dtype="bf16", checkpoint_activations=True)
     again.load_state_dict(kept.state_dict())
     _, wanted = trained(kept)
     for name, grad in trained(again)[1].items():
         assert torch.equal(grad, wanted[name]), name
-    # Without the mend it would not be.
+    # Without the patch it would not be.
     monkeypatch.setattr(checkpoint_autocast, "_as_now", lambda forward: forward)
     again.zero_grad()
     assert any(not torch.equal(grad, wanted[name]) for name, grad in trained(again)[1].items())
 
 
 def test_incremental_decoding_equals_full(make_model):
-    model = make_model(moe_products_dtype="bf16").eval()
+    model = make_model(moe_matmul_dtype="bf16").eval()
     x, state = tokens(), {}
     full = model(x)[0].float()
     steps = [model.decoder(x[:, : t + 1], incremental_state=state)[0] for t in range(x.size(1))]
@@ -97,9 +99,9 @@ def test_incremental_decoding_equals_full(make_model):
 
 
 def test_features_and_projection_by_themselves_are_rounded_too(make_model):
-    decoder = make_model(moe_products_dtype="bf16").eval().decoder
+    decoder = make_model(moe_matmul_dtype="bf16").eval().decoder
     features, _ = decoder.extract_features(tokens())
-    with decoder.products():
+    with decoder.matmul_dtype():
         logits = decoder.output_layer(features)
     assert torch.equal(logits, decoder(tokens())[0])
 
@@ -107,30 +109,56 @@ def test_features_and_projection_by_themselves_are_rounded_too(make_model):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_what_is_slow_is_said(make_model, monkeypatch, caplog, has_units):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(mixed_precision, "product_dtype",
+    monkeypatch.setattr(mixed_precision, "native_matmul_dtype",
                         lambda dtype, _device: dtype if has_units else torch.float32)
-    make_model(moe_products_dtype="bf16")
-    assert ("multiplied in fp32, and that is slower" in caplog.text) != has_units
+    make_model(moe_matmul_dtype="bf16")
+    assert ("multiplied in fp32, slower" in caplog.text) != has_units
     caplog.clear()
     make_model()
-    assert "products" not in caplog.text
+    assert "matmul" not in caplog.text
 
 
 def test_no_other_value_is_taken(make_model):
-    with pytest.raises(OptionError, match="--moe-products-dtype fp16"):
-        make_model(moe_products_dtype="fp16")
+    with pytest.raises(OptionError, match="--moe-matmul-dtype fp16"):
+        make_model(moe_matmul_dtype="fp16")
+
+
+def command_line(*given):
+    """The configuration of a training command."""
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(
+        options.get_training_parser(), [
+            "no-data", "--user-dir", "evomoe_plugin", "--task", "language_modeling", "--arch",
+            "transformer_lm_gpttiny_moe", "--optimizer", "adam", "--lr", "0.1", "--max-update",
+            "10", "--criterion", "moe_cross_entropy", *given]))
+
+
+def test_the_old_flag_sets_the_new_option_and_is_logged_once(caplog):
+    cfg = command_line("--moe-products-dtype", "bf16")
+    for _ in range(2):
+        with pytest.raises(OptionError, match="no such folder"):
+            check_run(cfg, 1)
+    assert cfg.model.moe_matmul_dtype == "bf16"
+    assert caplog.text.count("--moe-products-dtype is deprecated: give --moe-matmul-dtype") == 1
+    with pytest.raises(OptionError, match="--moe-products-dtype same: is the old name of "):
+        check_run(command_line("--moe-products-dtype", "same", "--moe-matmul-dtype", "bf16"), 1)
+
+
+@pytest.mark.parametrize("stored", ["same", "bf16"])
+def test_a_stored_configuration_with_the_old_name_has_its_effect(stored, make_config, task):
+    cfg = make_config(decoder_layers=2, decoder_embed_dim=16, decoder_attention_heads=2)
+    with open_dict(cfg):
+        del cfg["moe_matmul_dtype"]
+        cfg.moe_products_dtype = stored
+    model = build_model(cfg, task, from_checkpoint=True).eval()
+    assert model(tokens())[0].dtype is (torch.bfloat16 if stored == "bf16" else torch.float32)
 
 
 def test_weights_of_half_precision_are_refused():
-    args = options.parse_args_and_arch(options.get_training_parser(), [
-        "no-data", "--user-dir", "evomoe_plugin", "--task", "language_modeling", "--arch",
-        "transformer_lm_gpttiny_moe", "--optimizer", "adam", "--lr", "0.1", "--max-update", "10",
-        "--criterion", "moe_cross_entropy", "--moe-products-dtype", "bf16"])
-    cfg = convert_namespace_to_omegaconf(args)
+    cfg = command_line("--moe-matmul-dtype", "bf16")
     for option in ("fp16", "bf16", "memory_efficient_bf16"):
         cfg.common[option] = True
         flag = option.replace("_", "-")
-        with pytest.raises(OptionError, match=f"--moe-products-dtype bf16 with --{flag}: "):
+        with pytest.raises(OptionError, match=f"--moe-matmul-dtype bf16 with --{flag}: "):
             check_run(cfg, cfg.distributed_training.distributed_world_size)
         cfg.common[option] = False
     with pytest.raises(OptionError, match="no such folder"):  # what is looked at next
@@ -138,9 +166,9 @@ def test_weights_of_half_precision_are_refused():
 
 
 @pytest.mark.parametrize("has_units", [True, False])
-def test_linear_layers_round_operands_and_answers(monkeypatch, has_units):
-    """Where a CPU has no units for such products they are computed in fp32: the same values."""
-    monkeypatch.setattr(mixed_precision, "product_dtype",
+def test_linear_layers_round_operands_and_outputs(monkeypatch, has_units):
+    """A CPU without native matmuls of the dtype computes them in fp32: the same values."""
+    monkeypatch.setattr(mixed_precision, "native_matmul_dtype",
                         lambda dtype, _device: dtype if has_units else torch.float32)
     seen = []
     plain = functional.linear
@@ -179,12 +207,12 @@ def test_in_full_precision_linear_layers_are_torchs():
     assert mixed_precision.Linear.of(hooked) is hooked
 
 
-def test_attention_is_the_same_whether_its_products_are_emulated(make_model, monkeypatch):
-    model = make_model(moe_products_dtype="bf16", moe_attention="sdpa")
-    monkeypatch.setattr(mixed_precision, "product_dtype", lambda dtype, _device: dtype)
+def test_attention_is_the_same_whether_its_matmuls_are_emulated(make_model, monkeypatch):
+    model = make_model(moe_matmul_dtype="bf16", moe_attention="sdpa")
+    monkeypatch.setattr(mixed_precision, "native_matmul_dtype", lambda dtype, _device: dtype)
     _, emulating = trained(model)
     model.zero_grad()
-    monkeypatch.setattr(mixed_precision, "product_dtype", lambda dtype, _device: torch.float32)
+    monkeypatch.setattr(mixed_precision, "native_matmul_dtype", lambda *_: torch.float32)
     _, in_fp32 = trained(model)
     assert any(not torch.equal(emulating[name], in_fp32[name]) for name in in_fp32)
     for name, grad in in_fp32.items():

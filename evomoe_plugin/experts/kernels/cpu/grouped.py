@@ -21,7 +21,7 @@ from evomoe_plugin.experts.kernels.cpu.chunks import Chunk, chunks_of
 from evomoe_plugin.experts.kernels.cpu.memory_pool import POOL
 from evomoe_plugin.experts.kernels.cpu.segment_matmul import Gradient, Matrices, multiply
 from evomoe_plugin.experts.kernels.cuda import grouped_mm
-from evomoe_plugin.experts.precision import operand_dtype, product_dtype
+from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 CHUNK_ROWS, CHUNKS = 1024, 8
 """A chunk has at most so many rows, or one of so many equal shares of all where that is more."""
@@ -129,7 +129,7 @@ class _GroupedFFN(torch.autograd.Function):
                 scales.multiply_rest(rows, chunk)
                 scales.multiply_rest(grad, chunk)
             if grad2 is not None:
-                grad2.add_products(chunk, active, rows)
+                grad2.add_matmul(chunk, active, rows)
             if grad_bias2 is not None:
                 grad_bias2.add_sums(chunk, rows)
 
@@ -141,11 +141,11 @@ class _GroupedFFN(torch.autograd.Function):
             call.activation.backward(grad, h)
             work.fetch(x, chunk, rows)
             if grad1 is not None:
-                grad1.add_products(chunk, grad, rows)
+                grad1.add_matmul(chunk, grad, rows)
             if grad_bias1 is not None:
                 grad_bias1.add_sums(chunk, grad)
             if grad3 is not None:
-                grad3.add_products(chunk, active, rows)
+                grad3.add_matmul(chunk, active, rows)
             if need_x:
                 multiply(chunk, grad, matrix1.of(chunk), rows)
                 if linear is not None:
@@ -217,7 +217,7 @@ class _Work:
         num_rows = sum(call.counts)
         self.call, self.token_ids = call, token_ids
         self.device, self.width = fc1.device, fc1.size(1)
-        self.dtype = product_dtype(call.dtype, fc1.device.type)
+        self.dtype = native_matmul_dtype(call.dtype, fc1.device.type)
         self.num_rows = num_rows
         least = CHUNK_ROWS if fc1.device.type == "cpu" else _ON_DEVICES
         self.chunks = chunks_of(call.counts, max(least, -(-num_rows // CHUNKS)))

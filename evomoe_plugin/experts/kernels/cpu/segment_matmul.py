@@ -60,7 +60,7 @@ class Gradient:
         self._each = self._grad.unbind()
         self._counts, self._scale = counts, scale
 
-    def add_products(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
+    def add_matmul(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
         """Add to each expert's the product of its rows of a, transposed, and of b."""
         parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].t().split(chunk.sizes, 1),
                     b.split(chunk.sizes), strict=True)

@@ -26,7 +26,7 @@ def _kernel(rows, weights, order, starts, out, width, has_weights: tl.constexpr,
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-def places(token_ids_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def sort_by_token(token_ids_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Rows in the order of their tokens, int64 [N], and where each token's begin, [T + 1]."""
     sorted_N, order_N = token_ids_N.sort(stable=True)
     tokens = torch.arange(num_tokens + 1, device=token_ids_N.device)
@@ -41,7 +41,7 @@ def combine(
     Args:
         rows_ND: contiguous.
         weights_N: None: 1.
-        order_N, starts: of `places`.
+        order_N, starts: of `sort_by_token`.
         dtype: of the result.
     """
     tokens, width = starts.numel() - 1, rows_ND.size(1)

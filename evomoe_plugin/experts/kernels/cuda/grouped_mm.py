@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 try:
-    from evomoe_plugin.experts.kernels.cuda.combine import combine, places
+    from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
 except ImportError:  # builds of torch for CPUs come without Triton
-    combine = places = None
+    combine = sort_by_token = None
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class GroupedMMFFN(torch.autograd.Function):
         ctx, call, counts_E, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias
     ):
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        order, starts = (None, None) if token_ids is None else places(token_ids, x.size(0))
+        order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
         stacks = [None if s is None else s.to(call.dtype)
                   for s in (fc1, fc1_bias, fc3, fc2, fc2_bias)]
         matrix1, bias1, matrix3, matrix2, bias2 = stacks
