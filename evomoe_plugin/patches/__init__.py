@@ -29,6 +29,7 @@ from evomoe_plugin.patches import (
     num_updates,
     numpy_compat,
     object_broadcast,
+    quiet_imports,
     silent_commands,
     swish,
     trainer_cpu,
@@ -49,6 +50,7 @@ __all__ = ["PATCHES", "Patch", "PatchStatus", "apply_all", "report"]
 logger = logging.getLogger(__name__)
 
 PATCHES: tuple[Patch, ...] = (
+    quiet_imports.PATCH,
     silent_commands.PATCH,
     swish.PATCH,
     numpy_compat.PATCH,
