@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import evomoe_plugin  # noqa: F401  mends fairscale's FSDP for CPUs
 from evomoe_plugin.dispatch.all_to_all import Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import expert_groups

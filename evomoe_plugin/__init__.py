@@ -1,20 +1,34 @@
 """MoE language models whose sparsity is learned, as a plugin of stock fairseq.
 
-`--user-dir evomoe_plugin` imports this package. Importing patches the faults of the installed
-fairseq and fairscale (`patches`) and registers the models, criterions, tasks and optimizers, once.
+`--user-dir evomoe_plugin` imports this package after fairseq, which registers its models,
+criterions, tasks and optimizers. A program that imports it before fairseq calls `register()`.
 """
+
+from __future__ import annotations
+
+import sys
 
 __version__ = "0.1.0"
 
-# What kept fairseq from being imported, or None. Under `--user-dir` fairseq is what imports us,
-# so this can only be set for `evomoe doctor`, whose job is to explain it.
+# Why `register` could not import fairseq, for `evomoe doctor`; None if it could or was not called.
 fairseq_error: Exception | None = None
 
-try:
-    import fairseq  # noqa: F401
-except Exception as error:  # an unsuited fairseq fails in many ways
-    fairseq_error = error
-else:
+
+def register() -> None:
+    """Import fairseq, apply the patches, and register all that this package brings, once.
+
+    Raises:
+        Exception: of whatever kind importing an unsuited fairseq raises; also in `fairseq_error`.
+    """
+    global fairseq_error
+    from evomoe_plugin.launch.quiet_imports import ignore_warnings
+
+    ignore_warnings()
+    try:
+        import fairseq  # noqa: F401
+    except Exception as error:
+        fairseq_error = error
+        raise
     from evomoe_plugin import patches
 
     patches.apply_all()
@@ -26,3 +40,7 @@ else:
     call_main.install()
 
     from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401
+
+
+if "fairseq" in sys.modules:
+    register()

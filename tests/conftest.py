@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import evomoe_plugin
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.gate import option_fields
 from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
+
+evomoe_plugin.register()
 
 # A shell has its background jobs ignore Ctrl-C; so would commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

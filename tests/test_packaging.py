@@ -1,4 +1,4 @@
-"""What is installed: the wheel, the lock, and what `make` says before it builds on sand."""
+"""What is installed: the wheel and the lock; and what `make` refuses."""
 
 import email
 import os
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("evomoe_plugin", "hydra_configs"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / "source" / name)
     built = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
                 "--no-index", "-w", folder, folder / "source")
@@ -64,7 +64,7 @@ def test_wheel_holds_every_module_and_configuration_and_nothing_else(wheel):
     } | {
         f"evomoe_plugin/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / "hydra_configs").rglob("*.yaml")
-    }
+    } | {"evomoe_plugin/py.typed", "evomoe_quiet_imports/__init__.py"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
@@ -76,7 +76,9 @@ def test_wheel_holds_every_module_and_configuration_and_nothing_else(wheel):
 def test_command_and_versions(wheel, wheel_metadata):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "evomoe = evomoe_plugin.cli:main" in archive.read(name).decode().splitlines()
+        entries = archive.read(name).decode().splitlines()
+    assert "evomoe = evomoe_plugin.cli:main" in entries
+    assert "evomoe_quiet_imports = evomoe_quiet_imports:ignore_warnings" in entries
     assert wheel_metadata["Version"] == evomoe_plugin.__version__
     assert f"\nversion: {evomoe_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
@@ -123,6 +125,34 @@ def test_hydra_finds_the_installed_configurations(installed, tmp_path):
     assert re.search(r"^  moe_temperature_end: 0.25$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", [
+    ("train", "--help"), ("eval_lm", "--help"), ("generate", "--help"),
+    ("hydra_train", "--config-name", "small/evomoe_dts", "--cfg", "job"),
+], ids=lambda command: command[0])
+def test_commands_of_fairseq_print_no_warning(installed, tmp_path, command):
+    """As their console scripts call them: fairscale is imported before --user-dir is."""
+    _, environment = installed
+    module, *arguments = command
+    program = f"import sys; from fairseq_cli.{module} import cli_main; sys.exit(cli_main())"
+    environment = {k: v for k, v in environment.items() if k != "PYTHONWARNINGS"}
+    if module != "hydra_train":
+        arguments += ["--user-dir", "evomoe_plugin"]
+    done = run(sys.executable, "-c", program, *arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("first", ["fairseq", "evomoe_plugin"])
+def test_either_may_be_imported_first(installed, tmp_path, first):
+    _, environment = installed
+    register = "" if first == "fairseq" else "evomoe_plugin.register(); "
+    program = (f"import {first}, evomoe_plugin; {register}"
+               "from fairseq.models import MODEL_REGISTRY as models; import fairseq.optim as o; "
+               "print('transformer_lm_moe' in models, 'fused_adamw' in o.OPTIMIZER_REGISTRY)")
+    done = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
+
+
 # What it requires
 
 
@@ -161,7 +191,7 @@ def locked():
 
 
 def test_lock_leaves_out_torch_and_what_only_a_gpu_needs():
-    assert locked().keys().isdisjoint({"torch", "triton"})
+    assert locked().keys().isdisjoint({"torch", "torchaudio", "triton"})
     assert not [name for name in locked() if name.startswith(("nvidia", "cuda"))]
 
 
@@ -179,6 +209,8 @@ def test_lock_satisfies_the_package_and_torch(requirements):
     needed = [r for r in requirements
               if r.marker is None or any(r.marker.evaluate({**environment, "extra": extra})
                                          for extra in ("", *IN_LOCK))]
+    (torch,) = (r for r in needed if r.name == "torch")
+    assert str(torch.specifier) == f">={'.'.join(pin[1].split('.')[:2])}"  # older: not tested
     needed += [r for r in map(Requirement, metadata.requires("torch"))
                if r.marker is None]  # those with one are for a GPU, or extras
     assert len(needed) > 20
@@ -194,11 +226,11 @@ def make(*arguments):
     return run("make", "-C", ROOT, "--no-print-directory", *arguments, env=environment)
 
 
-def test_make_help_tells_every_target_and_the_variable_for_a_gpu():
+def test_make_help_lists_every_target_and_the_variable_for_a_gpu():
     shown = make("help").stdout
     (phony,) = re.findall(r"^\.PHONY: (.*) FORCE$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     targets = phony.split()
-    assert {"quickstart", "test", "venv"} <= set(targets)
+    assert {"quickstart", "check", "unit", "test", "test-slow", "venv"} <= set(targets)
     for target in targets:
         assert re.search(rf"^  {target} +\w", shown, re.MULTILINE), target
     assert "TORCH=cuda" in shown
@@ -208,14 +240,14 @@ def test_make_help_tells_every_target_and_the_variable_for_a_gpu():
     ("PYTHON=no-such-python", "error: PYTHON=no-such-python is not a command here"),
     ("TORCH=gpu", "TORCH=gpu: give cuda"),
 ])
-def test_make_refuses_what_cannot_work(tmp_path, choice, message):
+def test_make_refuses_impossible_choices(tmp_path, choice, message):
     done = make("venv", f"VENV={tmp_path}/env", choice)
     assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_make_names_an_unsuited_python(tmp_path):
+def test_make_rejects_an_unsupported_python(tmp_path):
     old = tmp_path / "python3.9"
     old.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" -c "import sys; '
                    'sys.version_info = (3, 9, 1)\n$1"\n')
@@ -226,11 +258,11 @@ def test_make_names_an_unsuited_python(tmp_path):
     assert not (tmp_path / "env").exists()
 
 
-def test_make_leaves_an_environment_alone_that_it_did_not_make(tmp_path):
+def test_make_keeps_an_environment_that_it_did_not_make(tmp_path):
     mine = tmp_path / "env" / "mine"
     mine.parent.mkdir()
     mine.touch()
     done = make("venv", f"VENV={mine.parent}")
     assert done.returncode == 2
-    assert "not of our making" in done.stderr
+    assert "was not made by make" in done.stderr
     assert mine.exists()

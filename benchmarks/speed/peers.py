@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from typing import Any
 
 import torch
@@ -21,9 +20,6 @@ def from_transformers(name: str, module: str = "") -> Any:
     Raises:
         Refused: it is not installed.
     """
-    # It imports torchaudio where it finds one, and the build that fairseq brings cannot be imported
-    # beside every torch.
-    sys.modules.setdefault("torchaudio", None)
     try:
         return getattr(importlib.import_module(f"transformers.{module}".strip(".")), name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,7 @@
-"""The `evomoe` command. A verb is a module here: `HELP`, `add_arguments(parser)`, `run(args)`."""
+"""The `evomoe` command. A verb is a module here: `add_arguments(parser)` and `run(args)`.
+
+No verb imports torch or fairseq before it needs them; `evomoe VERB --help` rarely does.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,30 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import evomoe_plugin
-from evomoe_plugin.cli.user_dir import import_user_dir
 
-VERBS = ("doctor", "prepare", "plot", "upcycle", "import-hf", "generate", "export",
-         "checkpoint")
-# Those that take the gates and architectures of a user's own package.
+# Verb to its line of help.
+VERBS = {
+    "doctor": "show versions, devices, fast paths and patches, and what is wrong, with the fix",
+    "prepare": "turn .txt, .jsonl and .parquet files into a data set to train on",
+    "plot": "draw loss, temperature, experts per token and step time of a run from its log",
+    "upcycle": "make an MoE checkpoint from a dense transformer_lm's",
+    "import-hf": "turn a GPT-2 model of Hugging Face into a dense fairseq checkpoint",
+    "generate": "continue prompts with a checkpoint",
+    "export": "write a checkpoint as safetensors, for transformers and what builds on it",
+    "checkpoint": "inspect and verify checkpoints, and change how their experts are stored",
+}
+# Verbs that accept the gates and architectures of a user's own package.
 TAKE_USER_DIR = ("upcycle", "generate", "export")
+# Verbs that work without fairseq, or import it themselves once they need it.
+_LIGHT = ("doctor", "prepare", "plot")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status. What users can put right is told in one line."""
+    """Run one verb; returns the exit status. Errors that users can fix take one line."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         status = _run(argv)
-        sys.stdout.flush()  # a pipe that was closed shall be noticed here, not after us
+        sys.stdout.flush()  # notice a closed pipe here, not at the interpreter's exit
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -30,27 +43,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports a command that SIGPIPE ended
     except Exception as error:
-        told = _told(error)
-        if told is None:
+        line = _one_line(error)
+        if line is None:
             raise
-        message, status = told
+        message, status = line
         print(f"error: {message}", file=sys.stderr)
     return status
 
 
 def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="evomoe", description="Beside fairseq's own commands, to which --user-dir "
-        "evomoe_plugin brings the models: what checks, prepares and shows.")
+        prog="evomoe", description="Tools beside fairseq's own commands, which load the models of "
+        "this package with --user-dir evomoe_plugin.")
     parser.add_argument("--version", action="version",
                         version=f"evomoe_plugin {evomoe_plugin.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    for name in VERBS:
-        verb = import_module(f"evomoe_plugin.cli.{name.replace('-', '_')}")
-        subparser = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+    for name, help in VERBS.items():
+        subparser = verbs.add_parser(name, help=help, description=help)
         if name == chosen:
+            verb = import_module(f"evomoe_plugin.cli.{name.replace('-', '_')}")
             if name in TAKE_USER_DIR:
+                from evomoe_plugin.cli.user_dir import import_user_dir
+
                 import_user_dir(subparser, argv)
             verb.add_arguments(subparser)
             subparser.set_defaults(run=verb.run)
@@ -58,19 +73,20 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb is None:
         parser.print_help(sys.stderr)
         return 2
+    if args.verb not in _LIGHT:
+        evomoe_plugin.register()
     return args.run(args)
 
 
-def _told(error: Exception) -> tuple[str, int] | None:
-    """What to print and the exit status, or None where only a traceback will do."""
-    # By the attribute of `OptionError` and `RunFailed`: importing `patches` could fail for the very
-    # reason that is to be told.
+def _one_line(error: Exception) -> tuple[str, int] | None:
+    """Message and exit status of an error that needs no traceback, else None."""
+    # `OptionError` and `RunFailed` by their attribute: their module may not be importable here.
     status = getattr(error, "exit_status", None)
     if status is not None:
         return str(error), status
     if evomoe_plugin.fairseq_error is not None:
         return f"fairseq cannot be imported ({evomoe_plugin.fairseq_error}); " \
-               "`evomoe doctor` tells why", 1
+               "run `evomoe doctor` for the fix", 1
     if isinstance(error, OSError):
         return str(error), 1
     return None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 
-HELP = "look at checkpoints, verify them, and write them in another form"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -1,8 +1,9 @@
-"""`evomoe doctor`: what there is, what of it is used, and what is wrong, with the fix."""
+"""`evomoe doctor`: versions, devices, fast paths and patches, and what is wrong, with the fix."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,8 +18,6 @@ from itertools import groupby
 from pathlib import Path
 
 import evomoe_plugin
-
-HELP = "show versions, devices, fast paths and mends, and what is wrong, with the fix"
 
 # States of a row, from good to bad. STOP: training cannot work.
 OK, OFF, FIX, STOP = "ok", "off", "fix", "STOP"
@@ -53,22 +52,24 @@ def run(args: argparse.Namespace) -> int:
                          indent=2))
     else:
         print(as_table(rows), end="")
-        print(f"Training cannot work here before this is mended: {', '.join(stops)}." if stops
+        print(f"Training cannot work here until this is fixed: {', '.join(stops)}." if stops
               else "Training can work here.")
         if fixes:
-            print(f"Worth mending: {', '.join(fixes)}.")
+            print(f"Fix recommended: {', '.join(fixes)}.")
     return 1 if stops else 0
 
 
 def diagnosis() -> list[Row]:
     """Every row of the table, in its order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of what the rows are about to tell
+        warnings.simplefilter("ignore")  # the rows say what torch would warn of
+        with contextlib.suppress(Exception):  # it is in `fairseq_error`
+            evomoe_plugin.register()
         rows = list(versions())
         torch = sys.modules.get("torch")
         if torch is not None:
             rows += [*devices(torch), *backends(torch), *fast_paths(torch)]
-    return rows + list(mends())
+    return rows + list(patches())
 
 
 def as_table(rows: list[Row]) -> str:
@@ -105,11 +106,12 @@ def versions() -> Iterator[Row]:
         yield Row("versions", "evomoe_plugin", evomoe_plugin.__version__, OK, str(where))
     else:
         yield Row("versions", "evomoe_plugin", evomoe_plugin.__version__, OFF,
-                  f"{where}; not installed, so that nothing says which versions it needs")
+                  f"{where}; not installed: its requirements are unknown")
     yield fairseq_row(required)
     for needs, if_wrong in ((TRAINING_NEEDS, STOP), (DATA_NEEDS, FIX)):
         for name, module in needs.items():
             yield package_row(name, module, required.get(name, ""), if_wrong)
+    yield transformers_row()
 
 
 def requirements() -> dict[str, str]:
@@ -154,8 +156,24 @@ def package_row(name: str, module: str, specifier: str, if_wrong: str) -> Row:
     return Row("versions", name, version)
 
 
+def transformers_row() -> Row:
+    """Whether the models of transformers can be imported, which the package itself loads lazily."""
+    version = version_of("transformers")
+    if version is None:
+        return Row("versions", "transformers", "missing", OFF,
+                   "optional, for exported models; pip install transformers")
+    try:
+        from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+    except Exception as error:
+        fix = "pip uninstall -y torchaudio, whose build does not fit this torch; fairseq needs " \
+              "it for speech alone" if "torchaudio" in str(error) else \
+              "pip install --force-reinstall transformers"
+        return Row("versions", "transformers", version, FIX, f"{_one_line(error)}; {fix}")
+    return Row("versions", "transformers", version, OK, "its models can be imported")
+
+
 def fairseq_row(required: dict[str, str]) -> Row:
-    """Which fairseq is installed, whether it can be imported, and which would be right here."""
+    """Which fairseq is installed, whether it can be imported, and which one fits this Python."""
     right = next((name for name in FAIRSEQS if name in required), FAIRSEQS[0])
     installed = {name: version_of(name) for name in FAIRSEQS}
     installed = {name: version for name, version in installed.items() if version}
@@ -168,7 +186,7 @@ def fairseq_row(required: dict[str, str]) -> Row:
     if error is not None:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
         if installed and absent not in (False, "fairseq"):
-            install = "what is missing is not fairseq's own; make venv builds a sound environment"
+            install = "a dependency of fairseq is missing; make venv builds a complete environment"
         return Row("versions", "fairseq", found or "missing", STOP,
                    f"{_one_line(error)}; {install}")
     if len(installed) > 1:
@@ -199,7 +217,7 @@ def devices(torch) -> Iterator[Row]:
 
 
 def cpu_info() -> dict:
-    """`model`, `cores` (physical, where the system tells) and `flags` of the processor."""
+    """`model`, `cores` (physical, or "?") and `flags` of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -227,7 +245,7 @@ def gpus(torch) -> Iterator[Row]:
                       f"{gpu.multi_processor_count} multiprocessors")
     elif there and not build:
         yield Row("devices", "GPU", "NVIDIA's driver", FIX,
-                  "this torch is a CPU build; make venv TORCH=cuda installs the other")
+                  "this torch is a CPU build; make venv TORCH=cuda installs the CUDA build")
     elif there:
         yield Row("devices", "GPU", "NVIDIA's driver", FIX,
                   f"torch is built for CUDA {build} and cannot use it: is the driver too old, or "
@@ -272,7 +290,7 @@ def fast_paths(torch) -> Iterator[Row]:
                   OFF if reason else OK, reason)
     else:
         yield Row("fast paths", "grouped_mm", "no", OFF,
-                  "for GPUs; here experts are computed in chunks, each by products of its own")
+                  "for GPUs; here experts are computed in chunks of tokens")
 
     if capability:
         cuda = torch.backends.cuda
@@ -284,9 +302,9 @@ def fast_paths(torch) -> Iterator[Row]:
         yield Row("fast paths", "attention", "flash", OK, "block by block, in evomoe_plugin, while "
                                                           "attention dropout is on")
     yield from vocabulary_rows()
-    yield Row("fast paths", "torch.compile", "between experts' products" if capability else "no",
+    yield Row("fast paths", "torch.compile", "between experts' matmuls" if capability else "no",
               OK if capability else OFF,
-              "" if capability else "it makes no part of a step faster on a CPU")
+              "" if capability else "it speeds up no part of a step on a CPU")
     yield from adam_rows(torch)
 
 
@@ -295,7 +313,7 @@ def vocabulary_rows() -> Iterator[Row]:
         from evomoe_plugin.models.vocabulary_loss import CHUNKS
 
         yield Row("fast paths", "vocabulary loss", "in chunks", OK,
-                  "logits of so many tokens at a time: "
+                  "tokens whose logits are in memory at once: "
                   + ", ".join(f"{size} on {device}" for device, size in CHUNKS.items())
                   + "; --criterion moe_cross_entropy")
 
@@ -305,10 +323,10 @@ def adam_rows(torch) -> Iterator[Row]:
     if kind == "unrelated":
         yield Row("fast paths", "apex", where, FIX,
                   "PyPI's apex is a toolkit for the Pyramid web framework, not NVIDIA's: pip "
-                  "uninstall apex. NVIDIA's is optional, and built from its source.")
+                  "uninstall apex. NVIDIA's is optional and built from source.")
     elif kind is None:
         yield Row("fast paths", "apex", "no", OFF,
-                  "NVIDIA's is optional, and built from its source")
+                  "NVIDIA's is optional and built from source")
     else:
         yield Row("fast paths", "apex", "NVIDIA's", OK, where)
     if evomoe_plugin.fairseq_error is not None:
@@ -322,9 +340,9 @@ def adam_rows(torch) -> Iterator[Row]:
 
 
 def apex_kind() -> tuple[str | None, str]:
-    """("nvidia" | "unrelated" | None, where it is): which `apex` an import would find.
+    """("nvidia" | "unrelated" | None, folder): which `apex` an import would find.
 
-    Nothing is imported: PyPI's fails to, or starts a web framework.
+    Without importing it: PyPI's fails, or starts a web framework.
     """
     spec = importlib.util.find_spec("apex")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
@@ -334,17 +352,17 @@ def apex_kind() -> tuple[str | None, str]:
     return "nvidia" if nvidia else "unrelated", str(folders[0])
 
 
-# mends
+# patches
 
 
-def mends() -> Iterator[Row]:
+def patches() -> Iterator[Row]:
     if evomoe_plugin.fairseq_error is not None:
-        yield Row("mends", "all", "not applied", OFF, "there is no fairseq to mend")
+        yield Row("patches", "all", "not applied", OFF, "there is no fairseq to patch")
         return
-    from evomoe_plugin import patches
+    from evomoe_plugin.patches import report
 
-    for status in patches.report():
-        yield Row("mends", status.name, "active" if status.active else "inactive",
+    for status in report():
+        yield Row("patches", status.name, "active" if status.active else "inactive",
                   OK if status.active else OFF, status.reason)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "write a checkpoint as safetensors, for transformers and what builds on it"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT",
@@ -22,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.output import check_output
     from evomoe_plugin.export.folder import export
-    from evomoe_plugin.generation import load_trained_model
+    from evomoe_plugin.generation.loading import load_trained_model
 
     check_output("DIR", args.out, makes_folders=True)
     trained = load_trained_model("CKPT", args.checkpoint, args.data)

@@ -7,11 +7,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-HELP = "let a checkpoint continue prompts"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from evomoe_plugin.generation import GenerationOptions
+    from evomoe_plugin.generation.options import GenerationOptions
 
     default = {f.name: f.default for f in dataclasses.fields(GenerationOptions)}
     parser.add_argument("--path", required=True, metavar="CKPT",
@@ -46,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from evomoe_plugin.generation import GenerationOptions, generate, load_trained_model
+    from evomoe_plugin.generation.generate import generate
+    from evomoe_plugin.generation.loading import load_trained_model
+    from evomoe_plugin.generation.options import GenerationOptions
 
     texts = _prompts(args.prompt, args.prompts_file)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(GenerationOptions)}

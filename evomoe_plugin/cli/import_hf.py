@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "turn a GPT-2 model of Hugging Face into a dense fairseq checkpoint"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR",

@@ -7,8 +7,6 @@ import dataclasses
 import re
 import sys
 
-HELP = "turn .txt, .jsonl and .parquet files into a data set to train on"
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-HELP = "make an MoE checkpoint from a dense transformer_lm's"
+import evomoe_plugin
 
 _OWN = ("dense", "moe", "method", "rate", "rescale", "slices", "gate_init", "seed", "arch", "data",
         "subset", "tokens_per_sample", "max_update", "overwrite", "user_dir", "run", "verb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    evomoe_plugin.register()
     from fairseq.dataclass.utils import gen_parser_from_dataclass
 
     from evomoe_plugin.evolve.convert import DEFAULT_ARCH

@@ -6,9 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
+import evomoe_plugin
+
 
 def import_user_dir(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Give `parser` the option, and import what `argv` names with it.
+    """Give `parser` the option, and import the package that `argv` names with it.
 
     At once, as `fairseq-train` does: the options of a user's gate are flags of the verb.
 
@@ -22,6 +24,7 @@ def import_user_dir(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     given, _ = early.parse_known_args(argv)
     if given.user_dir is None:
         return
+    evomoe_plugin.register()
     from fairseq import utils
 
     from evomoe_plugin.config.errors import OptionError

@@ -10,12 +10,10 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 import evomoe_plugin
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.data import binarize
 from evomoe_plugin.data.card import DataCard, options_difference
 from evomoe_plugin.data.folder import OutputFolder
 from evomoe_plugin.data.options import PrepareOptions
@@ -33,6 +31,9 @@ from evomoe_plugin.data.tokenizers import (
 )
 from evomoe_plugin.data.train_sentencepiece import train_sentencepiece
 from evomoe_plugin.data.workers import Workers
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class _Preparation:
 
     def run(self) -> DataCard:
         staged = self._stage()
+        evomoe_plugin.register()  # before the workers are forked: they need fairseq too
         with Workers(self.options.processes, self.progress.tick) as workers:
             tokenizer = self._make_tokenizer(staged, workers)
             rows, counts = self._binarize(tokenizer, staged, workers)
@@ -130,6 +132,10 @@ class _Preparation:
         self, tokenizer: Tokenizer, staged: Staged, workers: Workers
     ) -> tuple[int, dict[str, np.ndarray]]:
         """The rows of the dictionary, and how often each of the tokenizer's ids occurs."""
+        import numpy as np
+
+        from evomoe_plugin.data import binarize
+
         symbols, prefixes = tokenizer.symbols, {split: self.data / split for split in SPLITS}
         ids = len(symbols) + 1
         rows = len(binarize.make_dictionary(symbols, np.zeros(ids, dtype=np.int64)))

@@ -15,7 +15,7 @@ from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.export.tokenizer import write_tokenizer
 from evomoe_plugin.export.weights import exported_model
-from evomoe_plugin.generation import TrainedModel
+from evomoe_plugin.generation.loading import TrainedModel
 
 _MODELING = "modeling_evomoe.py"
 

@@ -15,7 +15,7 @@ from evomoe_plugin.data.tokenizers import (
     SENTENCEPIECE_MODEL,
     SentencePieceTokenizer,
 )
-from evomoe_plugin.generation import TrainedModel
+from evomoe_plugin.generation.loading import TrainedModel
 
 _HERE = Path(__file__).parent
 

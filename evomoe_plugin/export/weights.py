@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.export.routing import export_gate, gate_name
-from evomoe_plugin.generation import TrainedModel
+from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.decoder_layer import MoEDecoderLayer
 

@@ -12,46 +12,11 @@ from fairseq.search import Search
 from fairseq.sequence_generator import SequenceGenerator
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
 from evomoe_plugin.generation.loading import TrainedModel
+from evomoe_plugin.generation.options import GenerationOptions
 from evomoe_plugin.generation.search import KeyedSampling, PromptedBeamSearch, Prompts
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.routing import stats as st
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to go on from a prompt: greedily, unless a beam or sampling is asked for."""
-
-    max_new_tokens: int = 64
-    beam: int = 1
-    temperature: float | None = None
-    """What logits are divided by before sampling; None: no sampling, or 1 with top_k or top_p."""
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 1
-    batch_size: int = 8
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn."""
-        return any(given is not None for given in (self.temperature, self.top_k, self.top_p))
-
-    def validate(self, vocabulary: int) -> None:
-        """Raise `OptionError` for what cannot work with so many symbols."""
-        for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
-            check_number(self, option, least=1, remedy="give 1 or more")
-        check_number(self, "temperature", above=0,
-                     remedy="give a number above 0; leave it out for the most probable token")
-        check_number(self, "top_p", above=0, most=1,
-                     remedy="it is a probability: give a number above 0 and at most 1")
-        check_number(self, "seed", least=0, below=2**63, remedy="give a number from 0")
-        if self.beam > 1 and self.samples:
-            raise OptionError("beam", self.beam, "beam search draws nothing: leave it out, or "
-                                                 "leave out --temperature, --top-k and --top-p")
-        if self.beam > max(1, (vocabulary - 1) // 2):
-            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} symbols: give "
-                                                 f"at most {(vocabulary - 1) // 2}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch.multiprocessing
 from fairseq.distributed import utils as distributed_utils
 
+import evomoe_plugin
 from evomoe_plugin.config.errors import FAILED, RunFailed, exit_status
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
 def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:
     if hasattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig"):  # Linux: die with the parent
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGINT)
+    evomoe_plugin.register()  # a program may import this package before fairseq
     start = cfg.distributed_training.distributed_rank or kwargs.get("start_rank", 0)
     try:
         distributed_utils.distributed_main(i, main, cfg, kwargs)

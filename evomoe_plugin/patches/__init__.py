@@ -26,6 +26,7 @@ from evomoe_plugin.patches import (
     last_batch,
     numpy_compat,
     object_broadcast,
+    quiet_imports,
     silent_commands,
     swish,
     user_module,
@@ -37,6 +38,7 @@ __all__ = ["PATCHES", "Patch", "PatchStatus", "apply_all", "report"]
 logger = logging.getLogger(__name__)
 
 PATCHES: tuple[Patch, ...] = (
+    quiet_imports.PATCH,
     silent_commands.PATCH,
     swish.PATCH,
     numpy_compat.PATCH,

@@ -44,9 +44,7 @@ def test_contenders_give_what_our_layer_gives(case):
 @pytest.mark.slow  # imports transformers
 @pytest.mark.parametrize("case", [case for case in CASES if case.gate == "top_k"],
                          ids=lambda case: case.name)
-def test_those_of_hugging_face_give_what_our_gated_experts_give(case, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio", None)  # as in tests/gates/test_hf_parity.py
-    pytest.importorskip("transformers")
+def test_those_of_hugging_face_give_what_our_gated_experts_give(case):
     inputs = Inputs(case)
     y, dx = outputs(contenders.OursGated(inputs))
     for kind in GATED:

@@ -1,7 +1,6 @@
 """GPT-2 of transformers against what is made of it."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -22,29 +21,24 @@ ROWS = torch.cat([torch.arange(VOCABULARY - 1) + SPECIALS, torch.tensor([EOS])])
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A maker of tiny random models of transformers, saved, in evaluation."""
-    with pytest.MonkeyPatch.context() as patch:
-        # As in tests/gates/test_hf_parity.py: a torchaudio that cannot be imported. Before
-        # transformers is, which asks for it once.
-        patch.setitem(sys.modules, "torchaudio", None)
-        pytest.importorskip("transformers")
-        from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-        def make(**given):
-            save = given.pop("save", {})
-            torch.manual_seed(1)
-            config = GPT2Config(**{
-                "vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 3,
-                "n_head": 2, "eos_token_id": END, "bos_token_id": END,
-                **given})
-            model = GPT2LMHeadModel(config).eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-            folder = tmp_path_factory.mktemp("gpt2")
-            model.save_pretrained(folder, **save)
-            return model, str(folder)
+    def make(**given):
+        save = given.pop("save", {})
+        torch.manual_seed(1)
+        config = GPT2Config(**{
+            "vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 3,
+            "n_head": 2, "eos_token_id": END, "bos_token_id": END,
+            **given})
+        model = GPT2LMHeadModel(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        folder = tmp_path_factory.mktemp("gpt2")
+        model.save_pretrained(folder, **save)
+        return model, str(folder)
 
-        yield make
+    return make
 
 
 def both_logits(model, imported, rows=None):

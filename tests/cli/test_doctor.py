@@ -12,11 +12,11 @@ import pytest
 
 import evomoe_plugin
 from evomoe_plugin import patches
-from evomoe_plugin.cli import doctor, main
+from evomoe_plugin.cli import VERBS, doctor, main
 from evomoe_plugin.config.errors import OptionError
 
 ROOT = Path(evomoe_plugin.__file__).parents[1]
-EVOMOE = [sys.executable, "-Wignore", "-c",
+EVOMOE = [sys.executable, "-c",
           "import sys; from evomoe_plugin.cli import main; sys.exit(main())"]
 
 
@@ -34,10 +34,12 @@ def test_sound_environment(capsys):
     assert rows["torch"]["found"] == metadata.version("torch")
     assert rows["fairseq"]["state"] == "ok"
     assert rows["gloo"]["found"] == "yes"
-    mends = {mend.name: mend for mend in patches.report()}
-    assert mends.keys() <= rows.keys()
-    for name, mend in mends.items():
-        assert (rows[name]["found"] == "active", rows[name]["remark"]) == (mend.active, mend.reason)
+    assert rows["transformers"]["remark"] == "its models can be imported"
+    statuses = {status.name: status for status in patches.report()}
+    assert statuses.keys() <= rows.keys()
+    for name, status in statuses.items():
+        assert (rows[name]["found"] == "active", rows[name]["remark"]) == (
+            status.active, status.reason)
 
 
 def test_fairseq_that_cannot_be_imported(capsys, monkeypatch):
@@ -73,8 +75,8 @@ def test_two_distributions_of_fairseq(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "version", "specifier", "state", "remark"), [
-    ("torch", "2.9.1", ">=2.10", "STOP", "pip install 'torch>=2.10'"),
-    ("torch", "2.13.0+cpu", ">=2.10", "ok", ""),
+    ("torch", "2.12.1", ">=2.13", "STOP", "pip install 'torch>=2.13'"),
+    ("torch", "2.13.0+cpu", ">=2.13", "ok", ""),
     ("hydra-core", "1.4.0", "<1.4,>=1.3.2", "STOP", "pip install 'hydra-core<1.4,>=1.3.2'"),
     ("fairscale", None, ">=0.4.13", "STOP", "pip install 'fairscale>=0.4.13'"),
     ("pyarrow", None, "", "fix", "pip install 'pyarrow'"),
@@ -94,6 +96,28 @@ def test_package_that_is_installed_but_broken(monkeypatch):
     assert row.state == "STOP"
     assert "No module named 'wreck_module'" in row.remark
     assert "pip install --force-reinstall 'wreck==1.0'" in row.remark
+
+
+@pytest.mark.parametrize(("message", "fix"), [
+    ("Could not load this library: torchaudio/lib/_torchaudio.abi3.so", "pip uninstall -y torcha"),
+    ("cannot import name 'GPT2LMHeadModel'", "pip install --force-reinstall transformers"),
+])
+def test_transformers_whose_models_cannot_be_imported(monkeypatch, message, fix):
+    class Broken:
+        def __getattr__(self, name):
+            raise OSError(message)
+
+    monkeypatch.setattr(doctor, "version_of", {"transformers": "5.0"}.get)
+    monkeypatch.setitem(sys.modules, "transformers", Broken())
+    row = doctor.transformers_row()
+    assert (row.found, row.state) == ("5.0", "fix")
+    assert message in row.remark and fix in row.remark
+
+
+def test_transformers_is_optional(monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", {}.get)
+    row = doctor.transformers_row()
+    assert (row.found, row.state) == ("missing", "off")
 
 
 @pytest.fixture
@@ -141,7 +165,7 @@ def test_table_closes_with_what_stands_in_the_way(capsys, monkeypatch):
         doctor.Row("versions", "numpy", "2")])
     assert main(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "Training cannot work here before this is mended: torch.", "Worth mending: apex."]
+        "Training cannot work here until this is fixed: torch.", "Fix recommended: apex."]
 
 
 # The command
@@ -174,14 +198,14 @@ def test_verbs_that_need_fairseq_send_to_the_doctor(capsys, monkeypatch):
     monkeypatch.setattr("evomoe_plugin.cli.prepare.run", lambda args: 1 / 0)
     assert main(["prepare", "text", "--out", "folder"]) == 1
     assert capsys.readouterr().err == (
-        "error: fairseq cannot be imported (no fairseq); `evomoe doctor` tells why\n")
+        "error: fairseq cannot be imported (no fairseq); run `evomoe doctor` for the fix\n")
 
 
 def test_help_version_and_typos(capsys):
     assert main([]) == 2
     usage = capsys.readouterr().err
-    assert doctor.HELP in " ".join(usage.split())
-    for argv, status, told in (
+    assert VERBS["doctor"] in " ".join(usage.split())
+    for argv, status, printed in (
         (["--version"], 0, f"evomoe_plugin {evomoe_plugin.__version__}"),
         (["--help"], 0, "prepare"),
         (["doctor", "--help"], 0, "Exit status"),
@@ -190,7 +214,25 @@ def test_help_version_and_typos(capsys):
         with pytest.raises(SystemExit) as exit:
             main(argv)
         assert exit.value.code == status
-        assert told in "".join(capsys.readouterr())
+        assert printed in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--version"], ["--help"], *([verb, "--help"] for verb in VERBS if verb != "upcycle"),
+], ids=" ".join)
+def test_help_imports_neither_torch_nor_fairseq(arguments):
+    """`upcycle --help` lists the options of every gate, as fairseq-train does."""
+    program = f"""if True:
+        import contextlib, sys
+        from evomoe_plugin.cli import main
+        with contextlib.suppress(SystemExit):
+            main({arguments})
+        sys.exit(", ".join(sys.modules.keys() & {{"torch", "fairseq", "transformers"}}) or 0)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert "evomoe" in done.stdout
 
 
 @pytest.mark.distributed
@@ -198,5 +240,5 @@ def test_closed_pipe_is_no_error():
     process = subprocess.Popen([*EVOMOE, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     process.stdout.close()
-    complaint = process.stderr.read()
-    assert (process.wait(), complaint) == (128 + signal.SIGPIPE, "")
+    errors = process.stderr.read()
+    assert (process.wait(), errors) == (128 + signal.SIGPIPE, "")

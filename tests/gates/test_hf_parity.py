@@ -1,7 +1,6 @@
 """The gate top_k with gated experts against the MoE blocks of Mixtral and OLMoE in transformers."""
 
 import importlib
-import sys
 
 import pytest
 import torch
@@ -23,12 +22,7 @@ BLOCKS = {
 
 def modeling(name):
     """transformers' module of a model and the class of its configuration."""
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers imports torchaudio where it finds one, and the build that fairseq brings
-        # cannot be imported beside torch's CPU build.
-        patch.setitem(sys.modules, "torchaudio", None)
-        module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_"
-                                         f"{name.lower()}")
+    module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
     return module, getattr(module, f"{name}Config")
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.generation import GenerationOptions, generate
+from evomoe_plugin.generation.generate import generate
+from evomoe_plugin.generation.options import GenerationOptions
 from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 
@@ -156,7 +157,7 @@ def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
 BAD = [
     ({"max_new_tokens": 0}, "--max-new-tokens 0: give 1 or more"),
     ({"beam": 0}, "--beam 0: give 1 or more"),
-    ({"beam": 20}, "--beam 20: the dictionary has 40 symbols: give at most 19"),
+    ({"beam": 20}, "--beam 20: the dictionary has 40 entries: give at most 19"),
     ({"beam": 2, "top_p": 0.5}, "--beam 2: beam search draws nothing"),
     ({"temperature": 0.0}, "--temperature 0.0: give a number above 0"),
     ({"temperature": math.nan}, "--temperature nan"),

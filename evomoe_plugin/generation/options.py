@@ -1,0 +1,44 @@
+"""Options of generation, importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evomoe_plugin.config.errors import OptionError
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to continue a prompt: greedily, unless a beam or sampling is asked for."""
+
+    max_new_tokens: int = 64
+    beam: int = 1
+    temperature: float | None = None
+    """What logits are divided by before sampling; None: no sampling, or 1 with top_k or top_p."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+    batch_size: int = 8
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return any(given is not None for given in (self.temperature, self.top_k, self.top_p))
+
+    def validate(self, vocabulary: int) -> None:
+        """Raise `OptionError` for values that cannot work with this number of token ids."""
+        from evomoe_plugin.config.options import check_number
+
+        for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
+            check_number(self, option, least=1, remedy="give 1 or more")
+        check_number(self, "temperature", above=0,
+                     remedy="give a number above 0; leave it out for the most probable token")
+        check_number(self, "top_p", above=0, most=1,
+                     remedy="it is a probability: give a number above 0 and at most 1")
+        check_number(self, "seed", least=0, below=2**63, remedy="give a number from 0")
+        if self.beam > 1 and self.samples:
+            raise OptionError("beam", self.beam, "beam search draws nothing: leave it out, or "
+                                                 "leave out --temperature, --top-k and --top-p")
+        if self.beam > max(1, (vocabulary - 1) // 2):
+            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} entries: give "
+                                                 f"at most {(vocabulary - 1) // 2}")

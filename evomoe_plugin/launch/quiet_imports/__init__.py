@@ -1,0 +1,23 @@
+"""Ignore the warnings that every import of fairseq brings: those of fairscale, and of Hydra.
+
+This file is also installed as the top-level package `evomoe_quiet_imports`, an entry point of
+`torch.backends`: torch calls those at the end of its own import. `fairseq-train` imports fairscale
+before `--user-dir`, and nothing of ours could run earlier. Only the standard library may be
+imported here, not `evomoe_plugin`: fairseq wants to import that itself.
+"""
+
+import warnings
+
+# Beginning of the message, and the module that is blamed; as regular expressions.
+IGNORED = (
+    (r"`torch\.cuda\.amp\.custom_(fwd|bwd)\(args\.\.\.\)` is deprecated", r"fairscale\."),
+    (r"\s*The version_base parameter is not specified", r"fairseq_cli\.hydra_train"),
+    (r"In 'config': Usage of deprecated keyword in package header", r"hydra\."),
+    (r"\s*'config' is validated against ConfigStore schema with the same name", ""),
+)
+
+
+def ignore_warnings() -> None:
+    """Ignore these, unless `-W` or PYTHONWARNINGS says otherwise."""
+    for message, module in IGNORED:
+        warnings.filterwarnings("ignore", message, module=module, append=True)

@@ -1,0 +1,14 @@
+"""Warnings of fairscale and Hydra that every command of fairseq prints."""
+
+from evomoe_plugin.launch.quiet_imports import ignore_warnings
+from evomoe_plugin.patches.patch import Patch, always
+
+PATCH = Patch(
+    name="quiet-imports",
+    broken="every command prints FutureWarnings of fairscale, and fairseq-hydra-train warns of its "
+           "own configuration",
+    upstream="fairscale/experimental/nn/offload.py; fairseq_cli/hydra_train.py and fairseq/config",
+    remove_when="fairscale uses torch.amp, and fairseq follows Hydra 1.1",
+    needed=always("warnings that no user can do anything about"),
+    apply=ignore_warnings,
+)
