@@ -1,4 +1,4 @@
-"""Text made ready for `--task language_modeling`: `prepare` does it, a data card records it."""
+"""Prepare text for `--task language_modeling`; a data card records how."""
 
 from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.data.options import PrepareOptions

@@ -1,7 +1,7 @@
-"""From staged text to the files that fairseq's language modeling task reads.
+"""Binarize staged text into the files of fairseq's language modeling task.
 
-The text is encoded once, with the tokenizer's own ids; what is counted there gives fairseq's
-dictionary its order, and the ids are then replaced by their rows in it.
+The text is encoded once, with the tokenizer's ids. Their counts determine the order of fairseq's
+dictionary; then they are replaced by the dictionary's token ids.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ BLOCK_TOKENS = 1 << 22
 
 
 class DocumentBinarizer(Binarizer):
-    """Encodes a staged passage, and an eos where its document ends: the id after all symbols."""
+    """Encodes a staged passage, with an eos (the id after all tokens) at the end of a document."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.eos = len(tokenizer.symbols)
+        self.eos = len(tokenizer.tokens)
 
     def binarize_line(self, line: str, summary: BinarizeSummary) -> torch.IntTensor:
         text, ends_document = json.loads(line)
@@ -44,9 +45,9 @@ def is_binarized(shard: Path) -> bool:
 
 
 def binarize_shard(shard: Path, tokenizer_folder: str, vocab_size: int) -> None:
-    """Replace the staged text of a shard by its .bin and .idx, of the tokenizer's ids."""
+    """Replace the staged text of a shard by its .bin and .idx, with the tokenizer's ids."""
     part = f"{shard}.part"
-    # fairseq would divide the file among processes, but leave this one idle until they are done.
+    # One worker: with more, fairseq starts processes and this one would wait idle.
     FileBinarizer.multiprocess_dataset(
         str(passages_path(shard)), "mmap",
         DocumentBinarizer(tokenizer_of_process(tokenizer_folder)),
@@ -58,7 +59,7 @@ def binarize_shard(shard: Path, tokenizer_folder: str, vocab_size: int) -> None:
 
 
 def merge(shards: list[Path], prefix: Path, vocab_size: int) -> None:
-    """Write `prefix`.bin and .idx, the shards one after another."""
+    """Write `prefix`.bin and .idx, the concatenated shards."""
     builder = indexed_dataset.make_builder(
         indexed_dataset.data_file_path(str(prefix)), "mmap", vocab_size
     )
@@ -76,26 +77,26 @@ def count_ids(prefix: Path, size: int) -> np.ndarray:
     return counts
 
 
-def make_dictionary(symbols: list[str | None], counts: np.ndarray) -> Dictionary:
-    """fairseq's dictionary of all symbols, padded to a multiple of 8 rows: the most frequent
-    first, equal ones by their spelling. `counts` may go on beyond the symbols."""
+def make_dictionary(tokens: list[str | None], counts: np.ndarray) -> Dictionary:
+    """fairseq's dictionary of all tokens, padded to a multiple of 8: most frequent first, ties in
+    order of spelling. `counts` may be longer than `tokens`."""
     dictionary = Dictionary()
-    for symbol, count in zip(symbols, counts.tolist(), strict=False):
-        if symbol is not None:
-            dictionary.add_symbol(symbol, n=count)
+    for token, count in zip(tokens, counts.tolist(), strict=False):
+        if token is not None:
+            dictionary.add_symbol(token, n=count)
     dictionary.finalize(padding_factor=8)
     return dictionary
 
 
-def number_by(dictionary: Dictionary, symbols: list[str | None], prefix: Path) -> None:
-    """Replace the tokenizer's ids in `prefix`.bin by their rows of the dictionary."""
+def convert_ids(dictionary: Dictionary, tokens: list[str | None], prefix: Path) -> None:
+    """Replace the tokenizer's ids in `prefix`.bin by the dictionary's token ids."""
     dtype = _dtype(prefix)
-    rows = [dictionary.unk() if s is None else dictionary.index(s) for s in symbols]
-    table = np.array([*rows, dictionary.eos()], dtype=dtype)
+    ids = [dictionary.unk() if t is None else dictionary.index(t) for t in tokens]
+    table = np.array([*ids, dictionary.eos()], dtype=dtype)
     with open(indexed_dataset.data_file_path(str(prefix)), "r+b") as stream:
-        for start, ids in _blocks(stream, dtype):
+        for start, block in _blocks(stream, dtype):
             stream.seek(start)
-            stream.write(table[ids].tobytes())
+            stream.write(table[block].tobytes())
 
 
 def _dtype(prefix: Path) -> np.dtype:
@@ -103,7 +104,7 @@ def _dtype(prefix: Path) -> np.dtype:
     return np.dtype(index.dtype)
 
 
-def _blocks(stream, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(stream: BinaryIO, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
     start = 0
     while block := stream.read(BLOCK_TOKENS * dtype.itemsize):
         yield start, np.frombuffer(block, dtype=dtype)

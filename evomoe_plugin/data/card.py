@@ -1,4 +1,4 @@
-"""The data card: what a prepared folder holds, from what, and how it was made."""
+"""The data card: contents, inputs and options of a prepared folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DataCard:
     """The record of a prepared folder. Equal inputs and options give equal cards."""
 
     options: dict[str, Any]
-    tokenizer: dict[str, Any]  # kind, rows of the dictionary, lossless, interactive flags
+    tokenizer: dict[str, Any]  # kind, size of the dictionary, lossless, interactive flags
     splits: dict[str, dict[str, int]]  # documents, items, tokens (eos included), bytes of text, …
     empty_documents: int
     inputs: list[dict[str, Any]]  # name, split, bytes, sha256 of every file read
@@ -34,7 +34,7 @@ class DataCard:
 
     @classmethod
     def load(cls, folder: Path) -> DataCard | None:
-        """The card of a folder; None if it has none that this version wrote."""
+        """The card of a folder; None without a card of this format version."""
         try:
             values = json.loads((folder / CARD).read_text(encoding="utf-8"))
             return cls(**values) if values.get("format") == FORMAT else None
@@ -44,7 +44,7 @@ class DataCard:
             return None
 
     def damage(self, folder: Path) -> str | None:
-        """The first file of the folder that is not as long as the card says."""
+        """The first file of the folder whose size differs from the card."""
         for name, file in self.files.items():
             path = folder / name
             if not path.exists() or path.stat().st_size != file["bytes"]:
@@ -68,8 +68,8 @@ class DataCard:
         return _MARKDOWN.format(
             source=self.options["source"] or "Not stated (`--source` records origin and licence).",
             splits=rows, rows=self.tokenizer["rows"], kind=self.tokenizer["kind"],
-            exact=("Decoding gives exactly the text back." if self.tokenizer["lossless"]
-                   else "The tokenizer normalises: decoding does not give exactly the text back."),
+            exact=("Decoding restores the text exactly." if self.tokenizer["lossless"]
+                   else "The tokenizer normalises: decoding does not restore the text exactly."),
             flags=" ".join(self.tokenizer["flags"]), options=options, inputs=inputs,
             more=f"\n… and {more:,} more, listed in {CARD}.\n" if more > 0 else "",
             not_read=(f"\n{self.files_not_read:,} further files were not read: "
@@ -79,7 +79,7 @@ class DataCard:
 
 
 def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """The first option that differs, in words."""
+    """Describe the first option that differs."""
     for name in sorted(recorded.keys() | options.keys()):
         before, now = recorded.get(name), options.get(name)
         if before != now:
@@ -92,26 +92,26 @@ _MARKDOWN = """\
 
 {source}
 
-| Split | Documents | Tokens (one end-of-sentence each document) | Bytes of text | Bytes a token \
+| Split | Documents | Tokens (one end-of-sentence per document) | Bytes of text | Bytes per token \
 | Unknown tokens |
 |---|---|---|---|---|---|
 {splits}
 
-{empty:,} empty documents were left out.
+{empty:,} empty documents were skipped.
 
 ## Use
 
-With DATA this folder:
+DATA is this folder:
 
     fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
     fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
     fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
         {flags}
 
-Tokenizer: {kind}; the dictionary has {rows:,} rows. {exact} \
+Tokenizer: {kind}; the dictionary has {rows:,} entries. {exact} \
 `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
 
-## Made with
+## Options
 
 | Option | Value |
 |---|---|

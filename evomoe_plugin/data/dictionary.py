@@ -1,4 +1,4 @@
-"""Reading a fairseq dictionary that a user named."""
+"""Load a fairseq dictionary given by the user."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from evomoe_plugin.config.errors import OptionError
 
 
 def load_dictionary(option: str, path: str | os.PathLike[str]) -> Dictionary:
-    """What `Dictionary.load` makes of a dict.txt.
+    """Load a dict.txt with `Dictionary.load`.
 
     Args:
-        option: what the user named the file, or its folder, with, for messages.
+        option: the option that gave the file or its folder, for messages.
     Raises:
-        OptionError: no such file, not UTF-8, a line that is not a symbol and its count, or a symbol
-            twice.
+        OptionError: no such file, not UTF-8, a line that is not a token and its count, or a
+            duplicate token.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise OptionError(option, path, "there is no such file")
+        raise OptionError(option, path, "no such file")
     try:
         return Dictionary.load(path)
     except OSError as error:
         raise OptionError(option, path, f"cannot be read: {error.strerror}") from error
-    except Exception as error:  # for text that is not UTF-8 fairseq raises just that
-        raise OptionError(option, path, f"is no dictionary of fairseq: {_reason(error)}") from error
+    except Exception as error:  # fairseq raises a bare Exception for text that is not UTF-8
+        raise OptionError(option, path, f"is not a fairseq dictionary: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Documents: how the records of a file are grouped into them, as a stream of passages."""
+"""Group the records of a file into documents, as a stream of passages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASSAGE_CHARS = 1 << 20
 
 
 class Passage(NamedTuple):
-    """Consecutive text of one document. A long document is several, so that memory is bounded."""
+    """Consecutive text of one document. Long documents are split, so that memory is bounded."""
 
     text: str
     ends_document: bool
@@ -40,7 +40,7 @@ def read_documents(
 
 
 class _Document:
-    """Gathers the text of a document and gives it out in passages, cut after a line if possible."""
+    """Collects the text of a document and yields passages, split after a line if possible."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []
@@ -74,7 +74,7 @@ def _each_record(records: Iterator[Fragment]) -> Iterator[Passage]:
 
 def _between_blank_lines(lines: Iterator[Fragment]) -> Iterator[Passage]:
     document, started = _Document(), False
-    newline = indent = ""  # withheld until text follows: a document ends without a newline
+    newline = indent = ""  # held back until text follows: documents end without a newline
     blank = True
     for text, ends_line in lines:
         if blank and not text.strip():
@@ -93,7 +93,7 @@ def _between_blank_lines(lines: Iterator[Fragment]) -> Iterator[Passage]:
 
 
 def _from_starts(records: Iterator[Fragment], start: re.Pattern[str]) -> Iterator[Passage]:
-    """Records joined by newlines; one that `start` is found in begins a new document."""
+    """Records joined by newlines; a record that matches `start` begins a new document."""
     document, started, begins = _Document(), False, True
     newline = ""  # between the last record and the next
     for text, ends_record in records:

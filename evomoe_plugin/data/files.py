@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def rename(part: Path, path: Path) -> None:
-    """Give a finished file its name, once its content is on the disk."""
+    """Flush a finished file to disk, then rename it to its final name."""
     sync(part)
     os.replace(part, path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

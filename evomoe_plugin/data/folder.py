@@ -1,7 +1,7 @@
-"""The folder that is written: complete under its name, or not there at all.
+"""The output folder: complete or absent.
 
-All work is done in a hidden folder beside it, `.NAME.preparing`, which one process at a time may
-use; only a finished set is renamed to NAME. An older set makes way as `.NAME.replaced`.
+Work is done in a hidden sibling folder, `.NAME.preparing`, locked by one process; only a complete
+data set is renamed to NAME. An older one is first renamed to `.NAME.replaced`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.data.files import sync
 from evomoe_plugin.data.staging import STAGED
 
-LOCK_SECONDS = 2.0  # the workers of a killed run, which hold its lock, end sooner
+LOCK_SECONDS = 2.0  # the workers of a killed run, which hold its lock, exit sooner
 
 
 class OutputFolder:
-    """`path` is the folder's final name, `data` where it is built, `work` what is needed for it."""
+    """`path` is the final name, `data` the data set being built, `work` the temporary folder."""
 
     def __init__(self, path: str):
         self.path = Path(os.path.realpath(path))
@@ -35,9 +35,9 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out, and put right what a killed one has left."""
+        """Lock out other processes, and undo an interrupted replacement."""
         if self.path.exists() and not self.path.is_dir():
-            raise OptionError("out", self.path, "is a file; name a folder")
+            raise OptionError("out", self.path, "is a file; give a folder")
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as lock:
             if not _lock(lock):
@@ -50,18 +50,18 @@ class OutputFolder:
             yield
 
     def card(self) -> DataCard | None:
-        """The card of the complete set that stands there, if one does.
+        """The card of the existing data set, if there is one.
 
-        Raises OptionError if something else does, which must never be replaced.
+        Raises OptionError for any other non-empty folder, which must not be replaced.
         """
         card = DataCard.load(self.path)
         if card is None and self.path.exists() and any(self.path.iterdir()):
-            raise OptionError("out", self.path, "is not empty, and evomoe prepare did not write "
-                              "it; name another folder")
+            raise OptionError("out", self.path, "is not empty, and was not written by evomoe "
+                              "prepare; give another folder")
         return card
 
     def start(self) -> None:
-        """Begin afresh."""
+        """Delete all work and start over."""
         for entry in self.work.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -70,11 +70,11 @@ class OutputFolder:
         self.data.mkdir()
 
     def can_continue(self) -> bool:
-        """Whether there is work worth keeping after an interruption."""
+        """Whether an interrupted run can be continued."""
         return (self.work / STAGED).exists()
 
     def publish(self) -> None:
-        """Give the finished folder its name; an older one is removed only then."""
+        """Rename the finished data set to its final name, then remove an older one."""
         for entry in [*self.data.iterdir(), self.data]:
             sync(entry)
         if self.path.exists():
@@ -86,7 +86,7 @@ class OutputFolder:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the work."""
+        """Remove the temporary folder."""
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What `prepare` is told, and what makes it valid."""
+"""The options of `prepare` and their validation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ ENCODING_ERRORS = ("strict", "replace")
 DEFAULT_VOCAB_SIZE = 8192
 _FIXED_ROWS = 260
 
-# The options that say where and how to work, not what comes out of it. The inputs and the
-# tokenizer files are recorded by their content.
+# Options that do not change the result. Inputs and tokenizer files are recorded by content.
 _NOT_RECORDED = ("inputs", "valid", "test", "sentencepiece_model", "gpt2_bpe", "out", "workers",
                  "overwrite")
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Text, where it goes, and how it is divided and tokenised. Sizes are bytes of UTF-8."""
+    """Inputs, output, splitting and tokenization. Sizes are in bytes of UTF-8."""
 
     inputs: tuple[str, ...]
     out: str
@@ -52,7 +51,7 @@ class PrepareOptions:
 
     @property
     def fractions(self) -> dict[str, float]:
-        """The share of the documents of the inputs that each held-out split takes by hash."""
+        """The share of input documents assigned to each held-out split by hash."""
         wanted = {"valid": self.valid_fraction, "test": self.test_fraction}
         given = {"valid": self.valid, "test": self.test}
         return {split: share for split, share in wanted.items() if not given[split]}
@@ -62,10 +61,11 @@ class PrepareOptions:
         """`--workers`, or the cores that this process may use."""
         if self.workers is not None:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
+            os.cpu_count() or 1)
 
     def recorded(self) -> dict[str, Any]:
-        """The options that the result depends on, as JSON holds them."""
+        """The options that change the result, as JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)
                   if f.name not in _NOT_RECORDED}
         if self.trains_tokenizer:
@@ -73,9 +73,9 @@ class PrepareOptions:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def validate(self) -> None:
-        """Raise `OptionError` for the first value that cannot work."""
+        """Raise `OptionError` for the first invalid value."""
         if not self.inputs:
-            raise OptionError("INPUT", "(none)", "name the files or folders that hold the text")
+            raise OptionError("INPUT", "(none)", "name files or folders with text")
         if not self.out:
             raise OptionError("out", "''", "name the folder to write")
         _choice("documents_by", self.documents_by, DOCUMENTS_BY)
@@ -89,8 +89,8 @@ class PrepareOptions:
                 raise OptionError(f"{split}_fraction", share, "a number between 0 and 1")
         if sum(self.fractions.values()) >= 1:
             raise OptionError("valid_fraction", self.valid_fraction,
-                              f"with --test-fraction {self.test_fraction} nothing is left to "
-                              "train on; their sum must be below 1")
+                              f"with --test-fraction {self.test_fraction} nothing is left for "
+                              "training; their sum must be below 1")
         for name in ("max_bytes", "sample_bytes", "vocab_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -102,8 +102,7 @@ class PrepareOptions:
             return
         if self.documents_by != "file":
             raise OptionError("document_start", self.document_start,
-                              f"divides text by itself; leave out --documents-by "
-                              f"{self.documents_by}")
+                              f"cannot be combined with --documents-by {self.documents_by}")
         try:
             re.compile(self.document_start)
         except re.error as error:
@@ -116,11 +115,11 @@ class PrepareOptions:
                               "choose this or --gpt2-bpe, not both")
         if self.vocab_size is not None and not self.trains_tokenizer:
             raise OptionError("vocab_size", self.vocab_size,
-                              "only for a tokenizer that is trained here; leave it out")
+                              "only valid if a tokenizer is trained; omit it")
         if self.vocab_size is not None and self.vocab_size <= _FIXED_ROWS:
             raise OptionError("vocab_size", self.vocab_size,
-                              f"choose more than {_FIXED_ROWS}: the 256 bytes and fairseq's own "
-                              "4 symbols come first")
+                              f"choose more than {_FIXED_ROWS}: 256 bytes and fairseq's "
+                              "4 special tokens are included")
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Several examples into one row."""
+"""Pack examples into rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Sequence
 
 
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide examples among few rows: best fit, the longest first, equal ones in their order.
-
-    The rows are the same whenever and wherever they are asked for.
+    """Best-fit packing: longest examples first, ties in order of index. Deterministic.
 
     Args:
         sizes: of the examples, each at most `capacity`.
-        capacity: what a row holds.
+        capacity: tokens of a row.
     Returns:
-        the indices of each row's examples, ascending; the rows by their first example.
+        the indices of each row's examples, ascending; rows in order of their first example.
     """
-    open_rows: dict[int, list[list[int]]] = {}  # by the space that is left
+    open_rows: dict[int, list[list[int]]] = {}  # by remaining space
     spaces: list[int] = []  # sorted
     rows: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

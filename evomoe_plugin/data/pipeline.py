@@ -1,4 +1,4 @@
-"""`prepare`: from files of text to a folder that `--task language_modeling` trains on."""
+"""`prepare`: from text files to a data folder for `--task language_modeling`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _PACKAGES = ("ve-fairseq", "fairseq-fixed", "fairseq", "sentencepiece", "pyarrow
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCard:
-    """Write `options.out` and return its card; if it is there already, only return its card.
+    """Write `options.out` and return its card; if it exists already, only return its card.
 
-    Raises OptionError for bad input, RunFailed if the disk is full or a process dies. Whatever
-    happens, `options.out` is a complete set, the older one or the new one, or does not exist. An
-    interrupted run leaves its work beside it, and the next one with equal options continues.
+    Raises OptionError for bad input, RunFailed if the disk is full or a process dies. In any case
+    `options.out` is a complete data set, the old or the new one, or does not exist. An interrupted
+    run keeps its work in a sibling folder, and the next one with equal options continues it.
     """
     options.validate()
     progress = progress or Progress()
@@ -92,7 +92,7 @@ class _Preparation:
         staged = Staged.load(self.work)
         if (staged is not None and staged.options == self.recorded
                 and not inputs_difference(staged.inputs, staged.files_not_read, self.sources)):
-            self.progress.say("continuing a run that was interrupted")
+            self.progress.say("continuing an interrupted run")
             return staged
         self.folder.start()
         self._copy_tokenizer()
@@ -107,7 +107,7 @@ class _Preparation:
         return staged
 
     def _copy_tokenizer(self) -> None:
-        """Bring a given tokenizer, and refuse an unfit one before the text is read."""
+        """Copy a given tokenizer; an invalid one is rejected before text is read."""
         if model := self.options.sentencepiece_model:
             SentencePieceTokenizer(Path(model))
             shutil.copyfile(model, self.data / SENTENCEPIECE_MODEL)
@@ -131,14 +131,14 @@ class _Preparation:
     def _binarize(
         self, tokenizer: Tokenizer, staged: Staged, workers: Workers
     ) -> tuple[int, dict[str, np.ndarray]]:
-        """The rows of the dictionary, and how often each of the tokenizer's ids occurs."""
+        """Size of the dictionary, and the count of each of the tokenizer's ids by split."""
         import numpy as np
 
         from evomoe_plugin.data import binarize
 
-        symbols, prefixes = tokenizer.symbols, {split: self.data / split for split in SPLITS}
-        ids = len(symbols) + 1
-        rows = len(binarize.make_dictionary(symbols, np.zeros(ids, dtype=np.int64)))
+        vocabulary, prefixes = tokenizer.tokens, {split: self.data / split for split in SPLITS}
+        ids = len(vocabulary) + 1
+        rows = len(binarize.make_dictionary(vocabulary, np.zeros(ids, dtype=np.int64)))
         shards = {split: shard_prefixes(self.work, split, staged) for split in SPLITS}
         every = [shard for split in SPLITS for shard in shards[split]]
         to_do = [shard for shard in every if not binarize.is_binarized(shard)]
@@ -153,10 +153,10 @@ class _Preparation:
             for split, prefix in prefixes.items():
                 binarize.merge(shards[split], prefix, max(rows, ids))
                 counts[split] = binarize.count_ids(prefix, ids)
-            dictionary = binarize.make_dictionary(symbols, counts["train"])
+            dictionary = binarize.make_dictionary(vocabulary, counts["train"])
             dictionary.save(str(self.data / DICTIONARY))
             for prefix in prefixes.values():
-                binarize.number_by(dictionary, symbols, prefix)
+                binarize.convert_ids(dictionary, vocabulary, prefix)
             message.append("tokens: " + ", ".join(f"{counts[split].sum():,} {split}"
                                                   for split in SPLITS))
         return rows, counts
@@ -164,7 +164,7 @@ class _Preparation:
     def _card(
         self, tokenizer: Tokenizer, staged: Staged, rows: int, counts: dict[str, np.ndarray]
     ) -> DataCard:
-        unknown = [i for i, symbol in enumerate(tokenizer.symbols) if symbol is None]
+        unknown = [i for i, token in enumerate(tokenizer.tokens) if token is None]
         splits = {
             split: {"documents": staged.splits[split].documents,
                     "items": staged.splits[split].passages,
@@ -200,16 +200,16 @@ def _already_prepared(
         card.inputs, card.files_not_read, sources
     )
     if difference:
-        raise OptionError("out", options.out, f"holds a set made otherwise ({difference}); name "
-                          "another folder, or pass --overwrite to replace it")
+        raise OptionError("out", options.out, "contains a data set with other inputs or options "
+                          f"({difference}); give another folder, or pass --overwrite to replace it")
     if damaged := card.damage(folder.path):
-        raise OptionError("out", options.out, f"{damaged} there is not what the data card says; "
-                          "pass --overwrite to make it anew")
+        raise OptionError("out", options.out, f"its {damaged} does not match the data card; "
+                          "pass --overwrite to rebuild it")
     return card
 
 
 def _given_tokenizer(options: PrepareOptions) -> dict[str, list[str]]:
-    """What is recorded of the files of a tokenizer that is not trained here: their hashes."""
+    """The hashes of given tokenizer files, for the record."""
     given = {"sentencepiece_model": [options.sentencepiece_model] if options.sentencepiece_model
              else [], "gpt2_bpe": options.gpt2_bpe or ()}
     recorded = {}
@@ -220,7 +220,7 @@ def _given_tokenizer(options: PrepareOptions) -> dict[str, list[str]]:
         if paths:
             recorded[option] = [sha256(path) for path in paths]
     if options.gpt2_bpe and recorded["gpt2_bpe"] != list(GPT2_SHA256.values()):
-        logger.warning("--gpt2-bpe %s: not the files that GPT-2 was published with (SHA-256 %s)",
+        logger.warning("--gpt2-bpe %s: not the published files of GPT-2 (SHA-256 %s)",
                        " ".join(options.gpt2_bpe), ", ".join(GPT2_SHA256.values()))
     return recorded
 
@@ -239,12 +239,12 @@ def _is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _explained(options: PrepareOptions) -> Iterator[None]:
-    """Turn what the system refuses into one line."""
+    """Report an OSError in one line."""
     try:
         yield
     except OSError as error:
         if _is_full(error):
-            raise RunFailed(f"--out {options.out}: no space left on the disk; what was written "
+            raise RunFailed(f"--out {options.out}: no space left on the disk; the partial output "
                             "has been removed, nothing else is changed") from error
         if error.filename is None:
             raise

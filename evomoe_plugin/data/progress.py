@@ -1,4 +1,4 @@
-"""What the user sees: a moving bar on a terminal, short lines in a pipe or a log."""
+"""Progress output: a bar on a terminal, short lines in a pipe or a log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[list[str]]:
-        """A stage of `total` units. What the block puts into the list is told when it is over."""
+        """A stage of `total` units. Text appended to the list is printed at the end."""
         message: list[str] = []
         started = time.monotonic()
         self._name, self._done, self._total, self._shown = name, 0, total, started
@@ -41,14 +41,14 @@ class Progress:
         self.tick()
 
     def tick(self) -> None:
-        """Show that time passes."""
+        """Refresh the bar, or print a reminder line."""
         now = time.monotonic()
         if self._bars is not None:
             if now - self._shown >= REFRESH_SECONDS:
                 self._bars.update(self._task, completed=self._done, refresh=True)
                 self._shown = now
         elif not self._terminal and now - self._shown >= REMIND_SECONDS:
-            share = f"{self._done / self._total:.0%}" if self._total else "at work"
+            share = f"{self._done / self._total:.0%}" if self._total else "running"
             self.say(f"{self._name:<10} … {share}")
             self._shown = now
 
@@ -57,7 +57,7 @@ class Progress:
         from rich import progress
         from rich.console import Console
 
-        # No refreshing thread: worker processes are forked while a bar is shown.
+        # No refresh thread: worker processes are forked while a bar is shown.
         self._bars = progress.Progress(
             progress.SpinnerColumn(), progress.TextColumn(f"{name:<10}"), progress.BarColumn(),
             progress.TaskProgressColumn(), progress.TimeRemainingColumn(),

@@ -1,7 +1,7 @@
-"""The formats: each reader streams a file as fragments of records, in bounded memory.
+"""Readers for each format: stream a file as fragments of records, in bounded memory.
 
-A record is what the format divides a file into: the whole file or a line of plain text, a row of
-JSON lines or Parquet. A record longer than a block of plain text comes as several fragments.
+A record is the whole file or a line of plain text, or a row of JSON lines or Parquet. Plain text
+records longer than a block are split into several fragments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28
 BATCH_ROWS = 128
 
-# Told the number of bytes of the file that a reader has gone through.
+# Called with the number of bytes that a reader has processed.
 Advance = Callable[[int], None]
 
 
@@ -33,9 +33,9 @@ class Fragment(NamedTuple):
 def read_records(
     source: SourceFile, *, lines: bool, text_field: str, errors: str, advance: Advance
 ) -> Iterator[Fragment]:
-    """The records of a file: `lines` says whether a line or the whole of plain text is one.
+    """The records of a file: each line of plain text if `lines`, otherwise the whole file.
 
-    Raises OptionError, naming the place, for what cannot be read.
+    Raises OptionError with the position of unreadable data.
     """
     if source.path.suffix == ".parquet":
         return _parquet_rows(source.path, text_field, errors, advance)
@@ -89,7 +89,7 @@ def _jsonl_rows(path: Path, text_field: str, errors: str, advance: Advance) -> I
                 return
             if len(line) > MAX_ROW_BYTES:
                 raise OptionError("INPUT", path, f"line {number} is longer than "
-                                  f"{MAX_ROW_BYTES >> 20} MiB; JSON lines has one row a line")
+                                  f"{MAX_ROW_BYTES >> 20} MiB; JSON lines has one row per line")
             try:
                 row = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
             except UnicodeDecodeError as error:
@@ -114,8 +114,8 @@ def _field_of(row: str, text_field: str, path: Path, number: int) -> str:
     text = fields[text_field]
     if text is not None and not isinstance(text, str):
         raise OptionError("text_field", text_field,
-                          f"holds a {type(text).__name__} in line {number} of {path}; "
-                          "choose a field of text")
+                          f"is a {type(text).__name__} in line {number} of {path}; "
+                          "choose a text field")
     return text or ""
 
 
@@ -127,7 +127,7 @@ def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) ->
         # Without a buffer size a whole column chunk, often the whole file, is read at once.
         file = parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
         _check_column(file.schema_arrow, text_field, path)
-        number, size, told = 0, path.stat().st_size, 0
+        number, size, reported = 0, path.stat().st_size, 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
             column = batch.column(0)
             if pa.types.is_dictionary(column.type):
@@ -139,8 +139,8 @@ def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) ->
                 except UnicodeDecodeError as error:
                     raise _undecodable(f"{path} row {number}", error.start, error) from None
             passed = size * number // file.metadata.num_rows
-            advance(passed - told)
-            told = passed
+            advance(passed - reported)
+            reported = passed
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -160,7 +160,7 @@ def _check_column(schema, text_field: str, path: Path) -> None:
                pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     if not any(check(kind) for check in is_text):
         raise OptionError("text_field", text_field,
-                          f"holds {kind} in {path}; choose a column of text")
+                          f"is {kind} in {path}; choose a text column")
 
 
 def _undecodable(place: Path | str, offset: int, error: UnicodeDecodeError) -> OptionError:
@@ -172,7 +172,7 @@ def _undecodable(place: Path | str, offset: int, error: UnicodeDecodeError) -> O
 
 
 def _encodable(text: str, errors: str, place: str) -> str:
-    """`text`, if UTF-8 can hold it: JSON can spell lone surrogates, which are no characters."""
+    """`text` if it can be encoded as UTF-8: JSON strings may contain lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

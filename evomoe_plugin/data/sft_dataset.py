@@ -1,4 +1,4 @@
-"""Batches of examples to fine-tune on, as fairseq's language models take them."""
+"""Batches of fine-tuning examples for fairseq's language models."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from evomoe_plugin.data.sft_examples import Example
 
 
 class SFTDataset(FairseqDataset):
-    """Rows of one example each, or of several.
+    """Rows of one example each, or of several packed examples.
 
-    A row begins as fairseq begins to generate, with an end-of-sentence, and each position's target
-    is the token that follows; padding where nothing is learned. `ntokens`, by which fairseq
-    divides, is the number of targets.
+    A row starts with an end-of-sentence, as generation in fairseq does. The target of a position is
+    the following token, or padding if that is not trained on. `ntokens`, by which fairseq
+    normalizes, is the number of targets.
 
     Args:
-        examples: what is learned.
-        dictionary: whose eos and padding are used.
-        train_on_prompt: learn every token, not those of answers alone.
-        answer_weight: of the tokens of answers in the auxiliary losses, where others weigh 1; if it
-            is 1, no weights are made.
-        row_size: pack examples into rows of so many tokens; None: one row each.
-        scored: each row is learned from its first target to its end: tell `SequenceScorer` where.
+        examples: to train on.
+        dictionary: for eos and padding.
+        train_on_prompt: train on every token, not only on responses.
+        response_weight: weight of response tokens in the auxiliary losses, where others have 1; if
+            it is 1, batches have no weights.
+        row_size: pack examples into rows of at most this many tokens; None: one example per row.
+        scored: add the position of each row's first target, for `SequenceScorer`.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class SFTDataset(FairseqDataset):
         dictionary: Dictionary,
         *,
         train_on_prompt: bool = False,
-        answer_weight: float = 1.0,
+        response_weight: float = 1.0,
         row_size: int | None = None,
         scored: bool = False,
     ):
         self.examples = examples
         self._eos, self._pad = dictionary.eos(), dictionary.pad()
         self._train_on_prompt = train_on_prompt
-        self._answer_weight = answer_weight
+        self._response_weight = response_weight
         self._scored = scored
         self._packed = row_size is not None
         lengths = [len(example) for example in examples]
@@ -56,7 +56,7 @@ class SFTDataset(FairseqDataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Tensors of one length: source, target, weights, segments; and the row's number, id."""
+        """Tensors of equal length: source, target, weights, segments; and the row's index, id."""
         parts = [self._example(self.examples[i]) for i in self._rows[index]]
         row = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         numbers = torch.arange(len(parts))
@@ -65,21 +65,21 @@ class SFTDataset(FairseqDataset):
 
     def _example(self, example: Example) -> dict[str, Tensor]:
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
-        answer = torch.from_numpy(example.answers > 0)
+        response = torch.from_numpy(example.responses > 0)
         start = torch.tensor([self._eos])
-        target = tokens if self._train_on_prompt else tokens.masked_fill(~answer, self._pad)
+        target = tokens if self._train_on_prompt else tokens.masked_fill(~response, self._pad)
         weights = torch.ones(len(tokens))
-        weights[1:][answer[:-1]] = self._answer_weight
+        weights[1:][response[:-1]] = self._response_weight
         return {"source": torch.cat([start, tokens[:-1]]), "target": target, "weights": weights}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch, padded on the right.
 
         Returns:
-            `id` [B], `nsentences`, `ntokens` (targets that are not padding), `target` [B, T], and
-            in `net_input` `src_tokens` [B, T], `src_lengths` [B], `segments` [B, T] of packed rows,
-            `token_weights` [B, T] if answers weigh more or less; `start_indices`, the first target
-            of each row, if it is to be scored.
+            `id` [B], `nsentences`, `ntokens` (non-padding targets), `target` [B, T], and in
+            `net_input` `src_tokens` [B, T], `src_lengths` [B], `segments` [B, T] of packed rows,
+            `token_weights` [B, T] if the response weight is not 1; `start_indices`, the first
+            target of each row, if `scored`.
         """
         if not samples:
             return {}
@@ -94,7 +94,7 @@ class SFTDataset(FairseqDataset):
         }
         if self._packed:
             net_input["segments"] = merge("segments", 0)
-        if self._answer_weight != 1.0:
+        if self._response_weight != 1.0:
             net_input["token_weights"] = merge("weights", 0.0)
         learned = target != self._pad
         batch = {
@@ -121,20 +121,20 @@ class SFTDataset(FairseqDataset):
         return self.sizes[index]
 
     def ordered_indices(self) -> np.ndarray:
-        """Rows by length, equal ones in an order drawn from numpy's generator."""
+        """Rows by length, ties in random order (numpy's generator)."""
         return np.lexsort([np.random.permutation(len(self)), self.sizes])
 
 
 def scoring_examples(examples: Sequence[Example]) -> list[Example]:
-    """An example for each answer: what stands before it is read, it alone is learned.
+    """One example per response, with all preceding text as context.
 
-    fairseq's scorer takes one stretch of each row; a model that looks back only gives each
-    answer the same probability here as in its example.
+    fairseq's scorer scores one contiguous span per row; a causal model assigns each response the
+    same probability here as in its full example.
     """
     divided = []
     for example in examples:
-        for answer in np.unique(example.answers[example.answers > 0]):
-            own = np.where(example.answers == answer, example.answers, 0)
+        for response in np.unique(example.responses[example.responses > 0]):
+            own = np.where(example.responses == response, example.responses, 0)
             end = int(np.flatnonzero(own)[-1]) + 1
             divided.append(Example(example.tokens[:end], own[:end]))
     return divided

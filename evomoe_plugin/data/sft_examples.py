@@ -1,4 +1,4 @@
-"""Examples to fine-tune on: prompts and answers as rows of fairseq's dictionary."""
+"""Fine-tuning examples: prompts and responses as token ids of fairseq's dictionary."""
 
 from __future__ import annotations
 
@@ -19,96 +19,96 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of one example, end-of-sentences of answers included, without the one that
-    fairseq puts before the first."""
+    """The tokens of one example, including the end-of-sentence of each response, without the one
+    at the start."""
 
     tokens: np.ndarray
-    """int32 [n], rows of the dictionary."""
-    answers: np.ndarray
-    """int32 [n], which answer a token belongs to, from 1; 0: none."""
+    """int32 [n], token ids of the dictionary."""
+    responses: np.ndarray
+    """int32 [n], number of the response that a token belongs to, from 1; 0: none."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def truncate(example: Example, limit: int) -> Example | None:
-    """The example in at most `limit` tokens; None if nothing of its last answer would be left.
+    """The example cut to `limit` tokens; None if nothing of its last response would be left.
 
-    What stands before the last answer is cut from the left, down to its last token; then the
-    answer is cut from the right and has no end. Of an earlier answer that lost its beginning the
-    rest is read, not learned.
+    The context of the last response is cut from the left, down to its last token; then the
+    response is cut from the right and loses its end token. The remainder of an earlier response
+    that lost its beginning is no longer a target.
     """
     over = len(example) - limit
     if over <= 0:
         return example
-    last = example.answers.max()
-    start = int(np.argmax(example.answers == last))
+    last = example.responses.max()
+    start = int(np.argmax(example.responses == last))
     cut = min(over, max(start - 1, 0))
-    tokens, answers = example.tokens[cut:][:limit], example.answers[cut:][:limit].copy()
-    if last not in answers:
+    tokens, responses = example.tokens[cut:][:limit], example.responses[cut:][:limit].copy()
+    if last not in responses:
         return None
-    if cut and answers[0] and answers[0] == example.answers[cut - 1]:
-        answers[answers == answers[0]] = 0
-    return Example(tokens, answers)
+    if cut and responses[0] and responses[0] == example.responses[cut - 1]:
+        responses[responses == responses[0]] = 0
+    return Example(tokens, responses)
 
 
 class Encoder:
-    """Turns into examples.
+    """Encodes turns as examples.
 
     Args:
-        folder: holds the tokenizer and dict.txt.
-        dictionary: that dict.txt.
+        folder: has the tokenizer and dict.txt.
+        dictionary: loaded from this dict.txt.
     Raises:
-        OptionError: there is no tokenizer, or it is not the dictionary's.
+        OptionError: there is no tokenizer, or it does not match the dictionary.
     """
 
     def __init__(self, folder: Path, dictionary: Dictionary):
         if not any((folder / name).is_file() for name in (SENTENCEPIECE_MODEL, GPT2_ENCODER)):
             raise OptionError("DATA", folder, f"has no tokenizer ({SENTENCEPIECE_MODEL}, or "
-                              f"{GPT2_ENCODER} and vocab.bpe): copy that of the folder the model "
-                              "was trained on")
+                              f"{GPT2_ENCODER} and vocab.bpe): copy it from the data folder of "
+                              "the model")
         try:
             self._tokenizer = load_tokenizer(folder)
         except FileNotFoundError as error:
             raise OptionError("DATA", folder, f"has no {Path(error.filename).name}: copy it from "
-                              "the folder the model was trained on") from None
+                              "the data folder of the model") from None
         self._eos, self._unk = dictionary.eos(), dictionary.unk()
-        symbols = self._tokenizer.symbols
-        for symbol in symbols:
-            if symbol is not None and symbol not in dictionary:
-                raise OptionError("DATA", folder / "dict.txt", f"has no {symbol!r}, which the "
-                                  "tokenizer beside it writes: take both from the folder the "
-                                  "model was trained on")
-        self._rows = np.array([self._unk if symbol is None else dictionary.index(symbol)
-                               for symbol in symbols], dtype=np.int32)
+        vocabulary = self._tokenizer.tokens
+        for token in vocabulary:
+            if token is not None and token not in dictionary:
+                raise OptionError("DATA", folder / "dict.txt", f"has no {token!r}, which the "
+                                  "tokenizer next to it produces: copy both from the data folder "
+                                  "of the model")
+        self._token_ids = np.array([self._unk if token is None else dictionary.index(token)
+                                    for token in vocabulary], dtype=np.int32)
 
     def ids(self, text: str) -> np.ndarray:
-        """Rows of the dictionary, int32."""
-        return self._rows[np.array(self._tokenizer.encode(text), dtype=np.int64)]
+        """Token ids of the dictionary, int32."""
+        return self._token_ids[np.array(self._tokenizer.encode(text), dtype=np.int64)]
 
     def encode(self, turns: Iterable[Turn]) -> Example:
-        """One example. Raises ValueError if the tokenizer leaves nothing of an answer."""
-        tokens, answers, answer = [], [], 0
+        """One example. Raises ValueError if the tokenizer encodes a response to no tokens."""
+        tokens, responses, response = [], [], 0
         for turn in turns:
             ids = self.ids(turn.text)
-            if turn.learned:
+            if turn.is_target:
                 if not len(ids):
-                    raise ValueError("the tokenizer leaves nothing of an answer")
-                answer += 1
+                    raise ValueError("the tokenizer encodes a response to no tokens")
+                response += 1
                 ids = np.append(ids, np.int32(self._eos))
             tokens.append(ids)
-            answers.append(np.full(len(ids), answer if turn.learned else 0, dtype=np.int32))
-        return Example(np.concatenate(tokens), np.concatenate(answers))
+            responses.append(np.full(len(ids), response if turn.is_target else 0, dtype=np.int32))
+        return Example(np.concatenate(tokens), np.concatenate(responses))
 
     def count_unknown(self, example: Example) -> int:
-        """Tokens that the dictionary does not know."""
+        """Tokens unknown to the dictionary."""
         return int((example.tokens == self._unk).sum())
 
 
 def load_examples(
     path: Path, encoder: Encoder, templates: Templates, limit: int
 ) -> list[Example]:
-    """All examples of a file, in its order, in at most `limit` tokens each; logs what was cut.
+    """All examples of a file, in order, cut to `limit` tokens each; logs how many were cut.
 
     Raises:
         OptionError: a line is malformed, or no example is left.
@@ -127,12 +127,12 @@ def load_examples(
         shortened += example is not whole
         examples.append(example)
     if not examples:
-        raise OptionError("tokens_per_sample", limit, f"leaves no answer of any example of {path}: "
-                          "give more")
-    learned = sum(int((example.answers > 0).sum()) for example in examples)
+        raise OptionError("tokens_per_sample", limit, f"leaves no response token of any example of "
+                          f"{path}: increase it")
+    learned = sum(int((example.responses > 0).sum()) for example in examples)
     total = sum(map(len, examples))
-    logger.info("%s: %s examples, %s tokens of answers, %s of prompts; %s examples cut to %s "
-                "tokens, %s dropped since nothing of their answer would be left", path,
+    logger.info("%s: %s examples, %s response tokens, %s prompt tokens; %s examples cut to %s "
+                "tokens, %s dropped since nothing of their response would be left", path,
                 *(f"{n:,}" for n in (len(examples), learned, total - learned, shortened, limit,
                                      dropped)))
     if unknown:

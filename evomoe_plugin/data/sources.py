@@ -1,4 +1,4 @@
-"""Which files are read, and in which order."""
+"""Find the input files, in a fixed order."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SUFFIXES = (*ROW_SUFFIXES, ".txt")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read. `name` is what the data card calls it: it starts at the INPUT's own name."""
+    """A file to read. `name` is its name in the data card, starting with that of the INPUT."""
 
     path: Path
     name: str
     bytes: int
-    split: str | None  # the split that all of it goes to; None: each document by its hash
+    split: str | None  # of the whole file; None: each document by its hash
 
     @property
     def is_text(self) -> bool:
@@ -42,32 +42,32 @@ def sha256(path: str | Path) -> str:
 
 
 def find_sources(options: PrepareOptions) -> list[SourceFile]:
-    """The files of all inputs: in the order given, each folder sorted by path, none twice.
+    """The files of all inputs: in the given order, each folder sorted by path, without duplicates.
 
-    A file named by `--valid` or `--test` is left out of the INPUTs, which may hold it. Folders that
-    `prepare` wrote and hidden ones are passed over. Raises OptionError for an input that is
-    missing, unreadable by any reader, or holds nothing to read.
+    Files of `--valid` and `--test` are excluded from the INPUTs. Hidden folders and folders written
+    by `prepare` are skipped. Raises OptionError for an input that is missing, has an unknown
+    format, or contains no file to read.
     """
     held_out = {}
     for split in ("valid", "test"):
         for source in _find(getattr(options, split), split, options):
             if held_out.setdefault(source.path.resolve(), source).split != split:
-                raise OptionError("test", source.path, "the same file is given by --valid")
+                raise OptionError("test", source.path, "the same file is given to --valid")
     found = {}
     for source in _find(options.inputs, None, options):
         if source.path.resolve() not in held_out:
             found.setdefault(source.path.resolve(), source)
     if not found:
         raise OptionError("INPUT", " ".join(options.inputs),
-                          "every file of it is given by --valid or --test; none is left to "
-                          "train on")
+                          "all its files are given to --valid or --test; none is left for "
+                          "training")
     return [*found.values(), *held_out.values()]
 
 
 def inputs_difference(
     recorded: list[dict[str, Any]], not_read: int, sources: Sequence[SourceFile]
 ) -> str | None:
-    """The first way in which the files differ from the recorded ones, in words."""
+    """Describe the first difference between the files and the recorded ones."""
     read = 0
     for source in sources:
         entry = recorded[read] if read < len(recorded) else None
@@ -77,9 +77,9 @@ def inputs_difference(
             return f"{source.name} has changed"
         read += 1
     if read < len(recorded):
-        return f"{recorded[read]['name']} is missing or stands elsewhere"
+        return f"{recorded[read]['name']} is missing or has moved"
     if len(sources) != len(recorded) + not_read:
-        return f"there were {len(recorded) + not_read} files, and now there are {len(sources)}"
+        return f"there were {len(recorded) + not_read} files, now there are {len(sources)}"
     return None
 
 
@@ -134,9 +134,9 @@ def _wanted(path: Path, exclude: tuple[str, ...]) -> bool:
 def _unknown(found: Counter[str], known: Iterable[str]) -> str:
     known = ", ".join(sorted(known))
     if not found:
-        return f"no files in it; {known} files are read"
+        return f"contains no files; supported are {known}"
     common = [suffix for suffix, _ in found.most_common(5)]
     listed = ", ".join(f"{found[suffix]} {suffix or 'without suffix'}" for suffix in common)
-    remedy = next((f"; --text-suffix {suffix} reads those as plain text"
+    remedy = next((f"; --text-suffix {suffix} reads them as plain text"
                    for suffix in common if suffix), "")
-    return f"holds {listed}; {known} files are read{remedy}"
+    return f"contains {listed}; supported are {known}{remedy}"

@@ -1,4 +1,4 @@
-"""Which split a document belongs to: decided by a hash of its text, so by nothing else."""
+"""Assign documents to splits by a hash of their text only."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _RANKED = 10_000
 
 
 class Splitter:
-    """Divides documents into splits by the hash of (seed, text).
+    """Assigns documents to splits by the hash of (seed, text).
 
-    Equal documents always fall together, and a document keeps its split when others come or go,
-    unless there are so few that a split would stay empty: `ranked` then divides them by rank.
+    Equal documents are always in the same split, and a document keeps its split when others are
+    added or removed. If so few documents leave a split empty, `ranked` assigns them by rank.
     """
 
     def __init__(self, seed: int, fractions: Mapping[str, float]):
         self.seed = seed
         self.fractions = dict(fractions)
-        self._below: dict[str, int] = {}  # a held-out split takes the hashes below its bound
+        self._below: dict[str, int] = {}  # a held-out split has the hashes below its bound
         bound = 0.0
         for split, share in self.fractions.items():
             bound += share
             self._below[split] = int(bound * _RANGE)
-        self.hashes: set[int] = set()  # the first distinct ones
+        self.hashes: set[int] = set()  # the first distinct hashes
 
     def split_of(self, text: str) -> str:
         """The split of the document that starts with `text` (its first passage)."""
@@ -36,7 +36,7 @@ class Splitter:
         return next((split for split, below in self._below.items() if number < below), "train")
 
     def ranked(self) -> Splitter | None:
-        """A splitter that leaves no split empty for the documents seen.
+        """A splitter with no empty split for the documents seen.
 
         None if there are too many documents to rank, or fewer distinct ones than splits.
         """

@@ -1,7 +1,7 @@
-"""Staging: the text of all inputs, divided into splits and into shards that can be worked apart.
+"""Staging: divide the text of all inputs into splits, and each split into independent shards.
 
-A shard is a file of lines, a passage each: the JSON list [text, ends_document] in ASCII, so that
-fairseq's line reader cannot mistake any character of the text for the end of a line.
+A shard is a file with one passage per line: the JSON list [text, ends_document] in ASCII, so that
+fairseq's line reader cannot mistake a character of the text for the end of a line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StagedSplit:
 
 @dataclass
 class Staged:
-    """What was staged, from what, under which options: whether a later run can go on from it."""
+    """What was staged, its inputs and options; a later run compares them before continuing."""
 
     options: dict = field(default_factory=dict)
     inputs: list[dict] = field(default_factory=list)  # name, split, bytes, sha256 of files read
@@ -71,7 +71,7 @@ def shard_prefixes(work: Path, split: str, staged: Staged) -> list[Path]:
 def read_passages(
     prefix: Path, wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[Passage]:
-    """The passages of a shard; `wanted` is asked before each, and spares the work for the rest."""
+    """The passages of a shard for which `wanted()` is true; others are not parsed."""
     with open(passages_path(prefix), encoding="ascii") as lines:
         for line in lines:
             if wanted():
@@ -81,9 +81,9 @@ def read_passages(
 def stage(
     sources: list[SourceFile], options: PrepareOptions, work: Path, advance: Advance
 ) -> Staged:
-    """Write the shards of every split under `work`, none of them empty, or raise OptionError.
+    """Write the shards of every split under `work`. Raises OptionError if a split is empty.
 
-    `advance` is told the bytes of the files that have been gone through.
+    `advance` is called with the number of bytes read.
     """
     splitter = Splitter(options.seed, options.fractions)
     staged = _Stager(options, splitter, work, advance).run(sources)
@@ -100,7 +100,7 @@ class _Stager:
         self, options: PrepareOptions, splitter: Splitter, work: Path, advance: Advance
     ):
         self.options, self.splitter, self.advance = options, splitter, advance
-        self.left = options.max_bytes  # of the INPUTs
+        self.left = options.max_bytes  # remaining bytes of the INPUTs
         self.staged = Staged()
         self.shards = {split: _ShardWriter(work, split, self.staged.splits[split])
                        for split in SPLITS}
@@ -120,7 +120,7 @@ class _Stager:
         return self.staged
 
     def _stage_documents(self, source: SourceFile) -> None:
-        split = None  # of the document that is being read
+        split = None  # of the current document
         for passage in read_documents(source, self.options, self.advance):
             if split is None and passage.ends_document and not passage.text.strip():
                 self.staged.empty_documents += 1
@@ -139,7 +139,7 @@ class _Stager:
                 split = None
 
     def _within_limit(self, passage: Passage) -> Passage:
-        """The passage, or what `--max-bytes` leaves of it, which then ends its document."""
+        """The passage, cut at `--max-bytes`, where its document then ends."""
         text = passage.text.encode()
         if len(text) > self.left:
             text = text[:text.rfind(b"\n", 0, self.left) + 1 or self.left]
@@ -178,17 +178,17 @@ def _check_no_split_is_empty(staged: Staged, options: PrepareOptions) -> None:
         if counts[split]:
             continue
         if split != "train" and getattr(options, split):
-            raise OptionError(split, " ".join(getattr(options, split)), "holds no text")
+            raise OptionError(split, " ".join(getattr(options, split)), "contains no text")
         total = sum(counts[name] for name in ("train", *options.fractions))
         if not total:
-            raise OptionError("INPUT", " ".join(options.inputs), "holds no text")
+            raise OptionError("INPUT", " ".join(options.inputs), "contains no text")
         wanted = ", ".join(("train", *options.fractions))
         if total <= 1000:
             raise OptionError(
                 "INPUT", " ".join(options.inputs),
-                f"holds too few different documents ({total}) to fill {wanted}; "
-                "--documents-by blank-line divides text files further, --valid and --test "
-                "name files of their own",
+                f"has too few distinct documents ({total}) for {wanted}; "
+                "--documents-by blank-line splits text files further, --valid and --test "
+                "name separate files",
             )
         raise OptionError(f"{split}_fraction", options.fractions.get(split),
                           f"none of {total} documents fell into {split}; choose a larger fraction")

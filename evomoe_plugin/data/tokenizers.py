@@ -1,4 +1,4 @@
-"""The tokenizers: text to ids and back, and the symbol that each id has in fairseq's dictionary."""
+"""Tokenizers: text to ids and back, and the token of each id in fairseq's dictionary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ GPT2_SHA256 = {
     GPT2_ENCODER: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     GPT2_MERGES: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 
-# SentencePiece writes a space as this character, and cannot tell the two apart.
+# SentencePiece writes a space as this character, and cannot distinguish the two.
 SPACE = "\u2581"
 _PROBE = f" a  b\n\n\tc {SPACE} é \u3000😀\r\n "
 _GPT2_CACHED_WORDS = 200_000
@@ -28,8 +28,8 @@ class Tokenizer(Protocol):
     kind: str
     files: tuple[str, ...]
     flags: tuple[str, ...]  # of fairseq-interactive and fairseq-generate; DATA is the folder
-    symbols: list[str | None]  # by id; None: an id that text never gets
-    lossless: bool  # decoding the ids of any text gives exactly that text
+    tokens: list[str | None]  # by id; None: an id that no text is encoded to
+    lossless: bool  # decoding the ids of any text gives exactly this text
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer whose files lie in a prepared folder. Raises OptionError if they are unfit."""
+    """Load the tokenizer of a prepared folder. Raises OptionError if its files are invalid."""
     folder = Path(folder)
     if (folder / SENTENCEPIECE_MODEL).exists():
         return SentencePieceTokenizer(folder / SENTENCEPIECE_MODEL)
@@ -45,10 +45,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Symbols are its pieces, as fairseq's own `--bpe sentencepiece` has it.
+    """A SentencePiece model. Tokens are its pieces, as in fairseq's own `--bpe sentencepiece`.
 
     Whitespace inside a piece, which would break fairseq's dictionary and its line tokenizer, is
-    spelt as bytes: `<0x0A>`. Those that `prepare` trains have none (see train_sentencepiece.py).
+    written as bytes: `<0x0A>`. Models trained by `prepare` have none (see train_sentencepiece.py).
     """
 
     kind = "sentencepiece"
@@ -62,24 +62,25 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError:
             raise OptionError("sentencepiece_model", path, "not a SentencePiece model") from None
-        self.symbols = [self._symbol(i) for i in range(self._model.get_piece_size())]
-        _check_symbols("sentencepiece_model", path, self.symbols)
+        self.tokens = [self._token(i) for i in range(self._model.get_piece_size())]
+        _check_tokens("sentencepiece_model", path, self.tokens)
         self.encoded_apart = self._encoded_apart()
         divider = f"([{''.join(self.encoded_apart)}])"
         self._divider = re.compile(divider) if self.encoded_apart else None
         self.lossless = self.decode(self.encode(_PROBE)) == _PROBE
 
-    def _symbol(self, piece_id: int) -> str | None:
+    def _token(self, piece_id: int) -> str | None:
         model = self._model
         if model.is_control(piece_id) or model.is_unknown(piece_id) or model.is_unused(piece_id):
             return None
         return "".join(_as_bytes(c) if c.isspace() else c for c in model.id_to_piece(piece_id))
 
     def _encoded_apart(self) -> dict[str, list[int]]:
-        """Characters whose ids are bytes, whatever stands beside them: text is divided there.
+        """Characters that are encoded as bytes in any context: text is split at them.
 
-        The space symbol, else taken for a space, and, for speed (the encoder takes longer than in
-        proportion to the length), the newline. None if the model adds or drops spaces at the ends.
+        These are the space character of SentencePiece, otherwise read as a space, and, for speed
+        (encoding time is superlinear in the length), the newline. Empty if the model adds or drops
+        spaces at the ends.
         """
         model = self._model
         if model.encode("a", out_type=str)[0].startswith(SPACE):
@@ -87,14 +88,14 @@ class SentencePieceTokenizer:
         if model.decode(model.encode(" a ")) != " a ":
             return {}
         apart = {SPACE: [model.piece_to_id(_as_bytes(SPACE)[i:i + 6]) for i in (0, 6, 12)]}
-        if not any("\n" in model.id_to_piece(i) for i in range(len(self.symbols))):
+        if not any("\n" in model.id_to_piece(i) for i in range(len(self.tokens))):
             apart["\n"] = model.encode("\n")
         return {c: ids for c, ids in apart.items() if all(model.is_byte(i) for i in ids)}
 
     def encode(self, text: str) -> list[int]:
         if self._divider is None:
             return self._model.encode(text)
-        ids = []
+        ids: list[int] = []
         for part in self._divider.split(text):
             ids += self.encoded_apart.get(part) or self._model.encode(part)
         return ids
@@ -104,8 +105,8 @@ class SentencePieceTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, by fairseq's encoder. Symbols are the ids in decimal, as fairseq's
-    own `--bpe gpt2` has it."""
+    """GPT-2's byte-level BPE, with fairseq's encoder. Tokens are the ids in decimal, as in
+    fairseq's own `--bpe gpt2`."""
 
     kind = "gpt2"
     files = (GPT2_ENCODER, GPT2_MERGES)
@@ -119,18 +120,18 @@ class GPT2Tokenizer:
         try:
             self._bpe = get_encoder(str(encoder), str(merges))
             ids = set(self._bpe.encoder.values())
-            self.symbols = [str(i) if i in ids else None for i in range(max(ids) + 1)]
-            missing = [symbol for symbol in self._needed() if symbol not in self._bpe.encoder]
+            self.tokens = [str(i) if i in ids else None for i in range(max(ids) + 1)]
+            missing = [token for token in self._needed() if token not in self._bpe.encoder]
         except (ValueError, TypeError, AttributeError) as error:
             raise OptionError("gpt2_bpe", encoder, f"not GPT-2's encoder.json and vocab.bpe "
                               f"(in this order): {error}") from None
         if missing:
             raise OptionError("gpt2_bpe", encoder,
                               f"has no entry {missing[0]!r}, which {merges} needs; the two files "
-                              "must belong together")
+                              "must match")
 
     def _needed(self) -> list[str]:
-        """Every symbol that the encoder can come to: the bytes and the results of the merges."""
+        """Every token that the encoder can produce: the bytes and the results of the merges."""
         return [*self._bpe.byte_encoder.values(), *map("".join, self._bpe.bpe_ranks)]
 
     def encode(self, text: str) -> list[int]:
@@ -146,15 +147,15 @@ def _as_bytes(character: str) -> str:
     return "".join(f"<0x{byte:02X}>" for byte in character.encode())
 
 
-def _check_symbols(option: str, path: Path, symbols: list[str | None]) -> None:
-    seen = set()
-    for symbol in filter(None, symbols):
-        if symbol in FAIRSEQ_SYMBOLS:
-            raise OptionError(option, path, f"its piece {symbol!r} can stand for text, and is one "
-                              "of fairseq's own symbols; make it a control symbol of the model")
-        if symbol in seen:
-            raise OptionError(option, path, f"two of its pieces would be written {symbol!r}")
-        seen.add(symbol)
+def _check_tokens(option: str, path: Path, tokens: list[str | None]) -> None:
+    seen: set[str] = set()
+    for token in filter(None, tokens):
+        if token in SPECIAL_TOKENS:
+            raise OptionError(option, path, f"its piece {token!r} encodes text, and is also one of "
+                              "fairseq's special tokens; make it a control token of the model")
+        if token in seen:
+            raise OptionError(option, path, f"two of its pieces would be written {token!r}")
+        seen.add(token)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,11 @@
-"""Training a SentencePiece model whose pieces spell any text exactly.
+"""Train a SentencePiece model that encodes any text losslessly.
 
-- BPE: in our measurements many times faster to train than unigram, from fewer tokens a text, and
-  made of integer counts, so that the same text gives the same model everywhere.
-- No normalisation, no dummy prefix, spaces kept: the text comes back as it was. Runs of spaces may
-  be pieces, which code needs.
-- Bytes as a last resort (byte fallback): nothing is unknown.
-- No piece holds whitespace other than the space: newlines, tabs and rarer kinds are left to the
+- BPE: in our measurements many times faster to train than unigram, fewer tokens per text, and based
+  on integer counts, so the same text gives the same model on every machine.
+- No normalisation, no dummy prefix, spaces kept: decoding restores the text. Runs of spaces may be
+  pieces, which helps with code.
+- Byte fallback: nothing is unknown.
+- No piece contains whitespace other than the space: newlines, tabs and rarer kinds are encoded as
   bytes, since fairseq's dictionary is a file of lines and its tokenizer splits at whitespace.
 """
 
@@ -20,25 +20,25 @@ from pathlib import Path
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.staging import read_passages
-from evomoe_plugin.data.tokenizers import FAIRSEQ_SYMBOLS, SPACE
+from evomoe_plugin.data.tokenizers import SPACE, SPECIAL_TOKENS
 
 MAX_LINE_CHARS = 4000
 
-# Whitespace other than the space; what SentencePiece reserves for a space, an unknown piece and
+# Whitespace other than the space, and SentencePiece's characters for a space, an unknown piece and
 # the end of a string.
 _LEFT_TO_BYTES = re.compile(f"(?:[^\\S ]|[{SPACE}\u2585\0])+")
 
-# Rows of fairseq's dictionary that are no pieces, less SentencePiece's own <unk>.
-_EXTRA_ROWS = len(FAIRSEQ_SYMBOLS) - 1
+# Entries of fairseq's dictionary that are not pieces, minus SentencePiece's own <unk>.
+_EXTRA_ROWS = len(SPECIAL_TOKENS) - 1
 
 
 def train_sentencepiece(
     shards: list[Path], model: Path, vocab_size: int, share: float, seed: int
 ) -> None:
-    """Write a model to `model`, such that fairseq's dictionary has `vocab_size` rows.
+    """Write a model to `model`, such that fairseq's dictionary has `vocab_size` entries.
 
-    `share` of the lines of the shards, drawn with `seed`, is what it is trained on. Raises
-    OptionError if the text cannot fill such a vocabulary.
+    It is trained on a `share` of the lines of the shards, sampled with `seed`. Raises OptionError
+    if the text does not support such a vocabulary.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -65,8 +65,8 @@ def train_sentencepiece(
 
 
 def _sample(shards: list[Path], share: float, draw: random.Random) -> Iterator[str]:
-    # Drawing passages first spares reading most of a large text; one line in ten of those drawn
-    # still comes from many documents.
+    # Sampling passages first avoids parsing most of a large text; the sampled lines, one in ten of
+    # those passages, still come from many documents.
     of_passages = min(1.0, 10 * share)
     of_lines = share / of_passages
     for shard in shards:
@@ -80,7 +80,7 @@ def _sample(shards: list[Path], share: float, draw: random.Random) -> Iterator[s
 def _remedy(error: str) -> str:
     if match := re.search(r"too high .* value <= (\d+)", error):
         return (f"the training text supports at most {int(match[1]) + _EXTRA_ROWS}; "
-                "choose that or less, or give more text")
+                "choose at most this, or give more text")
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return (f"the characters of the training text need at least {int(match[1]) + _EXTRA_ROWS}; "
                 "choose more")

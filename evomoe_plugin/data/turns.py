@@ -1,4 +1,4 @@
-"""Files of prompts and answers: each line becomes text to read and text to learn, in turn."""
+"""Files of prompts and responses: each line becomes alternating context and target text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLACE = "{}"
 
 
 class BadLine(ValueError):
-    """What is wrong with a line, in words."""
+    """Describes what is wrong with a line."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Turn:
     """A stretch of text."""
 
     text: str
-    learned: bool
-    """Whether it is an answer, which ends with an end-of-sentence."""
+    is_target: bool
+    """Whether it is a response, which is trained on and ends with an end-of-sentence."""
 
 
 @dataclass(frozen=True)
 class Templates:
-    r"""What stands around each text; `{}` is its place, `\n` a new line, `\t` a tab.
+    r"""The text around each content: `{}` is the content, `\n` a newline, `\t` a tab.
 
-    In the templates of answers, what stands before the place is read, not learned, except for
-    spaces right before it: tokenizers join them to the word that follows.
+    In the templates of responses, text before `{}` is context, not target, except for spaces
+    directly before it: tokenizers join them to the following word.
     """
 
     prompt: str = "{}"
@@ -42,19 +42,19 @@ class Templates:
     assistant: str = "Assistant: {}"
 
     def validate(self) -> None:
-        """Raises OptionError for one without its place, or with several."""
+        """Raises OptionError for a template that does not contain `{}` exactly once."""
         for role, template in vars(self).items():
             if template.count(PLACE) != 1:
                 raise OptionError(f"{role}_template", repr(template),
-                                  "give a text with {} once, where the content goes")
+                                  "give a text that contains {} once, in the place of the content")
 
-    def read(self, role: str, content: str) -> list[Turn]:
-        """A content that is not learned."""
+    def context(self, role: str, content: str) -> list[Turn]:
+        """A content that is not trained on."""
         before, after = self._around(role)
         return [Turn(before + content + after, False)]
 
-    def learn(self, role: str, content: str) -> list[Turn]:
-        """A content that is learned."""
+    def target(self, role: str, content: str) -> list[Turn]:
+        """A content that is trained on."""
         before, after = self._around(role)
         label = before.rstrip()
         return [Turn(label, False), Turn(before[len(label):] + content + after, True)]
@@ -65,19 +65,19 @@ class Templates:
 
 
 def read_turns(path: Path, templates: Templates) -> Iterator[tuple[int, list[Turn]]]:
-    """The turns of each line of a file, and the number of the line, from 1.
+    """The turns of each line of a file, with the number of the line, from 1.
 
-    Read turns stand between learned ones, and the last one is learned: what follows the last
-    answer is left out.
+    Between two targets there is at most one context turn. The last turn is a target: text after
+    the last response is dropped.
 
     Raises:
-        OptionError: a line is malformed, or there is none.
+        OptionError: a line is malformed, or the file is empty.
     """
     number = 0
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                yield number, _joined(_parse(line, templates))
+                yield number, _merge_context(_parse(line, templates))
             except BadLine as error:
                 raise bad_line(path, number, error) from None
     if not number:
@@ -103,13 +103,13 @@ def _parse(line: bytes, templates: Templates) -> list[Turn]:
     except ValueError as error:
         raise BadLine(f"is not JSON ({error})") from None
     except RecursionError:
-        raise BadLine("is not JSON that can be read (nested too deeply)") from None
+        raise BadLine("is nested too deeply") from None
     if not isinstance(record, dict):
         raise BadLine(f"is not an object but {_kind(record)}")
     if "messages" not in record:
         prompt, response = (_text(record, name, "") for name in ("prompt", "response"))
-        _check_answer(response, "response")
-        return templates.read("prompt", prompt) + templates.learn("response", response)
+        _check_response(response, "response")
+        return templates.context("prompt", prompt) + templates.target("response", response)
     if "prompt" in record or "response" in record:
         raise BadLine("has messages and a prompt or response")
     return _chat(record["messages"], templates)
@@ -118,7 +118,8 @@ def _parse(line: bytes, templates: Templates) -> list[Turn]:
 def _chat(messages: Any, templates: Templates) -> list[Turn]:
     if not isinstance(messages, list):
         raise BadLine(f"messages is not a list but {_kind(messages)}")
-    turns, roles = [], set()
+    turns: list[Turn] = []
+    roles = set()
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, dict):
@@ -128,12 +129,12 @@ def _chat(messages: Any, templates: Templates) -> list[Turn]:
             raise BadLine(f"role {role!r} of {where} is none of: {', '.join(ROLES)}")
         roles.add(role)
         if role == "assistant":
-            _check_answer(content, f"content of {where}")
-            turns += templates.learn(role, content)
+            _check_response(content, f"content of {where}")
+            turns += templates.target(role, content)
         else:
-            turns += templates.read(role, content)
+            turns += templates.context(role, content)
     if "assistant" not in roles:
-        raise BadLine("has no message of the assistant, so that nothing is learned")
+        raise BadLine("has no assistant message, so there is nothing to train on")
     return turns
 
 
@@ -143,15 +144,15 @@ def _text(record: dict, name: str, where: str) -> str:
     text = record[name]
     if not isinstance(text, str):
         raise BadLine(f"{name}{where} is not a text but {_kind(text)}")
-    # JSON can spell halves of characters, which no tokenizer can write as bytes.
+    # JSON strings may contain lone surrogates, which have no UTF-8 encoding.
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise BadLine(f"{name}{where} holds half of a surrogate pair")
+        raise BadLine(f"{name}{where} contains a lone surrogate")
     return text
 
 
-def _check_answer(text: str, name: str) -> None:
+def _check_response(text: str, name: str) -> None:
     if not text.strip():
-        raise BadLine(f"{name} is empty, so that nothing is learned")
+        raise BadLine(f"{name} is empty, so there is nothing to train on")
 
 
 def _kind(value: Any) -> str:
@@ -160,15 +161,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _joined(turns: list[Turn]) -> list[Turn]:
-    """Neighbours that are read become one, as a user types them in; none is empty."""
-    joined: list[Turn] = []
+def _merge_context(turns: list[Turn]) -> list[Turn]:
+    """Join adjacent context turns, drop empty turns, and end with a target."""
+    merged: list[Turn] = []
     for turn in turns:
         if not turn.text:
             continue
-        if joined and not joined[-1].learned and not turn.learned:
-            turn = Turn(joined.pop().text + turn.text, False)
-        joined.append(turn)
-    while not joined[-1].learned:
-        joined.pop()
-    return joined
+        if merged and not merged[-1].is_target and not turn.is_target:
+            turn = Turn(merged.pop().text + turn.text, False)
+        merged.append(turn)
+    while not merged[-1].is_target:
+        merged.pop()
+    return merged

@@ -1,4 +1,4 @@
-"""Worker processes that end when they should: with the work, on Ctrl-C, and with their parent."""
+"""Worker processes that exit with their work, on Ctrl-C, and with their parent."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TICK_SECONDS = 0.1
 
 
 class Workers:
-    """A pool of `count` processes; leaving the `with` block on an error ends them at once."""
+    """A pool of `count` processes; an error in the `with` block terminates them at once."""
 
     def __init__(self, count: int, tick: Callable[[], None] = lambda: None):
-        """`tick` is called about ten times a second while results are awaited."""
+        """`tick` is called about ten times per second while waiting for results."""
         self._tick = tick
         self._executor = ProcessPoolExecutor(count, initializer=_start)
 
@@ -53,19 +53,19 @@ class Workers:
                 self._tick()
             except BrokenProcessPool:
                 raise RunFailed(
-                    "a worker process was killed, by the system if memory ran out; "
-                    "fewer --workers need less"
+                    "a worker process was killed, possibly for lack of memory; "
+                    "reduce --workers"
                 ) from None
 
 
 def _start() -> None:
-    # The parent gets Ctrl-C too, and ends its workers.
+    # The parent also gets Ctrl-C, and terminates its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    # A killed parent closes no queue, so its workers would wait for work for ever.
+    # A killed parent does not close its queue: workers would wait forever.
     multiprocessing.parent_process().join()
     os._exit(1)

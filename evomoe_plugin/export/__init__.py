@@ -1,5 +1,5 @@
-"""Models for other tools: weights, configuration, tokenizer and the code that loads them.
+"""Export models to transformers: weights, configuration, tokenizer and modeling code.
 
-`modeling_evomoe.py` and `tokenization_evomoe.py` are written beside the weights. They stand alone:
-nothing of ours and nothing of fairseq is imported there.
+`modeling_evomoe.py` and `tokenization_evomoe.py` are written next to the weights. They import
+neither this package nor fairseq.
 """

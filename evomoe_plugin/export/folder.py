@@ -1,4 +1,4 @@
-"""The exported folder: whole under its name, or not there at all."""
+"""Write the exported folder, completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
     """Write model, configuration, tokenizer and code to the folder `out`.
 
     `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` gives the logits of the
-    trained model in evaluation.
+    trained model in evaluation mode.
 
     Raises:
-        OptionError: `out` exists, or something cannot be exported; nothing is written.
-        RunFailed: the disk is full; nothing stays behind.
+        OptionError: `out` exists, or the model cannot be exported; nothing is written.
+        RunFailed: the disk is full; partial output is removed.
     """
     target = Path(out)
     check_output("DIR", out, makes_folders=True)
@@ -51,7 +51,7 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
         os.rename(work, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunFailed(f"cannot write {out}: {reason}; nothing is left there") from error
+        raise RunFailed(f"cannot write {out}: {reason}; partial output is removed") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

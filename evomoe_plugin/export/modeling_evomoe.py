@@ -1,11 +1,11 @@
-"""A GPT with mixture-of-experts layers, trained by fairseq with evomoe_plugin, in transformers.
+"""GPT with mixture-of-experts layers for transformers, trained by fairseq with evomoe_plugin.
 
-This file stands alone: it needs torch and transformers. It computes what the trained model computes
-in evaluation; it has no dropout, no routing noise and no auxiliary losses.
+It needs only torch and transformers. Its outputs equal those of the trained model in evaluation
+mode; it has no dropout, routing noise or auxiliary losses.
 
 Shape suffixes: B batch, L new positions, M all positions, T tokens, D model width, F hidden width,
-E routed experts, C candidates of a gate (the E experts, then null experts), N routed pairs of token
-and expert, S shared experts, K selectors.
+E routed experts, C candidates of a gate (the E experts, then null experts), N routed (token,
+expert) pairs, S shared experts, K experts per token or selectors.
 """
 
 import math
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class EvoMoEConfig(PretrainedConfig):
-    """Sizes, and in `routing` what the gates do with their logits."""
+    """Sizes; `routing` configures the gates."""
 
     model_type = "evomoe"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -63,9 +63,9 @@ class EvoMoEConfig(PretrainedConfig):
         self.position_embedding = position_embedding  # sinusoidal, learned or none
         self.scale_embedding = scale_embedding
         self.layernorm_embedding = layernorm_embedding
-        self.post_norm = post_norm  # norms after attention and feed-forward networks, not before
+        self.post_norm = post_norm  # norms after attention and FFN, instead of before
         self.final_norm = final_norm
-        self.num_experts = list(num_experts)  # of each layer; 0: a dense one
+        self.num_experts = list(num_experts)  # of each layer; 0: dense FFN
         self.expert_ffn_dim = expert_ffn_dim
         self.expert_gated = expert_gated
         self.num_null_experts = num_null_experts
@@ -91,7 +91,7 @@ def _parameter(*shape):
 
 
 class Gate(nn.Module):
-    """Which candidates each token goes to, with which weights."""
+    """Selects candidates and combine weights for each token."""
 
     def __init__(self, config, num_experts):
         super().__init__()
@@ -117,7 +117,7 @@ class Gate(nn.Module):
             self.threshold = nn.Parameter(torch.zeros(num_experts))
         if routing["select"] == "table":
             self.register_buffer("table", torch.zeros(config.vocab_size, dtype=torch.int64))
-        if routing.get("bias"):  # the bits of fp64: buffers of floats may be cast
+        if routing.get("bias"):  # fp64 bits: float buffers may be cast
             self.register_buffer("bias_bits", torch.zeros(C, dtype=torch.int64))
         self.shared = config.num_shared_experts
         self.shared_combine = config.shared_combine
@@ -126,7 +126,7 @@ class Gate(nn.Module):
                                             D)
 
     def forward(self, x_TD, ids_T):
-        """bool [T, C]; weights [T, C]; weights of the shared experts [T, S], or None for 1."""
+        """Selection (bool) and weights [T, C]; weights of shared experts [T, S], or None for 1."""
         if self.routing["fp32"] and x_TD.dtype != torch.float64:
             x_TD = x_TD.float()
         logits_TC = self._logits(x_TD)
@@ -164,56 +164,56 @@ class Gate(nn.Module):
         return torch.softmax(logits_TC / temperature, dim=1)
 
     def _top_k(self, logits_TC, ids_T):
-        """The k candidates of largest score."""
+        """The k candidates with the largest scores."""
         ranked_TC = logits_TC
         if self.routing["rank"] == "scores":
             ranked_TC = self._scores(logits_TC.double(), self.routing.get("temperature", 1.0))
         if self.routing.get("bias"):
             ranked_TC = ranked_TC + self.bias_bits.view(torch.float64)
-        picks_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
-        mask_TC = _where(picks_TK, ranked_TC)
+        experts_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
+        mask_TC = _where(experts_TK, ranked_TC)
         temperature = self.routing.get("weight_temperature", 1.0)
         if not self.routing["normalized"]:
             return mask_TC, self._scores(logits_TC, temperature)
-        # From logarithms, since scores of very unlikely picks are 0.
+        # From log-scores: scores of very unlikely candidates underflow to 0.
         sigmoid = self.routing["scores"] == "sigmoid"
         logs_TC = F.logsigmoid(logits_TC) if sigmoid else logits_TC / temperature
         return mask_TC, torch.softmax(logs_TC.masked_fill(~mask_TC, float("-inf")), dim=1)
 
     def _threshold(self, logits_TC, ids_T):
-        """All above a threshold, and the best."""
+        """All candidates above a threshold, and the best."""
         gates_TC = self._scores(logits_TC, self.routing["temperature"])
         mask_TC = _where(gates_TC.argmax(1, keepdim=True), gates_TC)
         mask_TC = mask_TC | (gates_TC > self.routing["threshold"])
         return mask_TC, self._scores(logits_TC, self.routing["weight_temperature"])
 
     def _top_p(self, logits_TC, ids_T):
-        """The best until their probability reaches p."""
+        """The smallest set with total probability p."""
         probs_TC = torch.softmax(logits_TC, dim=1)
         order_TC = logits_TC.argsort(dim=1, descending=True, stable=True)
         sorted_TC, top_p = probs_TC.gather(1, order_TC), self.routing["top_p"]
         if top_p == 0 or top_p >= 1:
             count = sorted_TC.size(1) if top_p else self.routing["top_k"]
-            picks_T1 = torch.full_like(sorted_TC[:, :1], count, dtype=torch.int64)
+            count_T1 = torch.full_like(sorted_TC[:, :1], count, dtype=torch.int64)
         else:
-            picks_T1 = 1 + (sorted_TC.cumsum(1)[:, :-1] < top_p).sum(1, keepdim=True)
+            count_T1 = 1 + (sorted_TC.cumsum(1)[:, :-1] < top_p).sum(1, keepdim=True)
         if self.routing["weights"] == "sparsemixer":
-            mask_TC, values_TC = _sparsemixer(logits_TC, picks_T1, self.routing["near_tie"])
+            mask_TC, values_TC = _sparsemixer(logits_TC, count_T1, self.routing["near_tie"])
         else:
             rank_C = torch.arange(logits_TC.size(1), device=logits_TC.device)
             mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool)
-            mask_TC = mask_TC.scatter(1, order_TC, rank_C < picks_T1)
+            mask_TC = mask_TC.scatter(1, order_TC, rank_C < count_T1)
             uniform = self.routing["weights"] == "uniform"
             values_TC = torch.ones_like(probs_TC) if uniform else probs_TC
         return mask_TC, _normalized(values_TC, mask_TC)
 
     def _positive(self, logits_TC, ids_T):
-        """All whose logit is positive."""
+        """All candidates with a positive logit."""
         weights_TC = torch.relu(logits_TC)
         return weights_TC > 0, weights_TC
 
     def _table(self, logits_TC, ids_T):
-        """What is fixed for the token's symbol."""
+        """The fixed expert of each token id."""
         mask_TC = F.one_hot(self.table[ids_T], self.num_experts).bool()
         return mask_TC, mask_TC.float() if logits_TC is None else torch.sigmoid(logits_TC)
 
@@ -223,7 +223,7 @@ class Gate(nn.Module):
             torch.ones(ids_T.size(0), 1, device=ids_T.device)
 
     def _top_any(self, logits_TC, ids_T):
-        """All whose threshold is reached, else the best."""
+        """All candidates above their thresholds, or the best one."""
         mask_TC = logits_TC > self.scale.to(logits_TC.dtype) * self.threshold.to(logits_TC.dtype)
         best_TC = _where(logits_TC.argmax(1, keepdim=True), logits_TC)
         mask_TC = mask_TC | (best_TC & ~mask_TC.any(1, keepdim=True))
@@ -233,7 +233,7 @@ class Gate(nn.Module):
         return mask_TC, _normalized(values_TC, mask_TC)
 
     def _bits(self, logits, ids_T):
-        """K selectors write an expert's number in bits that may be undecided (DSelect-k)."""
+        """K selectors encode an expert index in soft bits (DSelect-k)."""
         E, K = self.num_experts, self.routing["top_k"]
         alpha_TK = torch.softmax(logits[:, :K], dim=1)
         share = (logits[:, K:].unflatten(1, (K, self.bits)) / self.routing["width"]).clamp(-.5, .5)
@@ -241,15 +241,15 @@ class Gate(nn.Module):
         for one in ((1.5 - 2 * share * share) * share + 0.5).split(1, 2) if self.bits else ():
             codes = torch.cat([codes * (1 - one), codes * one], dim=2)
         chosen_TKE, spare = codes[..., :E], codes[..., E:]
-        if spare.size(-1):  # codes from E on stand for those without their highest bit
+        if spare.size(-1):  # codes from E on map to those without their highest bit
             first = E - codes.size(-1) // 2
             chosen_TKE = chosen_TKE + F.pad(spare, (first, E - first - spare.size(-1)))
         weights_TE = (alpha_TK.unsqueeze(2) * chosen_TKE).sum(1)
         return weights_TE > 0, weights_TE
 
 
-def _where(picks_TK, like_TC):
-    return torch.zeros_like(like_TC, dtype=torch.bool).scatter(1, picks_TK, True)
+def _where(experts_TK, like_TC):
+    return torch.zeros_like(like_TC, dtype=torch.bool).scatter(1, experts_TK, True)
 
 
 def _normalized(values_TC, mask_TC):
@@ -257,27 +257,27 @@ def _normalized(values_TC, mask_TC):
     return values_TC / total_T1.clamp(min=torch.finfo(values_TC.dtype).tiny)
 
 
-def _sparsemixer(logits_TC, picks_T1, near_tie):
-    """One pick after the other, each weighed against its near ties."""
+def _sparsemixer(logits_TC, count_T1, near_tie):
+    """Select one candidate at a time, weighted by a softmax over its near ties."""
     left_TC = torch.ones_like(logits_TC, dtype=torch.bool)
     mask_TC, values_TC = torch.zeros_like(left_TC), torch.zeros_like(logits_TC)
-    for r in range(int(picks_T1.max()) if picks_T1.numel() else 0):
+    for r in range(int(count_T1.max()) if count_T1.numel() else 0):
         largest_T1 = logits_TC.masked_fill(~left_TC, float("-inf")).amax(1, keepdim=True)
         scale_TC = torch.maximum(largest_T1.abs(), logits_TC.abs())
         near_TC = left_TC & (largest_T1 - logits_TC <= near_tie * scale_TC)
         near_logits_TC = logits_TC.masked_fill(~near_TC, float("-inf"))
-        pick_T1 = near_logits_TC.argmax(1, keepdim=True)
-        pick_TC = _where(pick_T1, logits_TC)
-        left_TC = left_TC & ~pick_TC
-        pick_TC = pick_TC & (r < picks_T1)
-        mask_TC = mask_TC | pick_TC
-        value_T1 = torch.softmax(near_logits_TC, dim=1).gather(1, pick_T1)
-        values_TC = torch.where(pick_TC, value_T1, values_TC)
+        best_T1 = near_logits_TC.argmax(1, keepdim=True)
+        best_TC = _where(best_T1, logits_TC)
+        left_TC = left_TC & ~best_TC
+        best_TC = best_TC & (r < count_T1)
+        mask_TC = mask_TC | best_TC
+        value_T1 = torch.softmax(near_logits_TC, dim=1).gather(1, best_T1)
+        values_TC = torch.where(best_TC, value_T1, values_TC)
     return mask_TC, values_TC
 
 
 class Experts(nn.Module):
-    """A stack of feed-forward networks, applied to rows sorted by expert."""
+    """Stacked FFNs, applied to rows sorted by expert."""
 
     def __init__(self, config, count, ffn_dim):
         super().__init__()
@@ -305,7 +305,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Tokens to experts and back; only routed pairs are computed."""
+    """MoE layer; only routed pairs are computed."""
 
     def __init__(self, config, num_experts):
         super().__init__()
@@ -348,7 +348,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network or an MoE layer; norms before each, or after."""
+    """Attention, then an FFN or an MoE layer; pre-norm or post-norm."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -378,7 +378,7 @@ class Block(nn.Module):
 
 
 class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Positions count from the first token that is no padding."""
+    """The language model. Positions count from the first non-padding token."""
 
     config_class = EvoMoEConfig
     _no_split_modules = ("Block",)
@@ -410,13 +410,13 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
                 use_cache=None, labels=None, logits_to_keep=0, **kwargs):
-        """Logits [B, L, V] of the tokens that follow.
+        """Logits [B, L, V] of the next tokens.
 
         Args:
-            input_ids: [B, L], those not in the cache.
+            input_ids: [B, L], tokens not in the cache.
             attention_mask: [B, M], 0 for padding, on either side.
-            labels: [B, L], -100 where there is none.
-            logits_to_keep: give the last so many; 0: all.
+            labels: [B, L], -100 is ignored.
+            logits_to_keep: number of last positions to return; 0: all.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -430,7 +430,7 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             keep_BM = torch.ones(B, M, dtype=torch.bool, device=device)
         else:
             keep_BM = attention_mask.bool()
-            # Padding sees itself: a row that sees nothing would be NaN.
+            # Padding attends to itself: a fully masked row would be NaN.
             itself = (places_M == places_L.unsqueeze(1))[None, None]
             allowed = allowed & (keep_BM[:, None, None, :] | itself)
         if position_ids is None:
@@ -462,14 +462,14 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.position_embedding == "learned":
             longest = int(positions_BL.max()) + 1 if positions_BL.numel() else 0
             if longest > self.config.max_position_embeddings:
-                raise ValueError(f"{longest} tokens: the model has positions for "
-                                 f"{self.config.max_position_embeddings}")
+                raise ValueError(f"{longest} tokens: the model has "
+                                 f"{self.config.max_position_embeddings} positions")
             x_BLD = x_BLD + self.embed_positions(positions_BL)
         elif self.config.position_embedding == "sinusoidal":
             half = D // 2
             step = -math.log(10000) / (half - 1)
             rates = torch.exp(torch.arange(half, dtype=torch.float, device=ids_BL.device) * step)
-            # fairseq's first position comes after the number of the padding symbol.
+            # fairseq's positions start after the padding index.
             places = positions_BL + self.config.pad_token_id + 1
             angles = places.float().unsqueeze(-1) * rates
             waves = torch.cat([angles.sin(), angles.cos()], dim=-1)

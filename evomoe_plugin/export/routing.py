@@ -1,5 +1,4 @@
-"""A gate at the state that training has reached, as a function of its logits: what the exported
-configuration says and the weights hold."""
+"""Export a gate in its current training state: routing configuration and tensors."""
 
 from __future__ import annotations
 
@@ -40,26 +39,25 @@ _ONE = {"temperature": 1.0, "weight_temperature": 1.0, "scores": "softmax"}
 
 @dataclass(frozen=True)
 class ExportedGate:
-    """One gate in evaluation."""
+    """One gate in evaluation mode."""
 
     routing: Mapping[str, Any]
-    """What `modeling_evomoe.Gate` reads in `config.routing`; the same for every layer."""
+    """`config.routing` of `modeling_evomoe.Gate`; the same for every layer."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Its parameters and buffers by their names there."""
+    """Parameters and buffers by their names in `modeling_evomoe.Gate`."""
 
 
 def export_gate(layer: MoELayer) -> ExportedGate:
-    """The gate of `layer` as training left it; before experts are spawned there is one expert.
+    """The gate of `layer` in its current state; before the spawn there is only expert 0.
 
     Raises:
-        OptionError: a gate that is not ours; the exported file cannot know what it does.
+        OptionError: a user's gate, which the exported model does not implement.
     """
     gate = layer.gate
     exporter = _EXPORTERS.get(type(gate))
     if exporter is None:
         raise OptionError("moe_gate", gate_name(gate),
-                          "the exported model knows the gates of this package alone: a gate of "
-                          "your own cannot be exported")
+                          "only gates of this package can be exported")
     if layer.is_single:
         return ExportedGate({"fp32": gate.use_fp32, "scorer": "none", "select": "first"})
     exported = exporter(gate, layer.gate_updates(int(layer.num_updates)))
@@ -72,7 +70,7 @@ def export_gate(layer: MoELayer) -> ExportedGate:
 
 
 def gate_name(gate: Gate) -> str:
-    """The name it is registered by, else that of its class."""
+    """Its registered name, or that of its class."""
     from evomoe_plugin.gates import gate_names
 
     return next((name for name in gate_names() if gate_class(name) is type(gate)),
@@ -97,7 +95,7 @@ def _scorer(gate: Gate) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(scorer, LinearScorer):
         return {"scorer": "linear"}, {"weight": scorer.weight}
     raise OptionError("moe_scorer", type(scorer).__name__,
-                      "the exported model knows the scorers of this package alone")
+                      "only scorers of this package can be exported")
 
 
 def _top_k(top_k: int, rank: str, scores: str = "softmax", normalized: bool = False,
@@ -147,7 +145,7 @@ def _relu(gate: ReluGate, num_updates: int) -> ExportedGate:
 
 
 def _stable(gate: StableGate, num_updates: int) -> ExportedGate:
-    if not gate._is_frozen(num_updates):  # makes the table where it was not used yet
+    if not gate._is_frozen(num_updates):  # also builds the table if needed
         return ExportedGate(_top_k(1, "logits", scores="sigmoid"))
     return ExportedGate({"select": "table"}, {"table": gate.table_V})
 
@@ -157,7 +155,7 @@ def _switch(gate: SwitchGate, num_updates: int) -> ExportedGate:
 
 
 def _top_any(gate: TopAnyGate, num_updates: int) -> ExportedGate:
-    active_E = gate.active_E  # the others can never be reached, and are left out
+    active_E = gate.active_E  # inactive experts are unreachable, and omitted
     scale = gate._scale(torch.float32)
     return ExportedGate(
         {"scorer": "cosine", "select": "top_any",

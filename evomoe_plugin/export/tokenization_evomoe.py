@@ -1,6 +1,6 @@
-"""A SentencePiece tokenizer whose ids are the rows of fairseq's dictionary, for transformers.
+"""SentencePiece tokenizer for transformers, with the token ids of fairseq's dictionary.
 
-This file stands alone: it needs sentencepiece and transformers.
+It needs only sentencepiece and transformers.
 """
 
 import json
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizer
 
 
 class EvoMoETokenizer(PreTrainedTokenizer):
-    """Text to the ids that the model was trained on, after the symbol that begins a sequence.
+    """Text to the token ids of training, preceded by the start token.
 
-    The text of a special symbol, `</s>` say, is text like any other: only ids mean the symbol.
+    Special tokens in a text, such as `</s>`, are tokenized as text.
 
     Args:
-        vocab_file: symbol -> id, JSON.
+        vocab_file: token -> id, JSON.
         model_file: the SentencePiece model.
-        encoded_apart: characters at which text is divided -> their symbols.
+        encoded_apart: characters at which text is split -> their tokens.
     """
 
     vocab_files_names = {"vocab_file": "vocab.json", "model_file": "sentencepiece.model"}
@@ -30,16 +30,16 @@ class EvoMoETokenizer(PreTrainedTokenizer):
 
         self._files = (vocab_file, model_file)
         self._vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
-        self._symbols = {row: symbol for symbol, row in self._vocab.items()}
+        self._tokens = {i: token for token, i in self._vocab.items()}
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        self._piece_ids = {self._symbol(i): i for i in range(self._model.get_piece_size())}
+        self._piece_ids = {self._token(i): i for i in range(self._model.get_piece_size())}
         self._apart = encoded_apart or {}
         self._divider = re.compile(f"([{''.join(self._apart)}])") if self._apart else None
         kwargs.setdefault("split_special_tokens", True)
         super().__init__(encoded_apart=encoded_apart, **kwargs)
 
-    def _symbol(self, piece_id):
-        """A piece as the dictionary has it: whitespace is spelt as bytes."""
+    def _token(self, piece_id):
+        """The dictionary's token of a piece: whitespace is written as bytes."""
         model = self._model
         if model.is_control(piece_id) or model.is_unknown(piece_id) or model.is_unused(piece_id):
             return "<unk>"
@@ -54,19 +54,19 @@ class EvoMoETokenizer(PreTrainedTokenizer):
         return dict(self._vocab)
 
     def _tokenize(self, text, **kwargs):
-        symbols = []
+        tokens = []
         for part in self._divider.split(text) if self._divider else (text,):
-            symbols += self._apart.get(part) or map(self._symbol, self._model.encode(part))
-        return symbols
+            tokens += self._apart.get(part) or map(self._token, self._model.encode(part))
+        return tokens
 
     def _convert_token_to_id(self, token):
         return self._vocab.get(token, self._vocab["<unk>"])
 
     def _convert_id_to_token(self, index):
-        return self._symbols.get(index, "<unk>")
+        return self._tokens.get(index, "<unk>")
 
     def convert_tokens_to_string(self, tokens):
-        """Text; symbols that stand for no text, special ones among them, by their names."""
+        """Text; tokens without text, such as special tokens, are written by name."""
         text, pieces = "", []
         for token in tokens:
             if token in self._piece_ids and token != "<unk>":

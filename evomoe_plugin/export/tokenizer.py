@@ -1,4 +1,4 @@
-"""The tokenizer's files for transformers; ids are the rows of fairseq's dictionary."""
+"""Tokenizer files for transformers, with the token ids of fairseq's dictionary."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _HERE = Path(__file__).parent
 
 
 def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
-    """Write what `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
+    """Write the files that `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
 
-    It begins a text with the symbol that sequences begin with in training. SentencePiece runs
-    itself, in a small class of its own, so that ids are the same to the last one; GPT-2's BPE and
-    plain words become a `tokenizer.json`.
+    Texts start with the start token of training. SentencePiece models run in their own small
+    tokenizer class, so that ids are exactly the same; GPT-2's BPE and plain words become a
+    `tokenizer.json`.
     """
     dictionary, tokenizer = trained.dictionary, trained.codec.tokenizer
     start = dictionary[trained.start]
@@ -39,11 +39,11 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(trained.folder / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
         shutil.copyfile(_HERE / "tokenization_evomoe.py", folder / "tokenization_evomoe.py")
-        _write(folder / "vocab.json", {s: row for row, s in enumerate(dictionary.symbols)})
+        _write(folder / "vocab.json", {token: i for i, token in enumerate(dictionary.symbols)})
         config |= {
             "tokenizer_class": "EvoMoETokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
-            "encoded_apart": {character: [tokenizer.symbols[i] for i in ids]
+            "encoded_apart": {character: [tokenizer.tokens[i] for i in ids]
                               for character, ids in tokenizer.encoded_apart.items()},
         }
     else:
@@ -51,9 +51,9 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
         _write(folder / "tokenizer.json", {
             "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
             "added_tokens": [
-                {"id": row, "content": dictionary[row], "single_word": False, "lstrip": False,
+                {"id": i, "content": dictionary[i], "single_word": False, "lstrip": False,
                  "rstrip": False, "normalized": False, "special": True}
-                for row in range(dictionary.nspecial)],
+                for i in range(dictionary.nspecial)],
             "post_processor": {
                 "type": "TemplateProcessing",
                 "single": [{"SpecialToken": {"id": start, "type_id": 0}},
@@ -77,8 +77,8 @@ def _gpt2(trained: TrainedModel) -> dict[str, Any]:
                   "use_regex": True}
     dictionary = trained.dictionary
     vocabulary = {token: dictionary.index(str(i)) for token, i in encoder.items()}
-    # No merge leads to them; but only what stands here keeps its id.
-    vocabulary |= {dictionary[row]: row for row in range(dictionary.nspecial)}
+    # No merge produces the special tokens, but they must be listed here to keep their ids.
+    vocabulary |= {dictionary[i]: i for i in range(dictionary.nspecial)}
     return {
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
@@ -90,7 +90,7 @@ def _gpt2(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _words(dictionary: Dictionary) -> dict[str, Any]:
-    vocabulary = {symbol: row for row, symbol in enumerate(dictionary.symbols)}
+    vocabulary = {token: i for i, token in enumerate(dictionary.symbols)}
     return {
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "decoder": None,

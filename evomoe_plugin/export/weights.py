@@ -1,4 +1,4 @@
-"""A trained model as the configuration and tensors of `modeling_evomoe`."""
+"""Convert a trained model to the configuration and tensors of `modeling_evomoe`."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _ACTIVATIONS = ("gelu", "gelu_accurate", "gelu_fast", "relu", "swish", "tanh", "
 def exported_model(
     trained: TrainedModel, without_eval_capacity: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration, and the tensors by their names there.
+    """The configuration, and the tensors by name.
 
     Args:
         trained: an MoE model or fairseq's dense `transformer_lm`.
-        without_eval_capacity: leave the capacities of evaluation out.
+        without_eval_capacity: omit evaluation capacities.
     Raises:
-        OptionError: an option whose part the exported file has not.
+        OptionError: an option that the exported model does not implement.
     """
     model = trained.model
     if not isinstance(model, TransformerLanguageModel):
         raise OptionError("arch", type(model).__name__,
                           "cannot be exported: give a checkpoint of a transformer_lm")
-    args = model.decoder.args  # as the model was built; the checkpoint's may leave things open
+    args = model.decoder.args  # as built, with defaults filled in
     for option in UNSUPPORTED:
         if args.get(option):
-            raise OptionError(option, args[option], "the exported model has no such part")
+            raise OptionError(option, args[option], "the exported model does not implement it")
     if args.activation_fn not in _ACTIVATIONS:
         raise OptionError("activation_fn", args.activation_fn,
-                          f"the exported model knows {', '.join(_ACTIVATIONS)}")
+                          f"the exported model implements {', '.join(_ACTIVATIONS)}")
     decoder = model.decoder
     config, tensors = _outside_of_layers(trained), {}
     if decoder.embed_positions is not None and args.decoder_learned_pos:
-        # The rows up to the padding symbol's are no positions.
+        # fairseq's positions start after the padding index.
         weight = decoder.embed_positions.weight
         tensors["embed_positions.weight"] = weight[trained.dictionary.pad() + 1:]
     for name in ("embed_tokens", "project_in_dim", "project_out_dim", "layernorm_embedding",
@@ -71,12 +71,12 @@ def exported_model(
 
 
 def _check_same(before: dict[str, Any], given: dict[str, Any], gate: str, index: int) -> None:
-    """Raise `OptionError` unless MoE layers agree in what the configuration says once for all."""
+    """Raise `OptionError` if MoE layers differ in a value that the configuration stores once."""
     for name in before:
         if before[name] != given[name]:
             raise OptionError("moe_gate", gate, f"layer {index} has {name} {given[name]}, an "
                                                 f"earlier one {before[name]}: the exported model "
-                                                "has one for all layers")
+                                                "has one value for all layers")
 
 
 def _add(tensors: dict[str, Tensor], name: str, module: nn.Module | None) -> None:
@@ -119,8 +119,8 @@ def _moe(layer: MoELayer, prefix: str, tensors: dict[str, Tensor],
          without_eval_capacity: bool) -> dict[str, Any]:
     if layer.eval_capacity and not without_eval_capacity:
         raise OptionError("moe_eval_capacity_factor", "(or token fraction)",
-                          "which tokens are dropped depends on the batch, and the exported model "
-                          "drops none: give --without-eval-capacity to export it so")
+                          "dropped pairs depend on the batch, and the exported model drops "
+                          "none: give --without-eval-capacity to export without it")
     gate = export_gate(layer)
     used, E = slice(None), layer.num_experts
     if layer.is_single:

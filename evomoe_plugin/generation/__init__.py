@@ -1,1 +1,1 @@
-"""A trained model at work: loading it with its data's tokenizer, and continuing prompts."""
+"""Load a trained model with its tokenizer, and continue prompts."""

@@ -1,4 +1,4 @@
-"""Continuing prompts with fairseq's generator."""
+"""Continue prompts with fairseq's generator."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from evomoe_plugin.routing import stats as st
 
 @dataclass(frozen=True)
 class Continuation:
-    """What came of one prompt, in rows of the dictionary."""
+    """The result for one prompt, in token ids."""
 
     prompt: list[int]
     new: list[int]
-    """Without the symbol that ends a text."""
+    """Without end-of-sentence."""
     score: float
     """Mean log-probability of prompt and new tokens, in nats."""
 
 
 @dataclass
 class Generation:
-    """What came of all prompts, and what it took."""
+    """The results for all prompts, and their cost."""
 
     continuations: list[Continuation] = field(default_factory=list)
     seconds: float = 0.0
     pairs: float = 0.0
-    """Pairs of token and expert that were computed, over all MoE layers."""
+    """Computed (token, expert) pairs, over all MoE layers."""
     routed_tokens: float = 0.0
-    """Tokens that came to an MoE layer, counted in each of them."""
+    """Tokens routed, counted once per MoE layer."""
     experts: float = 0.0
-    """Experts that could be chosen, summed over those tokens."""
+    """Available experts, summed over those tokens."""
 
     @property
     def new_tokens(self) -> int:
-        """Generated."""
+        """Number of generated tokens."""
         return sum(len(c.new) for c in self.continuations)
 
     @property
     def tokens(self) -> int:
-        """Generated and in prompts."""
+        """Number of generated and prompt tokens."""
         return self.new_tokens + sum(len(c.prompt) for c in self.continuations)
 
 
@@ -58,11 +58,11 @@ def generate(
     trained: TrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions,
     device: torch.device | str = "cpu",
 ) -> Generation:
-    """Go on from each of `prompts`, rows of the dictionary.
+    """Continue each of `prompts`, given as token ids.
 
-    A prompt's result does not depend on what else is in its batch, nor on the batch size (but for
-    the rounding of matrix products of another size). Each step is one position, from cached keys
-    and values; its experts compute the pairs that the gate routes.
+    A prompt's result depends neither on the rest of its batch nor on the batch size (except for
+    rounding in matmuls of another size). Each step is one position, with a key-value cache; only
+    routed pairs are computed.
 
     Raises:
         OptionError: options that cannot work, or a prompt that is too long or ends a text.
@@ -74,12 +74,12 @@ def generate(
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > longest:
             raise OptionError("prompt", f"(number {number})",
-                              f"has {len(prompt)} tokens: give at most {longest}, so that the "
-                              "model has a position for one more")
+                              f"has {len(prompt)} tokens: give at most {longest}, which leaves "
+                              "a position for one new token")
         if dictionary.eos() in prompt:
             raise OptionError("prompt", f"(number {number})",
-                              f"holds {dictionary[dictionary.eos()]}, which ends a text: give "
-                              "what comes after it as a prompt of its own")
+                              f"contains {dictionary[dictionary.eos()]}, which ends a text: "
+                              "split the prompt there")
     lengths_P = torch.tensor([len(p) for p in prompts], device=device)
     limits_P = (lengths_P + options.max_new_tokens).clamp(max=longest + 1)
     allowed = Prompts(dictionary, lengths_P, limits_P, trained.codec.without_text())
@@ -124,7 +124,7 @@ def _batch(
 
 @contextmanager
 def _counting(model: torch.nn.Module, done: Generation) -> Iterator[None]:
-    """Add up what the MoE layers route."""
+    """Sum the routing statistics of the MoE layers."""
     def add(layer: MoELayer, _inputs, output) -> None:
         stats = output[2]
         done.pairs += float(stats[st.PAIRS])

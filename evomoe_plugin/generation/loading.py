@@ -1,4 +1,4 @@
-"""A trained language model from its checkpoint and the folder of its data."""
+"""Load a trained language model from its checkpoint and data folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DICTIONARY = "dict.txt"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation, on the CPU in fp32, and what belongs to it."""
+    """A model in evaluation mode, on the CPU in fp32, with its configuration and tokenizer."""
 
     model: BaseFairseqModel
     cfg: Any
@@ -31,33 +31,33 @@ class TrainedModel:
     dictionary: Dictionary
     codec: TextCodec
     folder: Path
-    """Of the data: dict.txt and the tokenizer's files."""
+    """Has dict.txt and the tokenizer's files."""
 
     @property
     def start(self) -> int:
-        """The symbol that a sequence begins with."""
+        """Token id that sequences start with."""
         if getattr(self.cfg.task, "add_bos_token", False):
             return self.dictionary.bos()
         return self.dictionary.eos()
 
 
 def load_trained_model(option: str, path: str, data: str | None = None) -> TrainedModel:
-    """Load what `fairseq-eval-lm` could; nothing in the file is run.
+    """Load any checkpoint that `fairseq-eval-lm` reads; no code in the file is executed.
 
     Args:
-        option: what the user named the file with, for messages.
-        path: the checkpoint; of `--use-sharded-state`, its common name or the file of any rank.
-        data: folder with dict.txt and the tokenizer; None: the one that it was trained with.
+        option: the option that gave the file, for messages.
+        path: the checkpoint; with `--use-sharded-state`, its common name or the file of any rank.
+        data: folder with dict.txt and the tokenizer; None: the folder it was trained with.
     Raises:
-        OptionError: no such file or folder, not a language model's, or they do not fit.
+        OptionError: no such file or folder, not a language model, or they do not match.
     """
     state = read_checkpoint(option, path)
     with report_config_faults(option, path):
         task = state["cfg"].get("task") or {}
         name = task.get("_name")
         if not str(name).startswith("language_modeling"):
-            raise OptionError(option, path, f"is of the task {name}: give a checkpoint of a "
-                                            "language model")
+            raise OptionError(option, path, f"was trained with the task {name}: give a "
+                                            "checkpoint of a language model")
         folder = _data_folder(data, task.get("data"))
         load_dictionary("data", folder / _DICTIONARY)
         with open_dict(state["cfg"]):
@@ -68,21 +68,21 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
     dictionary = task.source_dictionary
     if len(task.target_dictionary) != len(dictionary):
         raise OptionError("output_dictionary_size", len(task.target_dictionary),
-                          f"the model gives other symbols than it takes ({len(dictionary)}): it "
-                          "cannot go on from its own output")
+                          f"its input dictionary has another size ({len(dictionary)}): the "
+                          "model cannot continue its own output")
     return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)
 
 
 def _check_registered(option: str, path: str, model: DictConfig) -> None:
-    """Raise `OptionError` if the model is of a user's own package that is not imported.
+    """Raise `OptionError` if the model needs a user package that is not imported.
 
-    Which package the checkpoint names is not told: what a user is to import and run shall not come
-    from a file.
+    The package named in the checkpoint is not reported: a file must not decide what a user imports
+    and runs.
     """
-    remedy = "give --user-dir, the package of your own that registers it"
+    remedy = "give --user-dir, the package that registers it"
     name = model.get("_name") or model.get("arch")
     if name not in ARCH_MODEL_REGISTRY:
-        raise OptionError(option, path, f"is of the architecture {name}: {remedy}")
+        raise OptionError(option, path, f"has the architecture {name}: {remedy}")
     gate = model.get("moe_gate")
     if gate is not None and gate not in gate_names():
         raise OptionError(option, path, f"has the gate {gate}: {remedy}")
@@ -95,6 +95,6 @@ def _data_folder(given: str | None, trained_with: str | None) -> Path:
         folder = Path(paths[0]) if paths else Path()
     if not (folder / _DICTIONARY).is_file():
         whose = "" if given is not None else " (the folder it was trained with)"
-        raise OptionError("data", f"{folder}{whose}", "there is no dict.txt: give --data, the "
-                                                      "folder that evomoe prepare wrote")
+        raise OptionError("data", f"{folder}{whose}", "has no dict.txt: give --data, the folder "
+                                                      "written by evomoe prepare")
     return folder

@@ -9,12 +9,12 @@ from evomoe_plugin.config.errors import OptionError
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to continue a prompt: greedily, unless a beam or sampling is asked for."""
+    """How to continue a prompt: greedy, unless a beam or sampling options are given."""
 
     max_new_tokens: int = 64
     beam: int = 1
     temperature: float | None = None
-    """What logits are divided by before sampling; None: no sampling, or 1 with top_k or top_p."""
+    """Sampling temperature; None: no sampling, or 1 with top_k or top_p."""
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 1
@@ -22,23 +22,23 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return any(given is not None for given in (self.temperature, self.top_k, self.top_p))
 
     def validate(self, vocabulary: int) -> None:
-        """Raise `OptionError` for values that cannot work with this number of token ids."""
+        """Raise `OptionError` for invalid values, with a dictionary of this size."""
         from evomoe_plugin.config.options import check_number
 
         for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
             check_number(self, option, least=1, remedy="give 1 or more")
         check_number(self, "temperature", above=0,
-                     remedy="give a number above 0; leave it out for the most probable token")
+                     remedy="give a number above 0; omit it for greedy decoding")
         check_number(self, "top_p", above=0, most=1,
                      remedy="it is a probability: give a number above 0 and at most 1")
         check_number(self, "seed", least=0, below=2**63, remedy="give a number from 0")
         if self.beam > 1 and self.samples:
-            raise OptionError("beam", self.beam, "beam search draws nothing: leave it out, or "
-                                                 "leave out --temperature, --top-k and --top-p")
+            raise OptionError("beam", self.beam, "beam search does not sample: omit it, or omit "
+                                                 "--temperature, --top-k and --top-p")
         if self.beam > max(1, (vocabulary - 1) // 2):
-            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} entries: give "
+            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} tokens: give "
                                                  f"at most {(vocabulary - 1) // 2}")

@@ -1,5 +1,5 @@
-"""What fairseq's generator takes next: prompts of different lengths in one batch, each with the
-result that it has alone."""
+"""Search strategies for fairseq's generator: prompts of different lengths in one batch, each with
+the result that it has alone."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from evomoe_plugin.routing.noise import fold, uniform
 
 
 class Prompts:
-    """What each prompt allows at each step.
+    """The tokens allowed for each prompt at each step.
 
-    fairseq's generator aligns prompts at their begin and forces each one's own tokens, so that
-    positions are right. But it ends all at one length, that of the batch, and suppresses tokens
-    only where no prompt of the batch goes on still: a prompt's result would depend on the others.
+    fairseq's generator aligns prompts at their beginning and forces their tokens, so positions are
+    right. But it limits all of them to one length, that of the batch, and suppresses tokens only
+    once no prompt of the batch is left to read: results would depend on the other prompts.
 
     Args:
-        dictionary: the symbols.
+        dictionary: its end-of-sentence ends a text.
         lengths_P: int64, tokens of each prompt.
-        limits_P: int64, tokens after which it ends, prompt included.
-        never: rows that are never generated.
+        limits_P: int64, maximum length, prompt included.
+        never: token ids that are never generated.
     """
 
     def __init__(self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor,
@@ -33,16 +33,16 @@ class Prompts:
         self.never = torch.tensor(never, dtype=torch.int64, device=lengths_P.device)
 
     def restrict(self, step: int, lprobs: Tensor, numbers_B: Tensor) -> Tensor:
-        """Log-probabilities [B, beams, V], -inf for what may not follow.
+        """Log-probabilities [B, beams, V], -inf for tokens that are not allowed.
 
         Args:
-            step: position of the token that is chosen, from 0.
-            numbers_B: which prompt each row is of.
+            step: position of the next token, from 0.
+            numbers_B: the prompt of each row.
         Raises:
-            RunFailed: the model gives NaN.
+            RunFailed: the model's output is NaN/Inf.
         """
         if (lprobs.amax(-1) == float("-inf")).any():
-            raise RunFailed("the model's output is NaN or infinite: take an earlier checkpoint")
+            raise RunFailed("the model's output is NaN/Inf: use an earlier checkpoint")
         lprobs = lprobs.clone()
         free_B = step >= self.lengths_P[numbers_B]
         lprobs[:, :, self.never] = lprobs[:, :, self.never].masked_fill(
@@ -68,12 +68,12 @@ class PromptedBeamSearch(BeamSearch):
 
 
 class KeyedSampling(Search):
-    """Sampling with one random number for each (seed, prompt, token).
+    """Sampling with one random number per (seed, prompt, token).
 
-    It is a hash: the same in any batch and after any other run. The token is where that number
-    falls in the cumulative distribution, most probable first, of what is left: the k most
-    probable tokens, of them the fewest whose probability reaches p (Holtzman et al.,
-    arXiv 1904.09751). fairseq's own sampling draws from torch's generator, row by row.
+    The number is a hash, independent of the batch. It selects a token by inverse transform sampling
+    from the distribution sorted by probability and truncated to the k most probable tokens, then to
+    the smallest set with total probability p (Holtzman et al., arXiv 1904.09751). fairseq's own
+    sampling draws from torch's generator, row by row.
 
     Args:
         top_k: 0: all.

@@ -1,4 +1,4 @@
-"""Text to rows of fairseq's dictionary and back, with the tokenizer of the data folder."""
+"""Text to token ids of fairseq's dictionary and back, with the tokenizer of the data folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from evomoe_plugin.data.tokenizers import (
     load_tokenizer,
 )
 
-_FILLING = "madeupword"  # fairseq's symbols that fill a dictionary up to a multiple of 8
+_PADDING_WORD = "madeupword"  # fairseq pads dictionaries with these to a multiple of 8
 
 
 class TextCodec:
-    """Encodes prompts, decodes what is generated.
+    """Encodes prompts and decodes generated tokens.
 
     Args:
-        folder: has the tokenizer's files, as `evomoe prepare` writes them. Without any, words
-            between spaces are symbols, as in fairseq's own commands without `--bpe`.
+        folder: has the tokenizer's files, as `evomoe prepare` writes them. Without a tokenizer,
+            text is split at spaces, as in fairseq's own commands without `--bpe`.
         dictionary: the task's.
     Raises:
-        OptionError: the tokenizer is not the one that the dictionary was made with.
+        OptionError: tokenizer and dictionary do not match.
     """
 
     def __init__(self, folder: Path, dictionary: Dictionary):
@@ -34,39 +34,39 @@ class TextCodec:
         self.tokenizer: Tokenizer | None = None
         if any((folder / name).exists() for name in (SENTENCEPIECE_MODEL, GPT2_ENCODER)):
             self.tokenizer = load_tokenizer(folder)
-            missing = [s for s in self.tokenizer.symbols if s is not None and s not in dictionary]
+            tokens = self.tokenizer.tokens
+            missing = [token for token in tokens if token is not None and token not in dictionary]
             if missing:
-                raise OptionError("data", folder,
-                                  f"its tokenizer and its dict.txt do not belong together: there "
-                                  f"is no {missing[0]!r} in dict.txt")
-            symbols = self.tokenizer.symbols
-            self._rows = [dictionary.unk() if s is None else dictionary.index(s) for s in symbols]
-            self._ids = {self._rows[i]: i for i, s in enumerate(symbols) if s is not None}
+                raise OptionError("data", folder, f"its tokenizer and its dict.txt do not match: "
+                                  f"there is no {missing[0]!r} in dict.txt")
+            self._token_ids = [dictionary.unk() if t is None else dictionary.index(t)
+                               for t in tokens]
+            self._piece_ids = {self._token_ids[i]: i for i, t in enumerate(tokens)
+                               if t is not None}
 
     def encode(self, text: str) -> list[int]:
-        """Rows of the dictionary, without a symbol at the begin or end."""
+        """Token ids, without start and end tokens."""
         if self.tokenizer is None:
             return [self.dictionary.index(word) for word in text.split()]
-        return [self._rows[i] for i in self.tokenizer.encode(text)]
+        return [self._token_ids[i] for i in self.tokenizer.encode(text)]
 
-    def decode(self, rows: Sequence[int]) -> str:
-        """Text; rows that stand for none by their symbols."""
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text; special tokens are written by name."""
         if self.tokenizer is None:
-            return " ".join(self.dictionary[row] for row in rows)
-        text, ids = "", []
-        for row in rows:
-            if row in self._ids:
-                ids.append(self._ids[row])
+            return " ".join(self.dictionary[token] for token in token_ids)
+        text, pieces = "", list[int]()
+        for token in token_ids:
+            if token in self._piece_ids:
+                pieces.append(self._piece_ids[token])
             else:
-                text, ids = text + self.tokenizer.decode(ids) + self.dictionary[row], []
-        return text + self.tokenizer.decode(ids)
+                text, pieces = text + self.tokenizer.decode(pieces) + self.dictionary[token], []
+        return text + self.tokenizer.decode(pieces)
 
     def without_text(self) -> list[int]:
-        """Rows that stand for no text, but for that which ends one."""
+        """Token ids without text, except end-of-sentence."""
         if self.tokenizer is not None:
-            known = self._ids
+            known = set(self._piece_ids)
         else:
-            known = {row for row in range(self.dictionary.nspecial, len(self.dictionary))
-                     if not self.dictionary[row].startswith(_FILLING)}
-        rows = set(range(len(self.dictionary))) - set(known)
-        return sorted(rows - {self.dictionary.eos()})
+            known = {token for token in range(self.dictionary.nspecial, len(self.dictionary))
+                     if not self.dictionary[token].startswith(_PADDING_WORD)}
+        return sorted(set(range(len(self.dictionary))) - known - {self.dictionary.eos()})

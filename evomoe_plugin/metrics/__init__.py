@@ -1,4 +1,4 @@
-"""Looking at runs: fairseq's JSON log as numbers, as a picture, as a table."""
+"""Metrics of a run, from fairseq's JSON log: parsing, plots and tables."""
 
 from evomoe_plugin.metrics.log import Record, TrainingLog, parse_log, read_log
 from evomoe_plugin.metrics.phases import Phase, dense_start, one_expert_start, sparse_end

@@ -1,4 +1,4 @@
-"""Reading fairseq's log (`--log-format json`), whatever else the file holds."""
+"""Parse fairseq's log (`--log-format json`); other lines are ignored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COUNT = "num_updates"
 
 @dataclass(frozen=True)
 class Record:
-    """One line of metrics: averages over the updates since the line before, unless said else."""
+    """One line of metrics: averages over the updates since the previous line, unless noted."""
 
     update: int
     """Completed updates."""
@@ -23,26 +23,25 @@ class Record:
 
 @dataclass
 class TrainingLog:
-    """The metrics of one run, ascending in updates."""
+    """The metrics of one run, in order of updates."""
 
     name: str
     intervals: list[Record] = field(default_factory=list)
-    """One each `--log-interval` updates."""
+    """One per `--log-interval` updates."""
     summaries: dict[str, list[Record]] = field(default_factory=dict)
-    """What is written once in a while, by the name that stands before its metrics: `train` at the
-    end of an epoch and of the run, once its checkpoint is saved; `valid` and other subsets at
-    each validation."""
+    """Summaries by the prefix of their metrics: `train` at the end of an epoch and of the run, once
+    its checkpoint is saved; `valid` and other subsets at each validation."""
 
     def series(self, metric: str, summary: str | None = None) -> tuple[list[int], list[float]]:
-        """Updates and values of a metric, of the intervals or of a summary, where it was logged."""
+        """Updates and values of a metric, from the intervals or a summary."""
         records = self.intervals if summary is None else self.summaries.get(summary, [])
         known = [(r.update, r.values[metric]) for r in records if metric in r.values]
         return [update for update, _ in known], [value for _, value in known]
 
     def add(self, line: str) -> Record | None:
-        """Take in one line; the record of an interval if it is one, else None.
+        """Parse one line; return its record if it is an interval, else None.
 
-        A run that was resumed logs again what came after its checkpoint: the later line stands.
+        A resumed run logs the updates after its checkpoint again: later lines replace earlier ones.
         """
         found = _parse(line)
         if found is None:
@@ -69,14 +68,14 @@ def _drop_from(records: list[Record], update: int) -> None:
 
 
 def _parse(line: str) -> tuple[str, Record] | None:
-    """The name before the metrics ('' for intervals) and the record, if the line holds one."""
+    """The prefix of the metrics ('' for intervals) and the record, if the line has one."""
     start = line.find('{"')
     if start < 0:
         return None
     try:
-        # What follows the object (a terminal's control codes, another program's text) is let be.
+        # Text after the object (terminal control codes, other programs' output) is ignored.
         logged, _ = json.JSONDecoder().raw_decode(line, start)
-    except ValueError:  # a line that was cut off, or is no JSON
+    except ValueError:  # truncated, or not JSON
         return None
     prefix = next((key.removesuffix(_COUNT) for key in logged if key.endswith(_COUNT)), None)
     if prefix is None or prefix and not prefix.endswith("_"):
@@ -93,7 +92,7 @@ def _parse(line: str) -> tuple[str, Record] | None:
 
 
 def parse_log(lines: Iterable[str], name: str = "") -> TrainingLog:
-    """The metrics in `lines`; empty if there are none."""
+    """The metrics in `lines`, possibly none."""
     log = TrainingLog(name)
     for line in lines:
         log.add(line)
@@ -104,18 +103,18 @@ def read_log(path: str | Path) -> TrainingLog:
     """The metrics in a file.
 
     Raises:
-        OptionError: it cannot be read, or holds no metrics of training.
+        OptionError: it cannot be read, or has no training metrics.
     """
     path = Path(path)
     try:
         with open(path, encoding="utf-8", errors="replace") as lines:
             log = parse_log(lines, path.stem)
     except FileNotFoundError:
-        raise OptionError("LOG", path, "no such file; give what fairseq-train printed, saved to "
-                          "a file, or its --log-file") from None
+        raise OptionError("LOG", path, "no such file; give the saved output of fairseq-train, or "
+                          "its --log-file") from None
     except OSError as error:
         raise OptionError("LOG", path, f"cannot be read ({error.strerror})") from None
     if not log.intervals:
-        raise OptionError("LOG", path, "holds no metrics of training; log with --log-format json, "
-                          "and train for at least --log-interval updates")
+        raise OptionError("LOG", path, "has no training metrics; log with --log-format json, and "
+                          "train for at least --log-interval updates")
     return log

@@ -1,4 +1,4 @@
-"""The panels of the picture, one metric each. `axes` are matplotlib's."""
+"""The panels of the plot, one metric each. `axes` are matplotlib's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TEMPERATURE = "temperature"
 
 @dataclass(frozen=True)
 class Style:
-    """How one run is drawn."""
+    """Line style of one run."""
 
     colour: str
     smoothing: float
     """Weight of the moving average."""
     name: str
-    """Empty where it is the only run."""
+    """Empty if it is the only run."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Panel:
     """One set of axes."""
 
     applies: Callable[[TrainingLog], bool]
-    """Whether a run logs what is drawn here."""
+    """Whether a run logs this metric."""
     draw: Callable[[Any, TrainingLog, Style], None]
     finish: Callable[[Any, Sequence[TrainingLog]], None]
-    """Called once all runs are drawn."""
+    """Called after all runs are drawn."""
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average, unbiased from the first value on.
+    """Bias-corrected exponential moving average.
 
     Args:
-        values: those that are not finite are passed over, and stay what they are.
-        weight: of the average so far, in [0, 1).
+        values: NaN/Inf are skipped and kept unchanged.
+        weight: of the previous average, in [0, 1).
     """
     averages, total, norm = [], 0.0, 0.0
     for value in values:
@@ -54,7 +54,7 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
 
 
 def loss_name(log: TrainingLog) -> str:
-    """The metric that is the language model's loss alone, in bits per token."""
+    """The metric of the language-model loss only, in bits per token."""
     return "inner_loss" if log.series("inner_loss")[0] else "loss"
 
 
@@ -87,7 +87,7 @@ def _draw_temperature(axes: Any, log: TrainingLog, style: Style) -> None:
 
 
 def _finish_temperature(axes: Any, logs: Sequence[TrainingLog]) -> None:
-    axes.set_ylabel("temperature of the gate")
+    axes.set_ylabel("gate temperature")
     axes.set_ylim(bottom=0)
 
 

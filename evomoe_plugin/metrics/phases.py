@@ -1,9 +1,10 @@
-"""The phases of an evolution: one expert, all of them from the spawn on, few at the end."""
+"""Phases of a run: one expert before the spawn, dense after it, sparse at the end."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from evomoe_plugin.metrics.log import Record, TrainingLog
@@ -11,7 +12,7 @@ from evomoe_plugin.metrics.steps import seconds_per_update
 
 EXPERTS = "experts_per_token"
 ACTIVE = "active_experts"
-# Intervals whose experts per token lie this near to those of the run's first or last belong to it.
+# Relative difference in experts per token within a phase.
 _NEAR = 0.05
 
 
@@ -30,38 +31,36 @@ class Phase:
 
 
 def one_expert_start(log: TrainingLog) -> Phase | None:
-    """The intervals before the spawn, in which one expert works; None if there was no spawn."""
+    """The intervals before the spawn, with one expert; None without a spawn."""
     return _phase(log, _before_spawn(log)) if spawn_update(log) is not None else None
 
 
 def dense_start(log: TrainingLog) -> Phase | None:
-    """The intervals at the beginning of the run, or from the spawn on; None if they log no experts
-    per token."""
+    """The first intervals of the run or after the spawn; None without experts per token."""
     spawned = spawn_update(log) or 0
     return _phase(log, [r for r in log.intervals if EXPERTS in r.values and r.update > spawned])
 
 
 def sparse_end(log: TrainingLog) -> Phase | None:
-    """The intervals at the end of the run; None if it logs no experts per token."""
+    """The last intervals of the run; None without experts per token."""
     return _phase(log, [r for r in reversed(log.intervals) if EXPERTS in r.values])
 
 
 def spawn_update(log: TrainingLog) -> int | None:
-    """The update after which experts were spawned from the one that worked; None if the log begins
-    later, or ends before.
+    """The update after which experts were spawned; None if the log begins later or ends earlier.
 
-    Exact where an interval of the log ends there, else the next end of one.
+    Exact if a log interval ends there, otherwise the end of that interval.
     """
     single = _before_spawn(log)
     if not single or len(single) == len(log.intervals):
         return None
-    # It is logged of the updates in which experts wait: here of a part of the interval.
+    # `active_experts` is logged only before the spawn: here for a part of the interval.
     after = log.intervals[len(single)]
     return after.update if ACTIVE in after.values else single[-1].update
 
 
 def _before_spawn(log: TrainingLog) -> list[Record]:
-    """The intervals at the beginning in which one expert is in use."""
+    """The initial intervals with one active expert."""
     return list(itertools.takewhile(
         lambda r: r.values.get(ACTIVE) == 1 and r.values.get(EXPERTS) == 1, log.intervals))
 
@@ -85,7 +84,7 @@ def _phase(log: TrainingLog, records: list[Record]) -> Phase | None:
 
 
 def _start(log: TrainingLog, record: Record) -> int:
-    """The update at which the interval of `record` began."""
+    """The update at which the interval of `record` begins."""
     return max((r.update for r in log.intervals if r.update < record.update), default=0)
 
 
@@ -100,22 +99,24 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def annealing_end(log: TrainingLog) -> int | None:
-    """The update from which on the temperature no longer fell; None if it still does, or never did.
+    """The update from which the temperature is constant; None if it still changes, or never did.
 
-    Exact where an interval of the log begins there, else the next beginning of one.
+    Exact if a log interval begins there, otherwise the beginning of the next interval.
     """
-    return _settled(log, "temperature", lambda value, last: value == last)
+    return _constant_from(log, "temperature", lambda value, last: value == last)
 
 
 def top1_start(log: TrainingLog) -> int | None:
-    """The update from which on each token had one expert; None if it did not come to that."""
-    return _settled(log, EXPERTS, lambda value, last: value == 1.0)
+    """The update from which each token has one expert; None if that is not reached."""
+    return _constant_from(log, EXPERTS, lambda value, last: value == 1.0)
 
 
-def _settled(log: TrainingLog, metric: str, holds) -> int | None:
+def _constant_from(
+    log: TrainingLog, metric: str, holds: Callable[[float, float], bool]
+) -> int | None:
     updates, values = log.series(metric)
     steady = list(itertools.takewhile(lambda v: holds(v, values[-1]), reversed(values)))
-    # One interval alone at the last value says nothing: any last value equals itself.
+    # A single interval is not enough: the last value always equals itself.
     if len(steady) < 2 or len(steady) == len(values):
         return None
     return updates[len(values) - len(steady) - 1]

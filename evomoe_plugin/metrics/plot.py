@@ -1,4 +1,4 @@
-"""The picture of a run: loss, temperature, experts per token and time, update by update."""
+"""Plot a run: loss, temperature, experts per token and step time over updates."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _GREY = "#6b6b6b"
 
 
 def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -> None:
-    """Draw one or several runs into a file; its suffix says which kind of picture.
+    """Plot one or more runs into a file; its suffix selects the format.
 
-    Panels whose metric no run has are left out. The file is there whole or not at all.
+    Panels without data are omitted. The file is written atomically.
 
     Args:
-        logs: runs, told apart by their names.
+        logs: runs, labelled by their names.
         smoothing: weight of the moving average of the loss, in [0, 1).
     Raises:
-        OptionError: matplotlib is missing, the file cannot be written, or an option is wrong.
+        OptionError: matplotlib is missing, the file cannot be written, or an option is invalid.
     """
     if not 0 <= smoothing < 1:
-        raise OptionError("smoothing", smoothing, "give 0 (none) or more and less than 1")
+        raise OptionError("smoothing", smoothing, "give a number from 0 (none) to below 1")
     out = Path(out)
     figure = _figure(out)
     _draw(figure, logs, smoothing)
@@ -40,13 +40,13 @@ def _figure(out: Path) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise OptionError("out", out, "drawing needs matplotlib: pip install matplotlib") from None
+        raise OptionError("out", out, "plotting needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
     kinds = sorted(figure.canvas.get_supported_filetypes())
     if out.suffix[1:].lower() not in kinds:
-        raise OptionError("out", out, "end it in one of: " + ", ".join(f".{k}" for k in kinds))
+        raise OptionError("out", out, "use a suffix among " + ", ".join(f".{k}" for k in kinds))
     if not out.absolute().parent.is_dir():
-        raise OptionError("out", out, f"there is no folder {out.absolute().parent}; make it first")
+        raise OptionError("out", out, f"no such folder: {out.absolute().parent}")
     return figure
 
 
@@ -57,18 +57,18 @@ def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
         axes.remove()
     last = max(log.intervals[-1].update for log in logs)
     for panel, axes in zip(drawn, grid, strict=False):
-        _dress(axes, last)
+        _style_axes(axes, last)
         for number, log in enumerate(logs):
             colour = _COLOURS[number % len(_COLOURS)]
             panel.draw(axes, log, panels.Style(colour, smoothing, log.name if logs[1:] else ""))
         panel.finish(axes, logs)
         if len(logs) == 1:
-            _mark(axes, logs[0], named=panel is drawn[0])
+            _mark_events(axes, logs[0], named=panel is drawn[0])
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
 
 
-def _dress(axes: Any, last_update: int) -> None:
+def _style_axes(axes: Any, last_update: int) -> None:
     axes.set_xlabel("updates")
     axes.set_xlim(0, 1.01 * last_update)
     axes.grid(True, color="#e8e8e8", linewidth=0.8)
@@ -77,12 +77,12 @@ def _dress(axes: Any, last_update: int) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _mark(axes: Any, log: TrainingLog, named: bool) -> None:
-    """Upright lines where experts are spawned and where the gate changes its ways."""
+def _mark_events(axes: Any, log: TrainingLog, named: bool) -> None:
+    """Vertical lines at the spawn, the end of annealing and the start of top-1 routing."""
     marks: dict[int, list[str]] = {}
     for update, text in ((spawn_update(log), "experts spawned"),
                          (annealing_end(log), "annealing ends"),
-                         (top1_start(log), "top-1 from here")):
+                         (top1_start(log), "top-1 starts")):
         if update is not None:
             marks.setdefault(update, []).append(text)
     for update, texts in marks.items():

@@ -1,4 +1,4 @@
-"""How long an update took, from what fairseq logs about time."""
+"""Time per update, from fairseq's log."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from evomoe_plugin.metrics.log import TrainingLog
 
 
 def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
-    """Updates, and the mean seconds an update took in the interval that ends there.
+    """Updates, and the mean seconds per update in the interval that ends there.
 
-    fairseq logs two clocks. `train_wall` is the time of the training steps alone, but in whole
-    seconds. `wpb / wps` is fine, but counts what else happened in the interval: reading data,
-    validation, saving, and the start of a process that resumes. The second is believed as far as
-    the first allows.
+    fairseq logs two times. `train_wall` covers training steps only, but in whole seconds.
+    `wpb / wps` is precise, but includes everything else in the interval: reading data, validation,
+    saving, and the start of a resumed run. The second is used, clamped to the rounding interval of
+    the first.
     """
     updates, seconds = [], []
     for record, length in zip(log.intervals, _lengths(log), strict=True):
@@ -21,7 +21,7 @@ def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
         if coarse is None:
             found = fine
         elif fine is None:
-            found = coarse / length or None  # 0 of them may be anything below half a second
+            found = coarse / length or None  # 0 may be anything below half a second
         else:
             found = min(max(fine, (coarse - 0.5) / length), (coarse + 0.5) / length)
         if found is not None:
@@ -31,7 +31,7 @@ def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
 
 
 def _lengths(log: TrainingLog) -> list[int]:
-    """Updates in each interval. The first may belong to a run whose beginning is not in the log."""
+    """Updates in each interval. The beginning of the first may not be in the log."""
     ends = [record.update for record in log.intervals]
     differences = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     return [min([ends[0], *differences]), *differences]

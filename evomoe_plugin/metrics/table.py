@@ -1,4 +1,4 @@
-"""The closing table of a run: how it was with one expert, dense and sparse, and the way between."""
+"""Summary tables of a run: its phases, and its course over updates."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _COURSE = {
 
 
 def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) -> Table:
-    """Both ends of the run, and before them the time with one expert if experts were spawned.
+    """Dense start and sparse end of the run, preceded by the one-expert phase if there was a spawn.
 
     Args:
-        log: of the whole run; it logs experts per token.
-        evaluated: what was measured apart from the log: name -> cells for dense start and sparse
-            end.
+        log: of the whole run, with experts per token.
+        evaluated: further measurements: name -> cells for dense start and sparse end.
     """
     start, end, single = dense_start(log), sparse_end(log), one_expert_start(log)
     before = () if single is None else (single,)
@@ -50,12 +49,12 @@ def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) ->
 
 
 def course_table(log: TrainingLog, columns: int = 7) -> Table:
-    """What was logged along the run, at about `columns` evenly spaced intervals."""
+    """Logged metrics at about `columns` evenly spaced intervals."""
     last = len(log.intervals) - 1
     count = min(columns, last + 1)
     chosen = [log.intervals[round(i * last / max(count - 1, 1))] for i in range(count)]
     seconds = dict(zip(*seconds_per_update(log), strict=True))
-    table = _table("updates", *(f"{record.update:,}" for record in chosen), title="Along the way")
+    table = _table("updates", *(f"{record.update:,}" for record in chosen), title="Along the run")
     for name, (metric, form) in _COURSE.items():
         if any(metric in record.values for record in chosen):
             table.add_row(name, *(

@@ -1,3 +1,3 @@
-"""Tasks beside fairseq's `language_modeling`."""
+"""Fairseq tasks of this package."""
 
 from evomoe_plugin.tasks import language_modeling_sft  # noqa: F401

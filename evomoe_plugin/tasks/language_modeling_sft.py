@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: language modeling in which answers are learned and prompts are read."""
+"""Supervised fine-tuning: language modeling with responses as targets and prompts as context."""
 
 # No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
 
@@ -35,17 +35,17 @@ class LanguageModelingSFTConfig(FairseqDataclass):
     )
     tokens_per_sample: int = field(
         default=1024,
-        metadata={"help": "tokens of an example, or of a row with --pack-examples; of longer "
-                          "examples the prompt is cut from the left, then the answer from the "
-                          "right"},
+        metadata={"help": "maximum tokens of an example, or of a row with --pack-examples; in "
+                          "longer examples the prompt is cut from the left, then the response "
+                          "from the right"},
     )
     max_target_positions: Optional[int] = field(
         default=None,
-        metadata={"help": "positions that the model has (default: --tokens-per-sample)"},
+        metadata={"help": "positions of the model (default: --tokens-per-sample)"},
     )
     add_bos_token: bool = field(default=False, metadata={"help": "not supported"})
     train_on_prompt: bool = field(
-        default=False, metadata={"help": "learn the tokens of prompts too"}
+        default=False, metadata={"help": "train on prompt tokens too"}
     )
     pack_examples: bool = field(
         default=False,
@@ -53,25 +53,24 @@ class LanguageModelingSFTConfig(FairseqDataclass):
     )
     moe_aux_balance_weight: float = field(
         default=1.0,
-        metadata={"help": "weight of the tokens of answers in the gates' auxiliary losses; those "
-                          "of prompts weigh 1"},
+        metadata={"help": "weight of response tokens in the gates' auxiliary losses; prompt "
+                          "tokens have weight 1"},
     )
     prompt_template: str = field(
-        default=Templates.prompt, metadata={"help": "what stands around prompts; {} is the prompt"}
+        default=Templates.prompt, metadata={"help": "text around prompts; {} is the prompt"}
     )
     response_template: str = field(
-        default=Templates.response, metadata={"help": "what stands around responses"}
+        default=Templates.response, metadata={"help": "text around responses"}
     )
     system_template: str = field(
-        default=Templates.system, metadata={"help": "what stands around a chat's system messages"}
+        default=Templates.system, metadata={"help": "text around a chat's system messages"}
     )
     user_template: str = field(
-        default=Templates.user, metadata={"help": "what stands around a chat's user messages"}
+        default=Templates.user, metadata={"help": "text around a chat's user messages"}
     )
     assistant_template: str = field(
         default=Templates.assistant,
-        metadata={"help": "what stands around a chat's answers; what stands before {} is not "
-                          "learned"},
+        metadata={"help": "text around a chat's responses; text before {} is not trained on"},
     )
 
 
@@ -79,8 +78,8 @@ class LanguageModelingSFTConfig(FairseqDataclass):
 class LanguageModelingSFTTask(LanguageModelingTask):
     """Fine-tune a language model on prompts with responses, or on chats (docs/sft.md).
 
-    Loss, perplexity and gradients are per token learned: those of answers and of the
-    end-of-sentence after each.
+    Loss, perplexity and gradients are per target token: those of responses and the end-of-sentence
+    after each.
     """
 
     def __init__(self, args: Any, dictionary: Dictionary, encoder: Encoder, templates: Templates):
@@ -93,7 +92,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         """Load dictionary and tokenizer.
 
         Raises:
-            OptionError: an option cannot work, or a file is missing or unfit.
+            OptionError: an option is invalid, or a file is missing or does not fit.
         """
         check_number(args, "tokens_per_sample", least=1, remedy="give 1 or more")
         check_number(args, "moe_aux_balance_weight", least=0, remedy="give a weight of 0 or more")
@@ -102,8 +101,8 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             raise OptionError("tokens_per_sample", args.tokens_per_sample,
                               f"give at most --max-target-positions ({positions})")
         if args.add_bos_token:
-            raise OptionError("add_bos_token", True, "examples begin with </s>, as fairseq begins "
-                              "to generate without it: leave it out")
+            raise OptionError("add_bos_token", True, "examples start with </s>, fairseq's start "
+                              "token for generation without it: omit it")
         templates = Templates(*(getattr(args, f"{role}_template") for role in
                                 ("prompt", "response", "system", "user", "assistant")))
         templates.validate()
@@ -122,7 +121,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         """Build the model.
 
         Raises:
-            OptionError: it is not ours, and cannot do what an option asks for.
+            OptionError: a model of stock fairseq does not support an option.
         """
         model = super().build_model(args, from_checkpoint)
         if not isinstance(model.decoder, MoEDecoder):
@@ -130,24 +129,24 @@ class LanguageModelingSFTTask(LanguageModelingTask):
                 value = getattr(self.args, option)
                 if value != getattr(LanguageModelingSFTConfig, option):
                     raise OptionError(option, value,
-                                      "only the MoE architectures can do it: leave it out")
+                                      "only MoE architectures support it: omit it")
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
         """Tokenize SPLIT.jsonl.
 
         Raises:
-            OptionError: there is no such file, or a line of it is malformed.
+            OptionError: no such file, or a malformed line.
         """
         path = Path(self.args.data) / f"{split}.jsonl"
         if not path.is_file():
-            raise OptionError("DATA", self.args.data, f"has no {path.name}; name the files of "
-                              "--train-subset, --valid-subset and --gen-subset so")
+            raise OptionError("DATA", self.args.data, f"has no {path.name}: each name in "
+                              "--train-subset, --valid-subset and --gen-subset needs such a file")
         row_size = self.args.tokens_per_sample
         examples = load_examples(path, self.encoder, self.templates, row_size)
         dataset = SFTDataset(
             examples, self.dictionary, train_on_prompt=self.args.train_on_prompt,
-            answer_weight=self.args.moe_aux_balance_weight,
+            response_weight=self.args.moe_aux_balance_weight,
             row_size=row_size if self.args.pack_examples else None,
         )
         if self.args.pack_examples:
@@ -157,18 +156,18 @@ class LanguageModelingSFTTask(LanguageModelingTask):
 
     def eval_lm_dataloader(self, dataset: SFTDataset, *args: Any, max_positions: Any = None,
                            context_window: int = 0, **kwargs: Any):
-        """Batches for fairseq-eval-lm, whose perplexity is then that of the answers.
+        """Batches for fairseq-eval-lm, which then reports the perplexity of responses.
 
         Raises:
-            OptionError: there is no context window here, or an example is too long for the model.
+            OptionError: a context window is given, or an example is too long for the model.
         """
         if context_window:
             raise OptionError("context_window", context_window,
-                              "every answer is read with all of its prompt: leave it out")
+                              "every response is scored with its full prompt: omit it")
         longest = max(map(len, dataset.examples))
         if max_positions is not None and longest > max_positions:
             raise OptionError("tokens_per_sample", self.args.tokens_per_sample,
-                              f"an example has {longest} tokens, and the model {max_positions} "
+                              f"an example has {longest} tokens, the model {max_positions} "
                               "positions: give at most that many")
         whole = self.args.train_on_prompt
         scored = SFTDataset(
@@ -178,14 +177,14 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         return super().eval_lm_dataloader(scored, *args, max_positions=max_positions, **kwargs)
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
-        """Generate what follows each prompt: for the rows of a file, the first answer.
+        """Continue each prompt; for the rows of a file, up to the first response.
 
         Raises:
-            OptionError: rows hold several examples, or prompts are learned too.
+            OptionError: rows have several examples, or prompts are targets too.
         """
         if "segments" in sample["net_input"]:
             raise OptionError("pack_examples", True,
-                              "prompts are answered one by one: leave it out")
+                              "generation needs one prompt per row: omit it")
         if sample.get("target") is not None and prefix_tokens is None:
             sample = {**sample, "net_input": self._prompts(sample)}
         return super().inference_step(generator, models, sample, prefix_tokens, constraints)
@@ -193,7 +192,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
     def _prompts(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         if self.args.train_on_prompt:
             raise OptionError("train_on_prompt", True,
-                              "says that there are no prompts to go on from: leave it out")
+                              "there are no prompts to continue with it: omit it")
         pad = self.dictionary.pad()
         # The input at the first target is the prompt's last token.
         lengths = (sample["target"] != pad).int().argmax(1) + 1

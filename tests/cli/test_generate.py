@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_task(checkpoint, capsys):
     state["cfg"]["task"]["_name"] = "translation"
     torch.save(state, checkpoint)
     assert main(["generate", "--path", str(checkpoint), "--prompt", "w1"]) == 2
-    assert "is of the task translation: give a checkpoint of a language model" in \
+    assert "was trained with the task translation: give a checkpoint of a language model" in \
         capsys.readouterr().err
 
 

@@ -64,8 +64,8 @@ def gpt2_files(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("gpt2")
     merges = [("a", "b"), ("Ġ", "a"), ("ab", "c")]
-    symbols = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
+    tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
     encoder, bpe = path / "encoder.json", path / "vocab.bpe"
-    encoder.write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
+    encoder.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     bpe.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     return str(encoder), str(bpe)

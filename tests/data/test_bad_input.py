@@ -13,7 +13,7 @@ OPTIONS = {
     "documents_by": ({"documents_by": "page"}, "--documents-by page: choose from file, line"),
     "encoding_errors": ({"encoding_errors": "x"}, "--encoding-errors x: choose from strict"),
     "start": ({"document_start": "("}, r"--document-start \(: not a regular expression"),
-    "start twice": ({"document_start": "a", "documents_by": "line"}, "leave out --documents-by"),
+    "start twice": ({"document_start": "a", "documents_by": "line"}, "cannot be combined with"),
     "suffix": ({"text_suffix": ("py",)}, "--text-suffix 'py': a suffix such as .py"),
     "valid": ({"valid_fraction": 0.0}, "--valid-fraction 0.0: a number between 0 and 1"),
     "test": ({"test_fraction": 1.5}, "--test-fraction 1.5: a number between 0 and 1"),
@@ -30,7 +30,7 @@ OPTIONS = {
     "no valid": ({"valid": ("no.txt",)}, "valid no.txt: no such file or folder"),
     "large": ({"vocab_size": 9000}, r"--vocab-size 9000: the training text supports at most \d+"),
     "small": ({"vocab_size": 261}, r"--vocab-size 261: .* need at least \d+; choose more"),
-    "tiny": ({"vocab_size": 260}, "--vocab-size 260: choose more than 260: the 256 bytes"),
+    "tiny": ({"vocab_size": 260}, "--vocab-size 260: choose more than 260: 256 bytes"),
 }
 
 
@@ -51,7 +51,7 @@ def test_options(tmp_path, folder, quiet, case):
 def test_vocab_size_with_a_given_tokenizer(tmp_path, folder, quiet, trained):
     options = options_for(tmp_path, folder)
     given = {**vars(options), "sentencepiece_model": str(trained / "sentencepiece.model")}
-    with pytest.raises(OptionError, match="--vocab-size 400: only for a tokenizer that is trained"):
+    with pytest.raises(OptionError, match="--vocab-size 400: only valid if a tokenizer is trained"):
         prepare(type(options)(**given), quiet)
 
 
@@ -66,16 +66,16 @@ def test_the_vocab_size_that_is_named_works(tmp_path, folder, quiet, size):
 
 INPUTS = {
     "missing": ({}, "INPUT .*given: no such file or folder"),
-    "empty folder": ({"given": None}, r"no files in it; .jsonl, .parquet, .txt files are read"),
+    "empty folder": ({"given": None}, r"contains no files; supported are .jsonl, .parquet, .txt"),
     "suffixes": ({"given/a.py": "x", "given/b.py": "x", "given/README": "x"},
-                 r"holds 2 .py, 1 without suffix; .* --text-suffix .py reads those"),
-    "hidden": ({"given/.a.txt": "x", "given/.git/b.txt": "x"}, "no files in it"),
+                 r"contains 2 .py, 1 without suffix; .* --text-suffix .py reads them"),
+    "hidden": ({"given/.a.txt": "x", "given/.git/b.txt": "x"}, "contains no files"),
     "prepared": ({"given/DATA/dict.txt": "x", "given/DATA/DATA_CARD.json": "{}"},
-                 "no files in it"),
-    "no text": ({"given/a.txt": "", "given/b.txt": " \n\n"}, "INPUT .*given: holds no text"),
-    "one document": ({"given/a.txt": "a b c"}, r"too few different documents \(1\) to fill train, "
+                 "contains no files"),
+    "no text": ({"given/a.txt": "", "given/b.txt": " \n\n"}, "INPUT .*given: contains no text"),
+    "one document": ({"given/a.txt": "a b c"}, r"too few distinct documents \(1\) for train, "
                      "valid, test; --documents-by blank-line"),
-    "one text": ({f"given/{n}.txt": "all the same" for n in range(9)}, "too few different"),
+    "one text": ({f"given/{n}.txt": "all the same" for n in range(9)}, "too few distinct"),
     "no field": ({"given/a.jsonl": json.dumps({"body": "x"})}, "--text-field text: no such field"),
 }
 
@@ -95,16 +95,17 @@ def test_inputs(tmp_path, quiet, case):
 
 def test_a_file_of_another_kind(tmp_path, quiet):
     (tmp_path / "a.gz").write_text("x")
-    refuse(tmp_path, quiet, r"a.gz: holds 1 .gz; .*--text-suffix .gz", tmp_path / "a.gz")
+    refuse(tmp_path, quiet, r"a.gz: contains 1 .gz; .*--text-suffix .gz", tmp_path / "a.gz")
 
 
 def test_held_out_files(tmp_path, folder, quiet):
     every = tuple(str(path) for path in sorted(folder.iterdir()))
-    refuse(tmp_path, quiet, "none is left to train on", folder, valid=every)
-    refuse(tmp_path, quiet, "the same file is given by --valid", folder, valid=every[:1],
+    refuse(tmp_path, quiet, "none is left for training", folder, valid=every)
+    refuse(tmp_path, quiet, "the same file is given to --valid", folder, valid=every[:1],
            test=every[:1])
     (folder / "zz.txt").write_text("\n")
-    refuse(tmp_path, quiet, "test .*zz.txt: holds no text", folder, test=(str(folder / "zz.txt"),))
+    refuse(tmp_path, quiet, "test .*zz.txt: contains no text", folder,
+           test=(str(folder / "zz.txt"),))
 
 
 def test_a_fraction_that_takes_nothing_of_many(tmp_path, quiet):
@@ -120,6 +121,6 @@ def test_out_that_is_not_ours(tmp_path, folder, quiet):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        refuse(tmp_path, quiet, "is not empty, and evomoe prepare did not write it", folder,
+        refuse(tmp_path, quiet, "is not empty, and was not written by evomoe prepare", folder,
                out=str(tmp_path / "full"), overwrite=overwrite)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"

@@ -6,11 +6,11 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 
 BAD_DICTIONARIES = [
-    (b"the 10\nof\n", "is no dictionary of fairseq: Incorrect dictionary format"),
-    (b"the 10\nof many\n", "is no dictionary of fairseq: Incorrect dictionary format"),
-    (b"the 10\nof 5\nthe 3\n", "is no dictionary of fairseq: Duplicate word found when loading "
+    (b"the 10\nof\n", "is not a fairseq dictionary: Incorrect dictionary format"),
+    (b"the 10\nof many\n", "is not a fairseq dictionary: Incorrect dictionary format"),
+    (b"the 10\nof 5\nthe 3\n", "is not a fairseq dictionary: Duplicate word found when loading "
                                "Dictionary: 'the'"),
-    (b"caf\xe9 10\n", "is no dictionary of fairseq: it is not UTF-8"),
+    (b"caf\xe9 10\n", "is not a fairseq dictionary: it is not UTF-8"),
 ]
 
 
@@ -29,5 +29,5 @@ def test_what_fairseq_reads_is_read(tmp_path):
     path.write_text("the 10\n\u2581of 5\nthe 3 #fairseq:overwrite\n")
     dictionary = load_dictionary("data", str(path))
     assert (len(dictionary), dictionary.count[dictionary.index("the")]) == (7, 3)
-    with pytest.raises(OptionError, match="there is no such file"):
+    with pytest.raises(OptionError, match="no such file"):
         load_dictionary("data", tmp_path)

@@ -47,10 +47,10 @@ def test_the_dictionary_is_ordered_by_frequency_in_training(make, tmp_path):
     make()
     prepared = PreparedText(tmp_path / "out")
     counts = np.bincount(np.concatenate(list(prepared.items("train"))), minlength=400)
-    symbols = prepared.dictionary.symbols[4:]
+    tokens = prepared.dictionary.symbols[4:]
     assert prepared.dictionary.count[4:] == counts[4:].tolist()
-    order = sorted(zip(-counts[4:], symbols, strict=True))
-    assert symbols == [symbol for _, symbol in order]
+    order = sorted(zip(-counts[4:], tokens, strict=True))
+    assert tokens == [token for _, token in order]
 
 
 def test_the_language_modeling_task_reads_it(make, tmp_path):
@@ -131,7 +131,7 @@ def test_gpt2_bpe(make, folder, tmp_path, gpt2_files, caplog):
     assert card.tokenizer["flags"][:2] == ["--bpe", "gpt2"]
     assert len(prepared.dictionary) % 8 == 0
     assert {str(number) for number in range(260)} <= set(prepared.dictionary.symbols)
-    assert "not the files that GPT-2 was published with" in caplog.text
+    assert "not the published files of GPT-2" in caplog.text
 
 
 def test_a_given_sentencepiece_model(make, trained, tmp_path):
@@ -155,7 +155,7 @@ def test_unknown_tokens_are_counted_and_told(make, tmp_path, log):
     assert "warning: 1 tokens are unknown" in log.getvalue()
 
 
-def test_the_card_tells_all(make, folder, tmp_path):
+def test_the_card_records_everything(make, folder, tmp_path):
     (folder / "empty.txt").write_text(" \n")
     card = make(source="Made up. Public domain.")
     out = tmp_path / "out"
@@ -167,7 +167,7 @@ def test_the_card_tells_all(make, folder, tmp_path):
     text = (out / CARD_TEXT).read_text()
     for part in ("Made up. Public domain.", "--sentencepiece-model DATA/sentencepiece.model",
                  f"{card.splits['train']['tokens']:,}", card.files["train.bin"]["sha256"],
-                 "Decoding gives exactly the text back."):
+                 "Decoding restores the text exactly."):
         assert part in text
     assert str(tmp_path) not in (out / CARD).read_text()
 

@@ -98,7 +98,7 @@ UNREADABLE = {
     "jsonl value": ("a.jsonl", b"[1]", "no such field in line 1 of .*it has none"),
     "jsonl field": ("a.jsonl", b'{"body": "a", "id": 1}',
                     "--text-field text: no such field in line 1 of .*its fields are body, id"),
-    "jsonl type": ("a.jsonl", b'{"text": 5}', "--text-field text: holds a int in line 1"),
+    "jsonl type": ("a.jsonl", b'{"text": 5}', "--text-field text: is a int in line 1"),
     "surrogate": ("a.jsonl", b'{"text": "\\ud800"}', "line 1: character 0 .* lone surrogate"),
     "parquet": ("a.parquet", b"PAR1 it is not", "cannot be read as Parquet"),
     "empty parquet": ("a.parquet", b"", "cannot be read as Parquet"),
@@ -123,7 +123,7 @@ def test_offset_beyond_the_first_block(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "kind", "message"), [
-    ([1, 2], pa.int64(), "--text-field text: holds int64 in .*a.parquet"),
+    ([1, 2], pa.int64(), "--text-field text: is int64 in .*a.parquet"),
     ([b"a", b"\xff"], pa.binary(), "a.parquet row 2: byte 0xff at offset 0 is not UTF-8"),
 ])
 def test_parquet_columns_that_are_no_text(tmp_path, rows, kind, message):

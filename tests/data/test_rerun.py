@@ -1,4 +1,4 @@
-"""Running again: already prepared, made otherwise, interrupted, killed, out of space."""
+"""Running again: already prepared, other options, interrupted, killed, out of space."""
 
 import contextlib
 import errno
@@ -57,13 +57,13 @@ CHANGES = {
     "text": (change_text, {}, "text/03.txt has changed"),
     "same size": (change_as_much, {}, "text/03.txt has changed"),
     "missing": (lambda folder: (folder / "07.txt").unlink(), {}, "text/07.txt is missing"),
-    "more": (lambda folder: (folder / "zz.txt").write_text("x"), {}, "there were 25 files, and "
+    "more": (lambda folder: (folder / "zz.txt").write_text("x"), {}, "there were 25 files, "
              "now there are 26"),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_refuses_what_was_made_otherwise_and_replaces_it_on_demand(make, folder, tmp_path, case):
+def test_refuses_other_options_and_overwrites_on_demand(make, folder, tmp_path, case):
     change, given, message = CHANGES[case]
     make()
     before = contents(tmp_path / "out")
@@ -100,7 +100,7 @@ def test_a_damaged_set_is_not_taken_for_prepared(make, tmp_path):
     make()
     with open(tmp_path / "out" / "train.bin", "ab") as stream:
         stream.write(b"x")
-    with pytest.raises(OptionError, match="train.bin there is not what the data card says"):
+    with pytest.raises(OptionError, match="train.bin does not match the data card"):
         make()
     make(overwrite=True)
     make()
@@ -137,7 +137,7 @@ def test_interrupted_it_goes_on_to_the_same_result(
     assert stray(tmp_path) == ([".again.preparing"] if kept else [])
     assert not multiprocessing.active_children()
     prepare(options, Progress(log))
-    assert ("continuing a run" in log.getvalue()) == kept
+    assert ("continuing an interrupted run" in log.getvalue()) == kept
     assert contents(out) == expected
     assert stray(tmp_path) == ["again"]
 

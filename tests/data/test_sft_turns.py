@@ -1,4 +1,4 @@
-"""Lines become text to read and text to learn."""
+"""Lines become context and targets."""
 
 import json
 
@@ -17,7 +17,7 @@ def turns(tmp_path):
         path.write_text(json.dumps(record) + "\n")
         [(number, found)] = read_turns(path, Templates(**templates))
         assert number == 1
-        return [(turn.text, turn.learned) for turn in found]
+        return [(turn.text, turn.is_target) for turn in found]
 
     return read
 
@@ -46,7 +46,7 @@ def test_chat_reads_all_but_the_assistant(turns):
         ("User: Bye? Assistant:", False), (" Bye.", True)]
 
 
-def test_two_answers_in_a_row_end_both(turns):
+def test_two_responses_in_a_row_end_both(turns):
     found = turns(chat(("user", "Hi."), ("assistant", "One."), ("assistant", "Two.")),
                   assistant="{}")
     assert found == [("User: Hi. ", False), ("One.", True), ("Two.", True)]
@@ -63,11 +63,12 @@ BAD = {
     "response null": ('{"prompt": "a", "response": null}', "response is not a text but null"),
     "empty response": ('{"prompt": "a", "response": ""}', "response is empty"),
     "blank response": ('{"prompt": "a", "response": " \\n"}', "response is empty"),
-    "half a character": ('{"prompt": "\\ud83d", "response": "a"}', "prompt holds half of a surr"),
+    "half a character": ('{"prompt": "\\ud83d", "response": "a"}', "prompt contains a lone surr"),
     "both kinds": ('{"prompt": "a", "response": "b", "messages": []}', "has messages and a prompt"),
     "messages not a list": ('{"messages": {}}', "messages is not a list but an object"),
-    "no messages": ('{"messages": []}', "has no message of the assistant"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "has no message of the ass"),
+    "no messages": ('{"messages": []}', "has no assistant message"),
+    "no assistant message": (
+        '{"messages": [{"role": "user", "content": "a"}]}', "has no assistant message"),
     "message not an object": ('{"messages": ["hi"]}', "message 1 is not an object but a text"),
     "no role": ('{"messages": [{"content": "a"}]}', "has no role of message 1"),
     "no content": ('{"messages": [{"role": "user"}]}', "has no content of message 1"),
@@ -75,9 +76,10 @@ BAD = {
                      "role 'tool' of message 1 is none of: system, user, assistant"),
     "content a list": ('{"messages": [{"role": "user", "content": []}]}',
                        "content of message 1 is not a text but a list"),
-    "empty answer": ('{"messages": [{"role": "user", "content": "a"}, '
-                     '{"role": "assistant", "content": ""}]}', "content of message 2 is empty"),
-    "deeply nested": ("[" * 100_000, "is not JSON that can be read (nested too deeply)"),
+    "empty assistant message": (
+        '{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": ""}]}', "content of message 2 is empty"),
+    "deeply nested": ("[" * 100_000, "is nested too deeply"),
 }
 GOOD = '{"prompt": "a", "response": "b"}\n'
 
@@ -115,5 +117,5 @@ def test_the_last_line_needs_no_end(tmp_path):
 
 @pytest.mark.parametrize("template", ["no place", "{} and {}", ""])
 def test_a_template_has_one_place(template):
-    with pytest.raises(OptionError, match="--user-template .*: give a text with {} once"):
+    with pytest.raises(OptionError, match="--user-template .*: give a text that contains {} once"):
         Templates(user=template).validate()

@@ -28,7 +28,7 @@ def gpt2(gpt2_files):
 def test_sentencepiece_is_exact(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(tokenizer.symbols[i] is not None for i in ids)
+    assert all(tokenizer.tokens[i] is not None for i in ids)
 
 
 def test_odd_text(tokenizer, gpt2):
@@ -57,18 +57,18 @@ def test_lines_encoded_apart_are_as_encoded_together(trained, tokenizer, text):
     assert tokenizer.encode(text) == whole.encode(text)
 
 
-def test_symbols_suit_fairseq(tokenizer):
-    """No symbol is divided or altered by fairseq's dictionary file and line tokenizer."""
+def test_tokens_suit_fairseq(tokenizer):
+    """No token is divided or altered by fairseq's dictionary file and line tokenizer."""
     from fairseq.data import Dictionary
     from fairseq.tokenizer import tokenize_line
 
-    symbols = [symbol for symbol in tokenizer.symbols if symbol is not None]
-    assert len(set(symbols)) == len(symbols) == len(tokenizer.symbols) - 1
-    assert tokenize_line(" ".join(symbols)) == symbols
-    assert not {"<s>", "<pad>", "</s>", "<unk>"} & set(symbols)
+    tokens = [token for token in tokenizer.tokens if token is not None]
+    assert len(set(tokens)) == len(tokens) == len(tokenizer.tokens) - 1
+    assert tokenize_line(" ".join(tokens)) == tokens
+    assert not {"<s>", "<pad>", "</s>", "<unk>"} & set(tokens)
     dictionary, copy, file = Dictionary(), Dictionary(), io.StringIO()
-    for symbol in symbols:
-        dictionary.add_symbol(symbol)
+    for token in tokens:
+        dictionary.add_symbol(token)
     dictionary.save(file)
     file.seek(0)
     copy.add_from_file(file)
@@ -77,11 +77,11 @@ def test_symbols_suit_fairseq(tokenizer):
 
 def test_code_keeps_indentation_in_few_tokens(tokenizer):
     text = "\n    abc\n        abc\n"
-    assert "".join(tokenizer.symbols[i] for i in tokenizer.encode(text)) == (
+    assert "".join(tokenizer.tokens[i] for i in tokenizer.encode(text)) == (
         f"<0x0A>{SPACE * 4}abc<0x0A>{SPACE * 8}abc<0x0A>"
     )
-    assert any(symbol and set(symbol) == {SPACE} and len(symbol) > 1
-               for symbol in tokenizer.symbols)
+    assert any(token and set(token) == {SPACE} and len(token) > 1
+               for token in tokenizer.tokens)
 
 
 @pytest.mark.parametrize("text", ["abc de  f", " a<s>é😀", "x" * 50])
@@ -93,11 +93,11 @@ def test_fairseq_encodes_a_line_alike(trained, tokenizer, gpt2, gpt2_files, text
         sentencepiece_model=str(trained / "sentencepiece.model"),
         sentencepiece_enable_sampling=False, sentencepiece_alpha=None,
     ))
-    assert stock.encode(text).split(" ") == [tokenizer.symbols[i] for i in tokenizer.encode(text)]
+    assert stock.encode(text).split(" ") == [tokenizer.tokens[i] for i in tokenizer.encode(text)]
     stock = GPT2BPE(SimpleNamespace(gpt2_encoder_json=gpt2_files[0], gpt2_vocab_bpe=gpt2_files[1]))
-    symbols = [gpt2.symbols[i] for i in gpt2.encode(text)]
-    assert stock.encode(text).split(" ") == symbols
-    assert stock.decode(" ".join(symbols)) == text
+    tokens = [gpt2.tokens[i] for i in gpt2.encode(text)]
+    assert stock.encode(text).split(" ") == tokens
+    assert stock.decode(" ".join(tokens)) == text
 
 
 def model(tmp_path, **given):
@@ -133,20 +133,20 @@ def test_a_given_model_encodes_as_it_always_does(tmp_path, given):
 
 def test_whitespace_in_a_given_piece_is_spelt_as_bytes(tmp_path):
     path = model(tmp_path, user_defined_symbols=["\n", "a\u3000"])
-    symbols = SentencePieceTokenizer(path).symbols
-    assert {"<0x0A>", "a<0xE3><0x80><0x80>"} <= set(symbols)
-    assert not any(c.isspace() for symbol in symbols if symbol for c in symbol)
+    tokens = SentencePieceTokenizer(path).tokens
+    assert {"<0x0A>", "a<0xE3><0x80><0x80>"} <= set(tokens)
+    assert not any(c.isspace() for token in tokens if token for c in token)
 
 
-def test_a_given_model_may_hold_control_symbols_of_fairseq(tmp_path):
-    symbols = SentencePieceTokenizer(model(tmp_path, pad_id=3)).symbols
-    assert symbols[:4] == [None] * 4
+def test_a_given_model_may_hold_control_tokens_of_fairseq(tmp_path):
+    tokens = SentencePieceTokenizer(model(tmp_path, pad_id=3)).tokens
+    assert tokens[:4] == [None] * 4
 
 
 UNFIT = {
     "no model": (lambda path: path.write_text("no"), "not a SentencePiece model"),
     "reserved": (lambda path: model(path.parent, user_defined_symbols=["<pad>"]).rename(path),
-                 "its piece '<pad>' can stand for text"),
+                 "its piece '<pad>' encodes text"),
     "twins": (lambda path: model(path.parent, byte_fallback=True, vocab_size=400,
                                  user_defined_symbols=["\n"]).rename(path),
               "two of its pieces would be written '<0x0A>'"),

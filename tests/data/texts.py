@@ -37,7 +37,7 @@ class PreparedText:
         self.folder = str(folder)
         self.dictionary = Dictionary.load(f"{folder}/dict.txt")
         self.tokenizer = load_tokenizer(folder)
-        self.ids = {symbol: i for i, symbol in enumerate(self.tokenizer.symbols)}
+        self.ids = {token: i for i, token in enumerate(self.tokenizer.tokens)}
         self.read = data_utils.load_indexed_dataset
 
     def items(self, split):
@@ -45,13 +45,13 @@ class PreparedText:
 
     def documents(self, split):
         """The text of every document, decoded."""
-        texts, symbols = [], []
+        texts, tokens = [], []
         for item in self.items(split):
             for row in item.tolist():
                 if row == self.dictionary.eos():
-                    texts.append(self.tokenizer.decode([self.ids[s] for s in symbols]))
-                    symbols = []
+                    texts.append(self.tokenizer.decode([self.ids[s] for s in tokens]))
+                    tokens = []
                 else:
-                    symbols.append(self.dictionary[row])
-        assert not symbols, "the last document has no end"
+                    tokens.append(self.dictionary[row])
+        assert not tokens, "the last document has no end"
         return texts

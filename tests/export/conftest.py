@@ -1,4 +1,4 @@
-"""Tiny models of every gate, exported, and transformers, which loads them."""
+"""Tiny models of every gate, exported and loaded in transformers."""
 
 import importlib
 import types
@@ -26,7 +26,7 @@ def transformers():
 
 @pytest.fixture
 def words(tmp_path):
-    """A folder with the dictionary of 36 words alone."""
+    """A folder with only a dictionary of 36 words."""
     folder = tmp_path / "data"
     folder.mkdir()
     dictionary = Dictionary()
@@ -38,7 +38,7 @@ def words(tmp_path):
 
 @pytest.fixture
 def make_trained(words, make_config):  # noqa: F811
-    """A tiny model in evaluation, at a number of updates, as `load_trained_model` gives it."""
+    """A tiny model in evaluation mode after some updates, as `load_trained_model` returns it."""
 
     def make(updates=0, arch="transformer_lm_gpttiny_moe", start="</s>", **given):
         dictionary = Dictionary.load(str(words / "dict.txt"))

@@ -1,4 +1,4 @@
-"""Logits of the exported model equal ours, for every gate at every state of its training."""
+"""Logits of the exported model equal ours, for every gate in every training state."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_layers_that_route_differently_are_refused(make_trained, exported):
 ], ids=label)
 @torch.no_grad()
 def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
-    """Where the scores of the picks are 0 in fp32, their weights still sum to 1."""
+    """Where the scores of selected experts are 0 in fp32, their weights still sum to 1."""
     trained = make_trained(**given)
     lowest = []
     for layer in trained.model.decoder.moe_layers:

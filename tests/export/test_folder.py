@@ -1,4 +1,4 @@
-"""The exported folder: in a process without our package, its tokenizers, and how it is written."""
+"""The exported folder: loading without this package, tokenizers, and atomic writing."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_in_a_process_that_cannot_import_us(make_trained, tmp_path, gate):
 
 
 def with_data(trained, folder):
-    """The same model as if it had the folder's dictionary; its tokenizer is what is tested."""
+    """The same model with the folder's dictionary, to test its tokenizer."""
     from fairseq.data import Dictionary
 
     dictionary = Dictionary.load(str(folder / "dict.txt"))
@@ -123,7 +123,7 @@ def test_whole_or_not_at_all(make_trained, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder_module, "write_tokenizer", fail)
-    with pytest.raises(RunFailed, match="No space left on device; nothing is left there"):
+    with pytest.raises(RunFailed, match="No space left on device; partial output is removed"):
         export(make_trained(), str(tmp_path / "exported"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
 

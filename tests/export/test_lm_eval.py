@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness does with a causal model, and the harness itself where it is."""
+"""The calls of lm-evaluation-harness for a causal model, and the harness itself if installed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prompts are continued alike in any batch, at a cost that follows the routed pairs."""
+"""Results do not depend on the batch; the cost follows the routed pairs."""
 
 import math
 
@@ -25,7 +25,7 @@ WAYS = {
 
 
 def prompts():
-    """Nine of different lengths, an empty one among them."""
+    """Nine prompts of different lengths, one of them empty."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(4, 40, (n,), generator=generator).tolist()
             for n in (5, 1, 9, 0, 3, 3, 14, 2, 7)]
@@ -53,7 +53,7 @@ def test_the_same_tokens_at_any_batch_size(make_trained, gate, way):  # noqa: F8
 
 @torch.no_grad()
 def best_next(model, rows):
-    """The most probable token that may follow, by a forward pass over all of them."""
+    """The most probable allowed token, by a forward pass over all tokens."""
     logits = model(torch.tensor([[EOS, *rows]]))[0][0, -1]
     logits[[BOS, PAD, UNK]] = -math.inf
     return int(logits.argmax())
@@ -134,7 +134,7 @@ def test_the_length_of_the_model_ends_a_text(make_trained):  # noqa: F811
 
 
 def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
-    """And not the length: what is cached is not computed again, but for attention to it."""
+    """Cached positions are not computed again, except for attention to them."""
     costs = {}
     for gate in ("reached", "top1", "dense"):
         trained = make_trained(20, moe_gate="dense_to_sparse", moe_eval_gate=gate,
@@ -157,8 +157,8 @@ def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
 BAD = [
     ({"max_new_tokens": 0}, "--max-new-tokens 0: give 1 or more"),
     ({"beam": 0}, "--beam 0: give 1 or more"),
-    ({"beam": 20}, "--beam 20: the dictionary has 40 entries: give at most 19"),
-    ({"beam": 2, "top_p": 0.5}, "--beam 2: beam search draws nothing"),
+    ({"beam": 20}, "--beam 20: the dictionary has 40 tokens: give at most 19"),
+    ({"beam": 2, "top_p": 0.5}, "--beam 2: beam search does not sample"),
     ({"temperature": 0.0}, "--temperature 0.0: give a number above 0"),
     ({"temperature": math.nan}, "--temperature nan"),
     ({"top_p": 1.5}, "--top-p 1.5: it is a probability"),
@@ -175,14 +175,14 @@ def test_bad_options(make_trained, given, message):  # noqa: F811
 
 
 def test_a_prompt_that_ends_a_text(make_trained):  # noqa: F811
-    with pytest.raises(OptionError, match=r"--prompt \(number 1\): holds </s>, which ends a text"):
+    with pytest.raises(OptionError, match=r"--prompt \(number 1\): contains </s>, which ends"):
         generate(make_trained(), [[5, EOS, 6]], GenerationOptions())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beam": 2}])
-def test_nan_is_said(make_trained, options):  # noqa: F811
+def test_nan_is_reported(make_trained, options):  # noqa: F811
     trained = make_trained()
     with torch.no_grad():
         trained.model.decoder.layer_norm.bias.fill_(math.nan)
-    with pytest.raises(RunFailed, match="the model's output is NaN"):
+    with pytest.raises(RunFailed, match="the model's output is NaN/Inf"):
         generate(trained, [[5]], GenerationOptions(**options))

@@ -1,4 +1,4 @@
-"""Lines as fairseq logs them."""
+"""Lines of fairseq's log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def interval(update: int, **values: object) -> str:
 
 
 def diversified(interval_of: int = 10) -> TrainingLog:
-    """EvoMoE's both phases: one expert, 8 spawned after update 30, hard top-1 from 70 on; the last
+    """Both phases of EvoMoE: one expert, 8 spawned after update 30, hard top-1 from 70; the last
     update is 100."""
     experts = [1] * 30 + [8] * 20 + [4] * 20 + [1] * 30
     active = [1] * 30 + [None] * 70
@@ -42,7 +42,7 @@ def _mean(values: list[float]) -> float:
 
 
 def evolution() -> TrainingLog:
-    """From 8 experts to 1 in 100 updates, logged each 10; hard from update 60 on."""
+    """From 8 experts to 1 in 100 updates, logged every 10; hard from update 60."""
     experts = [8, 8, 7.9, 5, 3, 1.5, 1, 1, 1, 1]
     temperatures = [2, 1.5, 1, 0.6, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]
     return parse_log(

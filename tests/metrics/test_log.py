@@ -1,4 +1,4 @@
-"""Logs are read whatever else they hold."""
+"""Logs are parsed whatever else they contain."""
 
 import pytest
 
@@ -31,12 +31,12 @@ def test_values_that_are_no_numbers_are_left_out():
 
 
 def test_a_bare_log_file_reads_like_what_was_printed():
-    """--log-file has the objects alone, each epoch's twice as often as the one's before."""
+    """--log-file has only the JSON objects, each epoch's twice as often as the previous one's."""
     bare = [text[text.index("{"):] for text in (interval(10, loss=9), interval(20, loss=8))]
     assert losses(parse_log([bare[0], bare[1], bare[1]])) == {10: 9.0, 20: 8.0}
 
 
-def test_summaries_are_told_by_the_name_before_their_metrics():
+def test_summaries_are_identified_by_their_prefix():
     log = parse_log([
         interval(10, loss=9), line("valid", num_updates="10", loss="8.5"),
         line("valid1", num_updates="10", loss="8.7"), line("train", num_updates="10", loss="9.1"),

@@ -1,4 +1,4 @@
-"""The dense start, the sparse end, and when one became the other."""
+"""Dense start, sparse end, and the updates in between where routing changes."""
 
 import pytest
 
@@ -68,13 +68,13 @@ def test_a_spawn_within_an_interval():
     {"experts_per_token": 1}, {"experts_per_token": 1, "active_experts": 1},
     {"experts_per_token": 2, "active_experts": 4}])
 def test_without_a_spawn_the_start_is_the_dense_one(logged):
-    """Hard routing; experts that still wait; a changing number of them."""
+    """Hard routing; inactive experts; a changing number of experts."""
     log = parse_log([interval(10 * i, **logged) for i in range(1, 4)])
     assert spawn_update(log) is None and one_expert_start(log) is None
     assert dense_start(log).first_update == 1
 
 
-def test_a_spawn_with_hard_routing_is_told_by_the_experts_in_use():
+def test_a_spawn_with_hard_routing_is_found_by_active_experts():
     before = [interval(10 * i, experts_per_token=1, active_experts=1) for i in (1, 2)]
     log = parse_log(before + [interval(10 * i, experts_per_token=1) for i in (3, 4)])
     assert spawn_update(log) == 20 and top1_start(log) is None

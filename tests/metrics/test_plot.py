@@ -1,4 +1,4 @@
-"""The picture: what is drawn, and what is refused."""
+"""The plot: panels, marks and rejected options."""
 
 import argparse
 import builtins
@@ -18,7 +18,7 @@ from tests.metrics.logs import diversified, evolution, interval  # noqa: E402
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, in order."""
+    """The saved figures, in order."""
     saved = []
     upstream = picture._save
     monkeypatch.setattr(
@@ -27,7 +27,7 @@ def figures(monkeypatch):
 
 
 def drawn(figure):
-    """Label of the y axis -> the points of the first line that is drawn there."""
+    """Label of the y axis -> points of the first line."""
     return {axes.get_ylabel(): axes.lines[0].get_xydata().tolist() if axes.lines else None
             for axes in figure.axes}
 
@@ -38,21 +38,21 @@ def test_all_that_is_logged_is_drawn(tmp_path, figures):
     assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
     panels = drawn(figures[0])
     assert panels["loss (bits per token)"][:2] == [[10, 8.0], [20, 7.6]]
-    assert panels["temperature of the gate"][-1] == [100, 0.1]
+    assert panels["gate temperature"][-1] == [100, 0.1]
     assert panels["experts per token"][3] == [40, 5.0]
     assert panels["time per update (seconds)"][0] == [10, pytest.approx(0.85)]
     assert "perplexity" in panels
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["training", "training, smoothed", "valid"]
     notes = {text.get_text() for axes in figures[0].axes for text in axes.texts}
-    assert notes == {"annealing ends, top-1 from here"}
+    assert notes == {"annealing ends, top-1 starts"}
 
 
 def test_the_spawn_is_marked(tmp_path, figures):
     picture.plot([diversified()], tmp_path / "run.png")
     notes = {text.get_text(): text.xy[0] for axes in figures[0].axes for text in axes.texts}
-    assert notes == {"experts spawned": 30, "annealing ends, top-1 from here": 70}
-    assert drawn(figures[0])["temperature of the gate"][0] == [40, 2.0]
+    assert notes == {"experts spawned": 30, "annealing ends, top-1 starts": 70}
+    assert drawn(figures[0])["gate temperature"][0] == [40, 2.0]
 
 
 def test_perplexity_stands_at_its_loss(tmp_path, figures):
@@ -67,7 +67,7 @@ def test_panels_without_metrics_are_left_out(tmp_path, figures):
     assert set(drawn(figures[0])) == {"loss (bits per token)", "perplexity"}
 
 
-def test_runs_are_told_apart(tmp_path, figures):
+def test_runs_are_labelled(tmp_path, figures):
     one, other = evolution(), evolution()
     one.name, other.name = "first", "second"
     picture.plot([one, other], tmp_path / "runs.png")
@@ -80,16 +80,16 @@ def test_smoothing_starts_at_the_first_value():
     assert smooth([4.0, 2.0, 3.0], 0) == [4.0, 2.0, 3.0]
 
 
-def test_smoothing_passes_over_what_is_not_finite():
+def test_smoothing_skips_nan_and_inf():
     averages = smooth([4.0, math.nan, 2.0], 0.5)
     assert math.isnan(averages[1]) and averages[2] == pytest.approx(smooth([4.0, 2.0], 0.5)[1])
 
 
 @pytest.mark.parametrize(("out", "reason"), [
-    ("run.bmp", r"end it in one of: .*\.png"), ("run", "end it in one of"),
-    ("nowhere/run.png", "there is no folder"),
+    ("run.bmp", r"use a suffix among .*\.png"), ("run", "use a suffix among"),
+    ("nowhere/run.png", "no such folder"),
 ])
-def test_a_picture_that_cannot_be_written_is_refused(tmp_path, out, reason):
+def test_a_plot_that_cannot_be_written_is_rejected(tmp_path, out, reason):
     with pytest.raises(OptionError, match=reason):
         picture.plot([evolution()], tmp_path / out)
     assert not list(tmp_path.iterdir())
@@ -108,7 +108,7 @@ def test_smoothing_out_of_range_is_refused(tmp_path, smoothing):
         picture.plot([evolution()], tmp_path / "run.png", smoothing)
 
 
-def test_without_matplotlib_the_remedy_is_told(tmp_path, monkeypatch):
+def test_without_matplotlib_the_remedy_is_reported(tmp_path, monkeypatch):
     upstream = builtins.__import__
 
     def without(name, *args, **kwargs):

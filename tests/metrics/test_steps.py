@@ -1,4 +1,4 @@
-"""Time per update, from two clocks that each tell half of the truth."""
+"""Time per update, from two clocks of limited accuracy."""
 
 import pytest
 

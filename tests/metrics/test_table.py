@@ -1,4 +1,4 @@
-"""The closing table says what the log says."""
+"""The summary tables match the log."""
 
 import io
 

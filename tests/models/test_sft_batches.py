@@ -9,7 +9,7 @@ from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from evomoe_plugin.data.sft_dataset import SFTDataset
 from evomoe_plugin.data.sft_examples import Example
 
-# (tokens of the prompt, tokens of the answer), an earlier answer in the last one.
+# (tokens of the prompt, tokens of the response), an earlier response in the last one.
 SHAPES = ((3, 2), (1, 7), (6, 3), (2, 4))
 
 
@@ -17,9 +17,9 @@ SHAPES = ((3, 2), (1, 7), (6, 3), (2, 4))
 def examples():
     draw = np.random.default_rng(3)
     made = []
-    for prompt, answer in SHAPES:
-        answers = np.array([0] * prompt + [1] * answer, dtype=np.int32)
-        made.append(Example(draw.integers(4, 40, len(answers)).astype(np.int32), answers))
+    for prompt, response in SHAPES:
+        responses = np.array([0] * prompt + [1] * response, dtype=np.int32)
+        made.append(Example(draw.integers(4, 40, len(responses)).astype(np.int32), responses))
     made.append(Example(draw.integers(4, 40, 8).astype(np.int32),
                         np.array([0, 1, 1, 0, 0, 2, 2, 2], dtype=np.int32)))
     return made
@@ -47,11 +47,11 @@ def test_dcmoe_balance_loss_with_weights(make_model, task, examples, packed):
     """C * sum_c (P_c / sum P) (f_c / sum f), P and f means over tokens weighed 1, W and 0."""
     model = make_model(moe_gate="top_p", moe_null_experts=1, moe_aux="switch=1").double()
     made = choices(model)
-    sample = batch(examples, task, answer_weight=10.0, row_size=16 if packed else None)
+    sample = batch(examples, task, response_weight=10.0, row_size=16 if packed else None)
     weights = sample["net_input"]["token_weights"]
     assert set(weights.unique().tolist()) == {0.0, 1.0, 10.0}
     assert (weights == 10).sum() == sum(
-        (example.answers[:-1] > 0).sum() for example in examples)
+        (example.responses[:-1] > 0).sum() for example in examples)
     sample["net_input"]["token_weights"] = weights.double()
     _, extra = model(**sample["net_input"])
     w_T1 = weights.t().reshape(-1, 1).double()  # the layers are length-first
@@ -79,7 +79,7 @@ def gradients(model, criterion, samples):
 
 
 @pytest.mark.parametrize("gate", ["dense_to_sparse", "top_p"])
-def test_an_update_is_the_mean_over_answer_tokens_however_it_is_divided(
+def test_an_update_is_the_mean_over_response_tokens_however_it_is_divided(
     make_model, task, examples, gate
 ):
     model = make_model(moe_gate=gate).double()
@@ -96,13 +96,13 @@ def test_an_update_is_the_mean_over_answer_tokens_however_it_is_divided(
         assert loss == pytest.approx(whole[0], rel=1e-6), name
         for a, b in zip(grads, whole[1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7, msg=name)
-    # By hand: the mean negative log-likelihood of the tokens of answers.
+    # By hand: the mean negative log-likelihood of the tokens of responses.
     nll = []
     for example in examples:
         sample = batch([example], task)
         logp = model(**sample["net_input"])[0].log_softmax(-1)[0]
         nll += [-logp[i, token].item() for i, token in enumerate(example.tokens)
-                if example.answers[i]]
+                if example.responses[i]]
     assert whole[0] == pytest.approx(np.mean(nll), rel=1e-6)
 
 

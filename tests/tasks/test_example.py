@@ -50,7 +50,7 @@ def test_fairseq_understands_the_command_and_the_task_its_files(command, tmp_pat
     assert learned.startswith("<0x0A>def cube")
 
 
-def test_the_answers_are_python():
+def test_the_responses_are_python():
     for path in EXAMPLE.glob("*.jsonl"):
         for line in path.read_text().splitlines():
             compile(json.loads(line)["response"], path.name, "exec")

@@ -1,4 +1,4 @@
-"""Batches by hand: what is read, what is learned, what weighs how much."""
+"""Batches by hand: context, targets and token weights."""
 
 import logging
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ def test_the_response_and_its_end_are_learned(make_task):
     assert set(batch["net_input"]) == {"src_tokens", "src_lengths"}  # stock models take these
 
 
-def test_all_answers_of_a_chat_are_learned(make_task):
+def test_all_responses_of_a_chat_are_learned(make_task):
     task = make_task()
     task.load_dataset("train")
     batch = batch_of(task.dataset("train"), len(PAIRS))
@@ -74,15 +74,15 @@ def test_train_on_prompt_learns_all(load):
     assert batch["ntokens"] == int(batch["net_input"]["src_lengths"].sum())
 
 
-def test_tokens_of_answers_weigh_more(load):
+def test_tokens_of_responses_weigh_more(load):
     plain, weighted = load(), load(moe_aux_balance_weight=10.0)
     batch = batch_of(weighted, 0, 5)
     weights = batch["net_input"]["token_weights"]
     for row, index in enumerate((0, 5)):
-        answers = plain.examples[index].answers > 0
-        length = len(answers)
+        responses = plain.examples[index].responses > 0
+        length = len(responses)
         # The token that stands at a position is the target of the one before.
-        wanted = [1.0] + [10.0 if answer else 1.0 for answer in answers[:-1]]
+        wanted = [1.0] + [10.0 if response else 1.0 for response in responses[:-1]]
         assert weights[row, :length].tolist() == wanted
         assert (weights[row, length:] == 0).all()
     assert "token_weights" not in batch_of(plain, 0, 5)["net_input"]
@@ -110,7 +110,7 @@ def test_what_is_cut_and_dropped_is_logged(with_file, load, caplog):
     folder = with_file(lines(pair("ab", "c"), pair("abcdef", "a"), pair("d", "b")))
     with caplog.at_level(logging.INFO):
         dataset = load(folder, tokens_per_sample=4)
-    assert ("3 examples, 6 tokens of answers, 5 of prompts; 1 examples cut to 4 tokens, 0 dropped"
+    assert ("3 examples, 6 response tokens, 5 prompt tokens; 1 examples cut to 4 tokens, 0 dropped"
             in caplog.text)
     assert dataset.sizes.tolist() == [4, 4, 3]
     caplog.clear()
@@ -120,7 +120,7 @@ def test_what_is_cut_and_dropped_is_logged(with_file, load, caplog):
     assert "1 examples cut to 1 tokens, 1 dropped" in caplog.text
 
 
-def test_answers_are_scored_one_by_one(load, dictionary):
+def test_responses_are_scored_one_by_one(load, dictionary):
     dataset = load()
     divided = scoring_examples(dataset.examples)
     assert len(divided) == len(PAIRS) + 2
@@ -161,10 +161,10 @@ def shorter_dictionary(folder):
 BAD_FOLDERS = {
     "no dictionary": (without("dict.txt"), "has no dict.txt; give a folder with train.jsonl"),
     "no tokenizer": (without("sentencepiece.model"), r"has no tokenizer \(sentencepiece.model, or"),
-    "another dictionary": (shorter_dictionary, "dict.txt: has no '.+', which the tokenizer beside"),
+    "another dictionary": (shorter_dictionary, "dict.txt: has no '.+', which the tokenizer next"),
     "a foreign tokenizer": (lambda folder: (folder / "sentencepiece.model").write_text("x"),
                             "not a SentencePiece model"),
-    "no train.jsonl": (without("train.jsonl"), "has no train.jsonl; name the files of"),
+    "no train.jsonl": (without("train.jsonl"), "has no train.jsonl: each name in"),
     "a bad line": (lambda folder: (folder / "train.jsonl").write_text('{"prompt": 1}'),
                    "train.jsonl, line 1: prompt is not a text but a number"),
     "half of GPT-2's files": (
@@ -190,7 +190,7 @@ BAD_OPTIONS = {
     "weight": ({"moe_aux_balance_weight": -1.0}, "--moe-aux-balance-weight -1.0: give a weight"),
     "nan": ({"moe_aux_balance_weight": float("nan")}, "--moe-aux-balance-weight nan: give a we"),
     "bos": ({"add_bos_token": True}, "--add-bos-token True: examples begin with </s>"),
-    "template": ({"user_template": "User"}, "--user-template 'User': give a text with {} once"),
+    "template": ({"user_template": "User"}, "--user-template 'User': give a text that contains {}"),
 }
 
 
@@ -203,16 +203,16 @@ def test_bad_options(make_task, given, wrong):
 
 def test_a_length_that_leaves_nothing(with_file, load):
     folder = with_file(lines(pair("a b", " c")))
-    with pytest.raises(OptionError, match="--tokens-per-sample 1: leaves no answer of any example"):
+    with pytest.raises(OptionError, match="--tokens-per-sample 1: leaves no response token"):
         load(folder, tokens_per_sample=1)
 
 
 def test_no_context_window_and_no_prompt_too_long_for_the_model(make_task):
     task = make_task()
     task.load_dataset("train")
-    with pytest.raises(OptionError, match="--context-window 8: every answer is read with all"):
+    with pytest.raises(OptionError, match="--context-window 8: every response is scored"):
         task.eval_lm_dataloader(task.dataset("train"), context_window=8)
-    with pytest.raises(OptionError, match="has 58 tokens, and the model 40 positions"):
+    with pytest.raises(OptionError, match="has 58 tokens, the model 40 positions"):
         task.eval_lm_dataloader(task.dataset("train"), max_positions=40)
 
 
@@ -225,7 +225,7 @@ def test_a_stock_model_can_do_all_but_two_things(sft_folder, given):
     cfg = convert_namespace_to_omegaconf(args)
     task = LanguageModelingSFTTask.setup_task(cfg.task)
     if given:
-        with pytest.raises(OptionError, match="only the MoE architectures can do it"):
+        with pytest.raises(OptionError, match="only MoE architectures support it"):
             task.build_model(cfg.model)
         return
     task.load_dataset("train")
@@ -256,5 +256,5 @@ def test_generation_needs_a_prompt_a_row(make_task, option):
     task = make_task(**{option: True})
     task.load_dataset("train")
     flag = "--" + option.replace("_", "-")
-    with pytest.raises(OptionError, match=f"{flag} True: .*leave it out"):
+    with pytest.raises(OptionError, match=f"{flag} True: .*omit it"):
         task.inference_step(None, [], batch_of(task.dataset("train"), 0))
