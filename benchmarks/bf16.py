@@ -1,10 +1,10 @@
-"""Does a run whose products are in bf16 learn what one in fp32 learns?
+"""Does training with bf16 matmuls reach the loss of fp32?
 
 The quickstart's model on its text, with several seeds, in fp32 and with --moe-matmul-dtype bf16:
-the training loss in windows of updates, and the test part's perplexity at the end. A seed sets
-first weights, order of the text and noise alike in both precisions. Runs of the same precision
-with other seeds show what of a difference is noise. A window is within the noise if its mean
-difference is no larger than the largest between two runs in fp32.
+training loss in windows of updates, and perplexity on the test split at the end. A seed determines
+initial weights, order of the text and noise in both precisions. Runs with other seeds estimate the
+noise: a window is within it if its mean difference is at most the largest difference between two
+fp32 runs.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ NAMES = {"same": "fp32", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run came to."""
+    """The results of a run."""
 
     dtype: str
     seed: int
     losses: list[float]
-    """Mean cross-entropy of each window of updates, bits a token."""
+    """Mean cross-entropy of each window of updates, bits per token."""
     perplexity: float
-    """Of the test part, in the run's own precision."""
+    """On the test split, in the run's own precision."""
     tokens_per_second: float
     """Median over the logged intervals."""
 
 
 def train(dtype: str, seed: int, recipe: Recipe, data: Path, folder: Path, window: int) -> Curve:
-    """One run, and its evaluation."""
+    """Train and evaluate one run."""
     save = folder / f"{NAMES[dtype]}-{seed}"
     output = call([
         program("fairseq-train"), str(data), *flags(recipe.train), "--max-update",
@@ -65,13 +65,12 @@ def train(dtype: str, seed: int, recipe: Recipe, data: Path, folder: Path, windo
 
 
 def standard_error(values: list[float]) -> float:
-    """Of their mean."""
+    """Standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def table(curves: list[Curve], window: int) -> str:
-    """Markdown: means over seeds, of differences with a standard error, and what seeds alone differ
-    by."""
+    """Markdown: means over seeds, differences with standard errors, and the noise between seeds."""
     of = {d: [c for c in curves if c.dtype == d] for d in DTYPES}
     lines = ["| updates | fp32 | bf16 | difference, same seed | two seeds in fp32, largest "
              "difference |", "|---|---|---|---|---|"]
@@ -93,27 +92,27 @@ def table(curves: list[Curve], window: int) -> str:
 
 
 def speeds(curves: list[Curve]) -> str:
-    """Markdown: tokens a second of each precision."""
+    """Markdown: tokens per second of each precision."""
     medians = {d: statistics.median(c.tokens_per_second for c in curves if c.dtype == d)
                for d in DTYPES}
     units = native_matmul_dtype(torch.bfloat16, "cpu") is torch.bfloat16
-    return (f"Tokens a second, median: fp32 {medians['same']:.0f}, bf16 {medians['bf16']:.0f} "
+    return (f"Tokens per second, median: fp32 {medians['same']:.0f}, bf16 {medians['bf16']:.0f} "
             f"({medians['bf16'] / medians['same']:.2f} times); this CPU has "
-            f"{'' if units else 'no '}instructions for products in bf16.")
+            f"{'' if units else 'no '}bf16 matmul instructions.")
 
 
 def main() -> None:
-    """Run them and print the tables."""
+    """Run all and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--window", type=int, default=100, help="updates that are averaged")
+    parser.add_argument("--window", type=int, default=100, help="updates to average over")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=Path("bf16-runs"),
                         help="for data, checkpoints and results (default: bf16-runs)")
-    parser.add_argument("--quick", action="store_true", help="a small model and text")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each run")
+    parser.add_argument("--quick", action="store_true", help="small model and text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="per run")
     parser.add_argument("--parallel", type=int, default=1,
-                        help="runs at a time; more than 1 where there are cores for all")
+                        help="concurrent runs; more than 1 only with enough cores")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.folder.absolute()
@@ -121,7 +120,7 @@ def main() -> None:
     prepare(data, args.quick)
     recipe = Recipe(updates=args.updates, quick=args.quick)
     start = time.perf_counter()
-    # In turn, so that a machine which slows down slows both precisions.
+    # Alternate, so that a slowdown of the machine affects both precisions.
     plan = [(dtype, seed) for seed in args.seeds for dtype in DTYPES]
     with ThreadPoolExecutor(args.parallel) as pool:
         curves = list(pool.map(
@@ -129,8 +128,8 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(
         {"arguments": {**vars(args), "folder": str(args.folder)}, "torch": torch.__version__,
          "curves": [asdict(curve) for curve in curves]}, indent=1))
-    print(f"{args.updates} updates, seeds {args.seeds}, {args.threads} threads a run, "
-          f"{args.parallel} at a time, torch {torch.__version__}, "
+    print(f"{args.updates} updates, seeds {args.seeds}, {args.threads} threads per run, "
+          f"{args.parallel} concurrent, torch {torch.__version__}, "
           f"{time.perf_counter() - start:.0f} s\n")
     print(table(curves, args.window))
     print(f"\n{speeds(curves)}")

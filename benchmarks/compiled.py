@@ -1,10 +1,10 @@
 """Does torch.compile make a training step faster?
 
 Parts of the model are compiled, one kind at a time: norms, the attention block with its residual,
-gates (tokens per expert differ from step to step, so their shapes are dynamic), and whole layers,
-in which the routing breaks the graph. Each variant is a model of its own; forward and backward are
-timed in turn, round after round, in one process, and ratios are taken within a round. On a CPU
-seconds are of CPU time, which other programs on the machine disturb least.
+gates (with dynamic shapes, since tokens per expert vary), and whole layers, in which routing causes
+graph breaks. Each variant is a separate model; forward and backward passes are timed in turn, round
+by round, in one process, and ratios are taken within a round. On a CPU, CPU time is measured, which
+other programs disturb least.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VARIANTS: dict[str, Callable[[Any], None] | None] = {
 
 
 class Subject:
-    """A model with some parts compiled."""
+    """A model with compiled parts."""
 
     def __init__(self, sizes: Sizes, compile_part: Callable[[Any], None] | None, device: str):
         torch._dynamo.reset()
@@ -53,7 +53,7 @@ class Subject:
         self.sample, self.device = sample(sizes, device), device
 
     def seconds(self) -> float:
-        """Of both passes."""
+        """Time of forward and backward pass."""
         clock = time.process_time if self.device == "cpu" else time.perf_counter
         start = clock()
         loss, *_ = self.criterion(self.model, self.sample)
@@ -83,8 +83,8 @@ def main() -> None:
         subject = Subject(sizes, VARIANTS[name], args.device)
         try:
             first[name] = subject.seconds()
-            subject.seconds()  # may compile again, for shapes that change
-        except Exception as error:  # the compiler's own, of many kinds
+            subject.seconds()  # may recompile for changed shapes
+        except Exception as error:  # compiler errors have many types
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             subjects[name] = subject
@@ -94,7 +94,7 @@ def main() -> None:
             times[name].append(subject.seconds())
     print(f"{sizes.name}; {args.device}, {args.threads} threads, torch {torch.__version__}, "
           f"{args.rounds} rounds\n")
-    print("| compiled | first step, s | forward + backward, ms | of plain | spread |")
+    print("| compiled | first step, s | forward + backward, ms | relative to plain | range |")
     print("|---|---|---|---|---|")
     for name, taken in times.items():
         ratios = [a / b for a, b in zip(taken, times["plain"], strict=True)]

@@ -1,9 +1,9 @@
 """What share of a training step is spent waiting for data?
 
-The quickstart's model on its text, and its smallest variant, whose steps take hardly any time, each
-with --num-workers 0 (batches are made between the steps) and 1 (in a process beside them). What is
-read is the log: `data_wait_ms` of an update, and `ups`, updates a second. The first interval, in
-which the data is opened, is left out.
+The quickstart's model on its text, and its smallest variant with very short steps, each with
+--num-workers 0 (batches are built between steps) and 1 (in a parallel process). The numbers are
+from the log: `data_wait_ms` per update, and `ups`, updates per second. The first interval, which
+opens the data, is excluded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evomoe_plugin.metrics.log import parse_log
 
 
 def measure(data: Path, recipe: Recipe, workers: int, folder: Path) -> tuple[float, float]:
-    """Milliseconds of an update, and how many of them it waited for its batches; medians."""
+    """Milliseconds per update, and milliseconds waiting for batches; medians."""
     save = folder / f"{'quick' if recipe.quick else 'whole'}-{workers}"
     output = call([
         program("fairseq-train"), str(data), *flags(recipe.train), "--max-update",
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.folder.absolute()
-    print("| model | tokens an update | workers | update, ms | waiting for data, ms | share |\n"
+    print("| model | tokens per update | workers | update, ms | waiting for data, ms | share |\n"
           "|---|---|---|---|---|---|")
     for quick in (False, True):
         data = folder / ("data-quick" if quick else "data")

@@ -1,9 +1,9 @@
-"""Does the cost of a dense-to-sparse layer follow its routed pairs?
+"""Is the cost of a dense-to-sparse layer proportional to its routed pairs?
 
-One MoE layer, forward and backward, at several points of the annealing: its gate is brought to a
-mean of 16, 8, 4, 2 and 1 experts a token by its temperature alone, with the uneven loads that
-come with it. The points are timed in turn, round after round, in one process; ratios are taken
-within a round. Peak memory is that of a process of its own for each point.
+One MoE layer, forward and backward, at several points of the annealing: the temperature is set so
+that the gate selects 16, 8, 4, 2 and 1 experts per token on average, with the resulting imbalance.
+The points are timed in turn, round by round, in one process; ratios are taken within a round. Peak
+memory is measured in a separate process for each point.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pairs(layer: MoELayer, x_TD: torch.Tensor) -> int:
 
 
 def step(layer: MoELayer, x_TD: torch.Tensor) -> None:
-    """One forward and backward pass, gradients dropped."""
+    """One forward and backward pass; gradients are discarded."""
     y_TD, aux, _ = layer(x_TD)
     (y_TD.sum() + aux.sum()).backward()
     layer.zero_grad()
@@ -70,9 +70,9 @@ def step(layer: MoELayer, x_TD: torch.Tensor) -> None:
 
 
 def peak_memory(args: argparse.Namespace, wanted: float) -> float:
-    """MiB that one step adds to what the layer and its input take; call in a fresh process."""
+    """MiB that one step needs beyond the layer and its input; call in a new process."""
     layer, x_TD, _ = build(args, wanted)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
     before = resident("VmRSS")
     step(layer, x_TD)
     return resident("VmHWM") - before
@@ -85,14 +85,14 @@ def resident(field: str) -> float:
 
 
 def in_own_process(args: argparse.Namespace, wanted: float) -> float:
-    """`peak_memory` of a new Python."""
+    """`peak_memory` in a new process."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("tokens", "width", "ffn", "experts")]
     command = [sys.executable, __file__, *sizes, f"--memory={wanted}"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
-    """Print the table, and write it as JSON where asked."""
+    """Print the table; write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=512)
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--memory", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -115,12 +115,12 @@ def main() -> None:
         for wanted, (layer, x_TD, _) in layers.items():
             start = time.perf_counter()
             step(layer, x_TD)
-            if round_:  # the first round warms up
+            if round_:  # the first round is warm-up
                 times[wanted].append(time.perf_counter() - start)
 
     print(f"T={args.tokens} D={args.width} F={args.ffn} E={args.experts}, fp32, "
           f"{args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    print("| experts a token | seconds a step | time, of dense | spread | pairs, of dense "
+    print("| experts per token | seconds per step | time / dense | range | pairs / dense "
           "| peak memory, MiB |")
     print("|---|---|---|---|---|---|")
     dense_mean = layers[points[0]][2]

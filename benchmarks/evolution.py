@@ -1,13 +1,13 @@
-"""Does it pay to grow a mixture of experts out of a dense model?
+"""Does upcycling a dense model to an MoE model pay off?
 
-On the quickstart's text, with equal tokens: a dense model; mixtures from scratch (top-2, Switch,
-dense-to-sparse); mixtures that `evomoe upcycle` makes, by each of its methods, of a dense model
-trained for the first half; and EvoMoE, which spawns its experts amid the run. What is upcycled
-gets a new optimizer and a new schedule of the learning rate, so the dense model that is trained in
-two halves in the same way is its control. All runs share the model's sizes, the batch and the kind
-and peak of the schedule; none is tuned.
+On the quickstart's text, with equal tokens: a dense model; MoE models from scratch (top-2, Switch,
+dense-to-sparse); MoE models upcycled with each method of `evomoe upcycle` from a dense model
+trained for the first half; and EvoMoE, which spawns its experts during the run. Upcycled models
+start with a new optimizer and a new learning rate schedule, so their control is a dense model
+trained in two halves in the same way. All runs share model sizes, batch, and kind and peak of the
+schedule; none is tuned.
 
-What is finished lies as JSON in the folder and is not run again.
+Finished results are stored as JSON in the folder and not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  or each fork would: torch does with its first optimizer
+import torch._dynamo  # noqa: F401  imported once, before forking; torch's optimizers import it
 from fairseq.data import Dictionary
 from fairseq_cli import train
 from processes import fork
@@ -37,7 +37,7 @@ from evomoe_plugin.metrics.log import Record, parse_log
 
 LAYERS, WIDTH, FFN, CONTEXT = 4, 128, 512, 128
 
-# Those of hydra_configs/small.
+# As in hydra_configs/small.
 SIZES = ("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(WIDTH),
          "--decoder-ffn-embed-dim", str(FFN), "--decoder-attention-heads", "4",
          "--decoder-input-dim", str(WIDTH), "--decoder-output-dim", str(WIDTH),
@@ -55,40 +55,40 @@ MOE = ("--arch", "transformer_lm_moe", "--criterion", "moe_cross_entropy",
        "--moe-gate-loss-combine-method", "sum", "--moe-gate-loss-wt", "0.01")
 EXPERTS = ("--moe-freq", "2", "--moe-expert-count", "8")
 TOP_K = ("--moe-gate", "top_k", "--moe-top-k-weights", "renormalized",
-         # Equal for any k, and for k = 1 what balance is to the gate switch.
+         # The same for any k; for k = 1 it equals the gate switch with balance.
          "--moe-aux", "switch=1")
 TOP_2 = (*EXPERTS, *TOP_K, "--moe-top-k", "2")
-# As many parameters and as much computation as TOP_2: twice the experts of half the width.
+# Parameters and compute of TOP_2: twice the experts of half the width.
 HALVES = ("--moe-freq", "2", "--moe-expert-count", "16", "--moe-expert-size-factor", "2",
           *TOP_K, "--moe-top-k", "4")
 SWITCH = (*EXPERTS, "--moe-gate", "switch", "--moe-aux", "balance=1",
           "--moe-capacity-factor", "2.0")
-# The annealing takes its default share, 30 % of the updates that are left after the spawn.
+# Annealing takes its default length, 30 % of the updates after the spawn.
 DENSE_TO_SPARSE = (*EXPERTS, "--moe-gate", "dense_to_sparse", "--moe-temperature-start", "2.0",
                    "--moe-temperature-end", "0.3", "--moe-aux", "none")
 
 SECOND_HALF = 1000
-"""Added to the seed of what follows the dense half, so that it reads another order of the text."""
+"""Added to the seed after the dense half, so that the text is read in another order."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to spend the tokens."""
+    """One training recipe."""
 
     options: tuple[str, ...]
-    """Of fairseq-train."""
+    """Options of fairseq-train."""
     model: tuple[str, ...] = ()
-    """Of these, the mixture's own, which `evomoe upcycle` takes too."""
+    """MoE options, also passed to `evomoe upcycle`."""
     share: float = 1.0
-    """Of the updates, in this run itself; the others are those of `dense_half`."""
+    """Share of the updates in this run; the others are in `dense_half`."""
     upcycle: tuple[str, ...] | None = None
-    """Options of `evomoe upcycle`; none: the run begins afresh, or as `dense_half` ended."""
+    """Options of `evomoe upcycle`; none: start from scratch, or continue `dense_half`."""
     spawns: float | None = None
-    """After which share of the updates experts are spawned."""
+    """Share of the updates before experts are spawned."""
 
 
 def upcycled(*how: str, model: tuple[str, ...] = TOP_2) -> Run:
-    """A run from the dense half on, with experts made by a method."""
+    """A run that upcycles the dense half with a method."""
     return Run((*MOE, *model), model, 0.5, how)
 
 
@@ -111,15 +111,15 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What training took, the dense half included."""
+    """Cost of training, including the dense half."""
 
     updates: int = 0
     tokens: int = 0
     tera_flops: float = 0.0
-    """Analytic, of the matrix products, three forward passes to a step."""
+    """Analytic matmul FLOPs, three forward passes per step."""
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Of the process, imports left out."""
+    """CPU time of the process, without imports."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(),
@@ -128,30 +128,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run with a seed came to."""
+    """The result of a run with a seed."""
 
     run: str
     seed: int
     perplexity: float
-    """Of the test part."""
+    """On the test split."""
     cost: Cost
     million_flops: float
-    """Analytic forward FLOPs a token, at the end."""
+    """Analytic forward FLOPs per token, at the end."""
     experts_per_token: float | None = None
-    """Routed pairs a token, mean over layers, at the end; None: a dense model."""
+    """Routed pairs per token, mean over layers, at the end; None: a dense model."""
     load_max: float | None = None
     """Largest load over the mean load, mean over layers, at the end."""
     upcycled_perplexity: float | None = None
-    """Of the test part, before the first update of what was upcycled."""
+    """On the test split, before the first update after upcycling."""
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """What `write` wrote."""
+        """Read a result written by `write`."""
         values = json.loads(path.read_text())
         return cls(**{**values, "cost": Cost(**values["cost"])})
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write JSON atomically."""
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(asdict(self), indent=1))
         unfinished.replace(path)
@@ -159,34 +159,34 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """Where results lie, and what all runs share."""
+    """Folder of results, and shared settings."""
 
     folder: Path
     data: Path
     settings: dict[str, object]
-    """As the results' folder remembers them."""
+    """As recorded in the results' folder."""
     done: dict[tuple[str, int], Result] = field(default_factory=dict)
 
     def check_settings(self) -> None:
-        """Refuse to add to results of other settings; `SystemExit` with the difference."""
+        """Exit with the difference if the folder has results of other settings."""
         path = self.folder / "settings.json"
         if path.exists():
             before = json.loads(path.read_text())
             for name, value in self.settings.items():
                 if before[name] != value:
-                    sys.exit(f"error: --folder {self.folder}: its results were made with {name} "
-                             f"{before[name]}, not {value}; give that, or another folder")
+                    sys.exit(f"error: --folder {self.folder}: its results have {name} "
+                             f"{before[name]}, not {value}; give this value, or another folder")
         else:
             path.write_text(json.dumps(self.settings, indent=1))
 
-    def result(self, name: str, seed: int, told: Callable[[str], None] = print) -> Result:
-        """The result of a run, which is made if it is not there."""
+    def result(self, name: str, seed: int, log: Callable[[str], None] = print) -> Result:
+        """The result of a run, which is trained if missing."""
         if (name, seed) not in self.done:
             path = self.folder / f"{name}-{seed}.json"
             if not path.exists():
                 self._make(name, seed).write(path)
             self.done[name, seed] = result = Result.read(path)
-            told(f"{name}, seed {seed}: perplexity {result.perplexity:.2f}, "
+            log(f"{name}, seed {seed}: perplexity {result.perplexity:.2f}, "
                  f"{result.cost.cpu_seconds:.0f} CPU s")
         return self.done[name, seed]
 
@@ -197,7 +197,7 @@ class Study:
         before = self.result("dense_half", seed).cost if follows else Cost()
         start, start_perplexity = self._checkpoint("dense_half", seed) if follows else None, None
         saved = self._checkpoint(name, seed).parent
-        if saved.exists():  # one that was stopped; resumed, its time would be lost
+        if saved.exists():  # an interrupted run; resuming would lose its time
             shutil.rmtree(saved)
         saved.mkdir(parents=True)
         if run.upcycle is not None:
@@ -214,7 +214,7 @@ class Study:
         ended = fork(lambda: self._train(options), saved / "train.log")
         intervals = parse_log(ended.output.splitlines(), name).intervals
         if not intervals or intervals[-1].update != updates:
-            sys.exit(f"error: {saved}/train.log: it does not end with update {updates}")
+            sys.exit(f"error: {saved}/train.log: does not end with update {updates}")
         last = intervals[-1].values
         tokens, flops = self._work(intervals)
         return Result(
@@ -232,19 +232,19 @@ class Study:
         return self.folder / "checkpoints" / f"{name}-{seed}" / "checkpoint_last.pt"
 
     def _train(self, options: list[str]) -> None:
-        """As the command fairseq-train does; call in a process of its own."""
+        """Run fairseq-train; call in a separate process."""
         sys.argv = ["fairseq-train", str(self.data), *options]
         train.cli_main()
 
     def _perplexity(self, checkpoint: Path) -> float:
-        """Of the test part."""
+        """On the test split."""
         ended = fork(lambda: print("perplexity", perplexity(str(checkpoint), str(self.data), "test",
                                                             CONTEXT)),
                      checkpoint.with_suffix(".evaluated.log"))
         return float(re.search(r"^perplexity ([\d.]+)$", ended.output, re.M).group(1))
 
     def _upcycle(self, run: Run, seed: int, dense: Path, path: Path) -> tuple[Path, float]:
-        """The file with experts, and its perplexity."""
+        """The upcycled checkpoint, and its perplexity."""
         command = ["upcycle", str(dense), str(path), *run.upcycle, *run.model, "--seed", str(seed)]
         fork(lambda: evomoe(command), path.with_suffix(".log"))
         return path, self._perplexity(path)
@@ -261,23 +261,23 @@ class Study:
         return round(tokens), flops
 
     def _dense_flops(self) -> int:
-        """Of a forward pass, a token; as `models/accounting.py` counts."""
+        """Forward FLOPs per token, as counted by `models/accounting.py`."""
         vocabulary = len(Dictionary.load(str(self.data / "dict.txt")))
         layer = 8 * WIDTH**2 + 4 * WIDTH * CONTEXT + 4 * WIDTH * FFN
         return LAYERS * layer + 2 * WIDTH * vocabulary
 
 
 def spread(values: Iterable[float], digits: int) -> str:
-    """Mean, and the sample's standard deviation where there are two values or more."""
+    """Mean, and the sample standard deviation of two or more values."""
     values = list(values)
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(by_run: dict[str, list[Result]]) -> str:
-    """Markdown, a row for each run, best perplexity first."""
-    lines = ["| run | test perplexity | each seed | before its first update | experts a token "
-             "| max/mean load | MFLOPs a token | TFLOPs in all | least CPU s | least wall s |",
+    """Markdown, one row per run, best perplexity first."""
+    lines = ["| run | test perplexity | per seed | before the first update | experts per token "
+             "| max/mean load | MFLOPs per token | total TFLOPs | min CPU s | min wall s |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for name, rs in sorted(by_run.items(),
                            key=lambda item: statistics.mean(r.perplexity for r in item[1])):
@@ -289,7 +289,7 @@ def table(by_run: dict[str, list[Result]]) -> str:
             cells.append("–" if None in known else spread(known, digits))
         cells += [f"{statistics.mean(r.million_flops for r in rs):.2f}",
                   f"{statistics.mean(r.cost.tera_flops for r in rs):.2f}",
-                  # What else a machine does only adds to times.
+                  # Other programs can only add time.
                   f"{min(r.cost.cpu_seconds for r in rs):.0f}",
                   f"{min(r.cost.wall_seconds for r in rs):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -297,9 +297,9 @@ def table(by_run: dict[str, list[Result]]) -> str:
 
 
 def paired(by_run: dict[str, list[Result]], control: str) -> str:
-    """Markdown: perplexity less that of the control with the same seed."""
+    """Markdown: perplexity minus that of the control with the same seed."""
     base = {r.seed: r.perplexity for r in by_run[control]}
-    lines = [f"| run | less {control}, same seed | each seed |", "|---|---|---|"]
+    lines = [f"| run | minus {control}, same seed | per seed |", "|---|---|---|"]
     rows = {name: [r.perplexity - base[r.seed] for r in rs if r.seed in base]
             for name, rs in by_run.items() if name not in (control, "dense_half")}
     for name, values in sorted(rows.items(), key=lambda item: statistics.mean(item[1])):
@@ -309,17 +309,17 @@ def paired(by_run: dict[str, list[Result]], control: str) -> str:
 
 
 def main() -> None:
-    """Run what is missing, one after the other, and print the tables."""
+    """Run missing results sequentially, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, metavar="RUN",
                         help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--updates", type=int, default=400, help="of each run, in all")
+    parser.add_argument("--updates", type=int, default=400, help="total updates of each run")
     parser.add_argument("--batch-size", type=int, default=8, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of every run and half")
     parser.add_argument("--folder", type=Path, default=Path("evolution-study"),
                         help="for data, checkpoints and results (default: evolution-study)")
-    parser.add_argument("--quick", action="store_true", help="a small part of the text")
+    parser.add_argument("--quick", action="store_true", help="small part of the text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.updates < 20 or args.updates % 20:

@@ -1,14 +1,15 @@
-"""How fast is one MoE layer, beside the bare matrix products and what one could have instead?
+"""Speed of one MoE layer against bare matmuls and other implementations.
 
-Forward and backward of a layer, gradients of input and weights included and dropped after each
-step. All contenders get the same tokens, weights and routing, and take turns in one process; those
-that fill memory have one of their own, beside the limit. Ratios are taken within a round.
+Forward and backward pass of a layer, with gradients of input and weights, which are discarded after
+each step. All contenders get the same tokens, weights and routing, and take turns in one process;
+those that need much memory run in a separate process, together with the limit. Ratios are taken
+within a round.
 
-- The limit: the bare products of as many FLOPs, all routed rows through one expert.
-- The floor: the same products for each expert's rows, weights cold, weight gradients written.
+- Limit: bare matmuls of the same FLOPs, all routed rows through one expert.
+- Floor: the same matmuls for each expert's rows, with cold weights and written weight gradients.
 - A contender's ratio is per FLOP: SwiGLU experts have three matrices of about two thirds the width.
 
-It writes its JSON after each case; `--resume` goes on after those that the file has.
+Results are written as JSON after each case; `--resume` skips the cases in the file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ OURS = "Ours"
 
 
 def measure(case: Case, setting: Setting, names: list[str], memory: bool) -> dict[str, Any]:
-    """All there is to say about a case: times as ratios, memory, who failed and why."""
+    """All results of a case: time ratios, memory, failures with reasons."""
     together = [name for name in names if not CONTENDERS[name].ALONE]
     groups = [together, *([name] for name in names if CONTENDERS[name].ALONE)]
     result: dict[str, Any] = {
@@ -58,7 +59,7 @@ def measure(case: Case, setting: Setting, names: list[str], memory: bool) -> dic
 
 
 def add_bounds(result: dict[str, Any], measured: dict[str, Any]) -> None:
-    """What is known of the case and its limit, and our routing's share."""
+    """Data of the case and its limit, and the share of our routing."""
     times, flops = measured["times"], measured["flops"]
     limit = clock.spread(times["Limit"])["median"]
     result |= {
@@ -72,7 +73,7 @@ def add_bounds(result: dict[str, Any], measured: dict[str, Any]) -> None:
 
 
 def ratios(times: dict[str, list], flops: dict[str, int], name: str) -> dict[str, Any]:
-    """Of a contender: time over limit and floor, per FLOP, and ours over it."""
+    """Ratios of a contender: time over limit and floor, per FLOP, and ours over it."""
     scale = flops["Limit"] / flops[name] if flops[name] else 1.0
     found = {
         "seconds": clock.spread([t for t in times[name] if t is not None]),
@@ -86,7 +87,7 @@ def ratios(times: dict[str, list], flops: dict[str, int], name: str) -> dict[str
 
 
 def measure_nulls(cases: list[Case], setting: Setting) -> dict[str, Any]:
-    """How time follows the pairs that null experts leave, ours and the loop's."""
+    """Time of our layer and the loop against the pairs remaining with null experts."""
     measured = forked(lambda: nulls(cases, setting))
     result = {"dtype": setting.dtype, "threads": setting.threads, "device": setting.device,
               "rows": [], **({"failed": measured["failed"]} if "failed" in measured else {})}
@@ -103,7 +104,7 @@ def measure_nulls(cases: list[Case], setting: Setting) -> dict[str, Any]:
 
 
 def progress(result: dict[str, Any]) -> str:
-    """A line."""
+    """One line per case."""
     label = f"{result['name']}, {result['dtype']}, {result['threads']} threads"
     if "limit_seconds" not in result:
         return f"{label}: failed: {next(iter(result['failed'].values()), 'no contender')}"
@@ -111,24 +112,24 @@ def progress(result: dict[str, Any]) -> str:
         f"{report.LABELS[name]} {row['of_limit']['median']:.2f}"
         for name, row in sorted(result["rows"].items(), key=lambda x: x[1]["of_limit"]["median"])
         if name != "Routing")
-    return f"{label}: limit {result['limit_seconds'] * 1e3:.0f} ms; of it: {found}"
+    return f"{label}: limit {result['limit_seconds'] * 1e3:.0f} ms; relative to it: {found}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few and small cases")
+    parser.add_argument("--quick", action="store_true", help="few small cases")
     parser.add_argument("--cases", nargs="+", metavar="NAME",
-                        help="those whose names contain one of these, as table, 64/2, annealing")
+                        help="cases whose names contain one of these: table, 64/2, annealing")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
     add_options(parser, "layer.json")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
-    parser.add_argument("--plot", type=Path, help="also draw the ratios here (.svg, .png)")
+    parser.add_argument("--plot", type=Path, help="also plot the ratios here (.svg, .png)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: give 1 or more")
@@ -148,7 +149,7 @@ def main() -> None:
             for case in cases:
                 if found.has(name=case.name, **key):
                     continue
-                # Memory is the same for any number of threads.
+                # Memory does not depend on the number of threads.
                 memory = case.memory and not args.no_memory and threads == args.threads[0]
                 result = measure(case, setting, args.contenders, memory)
                 print(progress(result), flush=True)

@@ -1,10 +1,9 @@
-"""What does the end of an update cost, with fairseq's adam and with fused_adamw?
+"""Time of the optimizer step, with fairseq's adam and with fused_adamw.
 
-From the gradients of a backward pass to the new weights, as fairseq's trainer does it: divide by
-the sample size, clip, step. Models are those of the whole-step benchmark; for each the optimizers
-are timed in turn, round after round, in one process; ratios are taken within a round. Beside them
-the forward and backward pass of the same model, and the largest difference of a weight after the
-last round.
+From gradients to updated weights, as in fairseq's trainer: divide by the sample size, clip, step.
+Models are those of the whole-step benchmark; for each the optimizers are timed in turn, round by
+round, in one process; ratios are taken within a round. For comparison, the time of forward and
+backward pass is given, and the largest weight difference after the last round.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ class Subject:
         self.gradients = [p.grad.clone() for p in self.model.parameters()]
 
     def begin(self) -> None:
-        """The gradients as the backward pass left them."""
+        """Set the gradients of the backward pass."""
         for p, grad in zip(self.model.parameters(), self.gradients, strict=True):
             p.grad.copy_(grad)
 
     def end(self) -> None:
-        """What the trainer does with them."""
+        """Divide, clip and step, as the trainer does."""
         optimizer = self.trainer.optimizer
         optimizer.multiply_grads(1 / self.sample_size)
         self.trainer.clip_grad_norm(1.0)
         optimizer.step()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """That `work` takes."""
+        """Time of `work`."""
         self.wait()
         start = time.perf_counter()
         work()
@@ -89,14 +88,14 @@ def measure(sizes: Sizes, rounds: int, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the table, and write it as JSON where asked."""
+    """Print the table; write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["4x256x8", "4x256x32", "2x512x16"],
                         metavar="LAYERSxWIDTHxEXPERTS")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(Sizes(*map(int, text.split("x"))), args.rounds, args.device)
@@ -104,7 +103,7 @@ def main() -> None:
     print(f"{args.device}, {args.threads} threads, torch {torch.__version__}, {args.rounds} "
           "rounds\n")
     print("| model | parameters | forward + backward, ms | adam, ms | fused_adamw, ms "
-          "| fused / adam | spread | largest difference of a weight |")
+          "| fused / adam | range | largest weight difference |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['sizes']} | {row['parameters']:,} | {1e3 * row['passes']:.0f} "

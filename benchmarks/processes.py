@@ -1,4 +1,4 @@
-"""Running something to its end in a process of its own: what it prints, and the time it takes."""
+"""Run work in a separate process; return its output and time."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Commands run here: `--user-dir evomoe_plugin` is then the clone's."""
+"""Working directory of commands, so that `--user-dir evomoe_plugin` is the clone's."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Work that is done."""
+    """Finished work."""
 
     output: str
-    """All that it printed."""
+    """Its output."""
     wall_seconds: float
     cpu_seconds: float
-    """User and system time."""
+    """User plus system time."""
 
 
 def call(command: list[str]) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
         SystemExit: it failed; with the end of its output.
@@ -40,9 +40,9 @@ def call(command: list[str]) -> str:
 
 
 def fork(work: Callable[[], object], log: Path) -> Ended:
-    """Do `work` in a fork of this process: what is imported already costs it nothing.
+    """Run `work` in a fork, without importing modules again.
 
-    This process may have done nothing with several threads before: their pool is lost in a fork.
+    This process must not have used several threads before: thread pools do not survive a fork.
 
     Args:
         log: the file for its output.
@@ -72,5 +72,5 @@ def fork(work: Callable[[], object], log: Path) -> Ended:
     wall_seconds = time.perf_counter() - start
     output = log.read_text() if log.exists() else ""
     if status:
-        sys.exit(f"{output[-3000:]}\nerror: it failed; all of its output is in {log}")
+        sys.exit(f"{output[-3000:]}\nerror: it failed; its full output is in {log}")
     return Ended(output, wall_seconds, used.ru_utime + used.ru_stime)

@@ -1,11 +1,10 @@
-"""Where does the time of a training step go, part by part?
+"""Profile a training step by part of the model.
 
-Updates of fairseq's own trainer on tokens that its own dataset reads from a file, under torch's
-profiler. Every operation belongs to the part of the model that called it; those of the backward
-pass belong where their forward operation did. Two settings are profiled in turn, round after
-round, in one process: `before` with fairseq's attention, loss and adam, `after` with what takes
-their place. Profiling itself slows small operations: compare parts, not seconds with those of
-other benchmarks.
+Updates of fairseq's trainer on tokens that its dataset reads from a file, under torch's profiler.
+Every operation is attributed to the part of the model that called it; backward operations to the
+part of their forward operation. Two settings are profiled in turn, round by round, in one process:
+`before` with fairseq's attention, loss and adam, `after` with their replacements. Profiling slows
+down small operations: compare parts with each other, not with seconds of other benchmarks.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ SETTINGS = {
     "after": ["--optimizer", "fused_adamw"],
 }
 MARK, BACKWARD = "part: ", "autograd::engine::evaluate_function"
-PARTS = ("gate", "sort", "gather", "products", "activation", "combine", "experts, the rest",
-         "dense networks", "attention", "norms", "vocabulary", "optimizer", "data", "the rest")
-# Within an MoE layer parts are told apart by operation.
+PARTS = ("gate", "sort", "gather", "matmul", "activation", "combine", "experts, other",
+         "dense FFN", "attention", "norms", "vocabulary", "optimizer", "data", "other")
+# Within an MoE layer parts are distinguished by operation.
 OPERATIONS = {
-    "products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm",
+    "matmul": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm",
                  "_scaled_grouped_mm"),
     "sort": ("sort", "argsort", "topk", "bincount", "nonzero"),
     "gather": ("index_select", "index", "gather", "take"),
@@ -86,15 +85,15 @@ class Subject:
         mark(model, self.trainer, self.criterion)
 
     def step(self) -> None:
-        """Fetch a batch and train on it."""
+        """Load a batch and train on it."""
         with record_function(MARK + "data"):
             samples = next(self.batches)
-        with record_function(MARK + "the rest"):
+        with record_function(MARK + "other"):
             self.trainer.train_step(samples)
 
 
 def marked(function: Callable, part: str) -> Callable:
-    """`function`, whose operations the profiler files under `part`."""
+    """`function`, with its operations attributed to `part`."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -105,10 +104,10 @@ def marked(function: Callable, part: str) -> Callable:
 
 
 def mark(model: nn.Module, trainer: Trainer, criterion: nn.Module) -> None:
-    """Have the profiler told of the parts."""
+    """Mark the parts of the model for the profiler."""
     decoder = model.decoder
     for module in decoder.modules():
-        part = {MoELayer: "experts, the rest", nn.LayerNorm: "norms"}.get(type(module))
+        part = {MoELayer: "experts, other", nn.LayerNorm: "norms"}.get(type(module))
         if part is not None:
             module.forward = marked(module.forward, part)
         if isinstance(module, MoELayer):
@@ -118,7 +117,7 @@ def mark(model: nn.Module, trainer: Trainer, criterion: nn.Module) -> None:
         for name in ("fc1", "fc2"):
             dense = getattr(layer, name, None)
             if dense is not None:
-                dense.forward = marked(dense.forward, "dense networks")
+                dense.forward = marked(dense.forward, "dense FFN")
     decoder.output_layer = marked(decoder.output_layer, "vocabulary")
     criterion.compute_loss = marked(criterion.compute_loss, "vocabulary")
     for owner, name, part in (
@@ -128,19 +127,19 @@ def mark(model: nn.Module, trainer: Trainer, criterion: nn.Module) -> None:
 
 
 def ancestors(event: Any) -> Iterator[Any]:
-    """The event and what it was called by, from the inside out."""
+    """The event and its callers, innermost first."""
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
 def by_part(events: list[Any], on_gpu: bool) -> Counter[str]:
-    """Milliseconds of each part."""
+    """Milliseconds per part."""
     events = sorted(events, key=lambda event: event.time_range.start)
     parts_of_forward: dict[int, str] = {}
     milliseconds: Counter[str] = Counter()
     for event in events:
-        part, backward = "the rest", False
+        part, backward = "other", False
         for caller in ancestors(event):
             if caller.name.startswith(BACKWARD):
                 part, backward = parts_of_forward.get(caller.sequence_nr, part), True
@@ -149,9 +148,9 @@ def by_part(events: list[Any], on_gpu: bool) -> Counter[str]:
                 part = caller.name.removeprefix(MARK)
                 break
         if not backward and event.sequence_nr >= 0:
-            # Operations without gradient bear the number of the next one with it, which is last.
+            # Operations without gradient share the sequence number of the next one with it.
             parts_of_forward[event.sequence_nr] = part
-        if part == "experts, the rest" or (
+        if part == "experts, other" or (
                 part == "gate" and PART_OF_OPERATION.get(event.name) == "sort"):
             part = PART_OF_OPERATION.get(event.name, part)
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -160,21 +159,21 @@ def by_part(events: list[Any], on_gpu: bool) -> Counter[str]:
 
 
 def write_data(folder: str, args: argparse.Namespace) -> None:
-    """Random tokens as `fairseq-preprocess` would have left them, enough for all steps."""
+    """Random tokens in the format of `fairseq-preprocess`, enough for all steps."""
     dictionary = Dictionary()
-    for n in range(args.symbols - len(dictionary)):
+    for n in range(args.vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{n}")
     dictionary.save(str(Path(folder) / "dict.txt"))
     path = str(Path(folder) / "train")
     builder = MMapIndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
     generator = torch.Generator().manual_seed(1)
     for _ in range((args.rounds + 2) * args.batch):
-        builder.add_item(torch.randint(4, args.symbols, (args.length,), generator=generator))
+        builder.add_item(torch.randint(4, args.vocabulary, (args.length,), generator=generator))
     builder.finalize(f"{path}.idx")
 
 
 def main() -> None:
-    """Print the table, and write it as JSON where asked."""
+    """Print the table; write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -183,15 +182,15 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--symbols", type=int, default=8192)
-    parser.add_argument("--dropout", type=float, default=0.0, help="of attention too")
+    parser.add_argument("--vocabulary", "--symbols", type=int, default=8192)
+    parser.add_argument("--dropout", type=float, default=0.0, help="also of attention")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", nargs="*", default=["--cpu"], metavar="OPTION",
-                        help="fairseq's options of it, as ' --bf16'; --cpu: fp32 on the CPU")
+                        help="fairseq's precision flags, such as ' --bf16'; --cpu: fp32 on the CPU")
     parser.add_argument("--given", nargs="*", default=[], metavar="OPTION",
-                        help="more options of fairseq-train for both, as ' --moe-top-k' 1")
-    parser.add_argument("--json", help="also write the numbers to this file")
+                        help="further options of fairseq-train for both, such as ' --moe-top-k' 1")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     args.precision = [option.strip() for option in args.precision]
     args.given = [option.strip() for option in args.given]
@@ -206,7 +205,7 @@ def main() -> None:
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
         for round_ in range(args.rounds + 1):
             for name, subject in subjects.items():
-                if not round_:  # warms up
+                if not round_:  # warm-up
                     subject.step()
                     continue
                 with profile(activities=activities) as profiler:
@@ -219,7 +218,7 @@ def main() -> None:
              for name, rounds in times.items()}
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} threads"
     print(f"B={args.batch} length={args.length} layers={args.layers} D={args.width} F={args.ffn} "
-          f"E={args.experts} V={args.symbols} dropout={args.dropout}, "
+          f"E={args.experts} V={args.vocabulary} dropout={args.dropout}, "
           f"{' '.join(args.precision + args.given)}, {device}, torch {torch.__version__}, medians "
           f"of {args.rounds} rounds\n")
     print("| part | before, ms | share | after, ms | share | after / before |")

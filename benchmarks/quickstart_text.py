@@ -1,4 +1,4 @@
-"""The quickstart's text, prepared, and what a model of single symbols makes of it."""
+"""The quickstart's prepared text, and its perplexity under a unigram model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipe import Recipe, flags  # noqa: E402
 
 
 def prepare(data: Path, quick: bool) -> None:
-    """The quickstart's text, unless it is there; `quick`: a small part of it."""
+    """Prepare the quickstart's text if missing; `quick`: a small part of it."""
     if not (data / "dict.txt").exists():
         recipe = Recipe(quick=quick)
         call([program("evomoe"), "prepare", *recipe.inputs, "--out", str(data),
@@ -26,15 +26,15 @@ def prepare(data: Path, quick: bool) -> None:
 
 
 def unigram_perplexity(data: Path) -> float:
-    """Of the test part, under the add-one smoothed counts of the training part."""
+    """Perplexity on the test split under add-one smoothed counts of the training split."""
     size = len(Dictionary.load(str(data / "dict.txt")))
-    counts_V, tested_V = (_count_symbols(data / split, size) for split in ("train", "test"))
+    counts_V, tested_V = (_count_tokens(data / split, size) for split in ("train", "test"))
     log_probs_V = ((counts_V + 1) / (counts_V.sum() + size)).log()
     return math.exp(-float((tested_V * log_probs_V).sum() / tested_V.sum()))
 
 
-def _count_symbols(path: Path, size: int) -> torch.Tensor:
-    """How often each of `size` symbols stands in a split."""
+def _count_tokens(path: Path, size: int) -> torch.Tensor:
+    """Count of each of `size` token ids in a split."""
     sentences = MMapIndexedDataset(str(path))
     counts_V = torch.zeros(size, dtype=torch.float64)
     for i in range(len(sentences)):

@@ -1,8 +1,8 @@
-"""Run the benchmarks of speed, and print their tables and what became of the goals.
+"""Run the speed benchmarks, and print their tables and goals.
 
-`layer.py`, `whole_step.py` and `whole_run.py` write numbers into a folder as they go; `--folder`
-with one of before goes on after what it has. The studies `dense_to_sparse.py` and `spawn_phase.py`
-print their own tables.
+`layer.py`, `whole_step.py` and `whole_run.py` write results into a folder as they go; `--folder`
+with an existing one continues it. The studies `dense_to_sparse.py` and `spawn_phase.py` print their
+own tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from speed.machine import slug
 HERE = Path(__file__).parent
 STUDIES = ("dense_to_sparse.py", "spawn_phase.py")
 PARTS = {"layers": "layer.py", "steps": "whole_step.py", "runs": "whole_run.py"}
-PRECISIONS = {"layers", "steps"}  # parts that are run in several
+PRECISIONS = {"layers", "steps"}  # parts that run in several precisions
 
 
 def call(script: str, given: list[str]) -> None:
@@ -53,7 +53,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What the parts have written."""
+    """Read the results of all parts."""
     found: dict[str, Any] = {"machine": {}, "nulls": []}
     for part, script in PARTS.items():
         path = (folder / script).with_suffix(".json")
@@ -65,10 +65,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write where asked."""
+    """Measure, print, and write if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true",
-                        help="few and small cases and no studies, for minutes")
+                        help="few small cases and no studies, takes minutes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
@@ -76,14 +76,14 @@ def main() -> None:
                         default=["studies", *PARTS], help="parts (default: all)")
     parser.add_argument("--folder", type=Path,
                         default=Path(f"speed-results/{time.strftime('%Y-%m-%dT%H-%M-%S')}"),
-                        help="for the numbers (default: a new one in speed-results)")
+                        help="folder of results (default: a new one in speed-results)")
     parser.add_argument("--write", action="store_true",
                         help="write the tables to benchmarks/results/DATE-CPU.md, with a plot")
-    parser.add_argument("--overwrite", action="store_true", help="even where that is already")
+    parser.add_argument("--overwrite", action="store_true", help="even if it exists")
     args = parser.parse_args()
     report_path = HERE / "results" / f"{time.strftime('%Y-%m-%d')}-{slug()}.md"
     if args.write and report_path.exists() and not args.overwrite:
-        parser.error(f"--write: {report_path} is there already: give --overwrite, or move it")
+        parser.error(f"--write: {report_path} exists: give --overwrite, or move it")
     args.folder.mkdir(parents=True, exist_ok=True)
     common = ["--rounds", str(args.rounds)]
     quick = ["--quick"] if args.quick else []
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def write(path: Path, text: str, layers: list[dict[str, Any]]) -> None:
-    """The report, and its plot beside it."""
+    """Write the report and its plot."""
     from speed.plot import draw
 
     plot = path.with_suffix(".svg")

@@ -1,10 +1,10 @@
-"""How do the routing systems compare after a short run on the same text?
+"""Compare the routing systems after a short run on the same text.
 
-Every file of hydra_configs/small trains on the quickstart's text (Python's own standard library,
-prepared by `evomoe prepare`) for the same number of updates, with its own recipe; then
-`fairseq-eval-lm` measures its perplexity on the test part. A unigram model of the training part,
-add-one smoothed, is what any of them must beat. Short runs of small models: they show that a
-system trains, and what it costs, not which one is best.
+Every configuration of hydra_configs/small trains on the quickstart's text (Python's standard
+library, prepared by `evomoe prepare`) for the same number of updates, with its own recipe; then
+`fairseq-eval-lm` measures its perplexity on the test split. The baseline is an add-one smoothed
+unigram model of the training split. Short runs of small models show that a system trains, and its
+cost, not which one is best.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ RUNS = sorted(path.stem for path in (ROOT / "hydra_configs/small").glob("*.yaml"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The results of a run."""
 
     run: str
     perplexity: float
-    """Of the test part."""
+    """On the test split."""
     experts_per_token: float
-    """Routed pairs a token, mean over layers, at the end."""
+    """Routed pairs per token, mean over layers, at the end."""
     load_max: float
     """Largest load over the mean load, mean over layers, at the end."""
     tokens_per_second: float
-    """Median over the logged intervals, the first left out."""
+    """Median over the logged intervals, without the first."""
     million_flops: float
-    """Analytic forward FLOPs a token, at the end."""
+    """Analytic forward FLOPs per token, at the end."""
 
 
 def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str]) -> Result:
-    """Train a small run and measure it."""
+    """Train and evaluate a small run."""
     output = call([
         program("fairseq-hydra-train"), "--config-dir", str(ROOT / "hydra_configs"),
         "--config-name", f"small/{run}", f"task.data={data}", "common.log_format=json",
@@ -72,8 +72,8 @@ def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str])
 
 def table(results: Iterable[Result], unigram: float) -> str:
     """Markdown."""
-    lines = ["| run | test perplexity | experts a token | max/mean load | tokens/s "
-             "| MFLOPs a token |",
+    lines = ["| run | test perplexity | experts per token | max/mean load | tokens/s "
+             "| MFLOPs per token |",
              "|---|---|---|---|---|---|",
              f"| unigram model | {unigram:.1f} | – | – | – | – |"]
     lines += [
@@ -85,14 +85,14 @@ def table(results: Iterable[Result], unigram: float) -> str:
 
 
 def main() -> None:
-    """Run them one after the other, so that speeds can be compared, and print the table."""
+    """Run all sequentially, so that speeds are comparable, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, metavar="RUN",
                         help="of hydra_configs/small (default: all)")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("small-runs"),
                         help="for data, checkpoints and results (default: small-runs)")
-    parser.add_argument("--quick", action="store_true", help="a small part of the text")
+    parser.add_argument("--quick", action="store_true", help="small part of the text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--given", nargs="*", default=[], metavar="FIELD=VALUE",
                         help="overrides for all runs")
@@ -109,7 +109,7 @@ def main() -> None:
         results.append(train_and_evaluate(run, data, folder, given))
         print(f"{run}: perplexity {results[-1].perplexity:.1f} after {args.updates} updates, "
               f"{time.perf_counter() - start:.0f} s", flush=True)
-        # After each: what is measured is not lost should a later one fail.
+        # Saved after each run, in case a later one fails.
         (folder / "results.json").write_text(json.dumps(
             {"updates": args.updates, "threads": args.threads, "torch": torch.__version__,
              "unigram_perplexity": unigram, "runs": [asdict(r) for r in results]}, indent=1))

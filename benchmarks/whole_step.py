@@ -1,10 +1,10 @@
-"""How many tokens a second does a whole training step take, beside Hugging Face's models?
+"""Tokens per second of a whole training step, compared with Hugging Face's models.
 
-A GPT with an MoE layer in every block against Mixtral and OLMoE of transformers: as many layers,
-experts and tokens, the same width, batch, optimizer (torch's fused AdamW). A step is forward,
-backward, optimizer, gradients dropped; fairseq's trainer and data are left out, as theirs are.
-The models take turns, round after round; those of Hugging Face's eager experts, which fill memory,
-have a process of their own. The limit is the bare matrix products of our step.
+A GPT with an MoE layer in every block against Mixtral and OLMoE of transformers, with equal numbers
+of layers, experts and tokens, and the same width, batch and optimizer (torch's fused AdamW). A step
+is forward, backward, optimizer, gradients discarded; trainers and data loading are excluded. The
+models take turns, round by round; those with Hugging Face's eager experts, which need much memory,
+run in a separate process. The limit is the bare matmuls of our step.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch._dynamo  # noqa: F401  or each fork would: torch does with its first optimizer
+import torch._dynamo  # noqa: F401  imported once, before forking; torch's optimizers import it
 from speed import clock, peers
 from speed.forks import forked
 from speed.machine import machine
 from speed.measure import DTYPES, Setting, start, why
-from speed.models import BareProducts, models
+from speed.models import BareMatmuls, models
 from speed.report import heading, table
 from speed.results import Results, add_options
 from speed.training import Sizes
@@ -27,7 +27,7 @@ QUICK = (Sizes(2, 128, 8, batch=4, length=128, vocabulary=2048),)
 
 
 def measure(sizes: Sizes, setting: Setting) -> dict[str, Any]:
-    """Tokens a second of all models."""
+    """Tokens per second of all models."""
     kinds = models(setting.dtype)
     together = [label for label, kind in kinds.items() if not kind.ALONE]
     result: dict[str, Any] = {
@@ -58,15 +58,15 @@ def measure(sizes: Sizes, setting: Setting) -> dict[str, Any]:
 
 
 def times(sizes: Sizes, setting: Setting, group: list[str]) -> dict[str, Any]:
-    """Seconds of a step in each round."""
+    """Seconds per step in each round."""
     start(setting)
-    limit = BareProducts(sizes, DTYPES[setting.dtype], setting.device)
+    limit = BareMatmuls(sizes, DTYPES[setting.dtype], setting.device)
     steps, failed = {"limit": limit.step}, {}
     for label in group:
         try:
             model = models(setting.dtype)[label](sizes, setting.dtype, setting.device)
             model.step()
-        except Exception as error:  # of other packages: any kind, and it is told
+        except Exception as error:  # other packages raise any type; reported
             failed[label] = why(error)
         else:
             steps[label] = model.step
@@ -75,7 +75,7 @@ def times(sizes: Sizes, setting: Setting, group: list[str]) -> dict[str, Any]:
 
 
 def progress(result: dict[str, Any]) -> str:
-    """A line."""
+    """One line per case."""
     speeds = {label: row["tokens_per_second"]["median"] for label, row in result["rows"].items()}
     limit = result.get("limit_tokens_per_second", 0)
     return (f"{result['name']}, {result['dtype']}, {result['threads']} threads: limit {limit:.0f} "
@@ -97,7 +97,7 @@ def text(results: list[dict[str, Any]]) -> str:
                 f"{of['median'] / result['rows']['ours']['of_limit']['median']:.2f}"
                 if "ours" in result["rows"] else "–"])
         notes += [f"- {case}, {label}: {reason}." for label, reason in result["failed"].items()]
-    found = table(["case", "model", "tokens/s", "time, of the limit", "time, of ours"], rows)
+    found = table(["case", "model", "tokens/s", "time / limit", "time / ours"], rows)
     return "\n\n".join([found, "\n".join(notes)]) if notes else found
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one small case")
     parser.add_argument("--cases", nargs="+", metavar="NAME",
-                        help="those whose names contain one of these, as 'D 512'")
+                        help="cases whose names contain one of these, such as 'D 512'")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
@@ -116,7 +116,7 @@ def main() -> None:
     cases = [sizes for sizes in (QUICK if args.quick else CASES)
              if not args.cases or any(name in sizes.name for name in args.cases)]
     if not cases:
-        parser.error(f"--cases {' '.join(args.cases)}: fits none of "
+        parser.error(f"--cases {' '.join(args.cases)}: matches none of "
                      f"{'; '.join(sizes.name for sizes in CASES)}")
     peers.load()
     found = Results(args, {"machine": forked(lambda: machine(args.device)), "rounds": args.rounds})

@@ -1,4 +1,4 @@
-"""The quickstart: interrupted, resumed, run again, and refused."""
+"""The quickstart: interrupted, resumed, run again, rejected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments(folder: Path, text: Path = TEXT) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory):
-    """The clone's own commands, also where the package is not installed."""
+    """The clone's own commands, even if the package is not installed."""
     folder = tmp_path_factory.mktemp("bin")
     evomoe = folder / "evomoe"
     evomoe.write_text(f"#!{sys.executable}\nimport sys\nfrom evomoe_plugin.cli import main\n"
@@ -48,7 +48,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def modules(environment):
-    """The quickstart's own modules, by name."""
+    """The quickstart's modules, by name."""
     names = ("commands", "recipe", "folder", "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(RUN.parent)
@@ -75,14 +75,14 @@ def quickstart(modules):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
-    """The folder, exit status and output of a run that got Ctrl-C amid its training."""
+    """Folder, exit status and output of a run interrupted by Ctrl-C during training."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     process = subprocess.Popen([sys.executable, str(RUN), *arguments(folder)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = ""
     for line in process.stdout:
         output += line
-        # The gate has begun to let go of experts, and there is a checkpoint.
+        # Annealing has started, and there is a checkpoint.
         if line.split()[:1] == ["30"]:
             process.send_signal(signal.SIGINT)
     return folder, process.wait(), output
@@ -90,7 +90,7 @@ def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
 
 @pytest.fixture(scope="module")
 def resumed(interrupted, quickstart) -> tuple[Path, int, str]:
-    """The folder, the update that was resumed from, and the output of the run that finished."""
+    """Folder, resumed update, and output of the finished run."""
     folder, _, output = interrupted
     update = saved_updates(folder)
     status, out, err = quickstart(*arguments(folder))
@@ -106,7 +106,7 @@ def saved_updates(folder: Path) -> int:
 def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
     folder, status, output = interrupted
     assert status == 130, output
-    assert output.endswith("interrupted: run it again to go on where it stopped\n")
+    assert output.endswith("interrupted: run it again to continue\n")
     assert "Traceback" not in output
     assert read_log(folder / "train.log").intervals[-1].update < UPDATES
 
@@ -114,7 +114,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
 def test_run_again_it_goes_on(resumed):
     folder, update, out = resumed
     assert 0 < update < UPDATES
-    assert f"interrupted after {update} of {UPDATES} updates: going on from there" in out
+    assert f"interrupted after {update} of {UPDATES} updates: resuming" in out
     log = read_log(folder / "train.log")
     assert [record.update for record in log.intervals] == list(range(1, UPDATES + 1))
     assert log.intervals[0].values["experts_per_token"] > 7.9
@@ -123,7 +123,7 @@ def test_run_again_it_goes_on(resumed):
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_tells_what_was_measured(resumed):
+def test_the_table_reports_the_measurements(resumed):
     folder, _, out = resumed
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     cells = {row[0]: row[1:] for row in rows}
@@ -150,7 +150,7 @@ def test_a_finished_run_is_reported_not_retrained(resumed, quickstart):
 
 @pytest.mark.slow
 def test_the_interruption_changed_nothing(resumed, tmp_path):
-    """One command that trains from the first update to the last comes to the same weights."""
+    """One command that trains all updates gives the same weights."""
     folder, _, _ = resumed
     options = json.loads((folder / "settings.json").read_text())["train"]
     words = [word for option in options for word in option if word is not None]
@@ -178,19 +178,20 @@ def test_a_failed_step_shows_the_end_of_its_log(modules, quickstart, tmp_path, m
     log = tmp_path / "run/prepare.log"
     assert err.splitlines() == [
         *shown, "error: the disk is full", "",
-        f"error: evomoe failed (status 3); its whole log is {log}"]
+        f"error: evomoe failed (status 3); its full log is {log}"]
 
 
 def test_a_refusal_is_one_line(quickstart, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert quickstart(*arguments(tmp_path)) == (2, "", f"error: --dir {tmp_path} holds files, and "
-                                                "not those of a quickstart; name another folder\n")
+    assert quickstart(*arguments(tmp_path)) == (2, "", f"error: --dir {tmp_path} has files "
+                                                "that are not of a quickstart; give another "
+                                                "folder\n")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.fixture
 def made(modules, tmp_path):
-    """A folder that belongs to a run, and the recipe of that."""
+    """A folder of a run, and its recipe."""
     folder = modules.folder.RunFolder(tmp_path / "run")
     recipe = modules.recipe.Recipe(updates=100)
     with folder.locked():
@@ -204,16 +205,16 @@ def test_the_same_recipe_goes_on(made):
         folder.claim(recipe)
 
 
-@pytest.mark.parametrize(("change", "told"), [
+@pytest.mark.parametrize(("change", "difference"), [
     ({"updates": 50}, "--updates 100, now 50"),
     ({"quick": True}, "--quick not given, now given"),
     ({"text": ("/some/text",)}, "--text the Python standard library, now /some/text"),
 ])
-def test_another_recipe_is_refused(modules, made, change, told):
+def test_another_recipe_is_rejected(modules, made, change, difference):
     folder, _ = made
     with folder.locked(), pytest.raises(modules.commands.Refused) as refused:
         folder.claim(modules.recipe.Recipe(**{"updates": 100, **change}))
-    assert told in str(refused.value) and "--fresh" in str(refused.value)
+    assert difference in str(refused.value) and "--fresh" in str(refused.value)
 
 
 def test_options_that_the_clone_changed_are_named(modules, made, monkeypatch):
@@ -268,13 +269,13 @@ def test_a_damaged_checkpoint_is_refused(modules, made):
 
 
 def test_shown_commands_are_what_runs(modules, tmp_path, capfd):
-    """A shell that is given what is printed calls the program with the same words."""
+    """A shell that runs the printed command calls the program with the same words."""
     words = ["--betas", "(0.9, 0.98)", "--flag", "--path", "a b", *["--longer", "x" * 60] * 3]
     script = tmp_path / "words.py"
     script.write_text("import sys; print(sys.argv[1:])")
     modules.commands.run([sys.executable, str(script), *words], tmp_path / "log")
     printed = capfd.readouterr().out
-    # The first line is the two paths alone, however long they are.
+    # The first line has the two paths only, whatever their length.
     assert max(map(len, printed.splitlines()[2:])) <= modules.commands.LINE
     shell = subprocess.run(printed.replace("$", "", 1), shell=True, capture_output=True, text=True)
     assert shell.stdout == (tmp_path / "log").read_text() == f"{words}\n"

@@ -1,1 +1,1 @@
-"""What the benchmarks of speed share: cases, contenders, clocks, reports."""
+"""Shared code of the speed benchmarks: cases, contenders, timing, reports."""

@@ -1,4 +1,4 @@
-"""The bounds: matrix products and nothing else, into warm buffers."""
+"""Lower bounds: only matmuls, into warm buffers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from speed.inputs import Inputs
 
 
 def activated_flops(rows: int, width: int, ffn_dim: int, matrices: int = 2) -> int:
-    """Of forward, input gradients and weight gradients of so many rows."""
+    """FLOPs of forward pass, input gradients and weight gradients of `rows` rows."""
     return 3 * matrices * 2 * rows * width * ffn_dim
 
 
-class Products:
-    """Rows through one FFN: the six products of forward and backward, without activation.
+class Matmuls:
+    """Rows through one FFN: the six matmuls of forward and backward, without activation.
 
     Args:
-        rows: number of them; 0 products are none.
-        weights: into and out of the hidden rows, [F, D] each.
-        gradients: where theirs go.
-        buffers: of `buffers_for`, at least as many rows.
+        rows: number of rows.
+        weights: of both layers, [F, D] each.
+        gradients: output buffers for their gradients.
+        buffers: from `buffers_for`, with at least as many rows.
     """
 
     def __init__(self, rows: int, weights: tuple[Tensor, Tensor],
@@ -46,7 +46,7 @@ class Products:
 
 
 def buffers_for(inputs: Inputs, rows: int) -> dict[str, Tensor]:
-    """Rows in and out of both products and their gradients, filled."""
+    """Inputs and outputs of both matmuls and their gradients, filled."""
     case = inputs.case
     sizes = {"x": case.width, "dx": case.width, "y": case.width, "dy": case.width,
              "h": case.ffn_dim, "a": case.ffn_dim, "da": case.ffn_dim}
@@ -55,14 +55,14 @@ def buffers_for(inputs: Inputs, rows: int) -> dict[str, Tensor]:
 
 
 class Limit:
-    """All N rows through one expert: what the matrix units can do with these FLOPs."""
+    """All N rows through one expert: the peak speed of these FLOPs."""
 
     label = "limit"
 
     def __init__(self, inputs: Inputs):
         w1_FD, w2_FD = (w[0].clone() for w in inputs.plain)
         self.flops = activated_flops(inputs.pairs, inputs.case.width, inputs.case.ffn_dim)
-        self._all = Products(inputs.pairs, (w1_FD, w2_FD),
+        self._all = Matmuls(inputs.pairs, (w1_FD, w2_FD),
                              (torch.empty_like(w1_FD), torch.empty_like(w2_FD)),
                              buffers_for(inputs, inputs.pairs))
 
@@ -72,7 +72,7 @@ class Limit:
 
 
 class Floor:
-    """Each expert's rows by its own weights, cold, and its gradients into one stacked buffer."""
+    """Each expert's rows with its own cold weights, gradients into one stacked buffer."""
 
     label = "floor"
 
@@ -83,7 +83,7 @@ class Floor:
         starts = accumulate(inputs.counts, initial=0)
         self.flops = activated_flops(inputs.pairs, inputs.case.width, inputs.case.ffn_dim)
         self._experts = [
-            Products(count, (weights[0][e], weights[1][e]), (gradients[0][e], gradients[1][e]),
+            Matmuls(count, (weights[0][e], weights[1][e]), (gradients[0][e], gradients[1][e]),
                      buffers, start)
             for e, (count, start) in enumerate(zip(inputs.counts, starts, strict=False)) if count
         ]

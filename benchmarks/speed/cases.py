@@ -1,4 +1,4 @@
-"""The shapes that layers are measured at."""
+"""Shapes of the measured layers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Case:
     top_k: int = 0
     """Of the gate `top_k`."""
     wanted: float = 0
-    """Mean experts a token of the gate `dense_to_sparse`, which its temperature is set for."""
+    """Mean experts per token of the gate `dense_to_sparse`, set by its temperature."""
     null_share: float | None = None
-    """Of the gate `top_p`: the share of the pairs without null experts that they take away."""
+    """Of the gate `top_p`: share of pairs routed to null experts."""
     skew: float = 0.1
-    """Length of the tokens' common part, of that of their own; it makes loads uneven."""
+    """Norm of the common part of tokens over that of their own part; it makes loads uneven."""
     memory: bool = False
     """Whether peak memory is measured too."""
     ffn: int = 0
 
     @property
     def name(self) -> str:
-        """For tables and `--cases`."""
+        """Name in tables and for `--cases`."""
         sizes = f"{self.tokens}/{self.width}/{self.experts}"
         if self.gate == "top_k":
             return f"{self.group} {sizes}/{self.top_k}"
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def gate(self) -> str:
-        """The gate's name, of `--moe-gate`."""
+        """The gate, as in `--moe-gate`."""
         if self.null_share is not None:
             return "top_p"
         return "dense_to_sparse" if self.wanted else "top_k"
@@ -49,8 +49,8 @@ class Case:
 
     @property
     def gated_ffn_dim(self) -> int:
-        """F of SwiGLU experts, whose three matrices cost what two of F do: 2/3 of F, to the nearest
-        multiple of 64 (of 8, where F is small), which matrix products like."""
+        """F of SwiGLU experts, whose three matrices have the FLOPs of two with F: 2/3 of F, rounded
+        to a multiple of 64 (of 8 for small F) for fast matmuls."""
         step = 64 if self.ffn_dim >= 256 else 8
         return max(step, round(self.ffn_dim * 2 / 3 / step) * step)
 
@@ -60,7 +60,7 @@ class Case:
         return self.experts if self.null_share else 0
 
 
-# T, D, E, k, from segments of a thousand rows for each expert to such of 32.
+# T, D, E, k: from 1,000 rows per expert down to 32.
 TABLE = tuple(
     Case("table", tokens, width, experts, top_k, memory=memory)
     for tokens, width, experts, top_k, memory in (
@@ -86,7 +86,7 @@ TOKENS = tuple(
     Case("tokens", tokens, 256, 16, 2) for tokens in (256, 1024, 4096, 16384)
 )
 CASES = (*TABLE, *ANNEALING, *NULLS, *TOKENS)
-# Minutes, not hours: one case of each kind of segment, the ends of the annealing and of the nulls.
+# Takes minutes: one case per segment length, and the ends of annealing and null shares.
 QUICK = (
     Case("table", 1024, 256, 4, 2),
     Case("table", 1024, 256, 16, 2, memory=True),
@@ -100,7 +100,7 @@ def chosen(names: list[str] | None, quick: bool) -> list[Case]:
     """The cases whose names contain one of `names`.
 
     Raises:
-        SystemExit: a name fits none.
+        SystemExit: a name matches none.
     """
     cases = QUICK if quick else CASES
     if not names:

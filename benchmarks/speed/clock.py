@@ -1,4 +1,4 @@
-"""Seconds of steps that take turns, and memory of one."""
+"""Time of alternating steps, and memory of one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 SLOW, FEW = 20, 3
-"""What takes so many times the bound is measured in so few rounds: minutes, not hours."""
+"""Steps that take more than SLOW times the bound are measured in FEW rounds."""
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """Wall time of a step that ends when the device has."""
+    """Wall time of a step, including the device's work."""
     _wait(device)
     start = time.perf_counter()
     step()
@@ -32,12 +32,12 @@ def _wait(device: str) -> None:
 def take_turns(
     steps: Mapping[str, Callable[[], object]], rounds: int, device: str, bound: str
 ) -> dict[str, list[float | None]]:
-    """Seconds of each step in each round, in a new order every round, after one that is not told.
+    """Seconds of each step in each round, in a new order every round, after a warm-up round.
 
     Args:
-        bound: the step that says what is slow.
+        bound: the step that defines which steps are slow.
     Returns:
-        Name -> as many numbers as there are rounds, None where a slow step was left out.
+        Name -> one value per round, None where a slow step was skipped.
     """
     warm = {name: seconds(step, device) for name, step in steps.items()}
     few = {name for name, taken in warm.items() if taken > SLOW * warm[bound]}
@@ -57,7 +57,7 @@ def ratios(times: Sequence[float | None], bound: Sequence[float | None]) -> list
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most, quartiles."""
+    """Median, minimum, maximum, quartiles."""
     ordered = sorted(values)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
     return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1],
@@ -65,7 +65,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class Peak:
-    """MiB that come on top while the block runs, of a process or of the CUDA device."""
+    """Additional MiB while the block runs, of the process or the CUDA device."""
 
     def __init__(self, device: str):
         self.device = device
@@ -77,7 +77,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated() / 2**20
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
             self._before = _resident("VmRSS")
         return self
 
@@ -95,7 +95,7 @@ def _resident(field: str) -> float:
 
 
 def free_gibibytes(device: str) -> float:
-    """Memory that can be had."""
+    """Available memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**30
     info = Path("/proc/meminfo").read_text()

@@ -1,8 +1,8 @@
-"""What a user could have instead: each is one MoE layer with the weights and routing of a case.
+"""Alternative implementations of one MoE layer, with the weights and routing of a case.
 
-The contenders that are written here route by `speed.routes`, and have neither losses nor
-statistics. Experts are GELU networks, those of ours, the loop and the dense FFN with biases, but
-for those of Hugging Face, which are SwiGLU of about as many FLOPs.
+The contenders defined here route with `speed.routes`, and compute neither losses nor statistics.
+Experts are GELU FFNs (ours, the loop and the dense FFN with biases); those of Hugging Face are
+SwiGLU FFNs of about the same FLOPs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from speed.inputs import Inputs
 
 
 class Refused(Exception):
-    """Why a contender does not take part in a case."""
+    """A contender does not support a case."""
 
 
 class Contender(nn.Module):
-    """A layer that is stepped: forward and backward, gradients dropped.
+    """A layer with a step: forward and backward, gradients discarded.
 
-    A subclass makes parameters in `__init__` and gives `forward`: y_TD and a list of losses.
+    A subclass creates parameters in `__init__` and defines `forward`, which returns y_TD and a list
+    of losses.
     """
 
     label: str
-    """For tables."""
+    """Name in tables."""
     ALONE = False
-    """Whether it fills memory so that it gets a process of its own, with the limit alone."""
+    """Whether it needs so much memory that it runs in a separate process, with the limit only."""
     MATRICES = 2
-    """Of an expert."""
+    """Matrices per expert."""
 
     def __init__(self, inputs: Inputs):
         super().__init__()
@@ -41,14 +42,14 @@ class Contender(nn.Module):
 
     @property
     def flops(self) -> int:
-        """Activated ones of a step, without gate and dispatch."""
+        """FLOPs of routed pairs in a step, without gate and dispatch."""
         case = self.inputs.case
         ffn_dim = case.ffn_dim if self.MATRICES == 2 else case.gated_ffn_dim
         return activated_flops(self.inputs.pairs, case.width, ffn_dim, self.MATRICES)
 
     @classmethod
     def gibibytes(cls, inputs: Inputs) -> float:
-        """A rough guess at what a step needs, for those that can need more than there is."""
+        """Rough estimate of the memory of a step, for contenders that may exceed it."""
         return 0.0
 
     def gradients(self) -> None:
@@ -58,17 +59,17 @@ class Contender(nn.Module):
                                 [self.dy, *(torch.ones_like(loss) for loss in losses)])
 
     def step(self) -> None:
-        """The same, gradients dropped as an optimizer does."""
+        """Forward and backward; gradients are discarded as by an optimizer."""
         self.gradients()
         self.drop()
 
     def drop(self) -> None:
-        """Forget gradients."""
+        """Discard gradients."""
         self.zero_grad()
         self.x.grad = None
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and weights of the tokens, [T, E] each."""
+        """Selected experts and weights of the tokens, [T, E] each."""
         return self.inputs.route(x_TD, self.gate)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -92,7 +93,7 @@ class Ours(Contender):
 
 
 class OursGated(Ours):
-    """The same with SwiGLU experts: the peer of Hugging Face's."""
+    """Ours with SwiGLU experts, for comparison with Hugging Face's."""
 
     label = "ours, SwiGLU"
     GATED = True
@@ -100,7 +101,7 @@ class OursGated(Ours):
 
 
 class Routing(Contender):
-    """Of ours, what is not experts: gate, plan, sort, losses; forward and backward."""
+    """Ours without experts: gate, plan, sort, losses; forward and backward."""
 
     label = "our routing alone"
     flops = 0
@@ -116,7 +117,7 @@ class Routing(Contender):
 
 
 class Dense(Contender):
-    """As many rows through one FFN with biases, as fairseq's: no routing."""
+    """The same number of rows through one FFN with biases, as in fairseq: no routing."""
 
     label = "dense FFN of equal FLOPs"
 
@@ -134,15 +135,15 @@ class Dense(Contender):
 
 
 class Loop(Contender):
-    """For each expert, two linear layers: pick its tokens, apply it, add what it gives; autograd
-    does the rest."""
+    """For each expert, two linear layers: gather its tokens, apply it, add its output; backward by
+    autograd."""
 
     label = "loop over experts"
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)
         self.add("gate", inputs.gate_CD)
-        # Parameters of its own each: gradients of slices of one would be as large as all.
+        # Separate parameters: gradients of slices of a stack would have the size of the stack.
         self.fc1, self.fc2 = (nn.ModuleList(_linear(w) for w in w_E)
                               for w_E in (inputs.plain[0], inputs.plain[1].transpose(1, 2)))
 
@@ -160,7 +161,7 @@ class Loop(Contender):
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """With this weight, and biases of 0."""
+    """A linear layer with this weight, and bias 0."""
     linear = nn.Linear(weight.size(1), weight.size(0), device="meta")
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     linear.bias = nn.Parameter(weight.new_zeros(weight.size(0)))
@@ -168,7 +169,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 class GroupedMM(Contender):
-    """Sort by expert, then torch's own grouped product."""
+    """Sort by expert, then torch's grouped matmul."""
 
     label = "sort + grouped_mm"
 
@@ -189,7 +190,7 @@ class GroupedMM(Contender):
 
 
 class AllMasked(Contender):
-    """Every expert on every token, then weights that are 0 for most: dense training."""
+    """Every expert on every token, with combine weights that are mostly 0: dense training."""
 
     label = "all experts, masked"
     ALONE = True
@@ -219,9 +220,9 @@ class AllMasked(Contender):
 
 
 class OneHot(Contender):
-    """Dispatch by products with a one-hot mask T×E×C (GShard, arXiv 2006.16668).
+    """Dispatch by matmuls with a one-hot mask T×E×C (GShard, arXiv 2006.16668).
 
-    C is the largest load, so that no pair is dropped.
+    C is the largest load, so no pair is dropped.
     """
 
     label = "one-hot dispatch T×E×C"

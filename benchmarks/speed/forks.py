@@ -1,7 +1,7 @@
-"""Work in a process of its own, which costs no imports.
+"""Run work in a fork, without importing modules again.
 
-What filled memory once slows whoever comes next, and one that is killed for its memory takes
-nothing else with it. The parent may have used neither several threads nor CUDA, which do not
+Memory use of one measurement then does not slow the next one, and one that is killed for its memory
+does not end the others. The parent must have used neither several threads nor CUDA, which do not
 survive a fork.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def forked(work: Callable[[], Any]) -> Any:
-    """What `work`, done in a fork, returns, by way of JSON; {"failed": why} where it failed."""
+    """Run `work` in a fork and return its result via JSON; {"failed": reason} if it fails."""
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
@@ -26,21 +26,21 @@ def forked(work: Callable[[], Any]) -> Any:
         status = 1
         try:
             os.close(reading)
-            with os.fdopen(writing, "w") as answer:
+            with os.fdopen(writing, "w") as pipe:
                 try:
-                    json.dump(work(), answer)
+                    json.dump(work(), pipe)
                 except Exception as error:
                     traceback.print_exc()
-                    json.dump({"failed": reason(error)}, answer)
+                    json.dump({"failed": reason(error)}, pipe)
             status = 0
-        except BaseException:  # Ctrl-C, which the parent gets too
+        except BaseException:  # Ctrl-C, also sent to the parent
             pass
         finally:
             sys.stderr.flush()
             os._exit(status)
     os.close(writing)
-    with os.fdopen(reading) as answer:
-        text = answer.read()
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
         name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an error"

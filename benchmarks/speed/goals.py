@@ -1,6 +1,6 @@
-"""What was aimed at, and what a run of the benchmarks shows of it.
+"""Goals of the benchmarks, and whether a run meets them.
 
-All goals are ratios, medians over rounds; a goal over many cases is met if it is in all of them.
+All goals are ratios, medians over rounds; a goal over several cases must be met in all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from speed.report import LABELS, table
 
 LONG, SHORT = 512, 32
-"""Mean rows of an expert: from the first on the limit is the measure, from the second the floor."""
+"""Mean rows per expert: from the first value the limit is used, from the second the floor."""
 NO_PEERS = ("Ours", "OursGated", "Dense", "Floor", "Routing")
 
 Results = Mapping[str, Any]
@@ -20,7 +20,7 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """A number held against a bound."""
+    """A value compared with a bound."""
 
     case: str
     value: float
@@ -34,14 +34,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is aimed at, and how it is found in layers, nulls, whole steps and whole runs."""
+    """A goal, and how its findings are extracted from the results."""
 
     text: str
     find: Callable[[Results], Iterable[Finding]]
 
 
 def ours(found: Results, dtype: str) -> Iterable[tuple[str, Results, Results]]:
-    """Name, result and our row of the cases that were measured."""
+    """Name, result and our row of the measured cases."""
     for result in found.get("layers", ()):
         if result["dtype"] == dtype and "Ours" in result["rows"]:
             yield (f"{result['name']}, {dtype}, {result['threads']} threads", result,
@@ -97,7 +97,7 @@ def _fastest(found: Results) -> Iterable[Finding]:
 
 
 def _lower(row: Results, peer: Results) -> float:
-    """Ours over a peer's, the lower quartile over rounds: more than that is beyond noise."""
+    """Lower quartile over rounds of our time over a peer's, to exclude noise."""
     if "ours_of_it" in peer:
         return peer["ours_of_it"]["low"]
     return row["of_limit"]["low"] / peer["of_limit"]["high"]
@@ -148,7 +148,8 @@ GOALS = (
     Goal("layer, bf16, segments of 32 to 511 rows: at most 1.25 of the floor",
          _short("bf16", 1.25)),
     Goal("dense-to-sparse, fp32, any point, uneven loads: at most 1.2 of the limit", _annealing),
-    Goal("the same at 2 experts a token of 16: at least 6 times faster than all, masked", _masked),
+    Goal("the same at 2 of 16 experts per token: at least 6 times faster than all, masked",
+         _masked),
     Goal("top-p with null share s: at most (1 − s) + 0.05 of the time without", _nulls),
     Goal("fastest contender: ours in every case, or within noise of it", _fastest),
     Goal("memory of a step beyond weights and their gradients: at most 1.1 of N·(F + 2D)",
@@ -156,12 +157,12 @@ GOALS = (
     Goal("routing: at most 8 % of the layer at D of 512 or more", _routing),
     Goal("whole step: at least 1.5 times the best of Hugging Face's in fp32, 2 times in bf16",
          _whole_step),
-    Goal("EvoMoE's whole run: within 15 % of the ratio that its products predict", _whole_run),
+    Goal("EvoMoE's whole run: within 15 % of the ratio predicted by matmul FLOPs", _whole_run),
 )
 
 
 def goals_table(found: Results) -> str:
-    """Each goal: met, missed or not measured; the worst case, and in how many it is met."""
+    """Each goal: met, missed or not measured; in how many cases, and the worst case."""
     rows = []
     for goal in GOALS:
         findings = list(goal.find(found))

@@ -1,4 +1,4 @@
-"""Tokens, weights and routing of a case, the same for all contenders."""
+"""Tokens, weights and routing of a case, shared by all contenders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from speed.cases import Case
 
 @dataclass
 class Inputs:
-    """What a case is measured with. Contenders take copies of the weights."""
+    """Inputs of a case. Contenders copy the weights."""
 
     case: Case
     dtype: torch.dtype = torch.float32
@@ -29,10 +29,10 @@ class Inputs:
 
         common_D = normal(case.width)
         x_TD = normal(case.tokens, case.width) + case.skew * common_D
-        # Logits of a deviation of 1, and of 2 for the top-p gate, whose sets would else be large.
+        # Logits have standard deviation 1, or 2 for the top-p gate, to keep its sets small.
         scale = (2.0 if case.gate == "top_p" else 1.0) / case.width**0.5
         gate_CD = scale * normal(case.experts + case.null_experts, case.width)
-        # What common_D adds to the logits of null experts is how often they are chosen.
+        # The shift of null experts' logits along common_D sets how often they are selected.
         self._null_D = torch.cat([
             torch.zeros(case.experts, case.width),
             (common_D / common_D.square().sum()).expand(case.null_experts, -1)])
@@ -73,7 +73,7 @@ class Inputs:
                 lambda log: self._pairs_at(temperature=10**log),
                 self.case.wanted * self.case.tokens, -3, 3)
         if self.case.null_share:
-            most = self._pairs_at(shift=-1e4)  # null experts that nobody chooses
+            most = self._pairs_at(shift=-1e4)  # null experts are never selected
             bare_CD = self.gate_CD
             shift = -_bisect(lambda shift: self._pairs_at(shift=-shift),
                              (1 - self.case.null_share) * most, -1e3, 1e3)
@@ -90,7 +90,7 @@ class Inputs:
 
     @cached_property
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Weights of GELU experts: into and out of the hidden rows, each [E, F, D]."""
+        """Weights of GELU experts: first and second layer, [E, F, D] each."""
         case = self.case
         w1, w2 = self._matrices(2, case.ffn_dim)
         return w1, w2
@@ -110,7 +110,7 @@ class Inputs:
 
 
 def _bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where `rising` comes to `wanted`."""
+    """Solve `rising(x) = wanted`."""
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if rising(middle) > wanted else (middle, high)

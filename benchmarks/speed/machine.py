@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Describe the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def machine(device: str) -> dict[str, str]:
 
 
 def cpu() -> str:
-    """The processor's name for itself."""
+    """The processor's model name."""
     match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.M)
     return match.group(1).strip() if match else platform.machine()
 
 
 def bf16_instructions() -> list[str]:
-    """Of those that make bf16 products faster than fp32's."""
+    """Available instructions that make bf16 matmuls faster than fp32."""
     return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpuinfo().split()]
 
 
 def slug() -> str:
-    """The processor, for file names."""
+    """The processor's name for file names."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", cpu().lower())).strip("-")
 
 
 def version(package: str) -> str:
-    """Installed version, or that there is none."""
+    """Installed version, or 'not installed'."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a fork measures: the contenders of a case in turn, or the memory of one."""
+"""Measurements in a fork: time of all contenders of a case in turn, or memory of one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Setting:
 def in_own_process(
     case: Case, setting: Setting, names: Sequence[str], what: str = "times"
 ) -> dict[str, Any]:
-    """`times`, or `memory` of one, measured in a fork; {"failed": why} where it died."""
+    """`times`, or `memory` of one, measured in a fork; {"failed": reason} if it died."""
 
     def work() -> dict[str, Any]:
         start(setting)
@@ -61,29 +61,29 @@ def in_own_process(
             return times(inputs, setting, names)
         try:
             return memory(inputs, *names)
-        except Exception as error:  # of other packages: any kind, and it is told
+        except Exception as error:  # other packages raise any type; reported
             return {"failed": why(error)}
 
     return forked(work)
 
 
 def start(setting: Setting) -> None:
-    """What a process that measures sets first."""
+    """Settings of a measuring process."""
     torch.set_num_threads(setting.threads)
-    if setting.device == "cuda":  # fp32 is fp32
+    if setting.device == "cuda":  # no TF32
         torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
 
 
 def times(inputs: Inputs, setting: Setting, names: Sequence[str]) -> dict[str, Any]:
-    """Seconds of all that can take part, round by round, beside limit and floor."""
+    """Seconds of all supported contenders, by round, with limit and floor."""
     bounds = {"Limit": Limit(inputs), "Floor": Floor(inputs)}
     steps, flops, failed = {}, {}, {}
     for name in names:
         try:
             contender = made(name, inputs)
             contender.step()
-        except Exception as error:  # of other packages: any kind, and it is told
+        except Exception as error:  # other packages raise any type; reported
             failed[name] = why(error)
         else:
             steps[name], flops[name] = contender.step, contender.flops
@@ -100,7 +100,7 @@ def nulls(cases: Sequence[Case], setting: Setting) -> dict[str, Any]:
     """Our layer and the loop at several null shares in turn: pairs, and seconds of each round.
 
     Args:
-        cases: of the same sizes, without null experts first.
+        cases: of equal sizes, the one without null experts first.
     """
     start(setting)
     pairs, steps = [], {}
@@ -114,22 +114,22 @@ def nulls(cases: Sequence[Case], setting: Setting) -> dict[str, Any]:
 
 
 def made(name: str, inputs: Inputs) -> Contender:
-    """A contender, unless it needs more memory than there is."""
+    """Build a contender, unless it needs more memory than available."""
     kind = CONTENDERS[name]
     need, free = kind.gibibytes(inputs), clock.free_gibibytes(inputs.device)
     if need > 0.8 * free:
-        raise Refused(f"needs about {need:.0f} GiB of {free:.0f}")
+        raise Refused(f"needs about {need:.0f} GiB of {free:.0f} GiB")
     return kind(inputs)
 
 
 def why(error: Exception) -> str:
-    """One line."""
+    """The reason of a failure in one line."""
     return str(error) if isinstance(error, Refused) else reason(error)
 
 
 def memory(inputs: Inputs, name: str) -> dict[str, Any]:
-    """MiB of a first step beyond weights and their gradients, of one contender."""
-    # A small case first: libraries load and threads start.
+    """MiB of the first step of one contender beyond weights and their gradients."""
+    # A small case first, to load libraries and start threads.
     small = replace(inputs.case, tokens=8 * inputs.case.experts, width=64)
     made(name, Inputs(small, inputs.dtype, inputs.device)).step()
     contender = made(name, inputs)

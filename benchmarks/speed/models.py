@@ -1,9 +1,9 @@
-"""Whole models that take training steps: ours, those of Hugging Face, and the bare products.
+"""Whole models for training steps: ours, those of Hugging Face, and bare matmuls.
 
-All have as many layers of the same width, tied embeddings, no dropout, and torch's fused AdamW;
+All have the same number of layers and width, tied embeddings, no dropout, and torch's fused AdamW;
 experts of Hugging Face are SwiGLU, three matrices of about two thirds of our width. A step is
-forward, backward, optimizer, gradients dropped; no trainer, no clipping, no data. Ours computes the
-gates' balance losses and statistics too, those of Hugging Face do as their default is and do not.
+forward, backward, optimizer, gradients discarded; no trainer, clipping or data loading. Ours also
+computes balance losses and statistics of gates; those of Hugging Face by default do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Model:
     """A model, its optimizer and a batch.
 
     Args:
-        dtype: fp32 or bf16; bf16 by the weights, or by autocast where `AUTOCAST`.
+        dtype: fp32 or bf16; bf16 weights, or autocast if `AUTOCAST`.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Model:
 
 
 class Ours(Model):
-    """The plugin's model and criterion; in bf16 the products, weights in fp32."""
+    """The plugin's model and criterion; for bf16, bf16 matmuls with fp32 weights."""
 
     label = "ours"
     AUTOCAST = True
@@ -74,7 +74,7 @@ class Ours(Model):
         if self.AUTOCAST and dtype == "bf16":
             given += ["--moe-matmul-dtype", "bf16"]
         run = build(self.sizes, given)
-        self.autocast = False  # the model sees to it
+        self.autocast = False  # done by the model
         self.criterion = run.criterion.train()
         return run.model
 
@@ -84,14 +84,14 @@ class Ours(Model):
 
 
 class OursBf16Weights(Ours):
-    """With the weights in bf16 too, as Hugging Face's best."""
+    """With bf16 weights, like Hugging Face's fastest."""
 
     label = "ours, weights in bf16"
     AUTOCAST = False
 
 
 class OursGated(Ours):
-    """With SwiGLU experts, of the width of Hugging Face's."""
+    """With SwiGLU experts of the width of Hugging Face's."""
 
     label = "ours, SwiGLU"
 
@@ -102,7 +102,7 @@ class OursGated(Ours):
 
 
 class HuggingFace(Model):
-    """A causal language model made from a configuration, random weights."""
+    """A causal language model from a configuration, with random weights."""
 
     NAME: str
     IMPLEMENTATION: str
@@ -148,7 +148,7 @@ PEERS = [_peer(name, shown, implementation, autocast)
 
 
 def models(dtype: str) -> dict[str, type[Model]]:
-    """Those that differ in this precision, by label."""
+    """The models for this precision, by label."""
     kinds = [Ours, OursGated, *PEERS]
     if dtype == "fp32":
         kinds = [kind for kind in kinds if kind in (Ours, OursGated) or not kind.AUTOCAST]
@@ -157,8 +157,8 @@ def models(dtype: str) -> dict[str, type[Model]]:
     return {kind.label: kind for kind in kinds}
 
 
-class BareProducts:
-    """All matrix products of a step, and nothing else, into warm buffers: the limit."""
+class BareMatmuls:
+    """The limit: only the matmuls of a step, into warm buffers."""
 
     label = "limit"
 
@@ -170,11 +170,11 @@ class BareProducts:
             (pairs, width, sizes.ffn), (pairs, sizes.ffn, width),
         ]
         shapes = per_layer * sizes.layers + [(tokens, width, sizes.vocabulary)]
-        self._products = [_Product(shape, dtype, device) for shape in dict.fromkeys(shapes)]
-        self._times = [shapes.count(product.shape) for product in self._products]
-        # Of queries and keys, and of weights and values.
+        self._matmuls = [_Matmul(shape, dtype, device) for shape in dict.fromkeys(shapes)]
+        self._times = [shapes.count(matmul.shape) for matmul in self._matmuls]
+        # Queries and keys, and weights and values.
         head = width // sizes.heads
-        self._attention = [_Product(shape, dtype, device, sequences)
+        self._attention = [_Matmul(shape, dtype, device, sequences)
                            for shape in ((sizes.length, head, sizes.length),
                                          (sizes.length, sizes.length, head))]
         self._layers = sizes.layers
@@ -182,16 +182,16 @@ class BareProducts:
             3 * 2 * sequences * a * b * c for a, b, c in (p.shape for p in self._attention))
 
     def step(self) -> None:
-        for product, times in zip(self._products, self._times, strict=True):
+        for matmul, times in zip(self._matmuls, self._times, strict=True):
             for _ in range(times):
-                product.step()
+                matmul.step()
         for _ in range(self._layers):
-            for product in self._attention:
-                product.step()
+            for matmul in self._attention:
+                matmul.step()
 
 
-class _Product:
-    """[a, b] by [b, c], and the gradients of both."""
+class _Matmul:
+    """[a, b] times [b, c], and the gradients of both."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str,
                  sequences: int = 0):
@@ -213,6 +213,6 @@ class _Product:
 
 
 def expert_flops(sizes: Sizes) -> int:
-    """Of the experts in a step."""
+    """FLOPs of the experts in a step."""
     pairs = sizes.tokens * sizes.top_k
     return sizes.layers * activated_flops(pairs, sizes.width, sizes.ffn)

@@ -1,4 +1,4 @@
-"""Our layer, as a model has it."""
+"""Our layer, as in a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from speed.inputs import Inputs
 
 
 def options(**given: Any) -> types.SimpleNamespace:
-    """The defaults of all options of the layer, and what is given."""
+    """The defaults of all layer options, updated with `given`."""
     return types.SimpleNamespace(**{
         **vars(MoEOptions()),
         **{name: option.default for name, option in option_fields().items()},
@@ -25,7 +25,7 @@ def options(**given: Any) -> types.SimpleNamespace:
 
 
 def build(inputs: Inputs, gated: bool = False) -> MoELayer:
-    """A layer with the weights and the routing of `inputs`, its biases 0."""
+    """A layer with the weights and routing of `inputs`, biases 0."""
     case = inputs.case
     given: dict[str, Any] = {"moe_gate": case.gate, "moe_expert_gated": gated,
                              "moe_expert_ffn_dim": case.gated_ffn_dim if gated else case.ffn_dim}
@@ -52,7 +52,7 @@ def build(inputs: Inputs, gated: bool = False) -> MoELayer:
 
 
 def routing(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
-    """Gate, plan, sort, losses and statistics alone: what has gradients of them."""
+    """Only gate, plan, sort, losses and statistics: their differentiable outputs."""
     plan = layer.gate(x_TD, GateContext())
     plan.tokens_per_expert_E.tolist()
     return [plan.weights_N, *plan.aux.values()]

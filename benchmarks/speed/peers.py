@@ -1,4 +1,4 @@
-"""Layers of other packages."""
+"""MoE layers of other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from speed.inputs import Inputs
 
 
 def from_transformers(name: str, module: str = "") -> Any:
-    """What transformers has under a name.
+    """Import a name from transformers.
 
     Raises:
         Refused: it is not installed.
@@ -27,7 +27,7 @@ def from_transformers(name: str, module: str = "") -> Any:
 
 
 def load() -> None:
-    """Import what the peers need, so that forks have it."""
+    """Import the peers' packages before forking."""
     for name, module in (("MixtralSparseMoeBlock", "models.mixtral.modeling_mixtral"),
                          ("OlmoeSparseMoeBlock", "models.olmoe.modeling_olmoe"),
                          ("MixtralConfig", ""), ("OlmoeConfig", "")):
@@ -36,7 +36,7 @@ def load() -> None:
 
 
 class FairscaleExpert(nn.Module):
-    """One of fairscale's experts, GELU without biases."""
+    """An expert for fairscale's layer, GELU without biases."""
 
     def __init__(self, w1_FD, w2_FD):
         super().__init__()
@@ -48,7 +48,7 @@ class FairscaleExpert(nn.Module):
 
 class Fairscale(Contender):
     """fairscale's `MOELayer` with its `Top2Gate`: the second expert is sampled, and tokens beyond
-    an expert's capacity of 2T/E are dropped, so that it computes something else, and less."""
+    an expert's capacity of 2T/E are dropped, so its output differs and it computes less."""
 
     label = "fairscale MOELayer"
     ALONE = True
@@ -57,7 +57,7 @@ class Fairscale(Contender):
         super().__init__(inputs)
         case = inputs.case
         if case.gate != "top_k" or case.top_k != 2:
-            raise Refused("its gate is top-2 alone")
+            raise Refused("its gate supports only top-2")
         from fairscale.nn.moe import MOELayer, Top2Gate
         from torch import distributed
 
@@ -77,24 +77,24 @@ class Fairscale(Contender):
         return 10 * 4 * case.tokens * 2 * case.tokens / 2**30
 
     def forward(self, x_TD):
-        # Its sequences have to be a multiple of the experts.
+        # Its number of sequences must be a multiple of the number of experts.
         experts = self.inputs.case.experts
         y = self.layer(x_TD.view(experts, -1, x_TD.size(1)))
         return y.view_as(x_TD), [self.layer.l_aux]
 
 
 class HuggingFace(Contender):
-    """A sparse block of transformers: SwiGLU experts, top-k, nothing dropped."""
+    """A sparse MoE block of transformers: SwiGLU experts, top-k, no dropping."""
 
     MATRICES = 3
     IMPLEMENTATION: str
-    """Of `experts_implementation`."""
+    """Value of `experts_implementation`."""
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)
         case = inputs.case
         if case.gate != "top_k":
-            raise Refused("its gate is top-k alone")
+            raise Refused("its gate supports only top-k")
         self.block = self._block(dict(
             hidden_size=case.width, intermediate_size=case.gated_ffn_dim,
             num_experts_per_tok=case.top_k, hidden_act="silu",
@@ -124,7 +124,7 @@ class Mixtral(HuggingFace):
 
 
 class Olmoe(HuggingFace):
-    """OLMoE's, its weights renormalized too."""
+    """OLMoE's block, also with renormalized weights."""
 
     def _block(self, sizes):
         config = from_transformers("OlmoeConfig")(
@@ -134,11 +134,11 @@ class Olmoe(HuggingFace):
 
 
 def refuse_eager(inputs: Inputs) -> None:
-    """Where it would take minutes a step: autograd makes a gradient of the whole stack for each
-    expert."""
+    """Skip cases that take minutes per step: autograd creates a gradient of the whole stack for
+    each expert."""
     gibibytes = sum(w.nbytes for w in inputs.gated) * inputs.case.experts / 2**30
     if gibibytes > 16:
-        raise Refused(f"writes {gibibytes:.0f} GiB of gradients a step, the whole stack for each "
+        raise Refused(f"writes {gibibytes:.0f} GiB of gradients per step, the whole stack for each "
                       "expert")
 
 
@@ -147,7 +147,7 @@ class MixtralGrouped(Mixtral):
 
 
 class MixtralEager(Mixtral):
-    """As it is by default where grouped_mm is not."""
+    """The default where grouped_mm is not available."""
 
     label, IMPLEMENTATION = "HF Mixtral, eager", "eager"
     ALONE = True

@@ -1,4 +1,4 @@
-"""A picture of the ratios."""
+"""Plot the ratios."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from speed.report import LABELS
 
-MOST = 6.0  # ratios beyond it stand at the edge, so that the others can be told apart
+MOST = 6.0  # larger ratios are drawn at the edge, so that the others are readable
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Time over the limit's of every contender in every case, with its spread.
+    """Time over the limit's for every contender in every case, with its range.
 
     Args:
         path: .svg or .png.
@@ -47,7 +47,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                               zorder=3 if name == "Ours" else 2)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{dtype}, {threads} threads")
-        axis.set_xlabel("time, of the limit (bare products)")
+        axis.set_xlabel("time / limit (bare matmuls)")
         axis.set_yticks(range(len(members)), [result["name"] for result in members], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlim(0.8 if dtype == "fp32" else 0, MOST + 0.2)

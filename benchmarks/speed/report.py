@@ -1,4 +1,4 @@
-"""Markdown of what was measured."""
+"""Markdown reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LABELS = {"Floor": "floor", **{name: kind.label for name, kind in CONTENDERS.ite
 
 
 def heading(machine: Mapping[str, str]) -> str:
-    """What it was measured on."""
+    """Describe the machine."""
     return "; ".join(f"{name} {value}" for name, value in machine.items()) + "."
 
 
@@ -22,7 +22,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def times_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Time over the limit's, of all contenders in all cases of one kind."""
+    """Time over the limit's, for all contenders in all cases of one kind."""
     names = [name for name in LABELS
              if any(name in result["rows"] or name in result["failed"] for result in results)
              and name != "Routing"]
@@ -31,7 +31,7 @@ def times_table(results: Sequence[Mapping[str, Any]]) -> str:
         cells = [result["name"], f"{result['rows_per_expert']:.0f} ({result['load_max']:.2f})",
                  f"{result['limit_seconds'] * 1e3:.0f} ms, {result['limit_gflops']:.0f} GFLOP/s"]
         rows.append([*cells, *(_cell(result, name) for name in names)])
-    columns = ["case", "rows an expert (max/mean)", "limit", *(LABELS[name] for name in names)]
+    columns = ["case", "rows per expert (max/mean)", "limit", *(LABELS[name] for name in names)]
     return table(columns, rows)
 
 
@@ -45,7 +45,7 @@ def _cell(result: Mapping[str, Any], name: str) -> str:
 
 
 def failures(results: Iterable[Mapping[str, Any]]) -> str:
-    """Who did not take part in what, and why."""
+    """Contenders without a result, by reason and cases."""
     reasons: dict[str, list[str]] = {}
     for result in results:
         for name, why in result["failed"].items():
@@ -62,13 +62,13 @@ def memory_table(results: Iterable[Mapping[str, Any]]) -> str:
         [f"{result['name']}, {result['dtype']}", LABELS[name], "–", used["failed"]]
         for result in results for name, used in result["memory"].items()
     ]
-    columns = ["case", "contender", "MiB beyond weights and their gradients", "of N·(F + 2D)"]
+    columns = ["case", "contender", "MiB beyond weights and their gradients", "over N·(F + 2D)"]
     return table(columns, rows)
 
 
 def routing_table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Our routing's share of our layer."""
-    return table(["case", "gate, plan, sort, losses, of the layer"], [
+    """Share of routing in our layer."""
+    return table(["case", "gate, plan, sort, losses: share of the layer"], [
         [f"{result['name']}, {result['dtype']}, {result['threads']} threads",
          f"{result['routing_share']['median']:.1%} ({result['routing_share']['min']:.1%}–"
          f"{result['routing_share']['max']:.1%})"]
@@ -77,7 +77,7 @@ def routing_table(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def nulls_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """How time follows the pairs that null experts leave."""
+    """Time against the pairs remaining with null experts."""
     if not results:
         return ""
     rows = [
@@ -87,7 +87,7 @@ def nulls_table(results: Sequence[Mapping[str, Any]]) -> str:
              for name in ("ours", "loop"))]
         for result in results for row in result["rows"]
     ]
-    columns = ["case", "pairs, of those without null experts", "time of ours", "of the loop"]
+    columns = ["case", "pairs relative to no null experts", "time of ours", "time of the loop"]
     return f"### Null experts\n\n{table(columns, rows)}"
 
 

@@ -1,7 +1,7 @@
-"""Gates in a few lines, as a user would write them: what the contenders of this folder route by.
+"""Short gates as a user would write them, for the contenders of this folder.
 
-Each gives the experts of a token, bool [T, E], and the weights of all, [T, E], with gradient. They
-choose and weigh as the gates of the same name do, which the tests hold them to.
+Each returns the selected experts, bool [T, E], and all weights, [T, E], with gradient. Tests check
+that they equal the gates of the same name.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ TOP_P = 0.7  # the default of --moe-top-p
 
 
 def logits(x_TD: Tensor, weight_CD: Tensor) -> Tensor:
-    """In fp32, as routers are computed everywhere."""
+    """Logits in fp32, as usual for routers."""
     return F.linear(x_TD.float(), weight_CD.float())
 
 
 def top_k(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best, their softmax weights renormalized (Mixtral, arXiv 2401.04088)."""
+    """The k best, with renormalized softmax weights (Mixtral, arXiv 2401.04088)."""
     best_TK, ids_TK = torch.softmax(logits_TE, 1).topk(k, dim=1)
     weights_TE = torch.zeros_like(logits_TE).scatter(
         1, ids_TK, best_TK / best_TK.sum(1, keepdim=True))
@@ -28,21 +28,21 @@ def top_k(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_to_sparse(logits_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """All above a threshold, the best one always (EvoMoE, arXiv 2112.14397); without noise."""
+    """All above a threshold and the best one (EvoMoE, arXiv 2112.14397); without noise."""
     gates_TE = torch.softmax(logits_TE / temperature, 1)
     best_T1 = gates_TE.argmax(1, keepdim=True)
     return (gates_TE > THRESHOLD).scatter(1, best_T1, True), gates_TE
 
 
 def top_1(logits_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The end of the annealing."""
+    """Hard routing after annealing."""
     gates_TE = torch.softmax(logits_TE / temperature, 1)
     best_T1 = gates_TE.argmax(1, keepdim=True)
     return torch.zeros_like(gates_TE, dtype=torch.bool).scatter(1, best_T1, True), gates_TE
 
 
 def top_p(logits_TC: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The smallest set of enough probability (arXiv 2403.07652); null experts come last."""
+    """The smallest set with enough probability (arXiv 2403.07652); null experts are last."""
     probs_TC = torch.softmax(logits_TC, 1)
     sorted_TC, order_TC = probs_TC.detach().sort(dim=1, descending=True, stable=True)
     before_TC = sorted_TC.cumsum(1) - sorted_TC

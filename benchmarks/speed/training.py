@@ -1,4 +1,4 @@
-"""Models of the plugin, their criterion and fairseq's trainer, from the options of a run."""
+"""Build the plugin's models, criterion and fairseq's trainer from the options of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import evomoe_plugin  # noqa: F401  registers the models
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a GPT with an MoE layer in every block, and of its batch."""
+    """Sizes of a GPT with an MoE layer in every block, and of its batch."""
 
     layers: int
     width: int
@@ -37,7 +37,7 @@ class Sizes:
 
     @property
     def heads(self) -> int:
-        """Of 64 dimensions."""
+        """Number of heads of 64 dimensions."""
         return max(1, self.width // 64)
 
     @property
@@ -47,14 +47,14 @@ class Sizes:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name in tables."""
         return (f"{self.layers} layers, D {self.width}, {self.experts} experts, "
                 f"{self.batch} × {self.length} tokens")
 
 
 @dataclass
 class Run:
-    """What a run begins with."""
+    """The objects of a run."""
 
     config: Any
     task: Any
@@ -62,14 +62,14 @@ class Run:
     criterion: Any
 
     def trainer(self) -> Trainer:
-        """fairseq's, ready for `train_step`."""
+        """fairseq's trainer, ready for `train_step`."""
         trainer = Trainer(self.config, self.task, self.model, self.criterion)
         trainer.lr_step_begin_epoch(1)
         return trainer
 
 
 def build(sizes: Sizes, given: Iterable[Any]) -> Run:
-    """A GPT of these sizes without dropout, its embeddings shared; `given` are further options."""
+    """A GPT of these sizes without dropout, with shared embeddings; `given` are further options."""
     with tempfile.TemporaryDirectory() as data:
         dictionary = Dictionary()
         for n in range(sizes.vocabulary - len(dictionary)):
@@ -93,7 +93,7 @@ def build(sizes: Sizes, given: Iterable[Any]) -> Run:
 
 
 def sample(sizes: Sizes, device: str = "cpu") -> dict[str, Any]:
-    """A batch of random tokens, as the task's data gives them."""
+    """A batch of random tokens, in the format of the task's data."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, sizes.vocabulary, (sizes.batch, sizes.length + 1),
                            generator=generator).to(device)

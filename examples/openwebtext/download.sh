@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one step that needs the network: 24 GB of Parquet files, and GPT-2's BPE, into $RAW.
-# `pip install huggingface_hub` brings the command `hf`. Interrupted, it goes on from where it was.
+# Download 24 GB of Parquet files and GPT-2's BPE into $RAW; the only step that needs the network.
+# `pip install huggingface_hub` installs `hf`. If interrupted, run it again to continue.
 set -euo pipefail
 
 RAW=${RAW:-openwebtext}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity a token on the test split.
+# Perplexity per token on the test split.
 set -euo pipefail
 
 fairseq-eval-lm "${DATA:-data-bin/openwebtext}" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Parquet files in $RAW to a data set in $DATA, a row being a document; 1 in 2000 is held out for
-# each of valid and test. `evomoe prepare` says if the BPE files are not those of GPT-2.
+# Parquet files in $RAW to a data set in $DATA, one document per row; 1 in 2000 is held out for each
+# of valid and test. `evomoe prepare` warns if the BPE files are not those of GPT-2.
 set -euo pipefail
 
 RAW=${RAW:-openwebtext}

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train a dense-to-sparse MoE GPT fully sharded, with the options of EvoMoE's own command line.
+# Train a dense-to-sparse MoE GPT fully sharded, with the options of EvoMoE's command line.
 #
 #   DATA_PATH=data-bin CHECKPOINT_PATH=checkpoints MAX_UPDATES=100000 GPUS=8 \
 #     bash examples/pretraining/train.sh [further fairseq-train options]
 #
-# Started by mpirun, one process a node, it takes the node's place from OpenMPI's variables.
+# Under mpirun, with one process per node, the node's rank is read from OpenMPI's variables.
 set -euo pipefail
 
-: "${DATA_PATH:?a folder made by \`evomoe prepare\`}"
-: "${CHECKPOINT_PATH:?where checkpoints go}"
+: "${DATA_PATH:?a folder written by \`evomoe prepare\`}"
+: "${CHECKPOINT_PATH:?folder for checkpoints}"
 : "${MAX_UPDATES:?number of updates}"
 GPUS=${GPUS:-1}
 NODES=${OMPI_COMM_WORLD_SIZE:-1}

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was made with, and who may work in it."""
+"""The folder of a run: its settings, and its lock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from evomoe_plugin.data import DataCard, PrepareOptions
 from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.sources import find_sources, inputs_difference
 
-REMEDY = "give --fresh to delete it and start anew, or --dir for another folder"
+REMEDY = "give --fresh to delete it and start over, or --dir for another folder"
 
 
 class RunFolder:
-    """Paths of a run, and what they hold."""
+    """The files of a run."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,30 +47,29 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[int]:
-        """Keep other quickstarts out; yields the lock's file descriptor.
+        """Lock out other quickstarts; yields the lock's file descriptor.
 
-        A command that is given the descriptor holds the lock too, so that one that outlives us
-        keeps the folder to itself.
+        Commands inherit the descriptor, so one that outlives this process keeps the lock.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise Refused(f"--dir {self.path} is a file; name a folder")
+            raise Refused(f"--dir {self.path} is a file; give a folder")
         foreign = self.path.exists() and not self._settings.exists() and any(
             entry not in (self._lock, *self._ours()) for entry in self.path.iterdir()
         )
         if foreign:
-            raise Refused(f"--dir {self.path} holds files, and not those of a quickstart; name "
+            raise Refused(f"--dir {self.path} has files that are not of a quickstart; give "
                           "another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Refused(f"another quickstart is at work in {self.path}; wait for it, or "
-                              "name another folder with --dir") from None
+                raise Refused(f"another quickstart is running in {self.path}; wait for it, or "
+                              "give another folder with --dir") from None
             yield lock.fileno()
 
     def clear(self) -> None:
-        """Delete what a quickstart has written, and nothing else."""
+        """Delete the files of a quickstart, and nothing else."""
         for entry in self._ours():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -78,9 +77,9 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
 
     def claim(self, recipe: Recipe) -> None:
-        """Make the folder that of `recipe`; raises Refused if it is that of another one."""
-        settings = {"asked": recipe.asked, "prepare": recipe.prepare, "train": recipe.train}
-        settings = json.loads(json.dumps(settings))
+        """Record `recipe` in the folder; raises Refused if it has the run of another one."""
+        settings = json.loads(json.dumps(  # tuples become lists, as in the file
+            {"asked": recipe.asked, "prepare": recipe.prepare, "train": recipe.train}))
         if not self._settings.exists():
             write_atomically(self._settings, json.dumps(settings, indent=1))
             return
@@ -93,7 +92,7 @@ class RunFolder:
             or self._text_difference(recipe)
         )
         if difference:
-            raise Refused(f"{self.path} holds a run that was made otherwise ({difference}); "
+            raise Refused(f"{self.path} has a run with other settings ({difference}); "
                           f"{REMEDY}")
 
     def _text_difference(self, recipe: Recipe) -> str | None:
@@ -116,12 +115,12 @@ class RunFolder:
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=False, mmap=True)
             return int(state["optimizer_history"][-1]["num_updates"])
-        except Exception as error:  # unpickling what is damaged fails in many ways
+        except Exception as error:  # damaged pickles raise many types
             raise Refused(f"{self.last} cannot be read ({error}); {REMEDY}") from error
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The options that differ, in words."""
+    """Describe the options that differ."""
     changed = [
         f"{name} {_shown(before.get(name))}, now {_shown(now.get(name))}"
         for name in {**before, **now} if before.get(name) != now.get(name)

@@ -1,4 +1,4 @@
-"""What the quickstart trains, on what, and for how long."""
+"""Model, data and length of the quickstart's run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ UPDATES = 1000
 QUICK_UPDATES = 12
 EXPERTS = 8
 
-# The standard library without tests, tables of characters and what distributions add to it.
-STANDARD_LIBRARY_LEAVES_OUT = (
+# The standard library without tests, character tables and additions of distributions.
+STANDARD_LIBRARY_EXCLUDES = (
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
     "turtledemo", "encodings", "pydoc_data", "ensurepip", "config-*",
 )
@@ -18,38 +18,38 @@ STANDARD_LIBRARY_LEAVES_OUT = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to run the quickstart.
+    """A configuration of the quickstart.
 
-    Options are written as the commands' own flags; a flag without a value has None.
+    Options are the commands' own flags; a flag without a value has None.
     """
 
     updates: int = UPDATES
     quick: bool = False
     text: tuple[str, ...] = ()
-    """Files and folders; none: the Python standard library's source."""
+    """Files and folders; default: the source of the Python standard library."""
 
     @property
     def asked(self) -> dict[str, object]:
-        """What the user chose, by the quickstart's own options."""
+        """The user's choices, by option of the quickstart."""
         return {"--updates": self.updates, "--quick": self.quick,
                 "--text": list(self.text) or "the Python standard library"}
 
     @property
     def annealing(self) -> int:
-        """Updates in which the temperature falls."""
+        """Length of the annealing in updates."""
         return self.updates * 2 // 5
 
     @property
     def inputs(self) -> list[str]:
-        """What `evomoe prepare` reads."""
+        """Inputs of `evomoe prepare`."""
         return list(self.text) or [sysconfig.get_paths()["stdlib"]]
 
     @property
     def prepare(self) -> list[tuple[str, str | None]]:
-        """Options of `evomoe prepare`: enough text for the run to see little of it twice."""
+        """Options of `evomoe prepare`: enough text that little of it is repeated."""
         reading = [("--text-suffix", ".py"), ("--encoding-errors", "replace")]
         if not self.text:
-            reading += [("--exclude", name) for name in STANDARD_LIBRARY_LEAVES_OUT]
+            reading += [("--exclude", name) for name in STANDARD_LIBRARY_EXCLUDES]
             reading += [("--source", "Python standard library (PSF licence)")]
         return [
             *reading,
@@ -60,15 +60,15 @@ class Recipe:
         ]
 
     def given(self, option: str) -> tuple[str, ...]:
-        """The values that `evomoe prepare` gets of a repeatable option."""
+        """The values of a repeatable option of `evomoe prepare`."""
         return tuple(value for name, value in self.prepare if name == option)
 
     @property
     def train(self) -> list[tuple[str, str | None]]:
-        """Options of `fairseq-train` that stay the same from the first update to the last.
+        """Options of `fairseq-train` that are the same for all updates.
 
-        Schedules are told in updates, none as a share of --max-update: the first update is
-        trained by a command of its own, and must be the same one.
+        Schedules are given in updates, not as a share of --max-update: the first update is trained
+        by a separate command, and must be the same.
         """
         width, ffn_dim, expert_ffn_dim = ("32",) * 3 if self.quick else ("128", "256", "1024")
         tokens, batch = self._batch
@@ -80,8 +80,8 @@ class Recipe:
             ("--moe-expert-ffn-dim", expert_ffn_dim),
             ("--moe-expert-count", str(EXPERTS)), ("--moe-freq", "2"),
             ("--dropout", "0"), ("--attention-dropout", "0"),
-            # Equal ratios of temperature make the experts fall away evenly. What has become of
-            # the model by the end of the annealing is trained for the rest of the run.
+            # With an exponential schedule the experts per token fall evenly. After annealing the
+            # sparse model is trained for the rest of the run.
             ("--moe-temperature-start", "2"), ("--moe-temperature-end", "0.1"),
             ("--moe-temperature-schedule", "exp"),
             ("--moe-temperature-updates", str(self.annealing)),
@@ -110,10 +110,10 @@ class Recipe:
 
     @property
     def _batch(self) -> tuple[str, str]:
-        """Tokens of a sequence, and sequences of a batch."""
+        """Tokens per sequence, and sequences per batch."""
         return ("32", "4") if self.quick else ("128", "8")
 
 
 def flags(options: list[tuple[str, str | None]]) -> list[str]:
-    """Options as a command takes them."""
+    """Options as command line words."""
     return [word for option in options for word in option if word is not None]

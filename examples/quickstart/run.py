@@ -1,7 +1,7 @@
-"""Train a small MoE language model from dense to sparse, and see what became of it.
+"""Train a small MoE language model from dense to sparse, and evaluate it.
 
 From the clone's root: `make quickstart`, or `.venv/bin/python examples/quickstart/run.py`. Every
-step is a command that is shown before it runs. Run again, it goes on where it stopped.
+step is a command that is printed before it runs. A second run continues where the first stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     updates = args.updates or (QUICK_UPDATES if args.quick else UPDATES)
     text = tuple(str(Path(path).resolve()) for path in args.text or ())
     recipe = Recipe(updates=updates, quick=args.quick, text=text)
-    # Whoever ends us, ends the command that we wait for.
+    # Also interrupt the running command on these signals.
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
     try:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("\ninterrupted: run it again to go on where it stopped", file=sys.stderr)
+        print("\ninterrupted: run it again to continue", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         print(f"error: {error.filename or args.dir}: {error.strerror}", file=sys.stderr)
@@ -66,17 +66,17 @@ def _parser() -> argparse.ArgumentParser:
                     "top-1 routing, and evaluate it before and after: about 5 minutes on 2 cores.",
     )
     parser.add_argument("--dir", default=ROOT / "quickstart-run", metavar="DIR",
-                        help="where everything goes (default: quickstart-run in the clone)")
+                        help="output folder (default: quickstart-run in the clone)")
     parser.add_argument("--text", action="append", metavar="PATH",
                         help="train on this file or folder of .txt, .py, .jsonl or .parquet files "
                              "instead of the Python standard library; repeatable")
     parser.add_argument("--updates", type=_count, metavar="N",
                         help=f"length of the run; the schedules follow (default: {UPDATES})")
     parser.add_argument("--quick", action="store_true",
-                        help="a rehearsal of the steps with a toy model, "
-                             f"{QUICK_UPDATES} updates unless --updates says otherwise")
+                        help="run all steps with a toy model, "
+                             f"{QUICK_UPDATES} updates unless --updates is given")
     parser.add_argument("--fresh", action="store_true",
-                        help="delete what an earlier quickstart left in DIR, and start anew")
+                        help="delete the files of an earlier quickstart in DIR, and start over")
     return parser
 
 
@@ -88,7 +88,7 @@ def _count(text: str) -> int:
 
 
 class Quickstart:
-    """The steps, each left out if its result is there."""
+    """The steps; each is skipped if its result exists."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, lock: int):
         self.recipe, self.folder, self.lock = recipe, folder, lock
@@ -98,11 +98,11 @@ class Quickstart:
         trained = self.folder.trained_updates()
         finished = trained >= self.recipe.updates
         if finished:
-            print(f"{shown(self.folder.path)} holds a finished training: nothing is retrained. "
-                  "(--fresh trains anew.)")
+            print(f"{shown(self.folder.path)} has a finished run: nothing is retrained. "
+                  "(--fresh retrains.)")
         elif trained:
-            print(f"{shown(self.folder.path)} holds a training that was interrupted after "
-                  f"{trained:,} of {self.recipe.updates:,} updates: going on from there.")
+            print(f"{shown(self.folder.path)} has a run that was interrupted after "
+                  f"{trained:,} of {self.recipe.updates:,} updates: resuming.")
         self.prepare()
         if not self.folder.first.exists():
             self.train_first()
@@ -123,17 +123,17 @@ class Quickstart:
 
     def train_first(self) -> None:
         if self.folder.trained_updates() == 0:
-            self._say("Training one update, for a model to compare with")
+            self._say("Training one update, for comparison")
             self._train(1, show=f"{program('fairseq-train')} {self.data} … --max-update 1   "
                                 "(the other options are those of the next command)")
-        # First under another name: what is called checkpoint_first.pt is whole.
+        # Copied under another name, so that checkpoint_first.pt is always complete.
         part = self.folder.first.with_suffix(".part")
         shutil.copyfile(self.folder.last, part)
         part.rename(self.folder.first)
 
     def train(self) -> None:
-        self._say(f"Training to update {self.recipe.updates:,}: at first all {EXPERTS} experts for "
-                  f"each token, from update {self.recipe.annealing:,} on one")
+        self._say(f"Training to update {self.recipe.updates:,}: all {EXPERTS} experts per token at "
+                  f"first, one from update {self.recipe.annealing:,} on")
         self.folder.train_log.touch()
         with open(self.folder.train_log, errors="replace") as lines:
             progress = Progress(parse_log(lines))
@@ -154,14 +154,14 @@ class Quickstart:
             run(command, log, keep_open=self.lock)
             perplexity = _perplexity(log)
             if perplexity is None:
-                raise StepFailed(command, log, "ended without telling a perplexity")
+                raise StepFailed(command, log, "ended without a perplexity")
             print(f"  perplexity {perplexity:,.1f}")
         return perplexity
 
     def draw(self) -> None:
         if self.folder.picture.exists():
             return
-        self._say("Drawing the course of the training")
+        self._say("Plotting the run")
         run([program("evomoe"), "plot", shown(self.folder.train_log),
              "--out", shown(self.folder.picture)], self.folder.plot_log, keep_open=self.lock)
 
@@ -186,7 +186,7 @@ class Quickstart:
 
 
 class Progress:
-    """One line for each interval of the training's log."""
+    """Print one line per interval of the training log."""
 
     def __init__(self, log: TrainingLog):
         self.log = log
@@ -206,13 +206,13 @@ class Progress:
 
 
 def _echo(line: str) -> None:
-    """Show a line of `evomoe prepare`, but for its advice on what to do next: we do it."""
+    """Print a line of `evomoe prepare`, except its advice on the next step."""
     if not line.startswith("next:"):
         print(f"  {line}", end="", flush=True)
 
 
 def _perplexity(log: Path) -> float | None:
-    """What fairseq-eval-lm found, if it came to its end."""
+    """The perplexity in a log of fairseq-eval-lm, if it finished."""
     if not log.exists():
         return None
     found = re.findall(r"Perplexity: (\S+)$", log.read_text(errors="replace"), re.MULTILINE)

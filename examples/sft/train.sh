@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Teach the quickstart's model to answer a line of English with a Python function.
-# PREPARED is the folder it was trained on, MODEL its checkpoint; what follows the script's name
-# overrides what stands here.
+# Fine-tune the quickstart's model to write a Python function for a line of English.
+# PREPARED is its data folder, MODEL its checkpoint; arguments override the options below.
 set -euo pipefail
 
 HERE=$(dirname "${BASH_SOURCE[0]}")
@@ -11,7 +10,7 @@ DATA=${DATA:-data-bin/sft}
 mkdir -p "$DATA"
 cp "$HERE"/{train,valid,test}.jsonl "$PREPARED"/{dict.txt,sentencepiece.model} "$DATA"/
 
-# The model routes each token to one expert by now: so it goes on, from the first update.
+# The model already routes each token to one expert: keep hard routing from the first update.
 fairseq-train "$DATA" \
   --user-dir evomoe_plugin --task language_modeling_sft \
   --finetune-from-model "${MODEL:-quickstart-run/checkpoints/checkpoint_best.pt}" \

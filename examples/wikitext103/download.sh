@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one step that needs the network: 300 MB of Parquet files into $RAW.
-# `pip install huggingface_hub` brings the command `hf`.
+# Download 300 MB of Parquet files into $RAW; the only step that needs the network.
+# `pip install huggingface_hub` installs `hf`.
 set -euo pipefail
 
 hf download Salesforce/wikitext --repo-type dataset --include 'wikitext-103-raw-v1/*.parquet' \

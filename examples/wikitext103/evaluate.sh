@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity a token on the test split. Each sees at least the 256 before it, if there are as many.
+# Perplexity per token on the test split, each with at least 256 tokens of context if available.
 set -euo pipefail
 
 fairseq-eval-lm "${DATA:-data-bin/wikitext103}" \

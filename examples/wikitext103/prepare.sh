@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Parquet files in $RAW to a data set in $DATA. A row is a line of an article there; the rows are
-# joined into articles, which begin with a title of the first level, " = Title = ".
+# Parquet files in $RAW to a data set in $DATA. Rows are lines of articles; they are joined into
+# articles, which begin with a first-level title, " = Title = ".
 set -euo pipefail
 
 RAW=${RAW:-wikitext-103}/wikitext-103-raw-v1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train GPT small with 16 experts in every other layer, on all GPUs of the machine.
-# What follows the script's name overrides what stands here; an empty PRECISION is fp32.
+# Arguments override the options below; an empty PRECISION means fp32.
 set -euo pipefail
 
 fairseq-train "${DATA:-data-bin/wikitext103}" \

@@ -1,4 +1,4 @@
-"""What is timed is one and the same computation."""
+"""All contenders compute the same output."""
 
 import sys
 from pathlib import Path
@@ -25,14 +25,14 @@ GATED = [peers.MixtralGrouped, peers.MixtralEager, peers.OlmoeGrouped, peers.Olm
 
 
 def outputs(contender):
-    """What it gives, and the gradient of its input without losses."""
+    """Output, and gradient of the input without losses."""
     y, _ = contender(contender.x)
     y.backward(contender.dy)
     return y.detach(), contender.x.grad
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_contenders_give_what_our_layer_gives(case):
+def test_contenders_equal_our_layer(case):
     inputs = Inputs(case)
     y, dx = outputs(contenders.Ours(inputs))
     for kind in PLAIN:
@@ -44,7 +44,7 @@ def test_contenders_give_what_our_layer_gives(case):
 @pytest.mark.slow  # imports transformers
 @pytest.mark.parametrize("case", [case for case in CASES if case.gate == "top_k"],
                          ids=lambda case: case.name)
-def test_those_of_hugging_face_give_what_our_gated_experts_give(case):
+def test_hugging_face_equals_our_gated_experts(case):
     inputs = Inputs(case)
     y, dx = outputs(contenders.OursGated(inputs))
     for kind in GATED:
@@ -53,8 +53,8 @@ def test_those_of_hugging_face_give_what_our_gated_experts_give(case):
         torch.testing.assert_close(other_dx, dx, msg=lambda text, kind=kind: f"{kind}: {text}")
 
 
-def test_they_learn_what_our_layer_learns():
-    """Gradients of gate and experts, without our losses."""
+def test_their_gradients_equal_ours():
+    """Gradients of gate and experts, without auxiliary losses."""
     inputs = Inputs(CASES[0])
     ours, loop, grouped = (kind(inputs) for kind in (
         contenders.Ours, contenders.Loop, contenders.GroupedMM))

@@ -1,4 +1,4 @@
-"""The profile of a step: operations of both passes are found in the part that called them."""
+"""The profile of a step: operations of both passes are attributed to the part that called them."""
 
 import importlib.util
 from pathlib import Path
@@ -32,7 +32,7 @@ class Twice(torch.autograd.Function):
 def test_operations_of_both_passes_are_found(profile_step):
     attention, experts = nn.Linear(64, 64), nn.Linear(64, 64)
     attention.forward = profile_step.marked(attention.forward, "attention")
-    experts.forward = profile_step.marked(experts.forward, "experts, the rest")
+    experts.forward = profile_step.marked(experts.forward, "experts, other")
     norms = profile_step.marked(Twice.apply, "norms")
 
     def parts(of):
@@ -46,9 +46,9 @@ def test_operations_of_both_passes_are_found(profile_step):
     def experts_alone(x):
         experts(x).sum().backward()
 
-    for of, part in ((both, "attention"), (experts_alone, "products"),
+    for of, part in ((both, "attention"), (experts_alone, "matmul"),
                      (lambda x: norms(x.requires_grad_()).sum().backward(), "norms")):
         found = parts(of)
-        others = {"attention", "products", "norms"} - {part}
+        others = {"attention", "matmul", "norms"} - {part}
         assert found[part] > 0 and not any(found[other] for other in others)
         assert found.keys() <= {*profile_step.PARTS}

@@ -1,4 +1,4 @@
-"""How ratios, goals and tables are made of seconds."""
+"""Ratios, goals and tables from seconds."""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def test_cases_are_chosen_by_parts_of_their_names():
 
 
 def row(ours, **others):
-    """Rows of a result, ours and others, each of the limit and of the floor."""
+    """Rows of a result, ours and others, relative to limit and floor."""
     def numbers(value):
         spread = clock.spread([value])
         return {"of_limit": spread, "of_floor": spread, "ours_of_it": clock.spread([ours / value])}
@@ -101,5 +101,5 @@ def test_a_whole_step_is_held_against_the_best_of_the_peers():
 
 
 def test_those_who_do_not_take_part_are_named_with_the_reason():
-    result = {**layer(row(1.1)), "failed": {"Fairscale": "its gate is top-2 alone"}}
-    assert "fairscale MOELayer: its gate is top-2 alone: a case." in report.failures([result])
+    result = {**layer(row(1.1)), "failed": {"Fairscale": "its gate supports only top-2"}}
+    assert "fairscale MOELayer: its gate supports only top-2: a case." in report.failures([result])

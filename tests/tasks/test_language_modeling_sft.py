@@ -189,7 +189,7 @@ BAD_OPTIONS = {
     "positions": ({"max_target_positions": 32}, "--tokens-per-sample 64: give at most --max-ta"),
     "weight": ({"moe_aux_balance_weight": -1.0}, "--moe-aux-balance-weight -1.0: give a weight"),
     "nan": ({"moe_aux_balance_weight": float("nan")}, "--moe-aux-balance-weight nan: give a we"),
-    "bos": ({"add_bos_token": True}, "--add-bos-token True: examples begin with </s>"),
+    "bos": ({"add_bos_token": True}, "--add-bos-token True: examples start with </s>"),
     "template": ({"user_template": "User"}, "--user-template 'User': give a text that contains {}"),
 }
 
