@@ -1,4 +1,4 @@
-"""`docs/coming-from.md`: what it names exists, and nothing that users come from is left out."""
+"""`docs/coming-from.md`: everything it names exists, and every feature of the systems has a row."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_our_flags_exist():
     assert named - known_flags() == set()
 
 
-def test_every_row_answers():
+def test_every_row_is_filled():
     for system, table in ROWS.items():
         for theirs, ours, _ in table:
             assert theirs.strip() and ours.strip(), (system, theirs)
@@ -194,7 +194,7 @@ def test_configs_that_are_named_exist():
 
 
 def test_numbers_of_the_log_exist():
-    """What the page says is in the log, for layers that have everything to be told of."""
+    """Every log key that the page names exists."""
     load_LE = torch.tensor([[3.0, 1.0, 0.0]], dtype=torch.float64)
     one_L = torch.ones(1, dtype=torch.float64)
     logged = st.summarize({
@@ -251,7 +251,7 @@ def test_other_commands_are_valid():
     ("only_gate_training", "--moe-train-only"),
 ])
 def test_what_is_not_there_is_not_there(row, comes_with):
-    (answer,) = {f"{ours} {why}" for table in ROWS.values() for theirs, ours, why in table
+    (cells,) = {f"{ours} {why}" for table in ROWS.values() for theirs, ours, why in table
                  if theirs.replace("`", "") == row}
     exists = comes_with in {*VERBS, *TASK_REGISTRY, *known_flags()}
-    assert (NOT_YET in answer) != exists
+    assert (NOT_YET in cells) != exists

@@ -20,7 +20,7 @@ def test_every_example_once_in_rows_that_hold_them(seed):
 
 
 def test_the_fullest_row_that_has_room():
-    # 9 alone; 6 and 4; 5, and 3 there, where less room was than in a new row.
+    # 9 alone; 6 and 4; 5, and 3 there, the fullest row with space.
     assert pack([3, 9, 4, 6, 5], 10) == [[0, 4], [1], [2, 3]]
 
 

@@ -161,9 +161,9 @@ def test_the_cache_changes_nothing(make_trained, exported, gate):
     model, x = exported(trained), tokens(2)
     whole, cache, parts = model(x).logits, None, []
     for part in x.split([5, 1, 1, 4], dim=1):
-        answer = model(part, past_key_values=cache, use_cache=True)
-        cache = answer.past_key_values
-        parts.append(answer.logits)
+        output = model(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
     mask = torch.ones_like(x)
@@ -198,10 +198,10 @@ def test_the_loss_is_that_of_shifted_labels(make_trained, exported):
     model, x = exported(make_trained()), tokens()
     labels = x.clone()
     labels[:, :4] = -100
-    answer = model(x, labels=labels)
+    output = model(x, labels=labels)
     wanted = torch.nn.functional.cross_entropy(
-        answer.logits[:, 3:-1].flatten(0, 1), x[:, 4:].flatten())
-    assert torch.allclose(answer.loss, wanted)
+        output.logits[:, 3:-1].flatten(0, 1), x[:, 4:].flatten())
+    assert torch.allclose(output.loss, wanted)
 
 
 def test_a_capacity_of_evaluation_is_refused(make_trained, exported, tmp_path):

@@ -22,7 +22,7 @@ def batch_of(dataset, *rows):
 
 
 def text_of(task, ids):
-    """Symbols without padding, as text."""
+    """Tokens without padding, as text."""
     words = [task.dictionary[i] for i in ids.tolist() if i != PAD]
     return "".join(words).replace("\u2581", " ")
 
