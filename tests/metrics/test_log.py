@@ -74,7 +74,7 @@ def test_a_file_is_named_and_need_not_be_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    (None, "no such file"), ("", "no training metrics"), ("epoch 1: loss 9\n", "no training metrics"),
+    (None, "no such file"), ("", "no training metrics"), ("epoch 1: loss 9\n", "no training"),
     (line("valid", num_updates="10", loss="8"), "no training metrics"),
 ])
 def test_a_log_without_metrics_is_refused(tmp_path, content, reason):
