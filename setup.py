@@ -19,7 +19,7 @@ HAS_NO_WHEEL = (
 # Packages whose folder is not the one that their name says. Hydra finds its plugins in every
 # `hydra_plugins` folder of the path, so that one may have no __init__.
 MAPPED = {
-    "evomoe_quiet_imports": "evomoe_plugin/launch/quiet_imports",
+    "evomoe_quiet_imports": "evomoe_plugin/quiet_imports",
     "evomoe_plugin.hydra_configs": "hydra_configs",
     "hydra_plugins.evomoe_searchpath": "evomoe_plugin/launch/hydra_plugins/evomoe_searchpath",
 }

@@ -21,7 +21,7 @@ def register() -> None:
         Exception: of whatever kind importing an unsuited fairseq raises; also in `fairseq_error`.
     """
     global fairseq_error
-    from evomoe_plugin.launch.quiet_imports import ignore_warnings
+    from evomoe_plugin.quiet_imports import ignore_warnings
 
     ignore_warnings()
     try:

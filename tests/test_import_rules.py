@@ -39,11 +39,13 @@ ALLOWED = {
     "evolve": MODEL | {"checkpoint", "data", "trainer"},
     "generation": MODEL | {"checkpoint", "data"},
     "export": MODEL | {"checkpoint", "data", "generation"},
-    "patches": BASE | {"checkpoint"},
+    "patches": BASE | {"checkpoint", "quiet_imports"},
+    "quiet_imports": set(),
     "launch": BASE | {"checkpoint", "config.run_checks", "patches", "trainer"},
 }
 KNOW_NOTHING_OF_FAIRSEQ = {"config.errors", "config.options", "config.checks", "config.run_checks",
-                           "routing", "gates", "experts", "dispatch", "layer", "metrics"}
+                           "routing", "gates", "experts", "dispatch", "layer", "metrics",
+                           "quiet_imports"}
 
 
 def dotted(path: Path) -> str:

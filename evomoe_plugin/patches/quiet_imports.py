@@ -1,7 +1,7 @@
 """Warnings of fairscale and Hydra that every command of fairseq prints."""
 
-from evomoe_plugin.launch.quiet_imports import ignore_warnings
 from evomoe_plugin.patches.patch import Patch, always
+from evomoe_plugin.quiet_imports import ignore_warnings
 
 PATCH = Patch(
     name="quiet-imports",
