@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  or each fork would: torch does with its first optimizer
+import torch._dynamo
 from fairseq.data import Dictionary
 from fairseq_cli import train
 from processes import fork
