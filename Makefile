@@ -4,6 +4,7 @@
 # installation was interrupted, so that it always matches the lock. The package is installed into
 # it, not linked, as users have it, and again whenever its files change.
 
+.DEFAULT_GOAL := help
 VENV ?= .venv
 LOCK := requirements/lock.txt
 LOG := $(VENV)/setup.log
@@ -15,6 +16,7 @@ PACKAGE := $(VENV)/package
 BUILT := $(shell cat $(ENVIRONMENT) 2>/dev/null)
 PYTHON ?= $(or $(word 1,$(BUILT)),python3.11)
 TORCH ?= $(or $(word 2,$(BUILT)),any)
+PYTHON312 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 ARGS ?=
 
 ifeq ($(filter any cuda,$(TORCH)),)
@@ -74,12 +76,13 @@ export CHECK_TORCH
 
 help:  ## list these targets
 	@echo 'make TARGET [VARIABLE=value]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s%s\n", $$1, $$2}'
 	@echo
 	@echo '  TORCH=cuda    the CUDA build of torch, for machines with a GPU; otherwise the first build'
 	@echo '                that pip finds: a CPU wheel it was pointed to (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL),'
 	@echo '                or else the package index'"'"'s own, which on Linux is the CUDA build (about 3 GB)'
 	@echo '  PYTHON=...    the Python of a new environment (default: python3.11; 3.12 works too)'
+	@echo '  PYTHON312=... the Python 3.12 of test-python312 (default: that of pyenv, or python3.12)'
 	@echo '  ARGS=...      more arguments for quickstart, unit, test, test-slow or bench: make test ARGS="-k gate"'
 
 quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on it, evaluate it
@@ -97,8 +100,15 @@ unit: venv  ## run the unit tests, in at most 4 minutes on 2 cores
 test: venv  ## run all tests except the slow ones
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
-test-slow: venv  ## run the slow tests
+test-slow: venv  ## run the slow tests, and (without ARGS) some of the others with Python 3.12
 	@$(PYTEST) -m slow $(ARGS)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory test-python312)
+
+test-python312:  ## run the unit tests and train with Python 3.12, in an environment of its own
+	@$(PYTHON312) --version >/dev/null 2>&1 || { \
+	echo 'error: no Python 3.12 here; name one: make $@ PYTHON312=/path/to/python3.12' >&2; exit 1; }
+	@$(MAKE) --no-print-directory unit VENV=.venv-3.12 PYTHON=$(PYTHON312) ARGS=
+	@$(MAKE) --no-print-directory test VENV=.venv-3.12 PYTHON=$(PYTHON312) ARGS=tests/trainer
 
 bench: venv  ## measure speed and memory
 	@$(VENV)/bin/python benchmarks/run.py $(ARGS)
@@ -147,8 +157,8 @@ lock:  ## resolve the locked packages anew (UPGRADE=1: newest releases); needs t
 	sed '/^# WARNING: /,$$d' $$new/lock.txt >$(LOCK); rm -rf evomoe_plugin.egg-info
 
 clean:  ## remove the environment and caches, never a run
-	rm -rf $(if $(wildcard $(VENV)/made-by-make),$(VENV)) build dist evomoe_plugin.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(patsubst %/made-by-make,%,$(wildcard $(VENV)/made-by-make .venv-3.12/made-by-make)) build dist evomoe_plugin.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find evomoe_plugin tests -name __pycache__ -prune -exec rm -rf {} +
 
 FORCE:
-.PHONY: help quickstart check unit test test-slow bench venv lock clean FORCE
+.PHONY: help quickstart check unit test test-slow test-python312 bench venv lock clean FORCE

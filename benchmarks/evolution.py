@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  imported once, before forking; torch's optimizers import it
+import torch._dynamo
 from fairseq.data import Dictionary
 from fairseq_cli import train
 from processes import fork

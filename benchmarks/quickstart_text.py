@@ -13,8 +13,8 @@ from processes import ROOT, call
 
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
-from commands import program  # noqa: E402
-from recipe import Recipe, flags  # noqa: E402
+from commands import program
+from recipe import Recipe, flags
 
 
 def prepare(data: Path, quick: bool) -> None:

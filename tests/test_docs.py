@@ -54,13 +54,24 @@ def test_every_gate_and_its_losses_are_documented(name):
     assert default == "none" or f"`{default}`" in text in text
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"],
-                         ids=lambda page: page.name)
-def test_files_and_tests_that_are_named_exist(page):
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")),
+         *sorted((ROOT / "examples").glob("**/*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_named_files_and_named_tests_exist(page):
     text = page.read_text()
     for path, name in re.findall(r"`((?:tests|docs|examples|benchmarks|hydra_configs)/[\w./-]+)"
                                  r"(?:::(\w+))?`", text):
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), name
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"

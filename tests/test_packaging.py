@@ -228,6 +228,7 @@ def make(*arguments):
 
 def test_make_help_lists_every_target_and_the_variable_for_a_gpu():
     shown = make("help").stdout
+    assert make().stdout == shown
     (phony,) = re.findall(r"^\.PHONY: (.*) FORCE$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     targets = phony.split()
     assert {"quickstart", "check", "unit", "test", "test-slow", "venv"} <= set(targets)
@@ -245,6 +246,12 @@ def test_make_refuses_impossible_choices(tmp_path, choice, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_make_says_that_there_is_no_python_3_12():
+    done = make("test-python312", "PYTHON312=no-such-python")
+    assert done.returncode == 2
+    assert "error: no Python 3.12 here; name one" in done.stderr
 
 
 def test_make_rejects_an_unsupported_python(tmp_path):

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the folder that evomoe prepare wrote, with dict.txt and the "
                              "tokenizer (default: the one that the checkpoint was trained with)")
     parser.add_argument("--without-eval-capacity", action="store_true",
-                        help="leave out the capacity of experts in evaluation, which the exported "
-                             "model has not")
+                        help="leave out the experts' capacity in evaluation, which the exported "
+                             "model does not support")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`evomoe generate`: a checkpoint goes on from prompts."""
+"""`evomoe generate`: continue prompts with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", required=True, metavar="CKPT",
                         help="the checkpoint, of any layout that fairseq-eval-lm reads")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
-                        help="what to go on from; repeatable")
+                        help="text to continue; repeatable")
     parser.add_argument("--prompts-file", metavar="FILE",
-                        help="a prompt a line, UTF-8; empty lines are passed over")
+                        help="one prompt per line, UTF-8; empty lines are skipped")
     parser.add_argument("--data", metavar="DIR",
                         help="the folder that evomoe prepare wrote, with dict.txt and the "
                              "tokenizer (default: the one that the checkpoint was trained with)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N",
                         default=default["max_new_tokens"],
-                        help="tokens after each prompt, at most (default: %(default)s)")
+                        help="most tokens after each prompt (default: %(default)s)")
     parser.add_argument("--beam", type=int, default=default["beam"], metavar="N",
-                        help="width of the beam; 1 takes the most probable token each time "
+                        help="beam width; 1 takes the most probable token at each step "
                              "(default: %(default)s)")
     parser.add_argument("--temperature", type=float, metavar="T",
-                        help="draw tokens, from logits divided by this")
+                        help="sample, from logits divided by this")
     parser.add_argument("--top-k", type=int, metavar="K",
-                        help="draw tokens, among the K most probable")
+                        help="sample among the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P",
-                        help="draw tokens, among the fewest whose probability reaches P")
+                        help="sample among the fewest tokens whose probability reaches P")
     parser.add_argument("--seed", type=int, default=default["seed"], metavar="N",
-                        help="of what is drawn; the same in any batch (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=default["batch_size"], metavar="N",
-                        help="prompts at a time; they get the same tokens at any "
+                        help="seed of sampling; the batch size has no influence "
                              "(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--batch-size", type=int, default=default["batch_size"], metavar="N",
+                        help="prompts at a time; the tokens do not depend on it "
+                             "(default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
           f"{done.tokens / done.seconds:,.1f} with the prompts", file=sys.stderr)
     if done.routed_tokens:
         print(f"{done.pairs / done.routed_tokens:.2f} of {done.experts / done.routed_tokens:.4g} "
-              "experts a token worked in an MoE layer, on average", file=sys.stderr)
+              "experts per token were used in each MoE layer, on average", file=sys.stderr)
     return 0
 
 

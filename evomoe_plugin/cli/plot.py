@@ -1,4 +1,4 @@
-"""`evomoe plot`: the picture of a training run from its log."""
+"""`evomoe plot`: draw a training run from its log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logs", nargs="+", metavar="LOG",
-                        help="what fairseq-train --log-format json printed, saved to a file; "
+                        help="the output of fairseq-train --log-format json, saved to a file; "
                              "several are drawn into one picture")
     parser.add_argument("--out", required=True, metavar="FILE.png",
                         help="the picture to write; .svg and .pdf work too")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """What to call each run: the file's name, with as many folders as tell it from the others."""
+    """Label each run: the file's name, with as many of its folders as make it unique."""
     parts = [Path(path).with_suffix("").parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         short = ["/".join(p[-depth:]) for p in parts]

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="file or folder (searched for .txt, .jsonl and .parquet files)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace a set that was made otherwise, once the new one is complete")
+                        help="replace a set made with other options, once the new one is complete")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes; the result does not depend on them (default: the cores)")
     parser.add_argument("--source", default=default["source"], metavar="TEXT",
@@ -33,20 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--text-suffix", action="append", default=[], metavar=".SUF",
                          help="also read files with this suffix as plain text; repeatable")
     reading.add_argument("--exclude", action="append", default=[], metavar="GLOB",
-                         help="pass over files and folders whose name, or path inside the INPUT, "
+                         help="skip files and folders whose name, or path inside the INPUT, "
                               "matches; repeatable")
     reading.add_argument("--text-field", default=default["text_field"], metavar="NAME",
-                         help="the field or column that holds the text (default: %(default)s)")
+                         help="field or column with the text (default: %(default)s)")
     reading.add_argument("--documents-by", default=default["documents_by"], choices=DOCUMENTS_BY,
-                         help="what a document of plain text is (default: %(default)s)")
+                         help="unit of a document in plain text (default: %(default)s)")
     reading.add_argument("--document-start", metavar="REGEX",
-                         help="join lines of plain text, or rows, into documents: one begins where "
-                              "this is found")
+                         help="join lines of plain text, or rows, into documents: each starts where "
+                              "this matches")
     reading.add_argument("--encoding-errors", default=default["encoding_errors"],
                          choices=ENCODING_ERRORS,
-                         help="what to do about bytes that are not UTF-8 (default: %(default)s)")
+                         help="how to treat bytes that are not UTF-8 (default: %(default)s)")
     reading.add_argument("--max-bytes", type=_size, metavar="SIZE",
-                         help="stop after so much text of the INPUTs: 5M is 5,000,000 bytes")
+                         help="stop after this much text of the INPUTs: 5M is 5,000,000 bytes")
 
     splits = parser.add_argument_group("splits")
     for split in ("valid", "test"):
@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         splits.add_argument(f"--{split}", action="append", default=[], metavar="INPUT",
                             help=f"file or folder that is the {split} split instead; repeatable")
     splits.add_argument("--seed", type=int, default=default["seed"], metavar="N",
-                        help="of the split and of the tokenizer's sample (default: %(default)s)")
+                        help="seed of the split and of the tokenizer's sample (default: %(default)s)")
 
     tokenizer = parser.add_argument_group("tokenizer (default: train SentencePiece)")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N",
-                           help=f"rows of the dictionary (default: {DEFAULT_VOCAB_SIZE})")
+                           help=f"entries of the dictionary (default: {DEFAULT_VOCAB_SIZE})")
     tokenizer.add_argument("--sample-bytes", type=_size, default=default["sample_bytes"],
-                           metavar="SIZE", help="how much of the train split the tokenizer is "
-                                                "trained on, drawn by line (default: 10M)")
+                           metavar="SIZE", help="size of the sample of lines of the train split "
+                                                "that the tokenizer is trained on (default: 10M)")
     tokenizer.add_argument("--sentencepiece-model", metavar="FILE",
                            help="use this SentencePiece model")
     tokenizer.add_argument("--gpt2-bpe", nargs=2, metavar=("ENCODER_JSON", "VOCAB_BPE"),
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         card = prepare(PrepareOptions(**given))
     except KeyboardInterrupt:
-        print(f"interrupted: {args.out} is as it was; the same command goes on from here",
+        print(f"interrupted: {args.out} is unchanged; the same command resumes",
               file=sys.stderr)
         return INTERRUPTED
     print(f"{args.out}: {card.splits['train']['tokens']:,} tokens to train on, "
-          f"{card.tokenizer['rows']:,} dictionary rows; DATA_CARD.md tells more")
+          f"{card.tokenizer['rows']:,} dictionary entries; details in DATA_CARD.md")
     print(f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "
           "--arch transformer_lm_gpttiny_moe …")
     return 0

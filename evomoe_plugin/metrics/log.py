@@ -78,7 +78,7 @@ def _parse(line: str) -> tuple[str, Record] | None:
     except ValueError:  # truncated, or not JSON
         return None
     prefix = next((key.removesuffix(_COUNT) for key in logged if key.endswith(_COUNT)), None)
-    if prefix is None or prefix and not prefix.endswith("_"):
+    if prefix is None or (prefix and not prefix.endswith("_")):
         return None
     values = {}
     for key, value in logged.items():

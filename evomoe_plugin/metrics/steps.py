@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from evomoe_plugin.metrics.log import TrainingLog
 
 
@@ -33,5 +35,5 @@ def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
 def _lengths(log: TrainingLog) -> list[int]:
     """Updates in each interval. The beginning of the first may not be in the log."""
     ends = [record.update for record in log.intervals]
-    differences = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    differences = [b - a for a, b in itertools.pairwise(ends)]
     return [min([ends[0], *differences]), *differences]

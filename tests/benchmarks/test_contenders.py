@@ -8,9 +8,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from speed import contenders, peers  # noqa: E402
-from speed.cases import Case  # noqa: E402
-from speed.inputs import Inputs  # noqa: E402
+from speed import contenders, peers
+from speed.cases import Case
+from speed.inputs import Inputs
 
 CASES = [
     Case("test", 24, 8, 4, 2),

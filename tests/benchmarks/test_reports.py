@@ -9,10 +9,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from speed import clock, goals, report  # noqa: E402
-from speed.cases import CASES, QUICK, Case, chosen  # noqa: E402
-from speed.forks import forked  # noqa: E402
-from speed.results import Results  # noqa: E402
+from speed import clock, goals, report
+from speed.cases import CASES, QUICK, Case, chosen
+from speed.forks import forked
+from speed.results import Results
 
 
 def test_ratios_are_taken_within_a_round():

@@ -38,7 +38,7 @@ def option(name, value):
 
 
 def rename(state):
-    state["model"] = {n: value for n, value in enumerate(state["model"].values())}
+    state["model"] = dict(enumerate(state["model"].values()))
 
 
 def reshape(state):

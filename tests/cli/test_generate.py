@@ -38,12 +38,12 @@ def test_text_numbers_and_experts(checkpoint, tmp_path, capsys):
     new = len(out.split()) - 3 * 2 - 7
     assert re.search(rf"^{new} new tokens in [\d.]+ s: [\d,.]+ tokens per second; [\d,.]+ with the "
                      r"prompts$", err, re.M)
-    assert "2.00 of 5 experts a token worked in an MoE layer, on average" in err
+    assert "2.00 of 5 experts per token were used in each MoE layer, on average" in err
     assert main([*common, "--batch-size", "8"]) == 0
     assert capsys.readouterr().out == out
 
 
-def test_words_that_are_not_known_are_told(checkpoint, capsys):
+def test_unknown_words_are_reported(checkpoint, capsys):
     assert main(["generate", "--path", str(checkpoint), "--prompt", "w1 x", "--max-new-tokens",
                  "1", "--cpu"]) == 0
     assert "warning: 1 tokens of the prompts are not in" in capsys.readouterr().err

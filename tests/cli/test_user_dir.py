@@ -22,7 +22,7 @@ from evomoe_plugin.models.language_model import MoELanguageModel
 
 @dataclass
 class UserOptions(ScorerOptions):
-    moe_user_picks: int = field(default=1, metadata={"help": "the first experts"})
+    moe_user_experts: int = field(default=1, metadata={"help": "the first experts"})
 
 
 @register_gate("user_first")
@@ -31,13 +31,13 @@ class UserFirst(Gate):
 
     def __init__(self, info, options):
         super().__init__(info, options)
-        self.picks = options.moe_user_picks
+        self.experts = options.moe_user_experts
 
     def route(self, x_TD, context):
         logits_TC = self.score(x_TD)
         mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool)
-        mask_TC[:, :self.picks] = True
-        return Choice(mask_TC=mask_TC, weights_TC=mask_TC / self.picks, logits_TC=logits_TC,
+        mask_TC[:, :self.experts] = True
+        return Choice(mask_TC=mask_TC, weights_TC=mask_TC / self.experts, logits_TC=logits_TC,
                       probs_TC=logits_TC.softmax(1))
 
 
@@ -88,19 +88,19 @@ def upcycle(folder, *given) -> dict:
 
 
 def test_a_users_gate_from_upcycling_to_generation(folder, capsys):
-    state = upcycle(folder, "--moe-gate", "user_first", "--moe-user-picks", "2",
+    state = upcycle(folder, "--moe-gate", "user_first", "--moe-user-experts", "2",
                     "--moe-expert-count", "4")
     assert "logits equal to the dense model's (max difference" in capsys.readouterr().out
-    assert state["cfg"]["model"]["moe_user_picks"] == 2
+    assert state["cfg"]["model"]["moe_user_experts"] == 2
     assert state["cfg"]["common"]["user_dir"] == str(folder / "user_moe_package")
     out = []
     for path in ("dense.pt", "moe.pt"):
         assert run(folder, "generate", "--path", folder / path, "--prompt", "w1 w2",
                    "--max-new-tokens", "4", "--cpu") == 0
-        told = capsys.readouterr()
-        out.append(told.out)
+        printed = capsys.readouterr()
+        out.append(printed.out)
     assert out[0] == out[1]
-    assert "2.00 of 4 experts a token worked" in told.err
+    assert "2.00 of 4 experts per token were used" in printed.err
 
 
 def test_a_users_gate_is_not_exported(folder, capsys):
@@ -151,9 +151,9 @@ def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, 
     capsys.readouterr()
     for arguments in (["generate", "--path", tmp_path / "moe.pt", "--prompt", "w1"],
                       ["export", tmp_path / "moe.pt", tmp_path / "out"]):
-        told = refused(capsys, main(list(map(str, arguments))))
-        assert message in told
-        assert "my/own" not in told  # what is run shall not come from a file
+        line = refused(capsys, main(list(map(str, arguments))))
+        assert message in line
+        assert "my/own" not in line  # a file must not name code to run
 
 
 @pytest.mark.parametrize("verb", TAKE_USER_DIR)

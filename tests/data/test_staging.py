@@ -131,4 +131,4 @@ def test_the_tokenizer_sees_a_sample_of_the_lines(tmp_path, monkeypatch, share):
 def test_the_tokenizer_sees_no_whitespace_but_spaces(tmp_path):
     lines = sample(tmp_path, [ODD], 1.0)
     assert lines[:3] == ["def f(x):", "if x:", "        return  x  "]
-    assert not any(c.isspace() and c != " " or c in "\u2581\u2585\0" for c in "".join(lines))
+    assert not any((c.isspace() and c != " ") or c in "\u2581\u2585\0" for c in "".join(lines))

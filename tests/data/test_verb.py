@@ -1,4 +1,4 @@
-"""`evomoe prepare`: its flags, and what is seen on a terminal and in a pipe."""
+"""`evomoe prepare`: its flags, and its output on a terminal and in a pipe."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ def run(*arguments):
 
 @pytest.fixture
 def given(monkeypatch):
-    """The options that the verb comes to, without preparing anything."""
+    """The options that the verb passes to `prepare`, which does nothing."""
     seen = []
 
     def prepare(options):
@@ -94,7 +94,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "M", "5T", "-5", "five", "1e6"])
-def test_what_is_no_size(text, capsys):
+def test_invalid_sizes(text, capsys):
     with pytest.raises(SystemExit) as status:
         run("a", "--out", "b", f"--max-bytes={text}")
     assert status.value.code == 2
@@ -104,7 +104,7 @@ def test_what_is_no_size(text, capsys):
 def test_interrupted(given, capsys):
     assert run("a", "--out", "c") == 130
     assert capsys.readouterr().err == (
-        "interrupted: c is as it was; the same command goes on from here\n"
+        "interrupted: c is unchanged; the same command resumes\n"
     )
 
 
@@ -139,7 +139,7 @@ def test_a_terminal_sees_a_bar_and_the_same_lines(make, tmp_path, monkeypatch):
         assert f"\n{stage:<10} " in screen.getvalue().replace("\x1b[2K", "\n")
 
 
-def test_long_stages_are_heard_of_in_a_pipe(monkeypatch):
+def test_long_stages_report_progress_in_a_pipe(monkeypatch):
     monkeypatch.setattr("evomoe_plugin.data.progress.REMIND_SECONDS", 0.0)
     log = io.StringIO()
     progress = Progress(log)
@@ -149,7 +149,7 @@ def test_long_stages_are_heard_of_in_a_pipe(monkeypatch):
     assert log.getvalue().startswith("read       … 25%\nread       done  [")
 
 
-def test_processes_default_to_the_cores_at_hand(monkeypatch):
+def test_processes_default_to_the_usable_cores(monkeypatch):
     monkeypatch.setattr(data_options.os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert PrepareOptions(inputs=("a",), out="b").processes == 3
     assert PrepareOptions(inputs=("a",), out="b", workers=2).processes == 2

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ ANNEAL = {"start": 2.0, "end": 0.5, "updates": 1000}
 def test_starts_high_falls_and_stays_at_the_end(schedule):
     course = [temperature(n, schedule=schedule, **ANNEAL) for n in range(0, 1200, 50)]
     assert course[0] == 2.0
-    assert all(a >= b for a, b in zip(course, course[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(course))
     assert course[20:] == [0.5] * 4
 
 
