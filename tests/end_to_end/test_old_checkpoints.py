@@ -7,7 +7,6 @@ code resumes a copy of that checkpoint; the end must be the same, bit for bit.
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end.runs import load
+from tests.end_to_end.runs import copy_as_last, load
 
 pytestmark = pytest.mark.slow
 
@@ -93,16 +92,6 @@ def old_run(old_code, train, tmp_path_factory):
         return made[name]
 
     return make
-
-
-def copy_as_last(folder, update, to):
-    """All files of one checkpoint, for a run in the folder `to` to resume from."""
-    to.mkdir()
-    files = list(folder.glob(f"checkpoint_*_{update}[.-]*"))
-    assert files
-    for file in files:
-        copy = to / re.sub(rf"checkpoint_\d+_{update}(?=[.-])", "checkpoint_last", file.name)
-        shutil.copytree(file, copy) if file.is_dir() else shutil.copy(file, copy)
 
 
 def assert_holds(new, old, where):
