@@ -16,6 +16,8 @@ from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixture
 ROOT = Path(__file__).parents[1]
 
 evomoe_plugin.register()
+# Workers of pytest-xdist share few cores; tiny_runs has set this for what they start.
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A shell has its background jobs ignore Ctrl-C; so would commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

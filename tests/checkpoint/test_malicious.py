@@ -19,15 +19,24 @@ from tests.evolve.dense_models import dense_config, dictionary_of, save_dense
 REFUSED = "system, which is not data .*refused"
 
 
-@pytest.fixture(params=["cfg", "model", "extra_state", "last_optimizer_state"])
-def bad(tmp_path, request):
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense") / "dense.pt")
+
+
+@pytest.fixture
+def bad(good, tmp_path, request):
     """A file, and what would be there if it had been run."""
-    state = torch.load(save_dense(tmp_path / "dense.pt"), weights_only=False)
+    state = torch.load(good, weights_only=False)
     trace = tmp_path / "trace"
     state["last_optimizer_state"] = {}
     state[request.param]["program"] = Program(trace)
     torch.save(state, tmp_path / "bad.pt")
     return tmp_path / "bad.pt", trace
+
+
+def program_in(*parts):
+    return pytest.mark.parametrize("bad", parts, indirect=True)
 
 
 def refused(bad, run):
@@ -37,6 +46,7 @@ def refused(bad, run):
     assert "\n" not in str(raised.value) and not trace.exists()
 
 
+@program_in("model")
 def test_as_the_dense_model_of_a_start(bad, make_model):  # noqa: F811
     def run(path):
         init_from_dense(trainer_of(make_model(moe_init_from_dense=path), num_updates=0))
@@ -44,7 +54,10 @@ def test_as_the_dense_model_of_a_start(bad, make_model):  # noqa: F811
     refused(bad, run)
 
 
-@pytest.mark.parametrize("option", ["restore_file", "finetune_from_model"])
+@pytest.mark.parametrize("bad, option", [
+    *((part, "restore_file") for part in ("cfg", "model", "extra_state", "last_optimizer_state")),
+    ("extra_state", "finetune_from_model"),
+], indirect=["bad"])
 def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     cfg = dense_config("--save-dir", str(tmp_path / "run"))
     trainer = types.SimpleNamespace(
@@ -60,6 +73,7 @@ def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     refused(bad, run)
 
 
+@program_in("cfg")
 def test_as_the_model_to_evaluate(bad, tmp_path):
     dictionary_of().save(str(tmp_path / "dict.txt"))
 

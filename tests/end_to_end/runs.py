@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import torch
 from fairseq import options
@@ -36,6 +38,16 @@ def _number(text):
 def load(path) -> dict:
     """A checkpoint file; ours, so it may hold objects."""
     return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def copy_as_last(folder: Path, update: int, to: Path) -> None:
+    """Copy all files of the checkpoint of an update, for a run in `to` to resume from."""
+    to.mkdir(exist_ok=True)
+    files = list(folder.glob(f"checkpoint_*_{update}[.-]*"))
+    assert files
+    for file in files:
+        copy = to / re.sub(rf"checkpoint_\d+_{update}(?=[.-])", "checkpoint_last", file.name)
+        shutil.copytree(file, copy) if file.is_dir() else shutil.copy(file, copy)
 
 
 def assert_same_weights(one, other, atol: float = 0.0) -> None:

@@ -47,13 +47,8 @@ def other_dictionary(data_bin, tmp_path):
     "given, message",
     [
         (("--moe-gate", "dense2sparse"), "--moe-gate dense2sparse: unknown gate; one of: base"),
-        (("--moe-freq", "3"), "--moe-freq 3: gives no MoE layer in 2 decoder layers"),
-        (("--moe-expert-count", "0"), "--moe-expert-count 0: give one number of at least 1"),
-        (("--moe-gate-threshold", "1.5"), "--moe-gate-threshold 1.5: gate values are prob"),
-        (("--moe-temperature-start", "0.1"), "--moe-temperature-start 0.1: the temperature falls"),
         (("--moe-freq", "9", "--distributed-world-size", "2"), "--moe-freq 9: gives no MoE layer"),
         (("--moe-gate-loss-wt", "-1"), "--moe-gate-loss-wt -1.0: give a weight of 0 or more"),
-        (("--moe-gate-loss-combine-method", "max"), "--moe-gate-loss-combine-method max: one of"),
         (("--scale-attn",), "--scale-attn True: not supported"),
     ],
 )

@@ -28,9 +28,8 @@ def test_eval_lm_equals_the_validation_of_training(stage, checkpoints, data_bin)
     assert record["valid_loss"] == record["valid_inner_loss"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_result_does_not_depend_on_batch_size(stage, checkpoints, data_bin):
-    path = checkpoints[0] / f"checkpoint_1_{STAGES[stage]}.pt"
+def test_the_result_does_not_depend_on_batch_size(checkpoints, data_bin):
+    path = checkpoints[0] / f"checkpoint_1_{STAGES['annealing']}.pt"
     losses = [evaluate(data_bin, path, "--batch-size", size)["loss"].item()
               for size in ("1", "3", "16")]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from evomoe_plugin.checkpoint.optimizer_names import make_optimizer_plain, optim
 from evomoe_plugin.checkpoint.verify import faults
 from evomoe_plugin.cli import main as evomoe
 from tests.checkpoint.expert_states import assert_same
-from tests.end_to_end.runs import Run, assert_same_weights, evaluate
+from tests.end_to_end.runs import Run, assert_same_weights, copy_as_last, evaluate
 
 # Dropout masks depend on the split of the batch; everything else of ours does not.
 SAME = ("--dropout", "0", "--attention-dropout", "0", "--batch-size", "2", "--disable-validation",
         "--moe-temperature-updates", "6", "--moe-temperature-end", "0.1", "--max-update", "8")
-HALF = ("--max-update", "4")
 SHARDED = ("--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
 LEGACY = ("--ddp-backend", "legacy_ddp")
 FORMS = {"one file": ("--moe-ep-checkpoint", "consolidated"),
@@ -51,23 +49,19 @@ def unbroken(train, tmp_path_factory):
     def make(*given):
         if given not in runs:
             folder = tmp_path_factory.mktemp("unbroken")
-            runs[given] = folder, train(folder, *SAME, *given)
+            runs[given] = folder, train(folder, *SAME, "--save-interval-updates", "4", *given)
         return runs[given]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def halfway(train, tmp_path_factory):
+def halfway(unbroken, tmp_path_factory):
     """A maker of folders with the checkpoint of update 4 of some layout, each to be gone on in."""
-    made = {}
 
     def make(*given):
-        if given not in made:
-            made[given] = tmp_path_factory.mktemp("half") / "run"
-            train(made[given], *SAME, *given, *HALF)
         copy = tmp_path_factory.mktemp("copy") / "run"
-        shutil.copytree(made[given], copy)
+        copy_as_last(unbroken(*given)[0], 4, copy)
         return copy
 
     return make

@@ -7,7 +7,6 @@ code resumes a copy of that checkpoint; the end must be the same, bit for bit.
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end.runs import load
+from tests.end_to_end.runs import copy_as_last, load
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 OLD = "3da3acd489d141b3620a92bbfef671565a4698a6"
 END = 8
-# Saved every second update; the annealing goes on beyond the checkpoint. Dropout is on.
-COMMON = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1", "--max-update", END,
-          "--save-interval-updates", "2", "--disable-validation", "--weight-decay", "0.1")
+COMMON = ("--max-update", END, "--save-interval-updates", "2", "--disable-validation",
+          "--weight-decay", "0.1")  # dropout is on
+ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
 FP16 = ("--fp16", "--fp16-init-scale", "4")
 TWO = ("--distributed-world-size", "2")
 LEGACY = (*TWO, "--ddp-backend", "legacy_ddp")
@@ -42,7 +41,7 @@ RUNS = {
     "bf16": ("--bf16",),
     "fused adamw": ("--optimizer", "fused_adamw"),
     "top-any": ("--moe-gate", "top_any", "--moe-expert-count", "3", "--moe-max-experts", "6",
-                "--moe-adapt-record-interval", "2", "--moe-adapt-window", "1",
+                "--moe-adapt-record-interval", "3", "--moe-adapt-window", "2",
                 "--moe-top-any-learned-scale"),
     "fully sharded": SHARDED,
     "fully sharded, file a rank": (*SHARDED, "--use-sharded-state"),
@@ -58,8 +57,13 @@ RUNS = {
     "spawned, frozen, fully sharded": (*FROZEN, *SHARDED),
     "spawned, sharded experts": (*SPAWN, *SHARDED, *EXPERTS, "sharded"),
 }
+# The spawn is after update 3; adapting records updates 2 and 3.
 CASES = [(name, update) for name in RUNS
-         for update in ((2, 4) if name.startswith("spawned") else (4,))]  # the spawn is after 3
+         for update in ((2, 4) if name.startswith(("spawned", "top-any")) else (4,))]
+
+
+def options(name):
+    return *COMMON, *(() if name == "top-any" else ANNEAL), *RUNS[name]
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +93,10 @@ def old_run(old_code, train, tmp_path_factory):
     def make(name):
         if name not in made:
             folder = tmp_path_factory.mktemp("run")
-            made[name] = folder, train(folder, *COMMON, *RUNS[name], **old_code)
+            made[name] = folder, train(folder, *options(name), **old_code)
         return made[name]
 
     return make
-
-
-def copy_as_last(folder, update, to):
-    """All files of one checkpoint, for a run in the folder `to` to resume from."""
-    to.mkdir()
-    files = list(folder.glob(f"checkpoint_*_{update}[.-]*"))
-    assert files
-    for file in files:
-        copy = to / re.sub(rf"checkpoint_\d+_{update}(?=[.-])", "checkpoint_last", file.name)
-        shutil.copytree(file, copy) if file.is_dir() else shutil.copy(file, copy)
 
 
 def assert_holds(new, old, where):
@@ -152,7 +146,7 @@ def assert_same_checkpoint(new, old):
 def test_it_resumes_bit_equal(name, update, old_run, train, tmp_path):
     folder, whole = old_run(name)
     copy_as_last(folder, update, tmp_path / "new")
-    resumed = train(tmp_path / "new", *COMMON, *RUNS[name])
+    resumed = train(tmp_path / "new", *options(name))
     records = resumed.logged("train_inner")
     assert [record["num_updates"] for record in records] == list(range(update + 1, END + 1))
     for record, wanted in zip(records, whole.logged("train_inner")[update:], strict=True):

@@ -21,7 +21,7 @@ from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from tests.evolve.conftest import step, trainer_of
 from tests.gates.conftest import D, E, T, make_layer  # noqa: F401
-from tests.gates.test_every_gate import NEEDED, WAYS, every, tokens
+from tests.gates.test_every_gate import GATES, NEEDED, WAYS, extras, label, tokens
 
 N = 3
 EXPERTS = "decoder.layers.{}.moe.experts."
@@ -45,8 +45,12 @@ def one_expert(experts, x):
 
 # Before the spawn: layers.
 
-@every(also_of_the_layer=True)
+# The gate is not even asked before the spawn, so each is here once, and one with all else.
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("given", [
+    *({"moe_gate": name, **NEEDED.get(name, {})} for name in GATES),
+    *({"moe_gate": "dense_to_sparse", **given} for given in extras("dense_to_sparse")),
+], ids=label)
 def test_before_the_spawn_the_layer_is_its_first_expert(make_layer, given, training):  # noqa: F811
     layer = make_layer(moe_spawn_updates=N, **given).train(training)
     layer.set_num_updates(N - 1)
@@ -424,9 +428,9 @@ def test_before_the_first_step_of_the_optimizer_there_are_no_moments(make_model)
 
 # Masked weights that do not learn.
 
+# Each precision with each rule and with each kind of expert.
+@pytest.mark.parametrize("rule, gated", [("copy", False), ("reset", True)])
 @pytest.mark.parametrize("precision", [None, *HALF.values()], ids=["fp32", *HALF])
-@pytest.mark.parametrize("rule", ["copy", "reset"])
-@pytest.mark.parametrize("gated", [False, True])
 def test_frozen_weights_stay_exactly_zero(make_run, precision, rule, gated):
     trainer, model = make_run(
         moe_spawn_trainable_masked="false", moe_spawn_moments=rule, moe_expert_gated=gated,

@@ -17,12 +17,13 @@ def tokens(rows=3, length=11):
 
 
 def cases_of_models():
-    for given in cases(also_of_the_layer=True):
-        if "moe_eval_capacity_factor" in given:
-            continue
+    for given in cases():
         yield given, 0
         if given["moe_gate"] in ("dense_to_sparse", "stable"):
             yield given, 60
+    for given in cases(of_the_gate=False, also_of_the_layer=True):
+        if "moe_eval_capacity_factor" not in given:
+            yield given, 0
     for gate in ("reached", "top1", "dense"):
         yield {"moe_gate": "dense_to_sparse", "moe_eval_gate": gate,
                "moe_temperature_start": 0.6}, 20

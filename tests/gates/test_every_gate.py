@@ -42,37 +42,52 @@ WAYS = {
 GATES = [name for name in gate_names() if name in WAYS]
 
 
-def with_scorers(name):
-    yield from WAYS[name]
-    if hasattr(gate_class(name).Options, "moe_scorer"):
-        for scorer in gate_class(name).capabilities.scorers:
-            if scorer != "linear":
-                yield {"moe_scorer": scorer}
+# Gates whose every scorer, drop policy and kind of shared experts is tried. What differs there does
+# not know which gate it belongs to, so the other gates take turns.
+THOROUGH = ("dense_to_sparse", "top_k")
 
 
-def cases(also_of_the_layer=False):
+def scorers(name):
+    """All of a gate with a choice, or one by turns, but for the linear one, which WAYS have."""
+    cls = gate_class(name)
+    if not hasattr(cls.Options, "moe_scorer"):
+        return []
+    others = [scorer for scorer in cls.capabilities.scorers if scorer != "linear"]
+    return others if name in THOROUGH else [others[GATES.index(name) % len(others)]]
+
+
+def extras(name):
+    """What a layer of this gate may have beside the gate's own options."""
+    cls = gate_class(name)
+    shared = [{"moe_shared_experts": 2, "moe_expert_gated": True},
+              {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3}]
+    softmax = {"moe_shared_experts": 2, "moe_shared_combine": "softmax"}
+    capacities = [
+        {"moe_capacity_factor": 0.7, "moe_drop_policy": policy, "moe_min_capacity": 1,
+         "moe_eval_capacity_factor": 0.7, "moe_renormalize_after_drop": policy == "probs"}
+        for policy in ("position", "probs", "random")]
+    if name in THOROUGH:
+        return [*shared, softmax, {"moe_null_experts": 3},
+                {"moe_null_experts": 2, **softmax}, *capacities]
+    turn = GATES.index(name)
+    found = [shared[turn % 2]]
+    if cls.capabilities.null_experts and cls.capabilities.logits:
+        found.append({"moe_null_experts": 2, **softmax})
+    elif cls.capabilities.logits:
+        found.append(softmax)
+    elif cls.capabilities.null_experts:
+        found.append({"moe_null_experts": 3})
+    if cls.capabilities.capacity:
+        found.append(capacities[turn % 3])
+    return found
+
+
+def cases(of_the_gate=True, also_of_the_layer=False):
+    """A set of options for each way of each gate, and for what their layers may have."""
     for name in GATES:
-        for given in with_scorers(name):
+        ways = [*WAYS[name], *({"moe_scorer": scorer} for scorer in scorers(name))]
+        for given in [*(ways if of_the_gate else []), *(extras(name) if also_of_the_layer else [])]:
             yield {"moe_gate": name, **NEEDED.get(name, {}), **given}
-        if not also_of_the_layer:
-            continue
-        can = gate_class(name).capabilities
-        extras = [{"moe_shared_experts": 2, "moe_expert_gated": True},
-                  {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3}]
-        if can.logits:
-            extras.append({"moe_shared_experts": 2, "moe_shared_combine": "softmax"})
-        if can.null_experts:
-            extras.append({"moe_null_experts": 3})
-        if can.null_experts and can.logits:
-            extras.append({"moe_null_experts": 2, "moe_shared_experts": 2,
-                           "moe_shared_combine": "softmax"})
-        if can.capacity:
-            extras += [
-                {"moe_capacity_factor": 0.7, "moe_drop_policy": policy, "moe_min_capacity": 1,
-                 "moe_eval_capacity_factor": 0.7, "moe_renormalize_after_drop": policy == "probs"}
-                for policy in ("position", "probs", "random")]
-        for extra in extras:
-            yield {"moe_gate": name, **NEEDED.get(name, {}), **extra}
 
 
 def label(given):
@@ -111,9 +126,11 @@ def test_every_registered_gate_is_here():
     assert sorted(WAYS) == ours
 
 
-@every(also_of_the_layer=True)
-@pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("given, training, padding", [
+    pytest.param(given, training, padding, id="-".join([
+        label(given), "training" if training else "evaluation", *["padding"] * padding]))
+    for i, given in enumerate(cases(also_of_the_layer=True))
+    for training, padding in [(True, i % 2 == 0), (False, i % 2 == 1)]])
 def test_fast_path_equals_the_loop_oracle(make_layer, given, padding, training):
     layer = make_layer(**given).train(training)
     x, known = tokens()
@@ -248,7 +265,7 @@ def test_odd_batches_give_numbers(make_layer, given, training):
         odd_batch(make_layer(dtype=torch.float32, **given).train(training), kind)
 
 
-@every(also_of_the_layer=True)
+@every(of_the_gate=False, also_of_the_layer=True)
 def test_odd_batches_give_numbers_with_all_else_that_a_layer_may_have(make_layer, given):
     for kind in ("no token", "only padding", "huge"):
         odd_batch(make_layer(dtype=torch.float32, **given), kind)

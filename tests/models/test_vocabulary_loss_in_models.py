@@ -33,13 +33,14 @@ def batch(weighted=False):
     return {"net_input": given, "target": target, "ntokens": int((target != PAD).sum())}
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"share_decoder_input_output_embed": True}, {"decoder_output_dim": 12},
-    {"moe_train_only": "experts,gate"}, {"checkpoint_activations": True},
-], ids=lambda given: next(iter(given), "plain"))
-@pytest.mark.parametrize("training, reduce, weighted", [
-    (True, True, False), (True, True, True), (True, False, False), (False, True, False),
-    (False, False, True)])
+@pytest.mark.parametrize("given, training, reduce, weighted", [
+    ({}, True, True, False), ({}, True, True, True), ({}, True, False, False),
+    ({}, False, True, False), ({}, False, False, True),
+    ({"share_decoder_input_output_embed": True}, True, True, True),
+    ({"decoder_output_dim": 12}, True, True, False),
+    ({"moe_train_only": "experts,gate"}, True, True, True),
+    ({"checkpoint_activations": True}, True, False, False),
+], ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else str(value))
 def test_chunks_of_the_vocabulary_loss_change_nothing(
         make_model, given, training, reduce, weighted):
     model, sample = make_model(**given), batch(weighted)

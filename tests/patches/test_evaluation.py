@@ -112,6 +112,7 @@ def test_the_other_commands_read_shards(trained, module_runs, command, more):
     ) == 0
 
 
+@pytest.mark.slow
 def test_the_perplexity_is_printed(trained, module_runs):
     """iopath keeps upstream's command silent, which only a process of its own shows."""
     whole, _ = trained
@@ -143,4 +144,5 @@ def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_
         env={"PYTHONPATH": hydra_path}, cwd=tmp_path,
     )
     assert status == 0, err
-    assert "Perplexity" in out
+    # iopath keeps upstream's command silent, which only a process of its own shows.
+    assert len(re.findall(r"Perplexity: [\d.]+", out + err)) == 1

@@ -19,7 +19,7 @@ def plain(module_runs):
 
 
 @pytest.mark.parametrize("options", [
-    ("--fp16",), ("--bf16",), (*FSDP, "--fp16"), (*FSDP, "--memory-efficient-fp16"),
+    (*FSDP, "--fp16"), (*FSDP, "--memory-efficient-fp16"), slow("--fp16"), slow("--bf16"),
     slow("--fp16", "--fp16-no-flatten-grads"), slow("--memory-efficient-fp16"),
     slow("--memory-efficient-bf16"), slow(*FSDP, "--fp16", "--fp32-reduce-scatter"),
 ], ids=" ".join)
