@@ -1,11 +1,11 @@
-"""What does a step cost before the spawn, when one expert of each layer works?
+"""Cost of an update in the dense phase, before the spawn, against a dense model's.
 
-Updates of fairseq's own trainer, `train_step` with all that belongs to it: both passes, the norm of
-the gradients, Adam, the log. A GPT whose experts have not been spawned yet, with several numbers of
-experts, beside fairseq's dense model of the same sizes; and with the experts that wait in every
-step, as they are where nobody can tell them from the first (FSDP). The models are timed in turn,
-round after round, in one process; ratios are taken within a round. Seconds are of CPU time, which
-other programs on the machine disturb least. FLOPs of the matrix products are counted.
+Updates of fairseq's own trainer: forward and backward, gradient norm, Adam, log. A GPT whose
+experts are not spawned yet, with several numbers of experts, beside fairseq's dense model of the
+same sizes. Each MoE layer multiplies expert 0 only; the other experts have gradients of zero, which
+the norm and the optimizer go over. Models are timed in turn, round after round, in one process;
+ratios are taken within a round. Seconds are CPU time, which other programs on the machine disturb
+least. FLOPs of matmuls are counted.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe_plugin.evolve import dense_phase
-
-SYMBOLS = 1000
+ROWS = 1000  # of the vocabulary
 
 
 class Subject:
-    """A run of some experts a layer; of 0 it is fairseq's dense model."""
+    """A run with so many experts a layer; 0 is fairseq's dense model."""
 
-    def __init__(self, args: argparse.Namespace, data: str, experts: int, all_gather_rows: bool):
-        self.experts, self.all_gather_rows = experts, all_gather_rows
+    def __init__(self, args: argparse.Namespace, data: str, experts: int):
+        self.experts = experts
         torch.manual_seed(0)
         given = [
             data, "--task", "language_modeling", "--decoder-layers", args.layers,
@@ -60,51 +58,46 @@ class Subject:
         self.model = task.build_model(cfg.model)
         self.trainer = Trainer(cfg, task, self.model, task.build_criterion(cfg.criterion))
         self.trainer.lr_step_begin_epoch(1)
-        tokens = torch.randint(4, SYMBOLS, (args.batch, args.length + 1))
-        self.sample = {
+        tokens = torch.randint(4, ROWS, (args.batch, args.length + 1))
+        sample = {
             "id": torch.arange(args.batch), "nsentences": args.batch,
             "ntokens": args.batch * args.length, "target": tokens[:, 1:].contiguous(),
             "net_input": {"src_tokens": tokens[:, :-1].contiguous(),
                           "src_lengths": torch.full((args.batch,), args.length)},
         }
+        self.samples = [sample] * args.update_freq
 
     @property
     def name(self) -> str:
-        if not self.experts:
-            return "dense"
-        return f"{self.experts}, all in the step" if self.all_gather_rows else str(self.experts)
+        return str(self.experts or "dense")
 
     def flops(self) -> int:
-        """Of a step."""
+        """Of an update."""
         with FlopCounterMode(display=False) as counter:
             self.step()
         return counter.get_total_flops()
 
     def step(self) -> tuple[float, float]:
-        """CPU seconds of both passes, and of all else."""
+        """CPU seconds of forward and backward passes, and of all else."""
         passes = 0.0
 
         def timed(*args: Any, upstream: Callable = self.trainer.task.train_step, **kwargs: Any):
             nonlocal passes
             start = time.process_time()
-            answer = upstream(*args, **kwargs)
+            output = upstream(*args, **kwargs)
             passes += time.process_time() - start
-            return answer
+            return output
 
         with mock.patch.object(self.trainer.task, "train_step", timed):
             start = time.process_time()
-            if self.all_gather_rows:
-                with mock.patch.object(dense_phase, "can_step_alone", lambda trainer: False):
-                    self.trainer.train_step([self.sample])
-            else:
-                self.trainer.train_step([self.sample])
+            self.trainer.train_step(self.samples)
             return passes, time.process_time() - start - passes
 
 
 def write_dictionary(folder: str) -> None:
     """All that the task reads of its data."""
     dictionary = Dictionary()
-    for n in range(SYMBOLS - len(dictionary)):
+    for n in range(ROWS - len(dictionary)):
         dictionary.add_symbol(f"w{n}")
     dictionary.save(str(Path(folder) / "dict.txt"))
 
@@ -114,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--update-freq", type=int, default=1, metavar="N",
+                        help="micro-batches of an update")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--ffn", type=int, default=1024)
@@ -129,9 +124,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         write_dictionary(folder)
-        subjects = [Subject(args, folder, 0, False)]
-        subjects += [Subject(args, folder, experts, all_gather_rows) for experts in args.experts
-                     for all_gather_rows in (False, True)]
+        subjects = [Subject(args, folder, experts) for experts in (0, *args.experts)]
     flops = [subject.flops() for subject in subjects]
     times: list[list[tuple[float, float]]] = [[] for _ in subjects]
     for round_ in range(args.rounds + 1):
@@ -140,9 +133,10 @@ def main() -> None:
             if round_:  # the first round warms up
                 taken.append(step)
 
-    print(f"B={args.batch} length={args.length} layers={args.layers} D={args.width} F={args.ffn}, "
-          f"every second layer MoE, {' '.join(args.precision)}, Adam, {args.threads} threads, "
-          f"torch {torch.__version__}, {args.rounds} rounds\n")
+    print(f"B={args.batch} length={args.length} update_freq={args.update_freq} "
+          f"layers={args.layers} D={args.width} F={args.ffn}, every second layer MoE, "
+          f"{' '.join(args.precision)}, Adam, {args.threads} threads, torch {torch.__version__}, "
+          f"{args.rounds} rounds\n")
     print("| experts | parameters | GFLOPs | step, CPU s | of dense | spread | forward + backward, "
           "of dense | all else, CPU s | of dense |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -65,8 +65,6 @@ class MoELayer(nn.Module):
         self.spawn_updates = spawn_updates
         self.groups = groups
         self.meter = meter
-        # Whether the parameters hold expert 0 only, for a step before the spawn.
-        self.first_alone = False
         # FSDP makes one parameter of them.
         self.expert_names = tuple(experts.state_dict())
         # In the checkpoint, since evaluation routes as training did when it was written.
@@ -178,8 +176,6 @@ class MoELayer(nn.Module):
 
     def _answers(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor | None]:
         """What routed experts, and what shared ones, give."""
-        if self.first_alone:
-            plan = dataclasses.replace(plan, tokens_per_expert_E=plan.tokens_per_expert_E[:1])
         if self.shared is None:
             return self.experts(x_TD, plan), None
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)

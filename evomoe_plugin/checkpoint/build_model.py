@@ -1,4 +1,4 @@
-"""Building a model as a checkpoint's own configuration says, which may say anything."""
+"""Build a model from an untrusted checkpoint config; report failures in one line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from evomoe_plugin.config.errors import OptionError, RunFailed
 
 @contextlib.contextmanager
 def report_config_faults(option: str, path: str) -> Iterator[None]:
-    """Inside, whatever goes wrong is the file's fault, and ends in one line that names it.
+    """Inside, any exception is the file's fault and becomes a one-line error that names it.
 
-    fairseq and omegaconf meet a value of the wrong type or size wherever they first use it, and
-    raise what comes up there.
+    fairseq and omegaconf raise arbitrary exceptions where they first use a wrong value.
 
     Args:
-        option: what the user named the file with.
+        option: the option that named the file.
         path: the file.
     Raises:
-        OptionError: with what was raised; errors that explain themselves stay as they are.
+        OptionError: wraps the exception; one-line errors and OSError pass unchanged.
     """
     try:
         yield
     except (OptionError, RunFailed, OSError):
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError(option, path, "no model can be built from the options and weights that "
-                                        f"it holds ({told[:200]})") from error
+                                        f"it holds ({message[:200]})") from error

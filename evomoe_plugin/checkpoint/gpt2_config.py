@@ -1,4 +1,4 @@
-"""The config.json of a GPT-2 of Hugging Face, as far as fairseq's transformer_lm can compute it."""
+"""Read and check the config.json of a Hugging Face GPT-2 for fairseq's transformer_lm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from evomoe_plugin.config.errors import OptionError
 
 CONFIG = "config.json"
-# transformers' name -> fairseq's. The three of the middle are one formula, with the tanh.
+# transformers' name -> fairseq's; gelu_accurate is the tanh approximation.
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate",
     "gelu_fast": "gelu_accurate", "relu": "relu", "tanh": "tanh", "linear": "linear",
@@ -22,7 +22,7 @@ LAYER_NORM_EPSILON = 1e-5  # fairseq has no other
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and options, checked. The names are transformers'."""
+    """Checked sizes and options, by transformers' names."""
 
     vocab_size: int
     n_positions: int
@@ -43,18 +43,18 @@ class GPT2Config:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden units of a feed-forward network."""
+        """Feed-forward hidden units."""
         return self.n_inner or 4 * self.n_embd
 
     @property
     def activation(self) -> str:
-        """fairseq's name of it."""
+        """fairseq's name."""
         return ACTIVATIONS[self.activation_function]
 
 
 @dataclass(frozen=True)
 class _Field:
-    """What a value must be; where the file has none, `default`, which is transformers'."""
+    """What a value must be, and transformers' default."""
 
     default: Any
     fits: Callable[[Any], bool]
@@ -112,8 +112,7 @@ def read_config(folder: str) -> GPT2Config:
     """The configuration of the model in `folder`.
 
     Raises:
-        OptionError: it is missing, no JSON, of another kind of model, or has a value that cannot
-            be.
+        OptionError: it is missing, no JSON, of another kind of model, or has an invalid value.
     """
     path = os.path.join(folder, CONFIG)
     if not os.path.isfile(path):
@@ -140,10 +139,10 @@ def read_config(folder: str) -> GPT2Config:
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-    """The object that a file of `folder` holds.
+    """The JSON object in a file of `folder`.
 
     Raises:
-        OptionError: it is no JSON, or something else than an object.
+        OptionError: it is no JSON object.
     """
     try:
         content = json.loads(Path(folder, name).read_text(encoding="utf-8"))
@@ -152,7 +151,7 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise OptionError("DIR", folder, f"its {name} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise OptionError("DIR", folder, f"its {name} is JSON, but no object of names and values")
+        raise OptionError("DIR", folder, f"its {name} is JSON, but no object")
     return content
 
 

@@ -1,6 +1,6 @@
-"""GPT-2 models of Hugging Face as dense checkpoints of fairseq, with equal logits.
+"""Convert GPT-2 models of Hugging Face to dense fairseq checkpoints with equal logits.
 
-Source of the architecture: GPT-2 (Radford et al., 2019) as transformers' GPT2LMHeadModel has it.
+Architecture: GPT-2 (Radford et al., 2019) as in transformers' GPT2LMHeadModel.
 """
 
 from __future__ import annotations
@@ -18,61 +18,60 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.gpt2_config import CONFIG, GPT2Config, read_config, read_json
-from evomoe_plugin.checkpoint.initial_state import first_checkpoint
-from evomoe_plugin.checkpoint.masked_vocab_row import unlikely_row
+from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
+from evomoe_plugin.checkpoint.masked_vocab_row import masked_vocab_row
 from evomoe_plugin.checkpoint.tensor_files import read_safetensors
 from evomoe_plugin.config.errors import OptionError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Buffers that old files hold: causal masks, which are computed.
+# Causal masks in old files, which are computed here.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A model of Hugging Face in fairseq's form, not written yet."""
+    """A Hugging Face model in fairseq's format, not yet written."""
 
     state: dict[str, Any]
     """fairseq's checkpoint."""
     dictionary: Dictionary
-    has_unlikely_rows: bool
-    """Whether rows that are no token of the model are never likely; else they have the logit of
-    the end of text."""
+    has_masked_rows: bool
+    """Whether rows without a token have a negligible probability (`masked_vocab_row`); else they
+    have the logit of the end of text."""
 
 
 def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     """Read a GPT-2 from `folder`.
 
-    The symbol of token id n is n in decimal, as fairseq's `--bpe gpt2` has it. The end of text is
-    fairseq's `</s>`, which ends texts there. Rows that then stand for nothing, the id of the end of
-    text among them, get an embedding whose logit is low whatever the model reads (`unlikely`), so
-    that probabilities are those of the model of Hugging Face. Where it has no such embedding they
-    get the end of text's.
+    The dictionary entry of token id n is n in decimal, as for fairseq's `--bpe gpt2`. The end of
+    text becomes fairseq's `</s>`. Rows that are then unused, the original end-of-text id among
+    them, get an embedding with a low logit after every input (`masked_vocab_row`), so that
+    probabilities stay those of the Hugging Face model; if there is none, the end of text's.
 
     Args:
         folder: with config.json and model.safetensors, or its parts and their index.
-        dictionary: rows in another order than that of the ids; None: that order.
+        dictionary: gives the order of rows; None: that of the token ids.
     Raises:
-        OptionError: files are missing or unfit, or the model is built otherwise than fairseq's.
+        OptionError: files are missing or invalid, or fairseq cannot compute this model.
     """
     config = read_config(folder)
     weights = _Weights(folder, _weights(folder))
     if dictionary is None:
         dictionary = _dictionary_of_ids(config.vocab_size)
     rows_V = _rows(dictionary, config)
-    model, has_unlikely_rows = _model(config, weights, rows_V)
+    model, has_masked_rows = _model(config, weights, rows_V)
     weights.check_all_taken()
     cfg = _run_config(config)
-    return Imported(first_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary,
-                    has_unlikely_rows)
+    return Imported(initial_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary,
+                    has_masked_rows)
 
 
 def _weights(folder: str) -> dict[str, Tensor]:
     if os.path.isfile(os.path.join(folder, INDEX)):
         named = read_json(folder, INDEX).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
-            raise OptionError("DIR", folder, f"its {INDEX} has no weight_map of names of files")
+            raise OptionError("DIR", folder, f"its {INDEX} has no weight_map of file names")
         parts = sorted(set(named.values()))
         if any(os.path.basename(part) != part for part in parts):
             raise OptionError("DIR", folder, f"its {INDEX} names files of other folders")
@@ -92,7 +91,7 @@ def _weights(folder: str) -> dict[str, Tensor]:
 
 
 class _Weights:
-    """The tensors of a file, each asked for once."""
+    """The tensors of the model; each may be taken once."""
 
     def __init__(self, folder: str, weights: Mapping[str, Tensor]):
         self._folder = folder
@@ -144,21 +143,21 @@ _NO_TOKEN = -1
 def _rows(dictionary: Dictionary, config: GPT2Config) -> Tensor:
     """The token id whose embedding each row of the dictionary gets, int64 [V]; or `_NO_TOKEN`."""
     size, rows = config.vocab_size, []
-    for row, symbol in enumerate(dictionary.symbols):
-        is_own = row < dictionary.nspecial or symbol.startswith("madeupword")
-        if not is_own and not (symbol.isascii() and symbol.isdigit() and int(symbol) < size):
-            raise OptionError("dict", symbol, f"is no token id of the model (0 to {size - 1}): "
-                                              "give a dictionary made with --gpt2-bpe")
-        # The end of text once: as two rows, each would have half of its probability.
-        is_none = is_own or int(symbol) == config.eos_token_id
-        rows.append(_NO_TOKEN if is_none else int(symbol))
+    for row, entry in enumerate(dictionary.symbols):
+        is_special = row < dictionary.nspecial or entry.startswith("madeupword")
+        if not is_special and not (entry.isascii() and entry.isdigit() and int(entry) < size):
+            raise OptionError("dict", entry, f"is no token id of the model (0 to {size - 1}): "
+                                             "give a dictionary made with --gpt2-bpe")
+        # The end of text in one row: two would halve its probability.
+        is_unused = is_special or int(entry) == config.eos_token_id
+        rows.append(_NO_TOKEN if is_unused else int(entry))
     rows[dictionary.eos()] = config.eos_token_id
     return torch.tensor(rows)
 
 
 def _model(config: GPT2Config, weights: _Weights,
            rows_V: Tensor) -> tuple[dict[str, Tensor], bool]:
-    """The weights by fairseq's names, and whether rows without a token are never likely."""
+    """The weights by fairseq's names, and whether unused rows are masked."""
     D, F = config.n_embd, config.ffn_dim
     table = weights.take("wte.weight", config.vocab_size, D)
     positions = weights.take("wpe.weight", config.n_positions, D)
@@ -173,7 +172,7 @@ def _model(config: GPT2Config, weights: _Weights,
         for norm, ln in (("self_attn_layer_norm", "ln_1"), ("final_layer_norm", "ln_2")):
             for kind in ("weight", "bias"):
                 put(f"{ours}.{norm}.{kind}", f"{theirs}.{ln}.{kind}", D)
-        # Conv1D multiplies from the left: its weights are nn.Linear's transposed.
+        # Conv1D weights are nn.Linear's transposed.
         weight = weights.take(f"{theirs}.attn.c_attn.weight", D, 3 * D).t()
         bias = weights.take(f"{theirs}.attn.c_attn.bias", 3 * D)
         for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
@@ -187,11 +186,11 @@ def _model(config: GPT2Config, weights: _Weights,
         put(f"layer_norm.{kind}", f"ln_f.{kind}", D)
     head = _head(config, weights, table)
     end, is_token_V1 = config.eos_token_id, (rows_V != _NO_TOKEN).unsqueeze(1)
-    row_D = unlikely_row(model["decoder.layer_norm.weight"], model["decoder.layer_norm.bias"],
+    row_D = masked_vocab_row(model["decoder.layer_norm.weight"], model["decoder.layer_norm.bias"],
                          head[rows_V[rows_V != _NO_TOKEN]])
     tokens_V = torch.where(rows_V == _NO_TOKEN, end, rows_V)
     output = torch.where(is_token_V1, head[tokens_V], head[end] if row_D is None else row_D)
-    # fairseq counts positions from its padding index + 1 = 2 on.
+    # fairseq counts positions from padding index + 1 = 2.
     model["decoder.embed_positions.weight"] = torch.cat([torch.zeros(2, D), positions])
     model["decoder.output_projection.weight"] = output
     model["decoder.embed_tokens.weight"] = (
@@ -200,7 +199,7 @@ def _model(config: GPT2Config, weights: _Weights,
 
 
 def _head(config: GPT2Config, weights: _Weights, table: Tensor) -> Tensor:
-    """The output's rows."""
+    """The output embedding."""
     name = "lm_head.weight"
     if not config.tie_word_embeddings:
         return weights.take(name, *table.shape)
@@ -211,7 +210,7 @@ def _head(config: GPT2Config, weights: _Weights, table: Tensor) -> Tensor:
 
 
 def _run_config(config: GPT2Config) -> dict[str, Any]:
-    """fairseq's configuration of a run that would have trained the model."""
+    """fairseq's configuration of a run that trains such a model."""
     width, length = config.n_embd, config.n_positions
     arguments = {
         "--decoder-layers": config.n_layer, "--decoder-embed-dim": width,

@@ -1,4 +1,4 @@
-"""The checkpoint of a run that has made no update yet: weights without a past."""
+"""A checkpoint of a run before its first update: weights without optimizer state."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 
 
-def first_checkpoint(
+def initial_checkpoint(
     cfg: dict[str, Any], weights: Mapping[str, Tensor], *, criterion: str
 ) -> dict[str, Any]:
-    """What fairseq would have saved before the first update; the optimizer has no state yet.
+    """What fairseq would save before the first update.
 
     Args:
-        cfg: the run's configuration, as a plain dictionary.
+        cfg: the run's configuration, a plain dictionary.
         weights: the model's state dict.
-        criterion: the class of the run's criterion.
+        criterion: class name of the run's criterion.
     """
     return {
         "args": None,

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a few lines."""
+"""Summarise a checkpoint in a few lines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
 
 def summary(main: MainFile) -> list[tuple[str, str]]:
-    """Rows of a table: a name, and what is found under it."""
+    """Rows of a table: name and value."""
     experts = expert_shapes(main)
     own, of_experts = number_of_weights(main)
-    rows = [
+    return [
         ("file", main.path),
         ("form", _form(main)),
         ("update", str(main.update)),
@@ -25,15 +25,14 @@ def summary(main: MainFile) -> list[tuple[str, str]]:
         ("written by", _written_by(main)),
         ("weights", f"{own + of_experts:,}, of experts {of_experts:,}"),
         ("experts", _experts(experts) or "none"),
-        ("numbers", ", ".join(sorted(_dtypes(main))) + " (weights)"),
+        ("dtypes", ", ".join(sorted(_dtypes(main))) + " (weights)"),
         ("optimizer state", _optimizer(main)),
         ("size", _sizes(main)),
     ]
-    return rows
 
 
 def expert_shapes(main: MainFile) -> dict[str, list[int]]:
-    """Whole shapes of the experts' parameters and buffers, by name."""
+    """Shapes of the experts' parameters and buffers, all ranks' together, by name."""
     if main.manifest is not None:
         return {name: main.manifest.tensors[f"{MODEL}/{name}"].shape
                 for name in main.manifest.weights()}
@@ -42,29 +41,29 @@ def expert_shapes(main: MainFile) -> dict[str, list[int]]:
 
 
 def number_of_weights(main: MainFile) -> tuple[int, int]:
-    """Numbers of the model that are no experts', and those that are; tied ones once."""
+    """Weight counts: outside of experts, and of experts; tied ones once."""
     tied = main.option("model", "share_decoder_input_output_embed")
-    rest, held = 0, 0
+    rest, of_experts = 0, 0
     for name, value in main.state["model"].items():
         if value.is_floating_point() and not (tied and name.endswith("output_projection.weight")):
             if is_expert_parameter(name):
-                held += value.numel()
+                of_experts += value.numel()
             else:
                 rest += value.numel()
     if main.manifest is not None:
-        held += sum(math.prod(whole.shape) for key, whole in main.manifest.tensors.items()
-                    if key.startswith(f"{MODEL}/") and whole.dtype != "bool")
-    return rest, held
+        of_experts += sum(math.prod(whole.shape) for key, whole in main.manifest.tensors.items()
+                          if key.startswith(f"{MODEL}/") and whole.dtype != "bool")
+    return rest, of_experts
 
 
-def _has_file_a_process(main: MainFile) -> bool:
+def _has_file_per_rank(main: MainFile) -> bool:
     return bool(fsdp_shards.SHARD.search(main.path)) or not os.path.isfile(main.path)
 
 
 def _form(main: MainFile) -> str:
     if main.manifest is not None:
         return f"experts in {main.manifest.size} files beside it ({main.manifest.tag})"
-    if _has_file_a_process(main):
+    if _has_file_per_rank(main):
         return f"--use-sharded-state, {fsdp_shards.world_size(main.state)} files"
     return "one file"
 
@@ -72,7 +71,7 @@ def _form(main: MainFile) -> str:
 def _written_by(main: MainFile) -> str:
     count = main.option("distributed_training", "distributed_world_size") or 1
     backend = main.option("distributed_training", "ddp_backend")
-    parts = [f"{count} process{'es' if count != 1 else ''}"]
+    parts = [f"{count} rank{'s' if count != 1 else ''}"]
     if count != 1:
         parts.append(str(backend))
     size = main.option("model", "moe_expert_parallel_size") or 1
@@ -106,7 +105,7 @@ def _optimizer(main: MainFile) -> str:
 
 
 def _sizes(main: MainFile) -> str:
-    if _has_file_a_process(main):
+    if _has_file_per_rank(main):
         count = fsdp_shards.world_size(main.state)
         return _mib(sum(os.path.getsize(fsdp_shards.shard_path(main.path, rank))
                         for rank in range(count)))

@@ -1,4 +1,4 @@
-"""Check where a verb is to write, before it works."""
+"""Check a verb's output paths before it works."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def check_output(option: str, path: str, *, overwrite: bool | None = None,
     """Raise `OptionError` unless a file or folder can be written at `path`.
 
     Args:
-        option: what the user named it with, for messages.
-        overwrite: whether a file that exists may be replaced; None: the verb has no such flag.
-        makes_folders: whether the verb makes the folders above that are missing.
+        option: the option that named it, for messages.
+        overwrite: whether an existing file may be replaced; None: the verb has no such flag.
+        makes_folders: whether the verb creates missing parent folders.
     """
     if os.path.lexists(path):
         is_file = os.path.isfile(path)
@@ -23,10 +23,9 @@ def check_output(option: str, path: str, *, overwrite: bool | None = None,
         if not overwrite:
             remedy = "" if overwrite is None else ", or --overwrite"
             raise OptionError(option, path, f"exists already: give another path{remedy}")
-    above = os.path.dirname(os.path.abspath(path))
-    while makes_folders and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        is_there = os.path.lexists(above)
-        raise OptionError(option, path, f"{above} is no folder" if is_there
-                          else f"there is no folder {above}")
+    parent = os.path.dirname(os.path.abspath(path))
+    while makes_folders and not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise OptionError(option, path, f"{parent} is no folder" if os.path.lexists(parent)
+                          else f"there is no folder {parent}")

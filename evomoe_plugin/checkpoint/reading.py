@@ -1,4 +1,4 @@
-"""Reading a checkpoint of fairseq that a user named: data only, or one line that says why not."""
+"""Read a fairseq checkpoint that a user named: data only, with one-line errors."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from evomoe_plugin.config.errors import OptionError
 
 
 def read_checkpoint(option: str, path: str) -> dict[str, Any]:
-    """What `checkpoint_utils.load_checkpoint_to_cpu` makes of a file, which may be of any age.
+    """Read a checkpoint of any fairseq version with `checkpoint_utils.load_checkpoint_to_cpu`.
 
-    Nothing in the file is run: `patches.checkpoint_reading` lets fairseq read tensors, plain
-    containers and its own configurations (`weights_only=True`), and refuses the rest.
+    Nothing in the file is executed: `patches.checkpoint_reading` restricts fairseq to tensors,
+    plain containers and its own configurations (`weights_only=True`).
 
     Args:
-        option: what the user named the file with, for messages.
-        path: the file; of `--use-sharded-state`, the common name of the files of all ranks, or
-            that of any rank.
+        option: the option that named the file, for messages.
+        path: the file; of `--use-sharded-state`, the common name of all ranks' files, or any
+            rank's.
     Returns:
         fairseq's state: `cfg` a configuration, `model` tensors by name.
     Raises:
-        OptionError: no such file, cut short, not fairseq's, or with objects in it that are not
-            data; of fsdp_shards, that one is missing or of another update.
+        OptionError: missing, truncated, not fairseq's, or with objects that are not data; of
+            sharded state, that one file is missing or of another update.
     """
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(existing_file(option, path))
     except OptionError as error:
         raise OptionError(option, path, error.arguments[2]) from error
-    except OSError as error:  # torch seeks to before the beginning of some
+    except OSError as error:  # torch seeks before the start of some truncated files
         raise OptionError(option, path, "cannot be read, it is cut short or no checkpoint "
                                         f"({error})") from error
-    except Exception as error:  # what upgrading finds wrong is of any kind
+    except Exception as error:  # upgrading an invalid state raises anything
         raise OptionError(option, path, "is no checkpoint of fairseq "
                                         f"({_first_line(error)})") from error
     cfg, weights = state.get("cfg"), state["model"]

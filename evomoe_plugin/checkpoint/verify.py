@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a checkpoint, without the run that wrote it."""
+"""Verify a checkpoint file: hashes, names, shapes, NaN/Inf."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from evomoe_plugin.config.options import expert_slots, moe_layer_indices
 
 
 def faults(main: MainFile) -> Iterator[str]:
-    """One line for each: files, their hashes, names, shapes, and numbers that are not finite."""
+    """One line for each fault: altered files, wrong names or shapes, NaN/Inf."""
     if zipfile.is_zipfile(main.path):
         with zipfile.ZipFile(main.path) as parts:
             broken = parts.testzip()
         if broken is not None:
-            yield f"{main.path} has been altered: the check sum of its part {broken} is wrong"
+            yield f"{main.path} has been altered: the checksum of its part {broken} is wrong"
             return
-    yield from _not_finite("", main.state["model"])
+    yield from _nan_or_inf("", main.state["model"])
     optimizer = main.state.get("last_optimizer_state") or {"state": {}}
     for i, entry in optimizer["state"].items():
-        yield from _not_finite(f"the optimizer's state of parameter {i}: ", entry)
+        yield from _nan_or_inf(f"the optimizer's state of parameter {i}: ", entry)
     yield from _faults_of_layers(main)
     if main.manifest is not None:
         yield from _faults_of_shards(main, optimizer)
 
 
-def _not_finite(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
+def _nan_or_inf(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
     for name, value in tensors.items():
         if torch.is_tensor(value) and value.is_floating_point():
             count = value.numel() - int(value.isfinite().sum())
             if count:
-                yield f"{where}{name} has {count} numbers that are not finite"
+                yield f"{where}{name} has {count} NaN/Inf values"
 
 
 def _faults_of_layers(main: MainFile) -> Iterator[str]:
-    """Experts against the options that the run had."""
+    """Compare the experts with the run's options."""
     model = main.state.get("cfg") and main.state["cfg"].get("model")
     if model is None or main.option("model", "moe_expert_count") is None:
         return
@@ -57,13 +57,13 @@ def _faults_of_layers(main: MainFile) -> Iterator[str]:
             yield f"has no experts of layer {layer}"
         elif found[layer] != {count}:
             yield (f"has {', '.join(map(str, sorted(found[layer])))} experts in layer {layer}, "
-                   f"its options tell {count}")
+                   f"its options say {count}")
     for layer in sorted(found.keys() - wanted.keys()):
         yield f"has experts of layer {layer}, which by its options is no MoE layer"
 
 
 class _Options:
-    """A configuration by attribute, as the functions of `options` take it."""
+    """A configuration by attribute; None where it has no such option."""
 
     def __init__(self, given: Any):
         self._given = given
@@ -98,4 +98,4 @@ def _faults_of_shards(main: MainFile, optimizer: Mapping[str, Any]) -> Iterator[
         yield from found
         if not found:
             for key in manifest.tensors:
-                yield from _not_finite(f"{file.name}: ", {key: shards.rows_of_file(key, rank)})
+                yield from _nan_or_inf(f"{file.name}: ", {key: shards.rows_of_file(key, rank)})

@@ -1,9 +1,13 @@
-"""`evomoe checkpoint`: what a checkpoint is, whether it is whole, and its other forms."""
+"""`evomoe checkpoint`: inspect, verify and reshard checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evomoe_plugin.checkpoint.checkpoint_file import MainFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's main file")
         return added
 
-    action("inspect", "tell what a checkpoint holds")
-    action("verify", "read all of a checkpoint, and name what is wrong; the exit status is 1 if "
-                     "anything is")
-    divided = action("reshard", "write a checkpoint with its experts in files beside it")
+    action("inspect", "summarise a checkpoint")
+    action("verify", "read all of a checkpoint and list its faults; the exit status is 1 if there "
+                     "are any")
+    sharded = action("reshard", "write a checkpoint with its experts in files beside it")
     one = action("consolidate", "write a checkpoint as one file")
-    for parser in (divided, one):
+    for parser in (sharded, one):
         parser.add_argument("out", metavar="OUT", help="the main file to write")
         parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    divided.add_argument("--size", type=int, required=True, metavar="R",
-                         help="number of files: that of the processes which will divide the "
-                              "experts; others can read them too")
+    sharded.add_argument("--size", type=int, required=True, metavar="R",
+                         help="number of expert files: the --moe-expert-parallel-size to come; "
+                              "runs of other sizes read them too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(main) -> int:
+def _inspect(main: MainFile) -> int:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -72,12 +76,12 @@ def _inspect(main) -> int:
     return 0
 
 
-def _verify(main) -> int:
+def _verify(main: MainFile) -> int:
     from evomoe_plugin.checkpoint.verify import faults
 
     found = list(faults(main))
     for fault in found:
         print(f"{main.path}: {fault}")
     if not found:
-        print(f"{main.path}: nothing is wrong with it (update {main.update})")
+        print(f"{main.path}: no faults (update {main.update})")
     return 1 if found else 0

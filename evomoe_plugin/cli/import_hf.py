@@ -1,4 +1,4 @@
-"""`evomoe import-hf`: a GPT-2 of Hugging Face as a dense checkpoint of fairseq."""
+"""`evomoe import-hf`: convert a Hugging Face GPT-2 to a dense fairseq checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR",
-                        help="config.json and model.safetensors; nothing in them is run")
+                        help="config.json and model.safetensors; nothing in them is executed")
     parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
     parser.add_argument("--dict", metavar="FILE",
                         help="dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose "
-                             "order the embeddings take (default: the order of token ids)")
+                             "order the embeddings get (default: the order of token ids)")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace OUT's model.pt and dict.txt if they exist")
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
     imported = import_gpt2(args.folder, dictionary)
     os.makedirs(args.out, exist_ok=True)
-    rows = "".join(f"{symbol} {count}\n" for symbol, count in zip(
+    rows = "".join(f"{entry} {count}\n" for entry, count in zip(
         imported.dictionary.symbols[imported.dictionary.nspecial:],
         imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
     write_files({
@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     })
     model = imported.state["cfg"]["model"]
     print(f"{model_path}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
-          f"{len(imported.dictionary):,} symbols, {model['activation_fn']}")
-    if not imported.has_unlikely_rows:
-        print("<s>, <pad>, <unk> and rows that fill the dictionary up are as likely as </s>: the "
-              "last LayerNorm has (nearly) no bias, so no row is unlikely after every text")
+          f"{len(imported.dictionary):,} token ids, {model['activation_fn']}")
+    if not imported.has_masked_rows:
+        print("<s>, <pad>, <unk> and unused rows of the dictionary are as likely as </s>: the last "
+              "LayerNorm has (nearly) no bias, so no embedding has a low logit after every text")
     if args.dict is None:
         print("data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
               "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "

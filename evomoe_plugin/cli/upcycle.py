@@ -1,9 +1,12 @@
-"""`evomoe upcycle`: an MoE model from a dense one."""
+"""`evomoe upcycle`: make an MoE checkpoint from a dense one."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evomoe_plugin.evolve.convert import Converted
 
 import evomoe_plugin
 
@@ -25,24 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
     parser.add_argument("--overwrite", action="store_true", help="replace MOE if it exists")
     parser.add_argument("--method", default="copy", metavar="|".join(METHODS),
-                        help="what experts are: copies of the feed-forward network, copies "
-                             "with random weights masked, with noise, or with hidden units drawn "
-                             "afresh, slices of it, or new networks (default: %(default)s)")
+                        help="how experts are initialised: copies of the feed-forward network, "
+                             "copies with random weights masked, with noise, or with hidden units "
+                             "drawn anew, slices of it, or at random (default: %(default)s)")
     parser.add_argument("--rate", type=float, metavar="X",
-                        help="mask: share of the weights; noise: share of their deviation; reinit: "
-                             "share of the hidden units (default: 0.3, 0.1, 0.5)")
+                        help="mask: fraction of the weights; noise: fraction of their standard "
+                             "deviation; reinit: fraction of the hidden units (default: 0.3, 0.1, "
+                             "0.5)")
     parser.add_argument("--rescale", action="store_true",
-                        help="mask: divide what is left by 1 - rate; slice: multiply an expert's "
-                             "output by the number of slices")
+                        help="mask: divide the remaining weights by 1 - rate; slice: multiply an "
+                             "expert's output by the number of slices")
     parser.add_argument("--slices", default="contiguous", metavar="|".join(SLICES),
                         help="hidden units of a slice (default: %(default)s)")
     parser.add_argument("--gate-init", default="default", metavar="default|zero|normal:STD",
-                        help="weights of the gates (default: as the gate initialises itself)")
+                        help="weights of the gates (default: the gate's own initialisation)")
     parser.add_argument("--seed", type=int, default=1, metavar="N",
-                        help="of all that is drawn, and of the run to come (default: %(default)s)")
+                        help="of all random numbers, and of the run to come (default: %(default)s)")
     parser.add_argument("--data", metavar="DIR",
-                        help="data set on which both models are evaluated, to show what changed; "
-                             "also gives the dictionary")
+                        help="data set to evaluate both models on; also gives the dictionary")
     parser.add_argument("--subset", default="valid", metavar="NAME",
                         help="which split of it (default: %(default)s)")
     parser.add_argument("--tokens-per-sample", type=int, metavar="N",
@@ -50,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default=DEFAULT_ARCH, metavar="NAME",
                         help="MoE architecture; sizes are the dense model's (default: %(default)s)")
     parser.add_argument("--max-update", type=int, metavar="N",
-                        help="length of the run to come, which schedules take a share of")
+                        help="length of the run to come; schedules are fractions of it")
     options = parser.add_argument_group("options of the MoE model, as in fairseq-train")
-    # Only what is given may be told from what the dense model says.
+    # Suppress defaults so that explicit flags can be detected.
     options.argument_default = argparse.SUPPRESS
     parsed = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     gen_parser_from_dataclass(parsed, MoELanguageModelConfig(), delete_default=True)
@@ -78,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
                         max_update=args.max_update, user_dir=args.user_dir)
     before = evaluate(args, args.dense) if args.data else None
     write(converted.state, args.moe, args.overwrite)
-    _tell(args, converted)
+    _report(args, converted)
     if before is not None:
-        _tell_perplexity(args, before, evaluate(args, args.moe))
+        _report_perplexity(args, before, evaluate(args, args.moe))
     return 0
 
 
@@ -91,7 +94,7 @@ def evaluate(args: argparse.Namespace, path: str) -> float:
     return perplexity(path, args.data, args.subset, args.tokens_per_sample)
 
 
-def _tell(args: argparse.Namespace, converted: Any) -> None:
+def _report(args: argparse.Namespace, converted: Converted) -> None:
     from evomoe_plugin.config.options import expert_ffn_dim, expert_slots
 
     upcycling = converted.upcycling
@@ -102,9 +105,9 @@ def _tell(args: argparse.Namespace, converted: Any) -> None:
           f"width {expert_ffn_dim(options)} each, by {args.method}")
     print(converted.logits)
     if not args.data and not converted.logits.equal:
-        print("--data DIR evaluates both models, to show what that changes")
+        print("--data DIR evaluates both models, to show the effect on perplexity")
 
 
-def _tell_perplexity(args: argparse.Namespace, before: float, after: float) -> None:
+def _report_perplexity(args: argparse.Namespace, before: float, after: float) -> None:
     print(f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
           f"({100 * (after / before - 1):+.2f} %)")

@@ -1,8 +1,7 @@
-"""Changes of a model while it is trained: its experts, and the optimizer's state with them.
+"""Change a model during training: its experts, and the optimizer state with them.
 
-Importing has experts made from a dense model at the start of a run, and spawned and adapted after
-updates, where the options ask for it; those that wait for the spawn left out of the steps before
-it; and checkpoints looked at before a run goes on from them.
+Importing registers the callbacks: checks before a checkpoint is loaded, experts from a dense model
+at the start of a run, spawn and adaptation after updates, where the options ask for them.
 """
 
 from evomoe_plugin.evolve.adapt import adapt_experts

@@ -1,6 +1,6 @@
-"""DynMoE's adaptive process: experts are removed and added by what was routed.
+"""DynMoE's adaptive process: remove and add experts by the recorded routing.
 
-It runs between updates, on what all ranks routed in the recorded ones (`gates.record`), so that
+It runs between updates on what all ranks routed in the recorded ones (`gates.record`), so that
 neither activation checkpointing nor the split of a batch into micro-batches and ranks matters.
 
 Source: DynMoE (arXiv 2405.14297, Algorithm 1).
@@ -12,9 +12,9 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.optimizer_layout import model_layout
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a layer's experts; a place may be emptied and filled again."""
+    """Of a layer's experts; a slot may be emptied and filled again."""
 
     removed: tuple[int, ...]
     added: int | None
@@ -40,7 +40,7 @@ class Change:
 
     @property
     def slots(self) -> list[int]:
-        """The places that change."""
+        """The slots that change."""
         return sorted({*self.removed, *(() if self.added is None else (self.added,))})
 
 
@@ -65,7 +65,7 @@ def decide(active_E: Tensor, routed_E: Tensor, unrouted: int) -> Change:
     return Change(tuple(removed_E.nonzero().flatten().tolist()), added, most_used)
 
 
-def adapt_experts(trainer: Any) -> None:
+def adapt_experts(trainer: Trainer) -> None:
     """Adapt the layers whose record is complete; called after each update, on every rank."""
     num_updates = trainer.get_num_updates()
     for decoder in trainer.get_model().modules():
@@ -78,13 +78,13 @@ def adapt_experts(trainer: Any) -> None:
                 _adapt_layer(trainer, decoder.layer_name(n), gate, num_updates)
 
 
-def _adapt_layer(trainer: Any, name: str, gate: TopAnyGate, num_updates: int) -> None:
+def _adapt_layer(trainer: Trainer, name: str, gate: TopAnyGate, num_updates: int) -> None:
     record = gate.record
-    # On the CPU: a few small numbers, looked at one by one.
+    # On the CPU: a few small numbers, read one by one.
     routed_E, unrouted = record.routed_E.cpu(), int(record.unrouted)
     direction_D = torch.nn.functional.normalize(record.unrouted_sum_D, dim=0)
     if not direction_D.any():
-        unrouted = 0  # nothing that a new expert could be turned towards
+        unrouted = 0  # no direction to initialise a new expert's gate with
     change = decide(gate.active_E.cpu(), routed_E, unrouted)
     record.clear()
     if not change:
@@ -96,16 +96,16 @@ def _adapt_layer(trainer: Any, name: str, gate: TopAnyGate, num_updates: int) ->
     _log(name, gate, change, unrouted, num_updates)
 
 
-def _edits(trainer: Any, name: str, gate: TopAnyGate, change: Change, direction_D: Tensor,
+def _edits(trainer: Trainer, name: str, gate: TopAnyGate, change: Change, direction_D: Tensor,
            num_updates: int) -> dict[str, Edit]:
-    """What happens to the parameters.
+    """Edits of the layer's parameters.
 
-    The moments of every place that changes are reset: of one that is filled, since they are
-    another expert's, and of one that is emptied, so that what it holds stays as it is.
+    Moments of every slot that changes are reset: in a filled one they are another expert's, in an
+    emptied one they would move weights that should stay.
     """
     added, slots = change.added, change.slots
 
-    def begin(value: Tensor, row: Tensor | float) -> Tensor:
+    def initialise(value: Tensor, row: Tensor | float) -> Tensor:
         if added is not None:
             value[added] = row
         return _rows(value, slots)
@@ -119,8 +119,8 @@ def _edits(trainer: Any, name: str, gate: TopAnyGate, change: Change, direction_
         return _rows(value, slots)
 
     edits: dict[str, Edit] = {
-        f"{name}.gate.weight": functools.partial(begin, row=direction_D.float()),
-        f"{name}.gate.threshold": functools.partial(begin, row=0.0),
+        f"{name}.gate.weight": functools.partial(initialise, row=direction_D.float()),
+        f"{name}.gate.threshold": functools.partial(initialise, row=0.0),
     }
     experts = [p for p in model_layout(trainer).names if p.startswith(f"{name}.experts.")]
     for i, parameter in enumerate(experts):
@@ -139,16 +139,17 @@ def _rows(value: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _log(name: str, gate: TopAnyGate, change: Change, unrouted: int, num_updates: int) -> None:
-    did = []
+    done = []
     if change.removed:
         numbers = ", ".join(map(str, change.removed))
-        did.append(f"removed {_experts(change.removed)} {numbers}, which no token reached")
+        done.append(f"removed {_experts(change.removed)} {numbers}, which no token reached")
     if change.added is not None:
         source = "its network as it was"
         if gate.adapt_source == "most_used":
             source = f"its network a copy of expert {change.most_used}'s"
-        did.append(f"added expert {change.added} for {unrouted} tokens that reached none, {source}")
-    logger.info("%s, update %d: %s; %d of %d experts now", name, num_updates, "; ".join(did),
+        done.append(f"added expert {change.added} for {unrouted} tokens that reached none, "
+                    f"{source}")
+    logger.info("%s, update %d: %s; %d of %d experts now", name, num_updates, "; ".join(done),
                 int(gate.active_E.sum()), gate.num_experts)
 
 

@@ -1,4 +1,4 @@
-"""A dense checkpoint file to an MoE checkpoint file, which fairseq's commands take as it is."""
+"""Convert a dense checkpoint to an MoE checkpoint that fairseq's commands load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.atomic_files import write_files
 from evomoe_plugin.checkpoint.build_model import report_config_faults
-from evomoe_plugin.checkpoint.initial_state import first_checkpoint
+from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
@@ -39,7 +39,7 @@ from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_structure
 from evomoe_plugin.models.config import MoELanguageModelConfig
 
 DEFAULT_ARCH = "transformer_lm_moe"
-# What an MoE run may do otherwise than the dense one did, without computing anything else.
+# Options that may differ from the dense run's without changing what the model computes.
 _FREE = (
     "dropout", "attention_dropout", "activation_dropout", "relu_dropout", "decoder_layerdrop",
     "checkpoint_activations", "offload_activations", "min_params_to_wrap",
@@ -48,7 +48,7 @@ _FREE = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion, not written yet."""
+    """A finished conversion, not yet written."""
 
     state: dict[str, Any]
     """fairseq's checkpoint."""
@@ -71,11 +71,11 @@ def convert(
 
     Args:
         path: the dense checkpoint.
-        given: the model's options that are not to be the dense model's or the defaults.
-        recipe: how.
+        given: model options that override the dense model's and the defaults.
+        recipe: how experts and gates are initialised.
         arch: an MoE architecture, ours or a user's; sizes are the dense model's.
-        data: the folder with the dictionary; gates that look at symbols need it.
-        max_update: of the run to come, which schedules take a share of.
+        data: the folder with the dictionary; gates that look at token ids need it.
+        max_update: of the run to come; schedules are fractions of it.
         user_dir: the package that registered the user's gate or architecture, for the checkpoint's
             configuration; None: ours.
     Raises:
@@ -92,13 +92,13 @@ def convert(
     built = types.SimpleNamespace(**{**options, **_resolved_dims(options)})
     upcycling = Upcycling(dense, built, recipe)
     weights = _weights(model, upcycling)
-    state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
+    state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     model.load_state_dict(dict(weights))
     return Converted(state, dense, upcycling, measure_logit_difference(model, dense))
 
 
 def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
         OptionError: the file exists already, or its folder does not.
@@ -110,11 +110,10 @@ def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
 
 def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Recipe, arch: str,
                    max_update: int | None) -> dict[str, Any]:
-    """Every option of the MoE model: the architecture's, over them the dense model's, over them
-    the given ones.
+    """Every option of the MoE model: given ones before the dense model's before the architecture's.
 
     Raises:
-        OptionError: an option that the dense model decides is given another value.
+        OptionError: a given option contradicts the dense model.
     """
     options = _arch_options(dense, arch, given)
     options.update(dense.model, moe_post_norm=dense.post_norm)
@@ -131,8 +130,7 @@ def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Rec
 
 
 def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of an architecture without the user's: those of its dataclass and, of one that
-    is registered by a function, what that sets.
+    """An architecture's options: its dataclass's defaults and what its registered function sets.
 
     Raises:
         OptionError: no such MoE architecture, or one of other sizes.
@@ -149,14 +147,14 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     ARCH_CONFIG_REGISTRY[arch](args)
     chosen = {name: value for name, value in vars(args).items() if name not in given}
     options.update(chosen)
-    # The default's are fairseq's, which nobody chose.
+    # Sizes of the default architecture are fairseq's defaults, not a choice.
     is_default = kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH]
     _check_sizes(dense, arch, chosen if is_default else options)
     return options
 
 
 def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
-    """Of an MoE architecture."""
+    """None: no MoE architecture."""
     kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
     is_moe = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
     return kind if is_moe else None
@@ -188,13 +186,14 @@ def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
         dictionary = load_dictionary("data", path)
         if len(dictionary) != dense.vocabulary:
             raise OptionError("data", data,
-                              f"its dict.txt has {len(dictionary)} rows, the dense checkpoint was "
-                              f"trained with {dense.vocabulary}: give the data that belongs to it")
+                              f"its dict.txt has {len(dictionary)} tokens, the dense checkpoint "
+                              f"was trained with {dense.vocabulary}: give the data that belongs to "
+                              "it")
         return dictionary
     if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
         raise OptionError("moe_hash", options["moe_hash"],
-                          "goes by how often symbols occur, as the data's dictionary says: give "
-                          "--data, or --moe-hash random")
+                          "needs the token counts of the data's dictionary: give --data, or "
+                          "--moe-hash random")
     return dense.dictionary
 
 

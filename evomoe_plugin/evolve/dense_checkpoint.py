@@ -1,4 +1,4 @@
-"""A dense language model's checkpoint, which experts are made from."""
+"""Read the dense language model's checkpoint that experts are made from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.models.language_model import MoELanguageModel
 
-# The options that say what a dense transformer_lm computes: an MoE model made from it has the same.
+# Options that decide what a dense transformer_lm computes; the MoE model has the same.
 SIZES = (
     "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads",
     "decoder_input_dim", "decoder_output_dim", "activation_fn",
@@ -68,7 +68,7 @@ class DenseCheckpoint:
 
     @property
     def post_norm(self) -> bool:
-        """Whether layers normalise what they give, and not what they take."""
+        """Whether layers normalise their output rather than their input."""
         return not self.model["decoder_normalize_before"]
 
     def ffn(self, layer: int) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
     Args:
         option: what the user named the file with, for messages.
     Raises:
-        OptionError: unreadable, of another kind of model, or of one that is built otherwise than
-            the MoE architectures.
+        OptionError: unreadable, another kind of model, or one with parts that no MoE architecture
+            has.
     """
     state = read_checkpoint(option, path)
     cfg, weights = state["cfg"], state["model"]
@@ -117,7 +117,7 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
 
 def _check_weights(option: str, path: str, model: Mapping[str, Any],
                    weights: Mapping[str, Tensor]) -> None:
-    """Raise `OptionError` unless what experts and vocabulary come from is there."""
+    """Raise `OptionError` unless the weights of experts and vocabulary exist and are finite."""
     D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
     shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
     wanted = {f"decoder.layers.{layer}.{name}": shape
@@ -140,7 +140,7 @@ def _check_weights(option: str, path: str, model: Mapping[str, Any],
 
 
 def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options, with fairseq's defaults where an old checkpoint has none."""
+    """The options; fairseq's defaults where an old checkpoint has none."""
     saved = OmegaConf.to_container(cfg.model, resolve=True, enum_to_str=True)
     task = cfg.get("task") or {}
     options = {}
@@ -152,7 +152,7 @@ def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     options = {k: getattr(v, "value", v) for k, v in options.items()}
     positions = weights.get("decoder.embed_positions.weight")
     if options["decoder_learned_pos"] and positions is not None:
-        # fairseq keeps two rows for the padding index and its offset.
+        # fairseq adds two rows for the padding index and its offset.
         options["max_target_positions"] = positions.size(0) - 2
     elif options["max_target_positions"] is None:
         options["max_target_positions"] = options["tokens_per_sample"]
@@ -160,7 +160,7 @@ def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, 
 
 
 def same(field: str, one: Any, other: Any) -> bool:
-    """Whether two values of an option of `STRUCTURE` mean the same computation."""
+    """Whether two values of a `STRUCTURE` option compute the same."""
     if field == "activation_fn":
         one, other = _SAME_FUNCTION.get(one, one), _SAME_FUNCTION.get(other, other)
     return one == other

@@ -1,14 +1,14 @@
-"""How one feed-forward network becomes another, similar expert: pure functions of tensors.
+"""Initialise an expert from a feed-forward network: pure functions of tensors.
 
-    copy    the network as it is (sparse upcycling, arXiv 2212.05055)
-    mask    a random share `rate` of the weights is zero (EvoMoE, arXiv 2112.14397; its mask rate
-            is not on record, its code not released)
-    noise   normal noise of `rate` times each tensor's own deviation is added
-    reinit  a random share `rate` of the hidden units is drawn afresh (Drop-Upcycling, arXiv
+    copy    the network itself (sparse upcycling, arXiv 2212.05055)
+    mask    a random fraction `rate` of the weights is zero (EvoMoE, arXiv 2112.14397; its mask rate
+            and code are not published)
+    noise   normal noise of `rate` times each tensor's standard deviation is added
+    reinit  a random fraction `rate` of the hidden units is drawn anew (Drop-Upcycling, arXiv
             2502.19261)
 
-Random numbers come from generators on the CPU, seeded by a key and the tensor's name: the same on
-every rank, device and after every restart, whatever else is drawn.
+Random numbers come from CPU generators seeded by a key and the tensor's name: the same on every
+rank and device and after every restart.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from evomoe_plugin.routing.noise import fold
 
 METHODS = SPAWN_METHODS
 
-# Their order is what random numbers are keyed by.
+# Random numbers are keyed by their order.
 _STREAMS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "fc3_weight", "units")
 
 
 def seed_of(*parts: int) -> int:
-    """A generator's seed, at least 0: the same everywhere, another one for other parts."""
+    """A generator's seed >= 0, a hash of `parts`."""
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
         key = fold(key, part)
@@ -39,16 +39,16 @@ def seed_of(*parts: int) -> int:
 def spawn_expert(
     source: Mapping[str, Tensor], method: str, *, key: int, rate: float, rescale: bool
 ) -> dict[str, Tensor]:
-    """A new expert from one expert's tensors; the source stays as it is.
+    """A new expert from one expert's tensors, which stay as they are.
 
     Args:
         source: by the names of `ExpertFFN`: fc1_weight [F, D], fc1_bias [F], fc2_weight [F, D],
             fc2_bias [D]; gated, fc3_weight [F, D] and no biases.
         method: one of `METHODS`.
-        key: of the expert (`seed_of`); other keys give other experts, but for `copy`.
-        rate: of the method, as above; `copy` does not use it.
-        rescale: with `mask`, divide the weights that are left by 1 - rate, so that the mean
-            product with a row is that of the source.
+        key: of the expert (`seed_of`); except for `copy`, other keys give other experts.
+        rate: of the method, as above; unused by `copy`.
+        rescale: with `mask`, divide the remaining weights by 1 - rate, which keeps the expected
+            matmul.
     Raises:
         ValueError: an unknown method, a rate that it cannot have, or `rescale` without `mask`.
         KeyError: a name that no expert has.
@@ -62,13 +62,13 @@ def spawn_expert(
 def spawn_tensor(
     name: str, source: Tensor, method: str, *, key: int, rate: float, rescale: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `spawn_expert` makes of the tensor `name`, and its `kept_mask`, on the same device."""
+    """The tensor `name` of a new expert (`spawn_expert`), and its `kept_mask` on that device."""
     if rescale and method != "mask":
         raise ValueError(f"rescale: the method {method} masks nothing")
     kept = kept_mask(name, source.shape, method, key=key, rate=rate).to(source.device)
     if method == "copy":
         return source.clone(), kept
-    # Statistics and sums of half-precision weights are made in fp32.
+    # Statistics of half-precision weights are computed in fp32.
     value = source.to(torch.promote_types(source.dtype, torch.float32), copy=True)
     if method == "mask":
         if rescale and name.endswith("_weight"):
@@ -87,10 +87,10 @@ def spawn_tensor(
 def kept_mask(
     name: str, shape: Sequence[int], method: str, *, key: int, rate: float
 ) -> Tensor:
-    """Which elements of the tensor `name` still hold what the source was taught.
+    """Which elements of the tensor `name` come from the source.
 
-    False is a weight that `mask` made zero, or one of a hidden unit that `reinit` drew afresh; the
-    others are the source's, rescaled or with noise.
+    False: zeroed by `mask`, or of a hidden unit that `reinit` drew anew. The others may be rescaled
+    or noisy.
 
     Args:
         shape: the tensor's.
@@ -103,9 +103,9 @@ def kept_mask(
     kept = torch.ones(tuple(shape), dtype=torch.bool)
     if method == "reinit" and name != "fc2_bias":  # which belongs to no hidden unit
         units = shape[0]
-        # One at least where any is asked for, so that no two experts are the same.
+        # At least one unless the rate is 0, so that no two experts are equal.
         count = min(units, max(round(rate * units), math.ceil(rate)))
-        # The same units in all tensors: the generator is not of this one.
+        # Keyed by "units", not by the tensor: the same units in all tensors.
         kept[torch.randperm(units, generator=_generator(key, "units"))[:count]] = False
     return kept
 

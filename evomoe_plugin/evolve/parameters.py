@@ -1,9 +1,8 @@
-"""Editing parameters by name between updates, whichever way the run keeps them.
+"""Edit parameters by name between updates, in every layout of a run.
 
-A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
-fp32 masters, flat or one by one), or in pieces on all ranks (FSDP); and of experts a rank may hold
-some only. What is edited is what the optimizer updates; half-precision copies follow, and moments
-are edited and reset where asked for.
+A parameter may be stored once (fp32, memory-efficient half precision), twice (half precision with
+fp32 masters, flat or per parameter) or sharded (FSDP, sharded experts). The edit applies to what
+the optimizer updates; half-precision copies follow, moments are edited and reset on request.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.parameter_storage import Storage, storages
+from evomoe_plugin.dispatch.process_groups import ExpertGroups
 from evomoe_plugin.dispatch.sharded_layers import (
     all_gather_rows,
     expert_groups_of,
@@ -22,32 +23,33 @@ from evomoe_plugin.dispatch.sharded_layers import (
 )
 
 Edit = Callable[[Tensor], Tensor]
-"""Changes a whole parameter, all experts', given in fp32, in place. Returns a bool mask that
+"""Changes a whole parameter in place, given in fp32 with all experts. Returns a bool mask that
 broadcasts to its shape: the elements whose moments are reset."""
 
 MomentEdit = Callable[[Tensor], None]
-"""Changes a whole moment, of the parameter's shape and in its own precision, in place; or means of
-one over other dimensions than the first."""
+"""Changes a whole moment in place, of the parameter's shape and in its own dtype; or its means over
+dimensions other than the first."""
 
 
 @torch.no_grad()
 def edit_parameters(
-    trainer: Any, edits: Mapping[str, Edit], moment_edits: Mapping[str, MomentEdit] | None = None
+    trainer: Trainer, edits: Mapping[str, Edit],
+    moment_edits: Mapping[str, MomentEdit] | None = None
 ) -> None:
-    """Edit parameters, and set the optimizer's state of chosen elements to zero.
+    """Edit parameters, and zero the optimizer state of chosen elements.
 
-    All ranks must call it with the same edits; under FSDP they gather one flat parameter at a
-    time, and of experts that are divided over ranks one parameter at a time. Moments are all state
-    that has an element's place, as Adam's. Adafactor's means over rows and over columns are edited
-    like moments, and not reset, since no element has a place in them; counts of steps stay.
+    A collective: all ranks call it with the same edits. They gather one flat parameter at a time
+    under FSDP, one parameter at a time of sharded experts. Moments are all elementwise state, as
+    Adam's. Adafactor's row and column means are edited like moments but not reset, since they have
+    no single elements; step counts stay.
 
     Args:
-        trainer: fairseq's, between updates.
-        edits: by the parameters' names in the checkpoint.
-        moment_edits: for some of these names, what happens to each moment before any of it is
-            reset. They change whole rows of a moment, which of Adafactor's means are the same.
+        trainer: between updates.
+        edits: by parameter names as in the checkpoint.
+        moment_edits: for some of these names, an edit of each moment before any reset. They change
+            whole rows (experts), which Adafactor's means have too.
     Raises:
-        KeyError: a name is not that of a trained parameter.
+        KeyError: not the name of a trained parameter.
     """
     optimizer = trainer.optimizer
     groups = expert_groups_of(trainer.get_model())
@@ -65,7 +67,8 @@ def edit_parameters(
 
 
 def _edit_moments(
-    storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any], groups: Any
+    storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any],
+    groups: ExpertGroups | None
 ) -> None:
     if not any(name in edits for name in storage.names):
         return
@@ -84,8 +87,8 @@ def _edit_moments(
 def _edit_factors(
     storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any]
 ) -> None:
-    """Edit Adafactor's means of squared gradients over rows [E, ...] and over columns (arXiv
-    1804.04235), which only parameters by themselves have, and never divided experts."""
+    """Edit Adafactor's row [E, ...] and column means of squared gradients (arXiv 1804.04235); never
+    of flat parameters or sharded experts."""
     rows, columns = state.get("exp_avg_sq_row"), state.get("exp_avg_sq_col")
     (name, *others) = storage.names
     if rows is None or others or name not in edits:
@@ -95,12 +98,13 @@ def _edit_factors(
     if rows.dim() > 1:
         edits[name](columns)
     elif before > 0:
-        # Of a matrix [E, F] the columns are means over experts, and of one mean with the rows.
+        # Of a matrix [E, F] the columns are means over experts, with the same mean as the rows.
         columns.mul_(rows.mean(0) / before)
 
 
 def _edit_storage(
-    storage: Storage, edits: Mapping[str, Edit], state: Mapping[str, Any], groups: Any
+    storage: Storage, edits: Mapping[str, Edit], state: Mapping[str, Any],
+    groups: ExpertGroups | None
 ) -> None:
     own = storage.owner.data.view(-1)
     whole, start = storage.gathered(own)
@@ -108,7 +112,7 @@ def _edit_storage(
     for i, (name, shape, begin, end) in enumerate(storage.pieces()):
         if name not in edits:
             continue
-        # A copy in any case: what is held may be of less precision.
+        # Always a copy: the stored dtype may be lower.
         value, rows = _all_experts(
             name, whole[begin:end].view(shape).to(torch.float32, copy=True), groups)
         reset = edits[name](value).expand(value.shape)[rows]
@@ -116,18 +120,18 @@ def _edit_storage(
         if storage.copies:
             storage.copies[i].data.copy_(value)
         low, high = max(begin, start), min(end, start + own.numel())
-        if low >= high:  # lies on other ranks
+        if low >= high:  # on other ranks
             continue
         own[low - start : high - start].copy_(value.reshape(-1)[low - begin : high - begin])
         reset = reset.reshape(-1)[low - begin : high - begin]
         for moment in moments:
             moment[low - start : high - start].masked_fill_(reset.to(moment.device), 0)
     if storage.module is not None and storage.module.has_full_params:
-        storage.module._free_full_params()  # they are of before
+        storage.module._free_full_params()  # stale
 
 
-def _all_experts(name: str, held: Tensor, groups: Any) -> tuple[Tensor, slice]:
-    """The rows of all experts, and where those that are held here lie in them."""
+def _all_experts(name: str, held: Tensor, groups: ExpertGroups | None) -> tuple[Tensor, slice]:
+    """The rows of all experts, and the slice of them that this rank holds."""
     if groups is None or not is_expert_parameter(name):
         return held, slice(None)
     return all_gather_rows(held, groups), groups.own(groups.size * held.size(0))

@@ -1,4 +1,4 @@
-"""The perplexity of a checkpoint, by fairseq's own evaluation."""
+"""Evaluate a checkpoint's perplexity by fairseq-eval-lm."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 
-# fairseq keeps the logits of a whole batch over the whole vocabulary.
+# fairseq materialises the logits of a whole batch.
 TOKENS_PER_BATCH = 4096
 
 
 def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None = None) -> float:
-    """What `fairseq-eval-lm` gives.
+    """The perplexity that `fairseq-eval-lm` reports.
 
     Args:
         path: a checkpoint of a language model.
@@ -31,8 +31,8 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         subset: which split.
         tokens_per_sample: the context; None: that of the run that wrote the checkpoint.
     Raises:
-        OptionError: there is no such split, it holds nothing or cannot be read; or rows of this
-            length would be left out, as longer than the model's positions.
+        OptionError: the split is missing, empty or unreadable, or rows of this length exceed the
+            model's positions and would be left out.
     """
     _check_split(data, subset)
     state = read_checkpoint("path", path)
@@ -59,12 +59,12 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
 
 
 def _positions(state: dict[str, Any]) -> int:
-    """The longest row that the model takes."""
+    """The longest sequence that the model takes."""
     model = state["cfg"].model
     learned = state["model"].get("decoder.embed_positions.weight")
     if learned is not None:
-        return learned.size(0) - 2  # fairseq keeps two rows for the padding index and its offset
-    # As fairseq's own default goes.
+        return learned.size(0) - 2  # fairseq adds two rows for the padding index and its offset
+    # As fairseq resolves it.
     return (getattr(model, "max_target_positions", None)
             or getattr(model, "tokens_per_sample", None) or DEFAULT_MAX_TARGET_POSITIONS)
 
@@ -77,19 +77,19 @@ def _check_split(data: str, subset: str) -> None:
     try:
         split = load_indexed_dataset(str(path), None)
         tokens = int(split.sizes.sum())
-        split[len(split) - 1]  # where a file that is cut short ends too soon
-    except Exception as error:  # fairseq unpacks, asserts and maps what is there
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        split[len(split) - 1]  # fails in a truncated file
+    except Exception as error:  # fairseq unpacks, asserts and maps whatever is there
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError("subset", subset,
                           f"{path}.idx and {path}.bin hold nothing, are cut short or no data of "
-                          f"fairseq ({told[:200]}): make them anew") from error
+                          f"fairseq ({message[:200]}): make them anew") from error
     if not tokens:
         raise OptionError("subset", subset, f"{path}.bin holds no token")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without fairseq's own report."""
+    """Mute fairseq's own report."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

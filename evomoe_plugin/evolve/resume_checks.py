@@ -1,13 +1,15 @@
-"""What a run must have in common with the one whose checkpoint it goes on from.
+"""Check a run against the checkpoint it resumes from: spawn and trained parameters.
 
-Whether all experts of a checkpoint work, or the first alone, follows from its own options and its
-number of updates, as it does in evaluation; a buffer that said it once more could only disagree.
+Whether a checkpoint is in the dense phase follows from its own options and number of updates, as it
+does in evaluation.
 """
 
 from __future__ import annotations
 
 import logging
 from typing import Any
+
+from fairseq.trainer import Trainer
 
 from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
 from evomoe_plugin.config.errors import OptionError
@@ -18,21 +20,21 @@ from evomoe_plugin.models.freeze import trained_names
 logger = logging.getLogger(__name__)
 
 
-def check_spawn(trainer: Any, state: dict[str, Any], path: str, resets: bool) -> None:
-    """Refuse a second spawn, which would throw experts away, and a missing first one.
+def check_spawn(trainer: Trainer, state: dict[str, Any], path: str, resets: bool) -> None:
+    """Refuse a second spawn, which would discard trained experts, and a missing first one.
 
     Args:
-        trainer: of the run that goes on.
-        state: fairseq's checkpoint. What holds masked weights at zero is taken out where the run,
-            which begins anew with its weights, lets them learn.
+        trainer: of the run that resumes.
+        state: fairseq's checkpoint. Masks that hold weights at zero are removed where the run
+            restarts from its weights and lets them train.
         path: its file.
         resets: whether updates are counted from 0.
     Raises:
-        OptionError: experts that have learned would be lost, or ones that have not would work.
+        OptionError: trained experts would be lost, or untrained ones used.
     """
     saved_model, now = state["cfg"].model, getattr(trainer.cfg.model, "moe_spawn_updates", None)
     if getattr(saved_model, "moe_expert_count", None) is None:
-        return  # of another kind of model, as will be told
+        return  # another kind of model, which loading reports
     saved = getattr(saved_model, "moe_spawn_updates", None)
     done = state["optimizer_history"][-1]["num_updates"]
     if saved is not None and done < saved:
@@ -40,41 +42,41 @@ def check_spawn(trainer: Any, state: dict[str, Any], path: str, resets: bool) ->
     elif now is not None and (resets or saved is None):
         at = "" if saved is None else f", spawned at update {saved}"
         raise OptionError("moe_spawn_updates", now,
-                          f"all experts of {path} work already{at}, and another spawn would make "
-                          "them anew from the first alone: leave it out"
+                          f"all experts of {path} work already{at}, and another spawn would "
+                          "make them anew from expert 0: leave it out"
                           + ("" if done else ", or give it to `evomoe upcycle` too"))
     elif not resets and now != saved:
         raise OptionError("moe_spawn_updates", "is not given" if now is None else now,
                           f"the experts of {path} were spawned at update {saved}, which schedules "
                           f"count from: give --moe-spawn-updates {saved}")
     elif resets and saved is not None:
-        _let_masked_weights_learn(state, path)
+        _unfreeze_masked_weights(state, path)
 
 
 def _check_first_spawn(now: int | None, path: str, start: int, saved: int) -> None:
     if now is None:
         raise OptionError("moe_spawn_updates", "is not given",
-                          f"only the first expert of each layer of {path} has learned, its spawn "
-                          f"was to be at update {saved}: give an update above {start}")
+                          f"only expert 0 of each layer of {path} is trained, its spawn was to be "
+                          f"at update {saved}: give an update above {start}")
     if now <= start:
         raise OptionError("moe_spawn_updates", now,
                           f"{path} is of update {start} and not spawned, and never would be: give "
                           f"an update above {start}")
 
 
-def _let_masked_weights_learn(state: dict[str, Any], path: str) -> None:
-    holds = [name for name in state["model"]
+def _unfreeze_masked_weights(state: dict[str, Any], path: str) -> None:
+    masks = [name for name in state["model"]
              if is_expert_parameter(name) and name.endswith(frozen_name(""))]
-    if holds:
-        logger.info("%s holds masked weights at zero; they learn from here on", path)
-    for name in holds:
+    if masks:
+        logger.info("%s holds masked weights at zero; they are trained from here on", path)
+    for name in masks:
         del state["model"][name]
 
 
-def check_trained(trainer: Any, state: dict[str, Any], path: str, resets: bool) -> None:
-    """Refuse the optimizer's state of other parameters than those that are trained now.
+def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bool) -> None:
+    """Refuse optimizer state of parameters other than those trained now.
 
-    Which they were follows from the checkpoint's own options: what is saved has no names.
+    Which ones a checkpoint trained follows from its own options.
 
     Raises:
         OptionError: `--moe-train-only` chose others.
@@ -94,8 +96,8 @@ def check_trained(trainer: Any, state: dict[str, Any], path: str, resets: bool) 
                           "give --reset-optimizer")
 
 
-def _parameter_names(trainer: Any) -> list[str]:
-    """In the checkpoint."""
+def _parameter_names(trainer: Trainer) -> list[str]:
+    """As in the checkpoint."""
     if trainer.is_fsdp:
         return list(fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()}).names)
     return [name for name, _ in trainer.get_model().named_parameters()]

@@ -1,18 +1,19 @@
-"""EvoMoE's expert-diversify: one expert, trained alone, becomes all experts of its layer.
+"""EvoMoE's expert-diversify: spawn all experts of a layer from expert 0.
 
-Until the spawn `MoELayer` sends every token to expert 0. Then each expert, the first included, is
-made from that one: no expert begins with more than the others, which a gate would soon prefer.
+Dense phase: only expert 0 is trained; `MoELayer` sends every token to it, the others have gradients
+of zero. At the spawn every expert, expert 0 included, is made from it: a whole one among masked
+ones would soon be preferred by the gate.
 
-Source: EvoMoE (arXiv 2112.14397). Of this phase no code is published, nor its rates and lengths.
+Source: EvoMoE (arXiv 2112.14397). Code, rates and lengths of this phase are not published.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import torch
+from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.optimizer_layout import model_layout
@@ -21,19 +22,19 @@ from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.experts.ffn import frozen_name
 from evomoe_plugin.layer import MoELayer
+from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.decoder import MoEDecoder
 
 logger = logging.getLogger(__name__)
 
 
-def spawn_experts(trainer: Any) -> None:
+def spawn_experts(trainer: Trainer) -> None:
     """Spawn the experts of all MoE layers if this is the update to do so.
 
-    Called after each update, on every rank, before a checkpoint of it is written: one of the
-    spawn's update holds the experts, one of an update before leads to the same.
+    Called after each update on every rank, before its checkpoint is written.
 
-    Moments (`--moe-spawn-moments`): `copy` gives each expert those of the one it was made from,
-    and zeros where a weight was masked or drawn afresh; `reset` gives zeros.
+    Moments (`--moe-spawn-moments`): `copy` gives each expert those of expert 0, and zeros where a
+    weight was masked or drawn anew; `reset` gives zeros.
     """
     num_updates = trainer.get_num_updates()
     for decoder in trainer.get_model().modules():
@@ -42,7 +43,7 @@ def spawn_experts(trainer: Any) -> None:
             _log(decoder, num_updates)
 
 
-def _spawn(trainer: Any, decoder: MoEDecoder) -> None:
+def _spawn(trainer: Trainer, decoder: MoEDecoder) -> None:
     options = decoder.args
     edits, moment_edits = {}, {}
     known = model_layout(trainer).names
@@ -54,12 +55,12 @@ def _spawn(trainer: Any, decoder: MoEDecoder) -> None:
             name = parameter.removeprefix(prefix)
             edits[parameter] = _edit(name, layer, options)
             if options.moe_spawn_moments == "copy":
-                moment_edits[parameter] = _as_the_first
+                moment_edits[parameter] = _copy_first
     edit_parameters(trainer, edits, moment_edits)
 
 
-def _edit(name: str, layer: MoELayer, options: Any) -> Edit:
-    """Spawns the experts' parameter `name`."""
+def _edit(name: str, layer: MoELayer, options: MoELanguageModelConfig) -> Edit:
+    """Spawn the experts' parameter `name`."""
     spawn = functools.partial(
         spawn_tensor, name, method=options.moe_spawn_method, rate=spawn_rate(options),
         rescale=options.moe_spawn_rescale)
@@ -82,22 +83,22 @@ def _edit(name: str, layer: MoELayer, options: Any) -> Edit:
     return edit
 
 
-def _as_the_first(moment: Tensor) -> None:
+def _copy_first(moment: Tensor) -> None:
     moment[1:] = moment[:1].clone()
 
 
 def _log(decoder: MoEDecoder, num_updates: int) -> None:
     options, layers = decoder.args, decoder.moe_layers
-    how = [f"by {options.moe_spawn_method}"]
+    method = [f"by {options.moe_spawn_method}"]
     if options.moe_spawn_method != "copy":
-        how.append(f"rate {spawn_rate(options):g}")
+        method.append(f"rate {spawn_rate(options):g}")
     if options.moe_spawn_rescale:
-        how.append("rescaled")
+        method.append("rescaled")
     if layers[0].experts.freezes:
-        how.append("masked weights frozen")
-    how.append("moments copied" if options.moe_spawn_moments == "copy" else "moments reset")
+        method.append("masked weights frozen")
+    method.append("moments copied" if options.moe_spawn_moments == "copy" else "moments reset")
     counts = [layer.num_experts for layer in layers]
     least, most = min(counts), max(counts)
-    logger.info("update %d: spawned %s experts in each of %d MoE layers from the one that worked "
-                "(%s)", num_updates, least if least == most else f"{least} to {most}",
-                len(layers), ", ".join(how))
+    logger.info("update %d: spawned %s experts in each of %d MoE layers from expert 0 (%s)",
+                num_updates, least if least == most else f"{least} to {most}", len(layers),
+                ", ".join(method))

@@ -1,11 +1,11 @@
-"""`--moe-init-from-dense`: a run begins with experts made from a dense model."""
+"""`--moe-init-from-dense`: start a run with experts made from a dense model."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
+from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
@@ -14,13 +14,14 @@ from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.logit_difference import measure_logit_difference
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
+from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.decoder import MoEDecoder
 
 logger = logging.getLogger(__name__)
 
 
-def recipe_of(options: Any) -> Recipe:
-    """What a run's `--moe-init-…` options say."""
+def recipe_of(options: MoELanguageModelConfig) -> Recipe:
+    """The recipe of a run's `--moe-init-…` options."""
     return Recipe(
         method=options.moe_init_method,
         rate=options.moe_init_rate,
@@ -32,11 +33,11 @@ def recipe_of(options: Any) -> Recipe:
     )
 
 
-def init_from_dense(trainer: Any) -> None:
-    """Give the model the weights that its options ask for.
+def init_from_dense(trainer: Trainer) -> None:
+    """Initialise the model from the dense checkpoint that its options name, if any.
 
-    Called on every rank of a run without a checkpoint. Each rank reads the file. What the
-    optimizer updates is set, half-precision copies follow.
+    Called on every rank of a run without a checkpoint. Each rank reads the file. Sets what the
+    optimizer updates; half-precision copies follow.
 
     Raises:
         OptionError: the file is unreadable or does not fit the model.
@@ -49,7 +50,7 @@ def init_from_dense(trainer: Any) -> None:
     dense = read_dense_checkpoint("moe_init_from_dense", path)
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
     trained, frozen = _parameters(trainer)
-    # All are worked out before the first is set: what does not fit shall change nothing.
+    # All values are computed before the first is set: an error changes nothing.
     groups = expert_groups_of(model)
 
     def value(name: str, shape: torch.Size) -> Tensor | None:
@@ -67,8 +68,8 @@ def init_from_dense(trainer: Any) -> None:
         for name, parameter in frozen.items():
             if values[name] is not None:
                 whole = values[name]
-                is_divided = groups is not None and is_expert_parameter(name)
-                parameter.copy_(whole[groups.own(len(whole))] if is_divided else whole)
+                is_sharded = groups is not None and is_expert_parameter(name)
+                parameter.copy_(whole[groups.own(len(whole))] if is_sharded else whole)
     if trainer.is_fsdp or groups is not None:
         logits = ("logits not compared with the dense model's, since no rank holds the whole "
                   "model: `evomoe upcycle` with the same options compares them")
@@ -77,8 +78,8 @@ def init_from_dense(trainer: Any) -> None:
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 
 
-def _parameters(trainer: Any) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:
-    """Shapes of what `edit_parameters` can edit, and frozen parameters that it cannot."""
+def _parameters(trainer: Trainer) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:
+    """Shapes of what `edit_parameters` can edit, and the frozen parameters, which it cannot."""
     if trainer.is_fsdp:
         layout = fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
         return dict(zip(layout.names, layout.shapes, strict=True)), {}

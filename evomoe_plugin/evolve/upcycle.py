@@ -1,8 +1,8 @@
-"""Experts made from the feed-forward networks of a dense model.
+"""Make experts from the feed-forward networks of a dense model.
 
-Copies, masked, noisy or partly reinitialised ones: `evolve.methods`. Slices: smaller experts that
-hold the dense network's hidden units between them (fine-grained experts as DeepSeekMoE, arXiv
-2401.06066, has them; cut from a dense network as in MoEfication, arXiv 2110.01786).
+Copies, masked, noisy or partly reinitialised: `evolve.init_methods`. Slices: smaller experts that
+partition the dense network's hidden units (fine-grained experts as in DeepSeekMoE, arXiv
+2401.06066; cut from a dense network as in MoEfication, arXiv 2110.01786).
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ SLICES = ("contiguous", "shuffled")
 
 # A parameter inside an MoE layer: which layer, which part, the name there.
 _INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
-# Set these random numbers apart from each other and from those of other uses of the seed.
+# Separate these random streams from each other and from other uses of the seed.
 _EXPERT_STREAM, _SLICE_STREAM, _GATE_STREAM = 0x0C1E, 0x511C, 0x6A7E
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How experts and gates come about."""
+    """How experts and gates are initialised."""
 
     method: str = "copy"
-    """One of `METHODS`; `none` leaves experts as they were initialised."""
+    """One of `METHODS`; `none` keeps the random initialisation."""
     rate: float | None = None
     """Of mask, noise and reinit; None: that of `--moe-spawn-rate`."""
     rescale: bool = False
-    """mask: divide what is left by 1 - rate. slice: multiply an expert's output by the number of
-    slices, as weights that sum to 1 over all slices call for."""
+    """mask: divide the remaining weights by 1 - rate. slice: multiply an expert's output by the
+    number of slices, for gate weights that sum to 1 over all slices."""
     slices: str = "contiguous"
-    """Which hidden units a slice takes: neighbours, or a seeded choice."""
+    """Which hidden units a slice takes: neighbours, or a seeded permutation."""
     gate_init: str = "default"
     """`default`, `zero`, or `normal:STD`."""
     seed: int = 1
     in_run: bool = False
-    """Whether it comes from a run's `--moe-init-…` options, for messages."""
+    """Whether it comes from `--moe-init-…` options, for messages."""
 
     def option(self, field: str) -> str:
-        """The name of the option that gives `field`."""
+        """The option that sets `field`."""
         if not self.in_run:
             return field
         return f"moe_init_{field.removesuffix('_init')}"
@@ -82,7 +82,7 @@ class Recipe:
 
     @property
     def gate_deviation(self) -> float | None:
-        """Of the gates' initial weights; None: as the gate initialises itself."""
+        """Standard deviation of the gates' initial weights; None: the gate's own initialisation."""
         if self.gate_init == "default":
             return None
         if self.gate_init == "zero":
@@ -98,14 +98,14 @@ class Recipe:
 
 
 class Upcycling:
-    """The parameters of an MoE model that is made from a dense one.
+    """Initial parameters of an MoE model made from a dense one.
 
     Args:
-        dense: where from.
-        options: the MoE model's, checked by `validation.validate`.
-        recipe: how.
+        dense: the source.
+        options: the MoE model's, checked by `config.checks.validate`.
+        recipe: how experts and gates are initialised.
     Raises:
-        OptionError: the two models do not fit together, or the recipe not to them.
+        OptionError: models or recipe do not fit together.
     """
 
     def __init__(self, dense: DenseCheckpoint, options: Any, recipe: Recipe):
@@ -124,7 +124,7 @@ class Upcycling:
         self._check_gate()
 
     def _check_experts(self, width: int) -> int:
-        """Slices that routed experts are made of; 1: whole networks."""
+        """Number of slices of routed experts; 1: whole networks."""
         options, recipe = self.options, self.recipe
         method = f"--{recipe.option('method').replace('_', '-')}"
         if options.moe_expert_gated:
@@ -188,7 +188,7 @@ class Upcycling:
                               "--activation-dropout")
 
     def _has_twins(self) -> bool:
-        """Whether two experts of a layer begin with the same weights, and nothing random parts
+        """Whether two experts of a layer start with equal weights and nothing random separates
         them."""
         options = self.options
         if options.moe_spawn_updates is not None and options.moe_spawn_method != "copy":
@@ -200,10 +200,10 @@ class Upcycling:
             slots > distinct for slots in expert_slots(options, len(self.moe_layers)))
 
     def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
-        """What the parameter `name` starts with, fp32; None: what it was initialised with.
+        """The initial value of the parameter `name`, fp32; None: its own initialisation.
 
         Raises:
-            OptionError: the dense checkpoint has nothing, or nothing of that shape.
+            OptionError: the dense checkpoint lacks it, or has another shape.
         """
         shape = torch.Size(shape)
         inside = _INSIDE.match(name)
@@ -214,8 +214,8 @@ class Upcycling:
             if self.recipe.method == "none":
                 return None
             count = shape[0]
-            one = self._shared(layer, rest) if part != "experts" else self._routed(layer, rest)
-            value = torch.stack([one(expert) for expert in range(count)])
+            expert = self._shared(layer, rest) if part != "experts" else self._routed(layer, rest)
+            value = torch.stack([expert(e) for e in range(count)])
         else:
             if name not in self.dense.weights:
                 raise OptionError(self.dense.option, self.dense.path, f"has no {name}")
@@ -226,7 +226,7 @@ class Upcycling:
 
     def _misfit(self, name: str, given: torch.Size, wanted: torch.Size) -> OptionError:
         if "embed_tokens" in name or "output_projection" in name:
-            return OptionError("DATA", "dict.txt", f"has {wanted[0]} symbols, the dense checkpoint "
+            return OptionError("DATA", "dict.txt", f"has {wanted[0]} tokens, the dense checkpoint "
                                                    f"was trained with {given[0]}: give the data "
                                                    "that belongs to it")
         return OptionError(self.dense.option, self.dense.path,
@@ -243,11 +243,11 @@ class Upcycling:
             rate=rate, rescale=recipe.rescale)[0]
 
     def _shared(self, layer: int, name: str) -> Callable[[int], Tensor]:
-        """Whole copies, or slices where their own width asks for it."""
+        """Whole copies, or slices if their width is smaller."""
         return self._sliced(layer, name, self.num_shared_slices, False)
 
     def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
-        """Expert e gets slice e mod `slices`; one of each sum to the dense network."""
+        """Expert e gets slice e mod `slices`; one of each slice sum to the dense network."""
         source = self.dense.ffn(layer)[name].float()
         scale = slices if rescale and name.startswith("fc2") else 1
         if name == "fc2_bias":
@@ -267,17 +267,17 @@ class Upcycling:
         if deviation is None or len(shape) < 2:
             return None
         if name.startswith("shared_weights") and deviation == 0.0:
-            return None  # the share of shared experts is no router
-        # By the name's letters: Python's hash is another one in every process.
+            return None  # weighs shared experts, routes nothing
+        # Keyed by the name's bytes: Python's hash differs between processes.
         key = seed_of(self.recipe.seed, self._ids[layer], _GATE_STREAM, *name.encode())
         generator = torch.Generator().manual_seed(key)
         return deviation * torch.randn(shape, generator=generator)
 
     def check_complete(self, names: Iterable[str]) -> None:
-        """Raise `OptionError` if a weight of the dense model would be lost.
+        """Raise `OptionError` if a dense weight would be lost.
 
         Args:
-            names: of all parameters and buffers of the MoE model.
+            names: all parameters and buffers of the MoE model.
         """
         known = set(names)
         lost = [name for name in self.dense.weights
@@ -297,11 +297,11 @@ def _width_value(options: Any, kind: str) -> int:
 
 
 def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] = STRUCTURE) -> None:
-    """Raise `OptionError` unless the MoE model computes with the dense model's sizes.
+    """Raise `OptionError` unless the MoE model has the dense model's structure.
 
     Args:
         options: the MoE model's.
-        given: which of `STRUCTURE` to look at.
+        given: which of `STRUCTURE` to compare.
     """
     for field in given:
         wanted, value = dense.model[field], getattr(options, field)

@@ -3,7 +3,7 @@
 import torch
 from fairseq import checkpoint_utils
 
-from evomoe_plugin.checkpoint.initial_state import first_checkpoint
+from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.config.options import MoEOptions
 
 COUNTS = {1: 4, 3: 8}
@@ -36,7 +36,7 @@ def whole_state(seed=0, update=UPDATE, with_optimizer=True):
              "moe_max_experts": 0, "decoder_layers": 4}
     cfg = {"model": model, "optimizer": {"_name": "adam"},
            "distributed_training": {"distributed_world_size": 1}}
-    state = first_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
+    state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     state["optimizer_history"][-1]["num_updates"] = update
     if with_optimizer:
         trained = parameters(state)

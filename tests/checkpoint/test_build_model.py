@@ -77,8 +77,8 @@ def test_one_line_from_every_verb(dense, tmp_path, capsys, spoil, concerned, mes
     torch.save(state, path)
     for name, arguments in verbs(path, tmp_path / "out").items():
         if name in concerned:
-            told = refused(capsys, arguments)
-            assert message in told and ("bad.pt" in told or not message)
+            out = refused(capsys, arguments)
+            assert message in out and ("bad.pt" in out or not message)
     assert os.listdir(tmp_path) == ["bad.pt"]
 
 
@@ -86,6 +86,6 @@ def test_one_line_from_every_verb(dense, tmp_path, capsys, spoil, concerned, mes
 def test_a_dictionary_that_is_none(dense, tmp_path, capsys, content, message):
     (tmp_path / "dict.txt").write_bytes(content)
     for arguments in verbs(dense, tmp_path / "out").values():
-        told = refused(capsys, [*arguments, "--data", tmp_path])
-        assert f"--data {tmp_path}/dict.txt: {message}" in told
+        out = refused(capsys, [*arguments, "--data", tmp_path])
+        assert f"--data {tmp_path}/dict.txt: {message}" in out
     assert os.listdir(tmp_path) == ["dict.txt"]

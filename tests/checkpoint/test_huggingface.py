@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_the_model(gpt2, is_tied):
         dictionary.add_symbol(str(n))
     dictionary.finalize(padding_factor=64)  # 10 fillers
     imported = import_gpt2(folder, dictionary)
-    assert imported.has_unlikely_rows
+    assert imported.has_masked_rows
     rows = torch.tensor([dictionary.index(str(n)) for n in range(END)] + [EOS])
     ids = torch.randint(0, END, (4, LENGTH))
     ids[:, ::5] = END
@@ -94,14 +94,14 @@ def test_the_loss_is_that_of_the_model(gpt2, is_tied):
     assert logits.softmax(-1)[..., others].max() < 1e-9 / VOCABULARY
 
 
-def test_a_model_without_an_unlikely_row_says_so(gpt2):
+def test_a_model_without_a_masked_row_says_so(gpt2):
     """Where the last LayerNorm has no bias, every row's logit is of either sign somewhere."""
     model, folder = gpt2()
     with torch.no_grad():
         model.transformer.ln_f.bias.zero_()
     model.save_pretrained(folder)
     imported = import_gpt2(folder)
-    assert not imported.has_unlikely_rows
+    assert not imported.has_masked_rows
     theirs, ours, whole = both_logits(model, imported)
     assert torch.allclose(theirs, ours, atol=1e-5)
     assert torch.allclose(whole[..., :SPECIALS], ours[..., -1:].expand(*ours.shape[:-1], SPECIALS))
@@ -190,7 +190,7 @@ def test_an_index_that_is_none(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for content in ({"weight_map": {"a": 3}}, {"weight_map": "x"}, {}):
         index.write_text(json.dumps(content))
-        with pytest.raises(OptionError, match="has no weight_map of names of files"):
+        with pytest.raises(OptionError, match="has no weight_map of file names"):
             import_gpt2(str(tmp_path))
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     for name in ("one", "two"):

@@ -40,9 +40,9 @@ def folder(tmp_path):
 def test_a_folder_of_checkpoint_and_dictionary(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["import-hf", str(folder), str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "model.pt: 2 layers of width 8, 16 symbols, gelu_accurate" in told
-    assert "--dict DATA/dict.txt" in told
+    printed = capsys.readouterr().out
+    assert "model.pt: 2 layers of width 8, 16 token ids, gelu_accurate" in printed
+    assert "--dict DATA/dict.txt" in printed
     dictionary = Dictionary.load(str(out / "dict.txt"))
     assert dictionary.symbols[4:] == [str(n) for n in range(V)]
     state = torch.load(out / "model.pt", weights_only=True)
@@ -99,7 +99,7 @@ def test_two_files_or_none(folder, tmp_path, capsys, monkeypatch, full):
 
 
 def test_a_write_that_fails_inside_torch(folder, tmp_path, capsys, monkeypatch):
-    """torch tells of a full disk by a RuntimeError."""
+    """torch reports a full disk as a RuntimeError."""
     def fail(state, file):
         try:
             raise OSError(28, "No space left on device")

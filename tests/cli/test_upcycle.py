@@ -30,17 +30,17 @@ def refused(capsys, *argv) -> str:
 def test_what_it_says_and_writes(dense, tmp_path, capsys):
     path = tmp_path / "moe.pt"
     assert main(["upcycle", str(dense), str(path), *GATE, "--moe-freq", "4"]) == 0
-    told = capsys.readouterr().out
-    assert "moe.pt: 1 of 4 layers with 2 experts of width 24 each, by copy" in told
+    out = capsys.readouterr().out
+    assert "moe.pt: 1 of 4 layers with 2 experts of width 24 each, by copy" in out
     assert re.search(r"^logits equal to the dense model's \(max difference \S+ on 64 random "
-                     r"tokens\)$", told, re.M)
+                     r"tokens\)$", out, re.M)
     state = torch.load(path, weights_only=True)  # plain data
     assert state["cfg"]["model"]["_name"] == "transformer_lm_moe"
     assert state["cfg"]["model"]["moe_freq"] == 4
     assert os.listdir(tmp_path) == ["moe.pt"]
 
 
-def test_an_existing_file_is_kept_unless_told_otherwise(dense, tmp_path, capsys):
+def test_an_existing_file_is_kept_without_overwrite(dense, tmp_path, capsys):
     path = tmp_path / "moe.pt"
     path.write_text("precious")
     assert f"MOE {path}: exists already" in refused(capsys, "upcycle", dense, path, *GATE)
@@ -119,8 +119,8 @@ def test_rows_that_would_be_left_out_of_the_evaluation(dense, data, tmp_path, ca
                     capsys, "upcycle", *given, length)
         assert not out.exists()
     assert main(["upcycle", *map(str, given), "32"]) == 0
-    told = capsys.readouterr().out
-    before, after = map(float, re.search(r"dense ([\d.]+), MoE ([\d.]+)", told).groups())
+    out = capsys.readouterr().out
+    before, after = map(float, re.search(r"dense ([\d.]+), MoE ([\d.]+)", out).groups())
     assert before == pytest.approx(after, rel=1e-4) and before > 10
 
 
@@ -131,13 +131,13 @@ def test_data_that_is_cut_short(dense, data, tmp_path, capsys, suffix, keep):
     folder, _ = data
     file = folder / f"valid.{suffix}"
     file.write_bytes(file.read_bytes()[:keep])
-    told = refused(capsys, "upcycle", dense, tmp_path / "moe.pt", *GATE, "--data", folder)
-    assert f"--subset valid: {folder}/valid.idx and {folder}/valid.bin hold nothing" in told
+    out = refused(capsys, "upcycle", dense, tmp_path / "moe.pt", *GATE, "--data", folder)
+    assert f"--subset valid: {folder}/valid.idx and {folder}/valid.bin hold nothing" in out
     assert not (tmp_path / "moe.pt").exists()
 
 
 def test_data_without_a_sentence(dense, data, tmp_path, capsys):
     folder, write = data
     write()
-    told = refused(capsys, "upcycle", dense, tmp_path / "moe.pt", *GATE, "--data", folder)
-    assert "--subset valid: " in told and "hold" in told
+    out = refused(capsys, "upcycle", dense, tmp_path / "moe.pt", *GATE, "--data", folder)
+    assert "--subset valid: " in out and "hold" in out

@@ -56,8 +56,8 @@ def assert_same_course(one, other, tolerance=2e-3, skip=0):
 def test_one_expert_until_the_spawn_and_all_from_then_on(unbroken):
     folder, run = unbroken
     assert spawns(run) == [
-        "update 3: spawned 4 experts in each of 1 MoE layers from the one that worked (by mask, "
-        "rate 0.3, moments copied)"]
+        "update 3: spawned 4 experts in each of 1 MoE layers from expert 0 (by mask, rate 0.3, "
+        "moments copied)"]
     records = run.logged("train_inner")
     assert [r["experts_per_token"] for r in records[:N]] == [1.0] * N
     assert [r["active_experts"] for r in records[:N]] == [1.0] * N
@@ -69,13 +69,20 @@ def test_one_expert_until_the_spawn_and_all_from_then_on(unbroken):
     assert flops[0] == flops[N - 1] <= flops[-1] < flops[N]
 
 
-def test_experts_that_wait_stay_as_they_were_drawn(unbroken):
-    """No step goes over them, weight decay neither."""
+def test_before_the_spawn_weight_decay_alone_acts_on_the_other_experts(unbroken):
     folder, _ = unbroken
     one, other = (experts(saved(folder, updates)) for updates in (1, N - 1))
     for name, value in one.items():
-        assert torch.equal(value[1:], other[name][1:])
+        rest = value[1:] != 0  # biases are drawn as zeros
+        shrunk = (other[name][1:] / value[1:])[rest]
+        assert not rest.any() or 0.99 < shrunk.min() <= shrunk.max() < 1
+        assert torch.equal(rest, other[name][1:] != 0)
         assert not torch.equal(value[0], other[name][0])
+    state = load(saved(folder, N - 1))["last_optimizer_state"]["state"]
+    moments = [entry[key] for entry in state.values() for key in ("exp_avg", "exp_avg_sq")
+               if entry[key].dim() == 3]
+    assert len(moments) == 4  # two of each weight matrix
+    assert all(moment[0].any() and not moment[1:].any() for moment in moments)
 
 
 def test_the_checkpoint_of_the_spawn_holds_all_experts(unbroken):

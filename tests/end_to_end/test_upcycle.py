@@ -38,10 +38,10 @@ def loss(data_bin, path):
 def test_the_verb_makes_a_checkpoint_that_fairseq_takes(dense, data_bin, train, tmp_path, capsys):
     path = tmp_path / "moe.pt"
     assert main(["upcycle", str(dense), str(path), *GATE, "--data", str(data_bin)]) == 0
-    told = capsys.readouterr().out
-    assert "logits equal to the dense model's" in told
+    out = capsys.readouterr().out
+    assert "logits equal to the dense model's" in out
     before, after, change = map(float, re.search(
-        r"dense ([\d.]+), MoE ([\d.]+) \(([-+][\d.]+) %\)", told).groups())
+        r"dense ([\d.]+), MoE ([\d.]+) \(([-+][\d.]+) %\)", out).groups())
     assert before == pytest.approx(after, rel=1e-5) and abs(change) < 0.005
     assert loss(data_bin, path) == pytest.approx(loss(data_bin, dense), abs=1e-5)
 
@@ -58,9 +58,9 @@ def test_what_changes_is_measured(dense, data_bin, tmp_path, capsys):
     path = tmp_path / "moe.pt"
     assert main(["upcycle", str(dense), str(path), "--moe-gate", "switch", "--moe-expert-count",
                  "4", "--data", str(data_bin), "--tokens-per-sample", "32"]) == 0
-    told = capsys.readouterr().out
-    assert "logits differ from the dense model's (max difference" in told
-    before, after = map(float, re.search(r"dense ([\d.]+), MoE ([\d.]+)", told).groups())
+    out = capsys.readouterr().out
+    assert "logits differ from the dense model's (max difference" in out
+    before, after = map(float, re.search(r"dense ([\d.]+), MoE ([\d.]+)", out).groups())
     assert before == pytest.approx(2 ** loss(data_bin, dense), rel=1e-4)
     assert after == pytest.approx(2 ** loss(data_bin, path), rel=1e-4)
     assert abs(after / before - 1) > 1e-4
@@ -225,7 +225,7 @@ def test_what_cannot_be_sharded_apart_is_trained_by_pytorch_ddp(dense, train, tm
 
 
 def test_frozen_with_the_whole_resumes_not(frozen, train, tmp_path):
-    """Another choice of parameters has another optimizer state: told, not guessed."""
+    """Another choice of parameters has another optimizer state: refused, not guessed."""
     (tmp_path / "checkpoint_last.pt").write_bytes(
         (frozen[0] / "checkpoint_1_6.pt").read_bytes())
     run = train(tmp_path, *GATE, *SAME, "--moe-train-only", "experts", check=False)

@@ -37,8 +37,8 @@ SPAWNS = [
                         "which schedules count from: give --moe-spawn-updates 10"),
     (10, 10, 11, False, "--moe-spawn-updates 11: the experts of old.pt were spawned at update 10"),
     (50, 10, None, False, "--moe-spawn-updates is not given: the experts of old.pt were spawned"),
-    (9, 10, None, False, "--moe-spawn-updates is not given: only the first expert of each layer of "
-                         "old.pt has learned, its spawn was to be at update 10: give an update "
+    (9, 10, None, False, "--moe-spawn-updates is not given: only expert 0 of each layer of "
+                         "old.pt is trained, its spawn was to be at update 10: give an update "
                          "above 9"),
     (9, 10, None, True, "give an update above 0"),
     (9, 10, 9, False, "--moe-spawn-updates 9: old.pt is of update 9 and not spawned, and never "),
@@ -58,7 +58,7 @@ def test_experts_are_spawned_once(done, spawn, now, resets, message):
             check_spawn(trainer, state, "old.pt", resets)
 
 
-def test_a_dense_checkpoint_is_told_of_elsewhere():
+def test_a_dense_checkpoint_is_reported_elsewhere():
     state = saved(50)
     state["cfg"] = OmegaConf.create({"model": {"_name": "transformer_lm"}})
     check_spawn(run(moe_spawn_updates=60), state, "old.pt", False)

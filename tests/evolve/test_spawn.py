@@ -317,7 +317,7 @@ def test_it_is_said_once(make_run, given, said, caplog):
         caplog.clear()
         spawn_experts(trainer)
     assert caplog.messages == [
-        f"update 3: spawned 4 experts in each of 2 MoE layers from the one that worked ({said})"]
+        f"update 3: spawned 4 experts in each of 2 MoE layers from expert 0 ({said})"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -101,7 +101,7 @@ def test_nothing_happens_without_the_option(make_model):
     ({"moe_expert_size_factor": 2}, "give --moe-init-method slice"),
     ({"moe_init_from_dense": "gone.pt"}, "--moe-init-from-dense gone.pt: there is no such file"),
 ])
-def test_what_does_not_fit_is_told_and_changes_nothing(dense, make_model, given, message):
+def test_misfits_are_refused_and_change_nothing(dense, make_model, given, message):
     model = make_model(**{**GATE, "moe_init_from_dense": dense, **given})
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(OptionError, match=message):
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_told_and_changes_nothing(dense, make_model, given,
 def test_another_dictionary(dense, make_model, task):
     task.source_dictionary.add_symbol("new")
     model = make_model(**GATE, moe_init_from_dense=dense)
-    with pytest.raises(OptionError, match=f"has {VOCABULARY + 1} symbols, the dense checkpoint was "
+    with pytest.raises(OptionError, match=f"has {VOCABULARY + 1} tokens, the dense checkpoint was "
                                           f"trained with {VOCABULARY}"):
         init_from_dense(trainer_of(model, num_updates=0))
 

@@ -347,7 +347,7 @@ def test_what_a_spawn_makes_is_not_alike_for_ever(dense):
 
 @pytest.mark.parametrize(("given", "recipe", "message"), ONE_LINE,
                          ids=[line[2][:40] for line in ONE_LINE])
-def test_what_does_not_fit_is_told(dense, given, recipe, message):
+def test_misfits_are_refused_in_one_line(dense, given, recipe, message):
     with pytest.raises(OptionError, match=message) as caught:
         made(dense, recipe=recipe, **{"moe_gate": "top_p", **given})
     assert "\n" not in str(caught.value)
@@ -359,7 +359,7 @@ def test_other_architectures_and_dictionaries(dense, data, tmp_path):
     with pytest.raises(OptionError, match="--arch transformer_lm_gpt: one of: transformer_lm"):
         convert(str(dense), {}, Recipe(), arch="transformer_lm_gpt", max_update=10)
     dictionary_of(VOCABULARY + 8).save(str(tmp_path / "dict.txt"))
-    with pytest.raises(OptionError, match="its dict.txt has 48 rows, .* trained with 40"):
+    with pytest.raises(OptionError, match="its dict.txt has 48 tokens, .* trained with 40"):
         made(dense, str(tmp_path))
     with pytest.raises(OptionError, match="has no dict.txt"):
         made(dense, str(tmp_path / "nowhere"))
