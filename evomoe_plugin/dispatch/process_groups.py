@@ -30,7 +30,7 @@ class ExpertGroups:
         return slice(self.rank * count, (self.rank + 1) * count)
 
 
-_made: dict[tuple[dist.ProcessGroup, int], ExpertGroups] = {}
+_made: dict[tuple[dist.ProcessGroup | None, int], ExpertGroups] = {}
 
 
 def expert_groups(size: int) -> ExpertGroups | None:

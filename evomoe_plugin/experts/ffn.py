@@ -34,6 +34,12 @@ class ExpertStack(nn.Module):
             `fc1_frozen` for `fc1_weight`.
     """
 
+    fc1_weight: Tensor  # [E, F, D], as the other matrices
+    fc2_weight: Tensor
+    fc3_weight: Tensor
+    fc1_bias: Tensor  # [E, F]
+    fc2_bias: Tensor  # [E, D]
+
     def __init__(
         self,
         num_experts: int,

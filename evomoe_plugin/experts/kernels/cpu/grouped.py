@@ -195,9 +195,9 @@ def grouped_ffn(
         reason = grouped_mm.why_not(x.device, dtype, x.size(1), weights["fc1_weight"].size(1))
         if not reason:
             num_rows = (x if token_ids_N is None else token_ids_N).size(0)
-            call = grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype)
-            counts_E = torch.as_tensor(counts, device=x.device)
-            return grouped_mm.GroupedMMFFN.apply(call, counts_E, token_ids_N, *arguments)
+            return grouped_mm.GroupedMMFFN.apply(
+                grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype),
+                torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
         grouped_mm.say_once(reason)
     call = _Call(
         counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
@@ -282,9 +282,10 @@ class _Hidden:
 
     def place(self, chunk: Chunk) -> Tensor:
         """The tensor that the chunk's rows are computed in, padded."""
-        if self._buffer is None:
-            return self.kept[chunk.start : chunk.start + padded(chunk.size)]
-        return self._buffer[: padded(chunk.size)]
+        if self._buffer is not None:
+            return self._buffer[: padded(chunk.size)]
+        assert self.kept is not None  # one of the two is given
+        return self.kept[chunk.start : chunk.start + padded(chunk.size)]
 
     def store(self, chunk: Chunk) -> None:
         """Keep the computed rows, rounded; the rest of the forward pass uses the same values."""
@@ -298,7 +299,7 @@ class _Hidden:
     def load(self, chunk: Chunk) -> Tensor:
         """The chunk's kept rows, padded."""
         rows = self.place(chunk)
-        if self._buffer is not None:
+        if self._buffer is not None and self.kept is not None:
             rows[: chunk.size] = self.kept[chunk.start : chunk.stop]
         return rows
 

@@ -21,7 +21,9 @@ from torch.nn.functional import grouped_mm
 try:
     from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
 except ImportError:  # CPU builds of torch come without Triton
-    combine = sort_by_token = None
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def why_not(device: torch.device, dtype: torch.dtype, model_dim: int, ffn_dim: i
         return f"{torch.cuda.get_device_name(device)} is older than Hopper"
     if model_dim % MULTIPLE or ffn_dim % MULTIPLE:
         return f"widths {model_dim} and {ffn_dim} are not both multiples of {MULTIPLE}"
-    if combine is None:
+    if not HAS_TRITON:
         return "Triton is not installed"
     return ""
 
