@@ -54,7 +54,7 @@ def expert_groups(size: int) -> ExpertGroups | None:
 def _make(size: int) -> ExpertGroups:
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
-        raise ValueError(f"{world} ranks cannot be divided into groups of {size}")
+        raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     # Every rank takes part in making every group, and all in the same order.
     exchanges = [dist.new_group(list(range(start, start + size)))
                  for start in range(0, world, size)]
