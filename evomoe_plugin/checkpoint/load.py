@@ -112,9 +112,9 @@ def load_checkpoint_to_cpu(
         manifest = manifest_of(state, path)
         if manifest is not None:
             merge(state, ExpertShards(path, manifest))
-    model = (state.get("cfg") or {}).get("model")
-    for option in fields(MoEOptions) if model is not None else ():
-        if option.name in model and option.name.startswith(("moe_expert_parallel_", "moe_ep_")):
+    model = (state.get("cfg") or {}).get("model") or {}
+    for option in fields(MoEOptions):
+        if option.name.startswith(("moe_expert_parallel_", "moe_ep_")) and option.name in model:
             model[option.name] = option.default
     return state
 

@@ -167,5 +167,6 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors, *ctx.given)
-        _, *gradients = chunks.gradients(*ctx.needs_input_grad[:2], grad_N=grad_N)
-        return *gradients, None, None, None
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        _, dx_ND, dweight_VD = chunks.gradients(of_x, of_weight, grad_N)
+        return dx_ND, dweight_VD, None, None, None
