@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zipfile
+from dataclasses import fields
 from typing import Any, BinaryIO
 
 import torch
@@ -13,13 +14,14 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import overwrite_args_by_name
 from fairseq.file_io import PathManager
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from torch.serialization import safe_globals
 
 from evomoe_plugin.checkpoint import fsdp_shards
 from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import MoEOptions
 
 
 def load_file(file: BinaryIO, map_location: Any = None, mapped: bool = False) -> dict[str, Any]:
@@ -110,10 +112,10 @@ def load_checkpoint_to_cpu(
         manifest = manifest_of(state, path)
         if manifest is not None:
             merge(state, ExpertShards(path, manifest))
-    model = (state.get("cfg") or {}).get("model")
-    if model is not None and "moe_expert_parallel_size" in model:
-        with open_dict(model):
-            model.moe_expert_parallel_size = 1
+    model = (state.get("cfg") or {}).get("model") or {}
+    for option in fields(MoEOptions):
+        if option.name.startswith(("moe_expert_parallel_", "moe_ep_")) and option.name in model:
+            model[option.name] = option.default
     return state
 
 

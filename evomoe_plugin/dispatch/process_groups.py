@@ -30,7 +30,7 @@ class ExpertGroups:
         return slice(self.rank * count, (self.rank + 1) * count)
 
 
-_made: dict[tuple[dist.ProcessGroup, int], ExpertGroups] = {}
+_made: dict[tuple[dist.ProcessGroup | None, int], ExpertGroups] = {}
 
 
 def expert_groups(size: int) -> ExpertGroups | None:
@@ -54,7 +54,7 @@ def expert_groups(size: int) -> ExpertGroups | None:
 def _make(size: int) -> ExpertGroups:
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
-        raise ValueError(f"{world} ranks cannot be divided into groups of {size}")
+        raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     # Every rank takes part in making every group, and all in the same order.
     exchanges = [dist.new_group(list(range(start, start + size)))
                  for start in range(0, world, size)]

@@ -1,4 +1,4 @@
-"""Activation functions of hidden rows, and their derivatives, into given buffers."""
+"""Activation functions of hidden rows and their derivatives, into given buffers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 ROWS = 64
-"""Rows are computed in multiples of this, so that buffers need so much room behind them."""
+"""Rows are computed in multiples of this, so buffers are padded by up to so many rows."""
 _BLOCK = 1024
-"""On CPUs oneDNN compiles and keeps a kernel for each shape it meets, and routing makes new ones in
-every step. In blocks of these rows, and a last one of a multiple of `ROWS`, it meets few."""
+"""oneDNN compiles and caches a CPU kernel for each shape, and routing makes new shapes in every
+step. Blocks of so many rows, and a last one of a multiple of `ROWS`, keep the shapes few."""
+
 
 def padded(rows: int) -> int:
-    """The multiple of `ROWS` that holds `rows`."""
+    """`rows` rounded up to a multiple of `ROWS`."""
     return -(-rows // ROWS) * ROWS
 
 
 class Activation:
     """An elementwise function.
 
-    All tensors are [rows, F] with a multiple of `ROWS` rows; the caller ignores what it gets for
-    rows that it has not filled.
+    All tensors are [rows, F] with a multiple of `ROWS` rows; outputs of padding are undefined.
 
     Args:
-        function: it, on tensors of any shape.
-        into: called with x and a tensor for f(x).
-        derive: called with the gradient of f(x), which becomes that of x, and x.
+        function: f, on tensors of any shape.
+        into: called with x and the tensor to write f(x) into.
+        derive: called with the gradient of f(x), to be overwritten by that of x, and with x.
     """
 
     def __init__(
@@ -83,5 +83,5 @@ _KNOWN = {known.function: known for known in (
 
 
 def find_activation(function: Callable[[Tensor], Tensor]) -> Activation:
-    """How to compute `function`; one that is not known is differentiated by autograd."""
+    """The `Activation` of `function`; an unknown one is differentiated by autograd."""
     return _KNOWN.get(function) or _by_autograd(function)

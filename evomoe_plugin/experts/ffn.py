@@ -28,11 +28,17 @@ class ExpertStack(nn.Module):
         model_dim: D.
         ffn_dim: F.
         activation: elementwise function.
-        dropout: of the hidden rows; its `p` and its mode count.
+        dropout: of the hidden rows; its `p` and its training mode are used.
         gated: whether there is an fc3.
-        freezes: whether single weights can be held at what they are: a buffer of bools beside
-            each matrix, `fc1_frozen` beside `fc1_weight`, says which.
+        freezes: whether single weights can be frozen, by a bool buffer for each matrix:
+            `fc1_frozen` for `fc1_weight`.
     """
+
+    fc1_weight: Tensor  # [E, F, D], as the other matrices
+    fc2_weight: Tensor
+    fc3_weight: Tensor
+    fc1_bias: Tensor  # [E, F]
+    fc2_bias: Tensor  # [E, D]
 
     def __init__(
         self,
@@ -50,7 +56,7 @@ class ExpertStack(nn.Module):
         self.gated = gated
         self.activation = activation
         self.dropout = dropout or nn.Identity()
-        self.grad_scale = 1.0  # what the parameters' gradients are multiplied by
+        self.grad_scale = 1.0  # factor of the parameters' gradients
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
         for name, shape, fan_in in self._shapes(num_experts, model_dim, ffn_dim, gated):
             parameter = self._new_parameter(shape, fan_in**-0.5)
@@ -84,7 +90,7 @@ class ExpertStack(nn.Module):
 
     @staticmethod
     def num_matrices(gated: bool) -> int:
-        """Matrices that a row is multiplied by."""
+        """Matrices of an expert."""
         return 3 if gated else 2
 
     def _matrix(self, name: str) -> Tensor:
@@ -122,10 +128,10 @@ class ExpertStack(nn.Module):
 
 
 class ExpertFFN(ExpertStack):
-    """A stack of which this process has all experts."""
+    """A stack of experts, all of them on this rank."""
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """The sum of each token's answers, weighted: [T, D]; zeros for a token without a pair."""
+        """The weighted sum of each token's expert outputs, [T, D]; zeros without any expert."""
         return self.forward_tokens(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
 
     def forward_tokens(
@@ -137,13 +143,13 @@ class ExpertFFN(ExpertStack):
         Args:
             x_TD: tokens.
             token_ids_N: the token of each pair; pairs are sorted by expert.
-            weights_N: what the expert's answer is multiplied by; None: 1.
+            weights_N: weight of each pair's output; None: 1.
             counts: pairs of each expert, E numbers that sum to N.
         """
         return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N)
 
     def forward_rows(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its segment of rows: [N, D].
+        """Apply each expert to its segment of rows: [N, D].
 
         Args:
             rows_ND: rows sorted by expert.
@@ -153,5 +159,5 @@ class ExpertFFN(ExpertStack):
 
 
 def frozen_name(weight: str) -> str:
-    """The buffer that says which elements of the matrix `weight` are held."""
+    """Name of the buffer that marks the frozen elements of the matrix `weight`."""
     return weight.removesuffix("_weight") + "_frozen"

@@ -1,4 +1,4 @@
-"""Weights that are held at what they are, element by element."""
+"""Freeze single elements of a weight."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def without_gradient(weight: Tensor, frozen: Tensor) -> Tensor:
-    """`weight`, with gradients of zero where `frozen` (bool, of its shape).
+    """`weight`, with zero gradient where `frozen` (bool, of its shape).
 
-    A weight of zero then stays exactly zero under any optimizer whose moments of it are zero:
-    weight decay multiplies it.
+    A weight of zero then stays exactly zero under any optimizer whose moments of it are zero, since
+    weight decay is a factor.
     """
     return _WithoutGradient.apply(weight, frozen)

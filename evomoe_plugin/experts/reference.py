@@ -10,11 +10,11 @@ from evomoe_plugin.routing.plan import RoutingPlan
 
 
 def loop_moe(x_TD: Tensor, plan: RoutingPlan, experts: ExpertFFN) -> Tensor:
-    """What the layer must compute, pair by pair, with autograd's own gradients.
+    """Output of the layer, pair by pair, differentiable by autograd.
 
     Args:
         x_TD: tokens.
-        plan: where they go.
+        plan: their routing.
         experts: without dropout, or in evaluation mode.
     Returns:
         [T, D].

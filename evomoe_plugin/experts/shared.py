@@ -1,4 +1,4 @@
-"""Shared experts: feed-forward networks that every token goes to."""
+"""Shared experts: feed-forward networks applied to every token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from evomoe_plugin.experts.ffn import ExpertFFN
 
 
 class SharedExperts(nn.Module):
-    """S expert networks on all tokens, summed with weights.
+    """The weighted sum of S expert networks on all tokens.
 
     Args:
         experts: a stack of S.
@@ -24,7 +24,7 @@ class SharedExperts(nn.Module):
 
         Args:
             x_TD: tokens.
-            weights_TS: what each expert's output is multiplied by; None: 1.
+            weights_TS: weight of each expert's output; None: 1.
         Returns:
             [T, D].
         """

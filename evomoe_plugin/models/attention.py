@@ -26,10 +26,10 @@ class Mask(enum.Enum):
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
-    """What tokens of rows may attend to.
+    """The causal self-attention mask of a padded batch.
 
-    Padding that stands after all tokens of its row is hidden by causality already. Where it stands
-    elsewhere it attends to itself, so that no row of the mask is empty, which would give NaN.
+    Padding after all tokens of its row is masked by causality already. Elsewhere it attends to
+    itself, since an empty row of the mask would give NaN.
 
     Args:
         padding_mask_BT: bool, True for padding; None: there is none.
@@ -45,15 +45,15 @@ def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
 
 
 class SelfAttention(MultiheadAttention):
-    """fairseq's self-attention: its parameters, incremental state and results, faster.
+    """fairseq's self-attention, faster: the same parameters, incremental state and outputs.
 
-    Results are equal to rounding at tokens that are not padding. What it does not know, fairseq's
-    own forward pass does, and the log says so once.
+    Outputs are equal to rounding at tokens that are not padding. Unsupported arguments are left to
+    fairseq's own forward pass, which is logged once.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, **kwargs: Any):
         super().__init__(embed_dim, num_heads, dropout=dropout, **kwargs)
-        # The name that --retain-dropout-modules knows.
+        # The name that --retain-dropout-modules takes.
         self.dropout_module.module_name = MultiheadAttention.__name__
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, Linear.of(getattr(self, name)))
@@ -75,27 +75,29 @@ class SelfAttention(MultiheadAttention):
 
         Args:
             query: [T, B, D]; key and value are the same.
-            key_padding_mask: [B, keys], True for padding; not looked at beside an `attn_mask`
-                of ours, which knows it.
+            key_padding_mask: [B, keys], True for padding; ignored with an `attn_mask` of
+                `causal_mask`, which includes it.
             incremental_state: keys and values of earlier steps.
-            attn_mask: as `causal_mask` makes it, or None: all may attend to all. Other masks, and
-                the arguments not named here, are for fairseq's own forward pass.
+            attn_mask: from `causal_mask`; None: all may attend to all. Other masks, and arguments
+                not named here, are left to fairseq's own forward pass.
         Returns:
             [T, B, D], and None.
         """
-        ours = isinstance(attn_mask, Mask) or (
-            attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4)
+        ours = attn_mask if isinstance(attn_mask, Mask) or (
+            attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4
+        ) else None
         unknown = self._unknown(
             (need_weights or need_head_weights, "attention weights are asked for"),
-            (before_softmax or static_kv, "more than the answer is asked for"),
+            (before_softmax or static_kv, "more than the output is asked for"),
             (key is not query or value is not query, "keys or values are of another sequence"),
-            (attn_mask is not None and not ours, "the mask is of another kind"),
-            (incremental_state is not None and ours, "a mask is given in incremental decoding"),
+            (attn_mask is not ours, "the mask is of another kind"),
+            (incremental_state is not None and ours is not None,
+             "a mask is given in incremental decoding"),
         )
         if unknown:
             _say_stock(unknown)
-            if ours:
-                attn_mask = self._additive(attn_mask, query)
+            if ours is not None:
+                attn_mask = self._additive(ours, query)
             return super().forward(
                 query, key, value, key_padding_mask, incremental_state, need_weights, static_kv,
                 attn_mask, before_softmax, need_head_weights)
@@ -111,15 +113,15 @@ class SelfAttention(MultiheadAttention):
         return self.out_proj(y.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
-        causal = mask is Mask.CAUSAL
+        causal = isinstance(mask, Mask)
         dropout = 0.0
         if self.training or self.dropout_module.apply_during_inference:
             dropout = self.dropout_module.p
         if dropout and causal and q.device.type == "cpu":
             return attend_with_dropout(q, k, v, self.scaling, dropout)
         attend = functools.partial(
-            F.scaled_dot_product_attention, attn_mask=None if causal else mask, dropout_p=dropout,
-            is_causal=causal, scale=self.scaling)
+            F.scaled_dot_product_attention, dropout_p=dropout, is_causal=causal,
+            attn_mask=None if isinstance(mask, Mask) else mask, scale=self.scaling)
         if emulated(q) is None:
             return attend(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
@@ -128,7 +130,7 @@ class SelfAttention(MultiheadAttention):
     def _with_past(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, incremental_state: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and padding of all steps, which are saved as fairseq does."""
+        """Keys, values and padding of all steps, saved in fairseq's incremental state."""
         saved = self._get_input_buffer(incremental_state)
         if "prev_key" in saved:
             k = torch.cat([saved["prev_key"], k], 2)
@@ -141,18 +143,18 @@ class SelfAttention(MultiheadAttention):
         return k, v, key_padding_mask
 
     def _unknown(self, *reasons: tuple[bool, str]) -> str | None:
-        """Why fairseq's forward pass is needed."""
+        """Why fairseq's forward pass is needed; None if it is not."""
         own = (
-            (self.use_xformers, "xFormers attends"),
-            (not self.self_attention, "this is no self-attention"),
+            (self.use_xformers, "xFormers is used"),
+            (not self.self_attention, "it is not self-attention"),
             (self.bias_k is not None or self.add_zero_attn, "keys are added"),
             (self.onnx_trace or self.skip_embed_dim_check, "the module is traced or pruned"),
         )
         return next((reason for holds, reason in (*own, *reasons) if holds), None)
 
     def _additive(self, mask: Mask | Tensor, x: Tensor) -> Tensor:
-        """The mask as fairseq takes it: [T, T], or [B * heads, T, T]."""
-        if mask is Mask.CAUSAL:
+        """The additive mask of fairseq: [T, T], or [B * heads, T, T]."""
+        if isinstance(mask, Mask):
             return x.new_full((x.size(0), x.size(0)), float("-inf")).triu(1)
         additive = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
         return additive.expand(-1, self.num_heads, -1, -1).flatten(0, 1)

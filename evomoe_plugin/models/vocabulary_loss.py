@@ -1,8 +1,13 @@
-"""Cross-entropy over the vocabulary without the logits of all tokens at once."""
+"""Cross-entropy over the vocabulary without the logits of all tokens at once.
+
+torch's `linear_cross_entropy` (2.13 and newer) does the same in fp32, at the same speed; in bf16 it
+rounds the loss and the gradient of fp32 weights to bf16.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 CHUNKS = {"cpu": 512, "cuda": 4096}
-"""Tokens of a chunk, by measurement: on a CPU its logits stay near the processor, on a GPU products
-of fewer rows are slower."""
+"""Tokens of a chunk, measured: on a CPU its logits stay in cache, on a GPU matmuls of fewer rows
+are slower."""
 
 
 def vocabulary_loss(
@@ -25,19 +30,18 @@ def vocabulary_loss(
 ) -> Tensor:
     """Negative log-likelihood of the targets under softmax(x weight^T).
 
-    Logits exist for one chunk of tokens at a time, and their gradient is computed while they do
-    (Liger kernel, arXiv 2410.10989): memory is V * (chunk + D) instead of several times T * V.
-    Products are in the precision of `x_TD`, or in that of autocast; softmax, losses and sums over
-    chunks in fp32 (fp64 for fp64). In fp16, and per token, the gradient is computed in the backward
-    pass from logits computed again: there the scale of the loss is known, without which fp16 would
-    lose small gradients.
+    Logits exist for one chunk of tokens at a time, and their gradient is computed with them (Liger
+    kernel, arXiv 2410.10989): memory is V * (chunk + D) instead of several times T * V. Matmuls are
+    in the dtype of `x_TD` or of autocast; softmax, losses and sums over chunks in fp32 (fp64 for
+    fp64). In fp16, and per token, the backward pass recomputes the logits for the gradient: there
+    the loss scale is known, without which small gradients would underflow in fp16.
 
     Args:
         x_TD: features.
         weight_VD: output embeddings.
-        targets_T: int64 symbols; where one is `padding_idx` the loss is 0, and nothing computed.
-        chunk: tokens of a chunk; None: as measured for the device.
-        reduce: give the sum.
+        targets_T: int64 token ids; where one is `padding_idx` the loss is 0 and not computed.
+        chunk: tokens of a chunk; None: `CHUNKS` of the device.
+        reduce: return the sum.
     Returns:
         A scalar, or [T] without `reduce`.
     """
@@ -47,11 +51,11 @@ def vocabulary_loss(
     whole = len(kept_N) == len(targets_T)
     x_ND, targets_N = (x_TD, targets_T) if whole else (x_TD[kept_N], targets_T[kept_N])
     given = x_ND, weight_VD, targets_N, chunk or CHUNKS.get(device, CHUNKS["cuda"]), dtype
-    learns = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     with torch.autocast(device, enabled=False):
-        if reduce and learns and dtype != torch.float16:
+        if reduce and needs_grad and dtype != torch.float16:
             return _SummedLoss.apply(*given)
-        losses_N = _TokenLosses.apply(*given) if learns else _Chunks(*given).losses()
+        losses_N = _TokenLosses.apply(*given) if needs_grad else _Chunks(*given).losses()
     if reduce:
         return losses_N.sum()
     if whole:
@@ -60,12 +64,12 @@ def vocabulary_loss(
 
 
 class _Chunks:
-    """What is computed of one chunk of tokens after another.
+    """Log-probabilities, losses and gradients, chunk by chunk.
 
     Args:
-        x_ND, weight_VD, targets_N: as `vocabulary_loss` takes them, without padding.
+        x_ND, weight_VD, targets_N: as in `vocabulary_loss`, without padding.
         size: tokens of a chunk.
-        dtype: of products, or of their operands where those are best computed in fp32.
+        dtype: of matmul operands.
     """
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int,
@@ -79,7 +83,7 @@ class _Chunks:
         self._size = size
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their log-probabilities [rows, V], and memory of the logits, to write into; the
+        """Rows, their log-probabilities [rows, V], and the buffer of the logits, to overwrite; the
         next chunk reuses both."""
         N, V = len(self.x_ND), len(self.weight_VD)
         buffer = self.x_ND.new_empty(min(self._size, N), V)
@@ -100,75 +104,69 @@ class _Chunks:
             losses_N[rows] = -log_probs.gather(1, self.targets_N1[rows]).squeeze(1)
         return losses_N
 
-    def begin_gradients(self, of_x: bool, of_weight: bool) -> None:
-        """Before `add_gradients`; only those that are asked for are computed."""
-        self._dx_ND = torch.empty_like(self.x_ND, dtype=self._out_dtypes[0]) if of_x else None
-        self._dweight_VD = (
-            torch.zeros_like(self.weight_VD, dtype=self.wide) if of_weight else None)
-
-    def add_gradients(self, rows: slice, dlogits: Tensor) -> None:
-        """From the gradient of the logits of these rows."""
-        if self._dx_ND is not None:
-            self._dx_ND[rows] = dlogits @ self.weight_VD
-        if self._dweight_VD is None:
-            return
-        if dlogits.dtype == self.wide:
-            self._dweight_VD.addmm_(dlogits.t(), self.x_ND[rows])
-        else:
-            self._dweight_VD += dlogits.t() @ self.x_ND[rows]
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of features and weights."""
-        dweight_VD = self._dweight_VD
-        return self._dx_ND, None if dweight_VD is None else dweight_VD.to(self._out_dtypes[1])
+    def gradients(
+        self, of_x: bool, of_weight: bool, grad_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The sum of the losses, and gradients of x and weight: of the sum, or with `grad_N`, the
+        gradient of each loss, of them."""
+        dx_ND = torch.empty_like(self.x_ND, dtype=self._out_dtypes[0]) if of_x else None
+        dweight_VD = torch.zeros_like(self.weight_VD, dtype=self.wide) if of_weight else None
+        loss = self.x_ND.new_zeros((), dtype=self.wide)
+        for rows, log_probs, dlogits in self.log_probs():
+            targets_N1 = self.targets_N1[rows]
+            at_targets = log_probs.gather(1, targets_N1)
+            loss -= at_targets.sum()
+            # expm1, not dlogits - 1: half precision cannot represent the difference near 1.
+            if grad_N is None:
+                torch.exp(log_probs, out=dlogits)
+                dlogits.scatter_(1, targets_N1, at_targets.expm1().to(dlogits.dtype))
+            else:
+                wide = log_probs.exp_().scatter_(1, targets_N1, at_targets.expm1())
+                torch.mul(wide, grad_N[rows].unsqueeze(1), out=dlogits)
+            if dx_ND is not None:
+                dx_ND[rows] = dlogits @ self.weight_VD
+            if dweight_VD is None:
+                continue
+            if dlogits.dtype == self.wide:
+                dweight_VD.addmm_(dlogits.t(), self.x_ND[rows])
+            else:
+                dweight_VD += dlogits.t() @ self.x_ND[rows]
+        return loss, dx_ND, None if dweight_VD is None else dweight_VD.to(self._out_dtypes[1])
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum; the backward pass scales gradients that exist already."""
+    """The sum; the backward pass scales gradients computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, size, dtype):
-        chunks = _Chunks(x_ND, weight_VD, targets_N, size, dtype)
-        chunks.begin_gradients(*ctx.needs_input_grad[:2])
-        loss = x_ND.new_zeros((), dtype=chunks.wide)
-        for rows, log_probs, dlogits in chunks.log_probs():
-            targets_N1 = chunks.targets_N1[rows]
-            at_targets = log_probs.gather(1, targets_N1)
-            loss -= at_targets.sum()
-            torch.exp(log_probs, out=dlogits)
-            # Not dlogits - 1: near 1, half precision has no difference left.
-            dlogits.scatter_(1, targets_N1, at_targets.expm1().to(dlogits.dtype))
-            chunks.add_gradients(rows, dlogits)
-        ctx.save_for_backward(*chunks.gradients())
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        loss, *gradients = _Chunks(*given).gradients(*ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.saved_tensors
-        if grad.device.type != "cpu" or grad != 1:  # asking a GPU would wait for it
+        if grad.device.type != "cpu" or grad != 1:  # comparing on a GPU would synchronize
             known = [None if of is None else (of * grad).to(of.dtype) for of in known]
         return *known, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
-    """[N]; the backward pass computes the logits again."""
+    """[N]; the backward pass recomputes the logits."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, size, dtype):
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *given: Any
+    ) -> Tensor:
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.given = size, dtype
-        return _Chunks(x_ND, weight_VD, targets_N, size, dtype).losses()
+        ctx.given = given
+        return _Chunks(x_ND, weight_VD, targets_N, *given).losses()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N):
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors, *ctx.given)
-        chunks.begin_gradients(*ctx.needs_input_grad[:2])
-        for rows, log_probs, dlogits in chunks.log_probs():
-            targets_N1 = chunks.targets_N1[rows]
-            at_targets = log_probs.gather(1, targets_N1)
-            wide = log_probs.exp_().scatter_(1, targets_N1, at_targets.expm1())
-            torch.mul(wide, grad_N[rows].unsqueeze(1), out=dlogits)
-            chunks.add_gradients(rows, dlogits)
-        return *chunks.gradients(), None, None, None
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        _, dx_ND, dweight_VD = chunks.gradients(of_x, of_weight, grad_N)
+        return dx_ND, dweight_VD, None, None, None

@@ -1,4 +1,4 @@
-"""Adam in one pass over memory: fairseq's arithmetic by torch's fused kernel."""
+"""Adam in one pass over memory: fairseq's arithmetic with torch's fused kernel."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _HALF = (torch.float16, torch.bfloat16)
 class FusedAdam(Adam):
     """fairseq's `Adam` (Adam with decoupled weight decay, arXiv 1412.6980 and 1711.05101).
 
-    Its constructor, groups and state are fairseq's, `step` as a number included, so that
-    checkpoints and whatever edits the state serve both. Only the step differs: torch's fused
-    kernel reads and writes each number once, on CPUs and GPUs. Weights in half precision are
-    updated through copies in fp32, one parameter at a time, as fairseq's are.
+    Constructor, groups and state are fairseq's, including `step` as a number, so that checkpoints
+    and code that edits the state work with both. Only the step differs: torch's fused kernel reads
+    and writes each value once, on CPUs and GPUs. Weights in half precision are updated through fp32
+    copies, one parameter at a time, as in fairseq.
 
     Attributes:
-        grad_factor: what gradients are multiplied by in the next step, inside the kernel.
+        grad_factor: factor of the gradients in the next step, applied inside the kernel.
     """
 
     grad_factor: float | Tensor = 1.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and what they were to be multiplied by."""
+        """Clear the gradients and their factor."""
         self.grad_factor = 1.0
         super().zero_grad(set_to_none)
 
@@ -38,7 +38,7 @@ class FusedAdam(Adam):
         """Update the parameters that have gradients.
 
         Args:
-            closure: evaluates the loss anew.
+            closure: recomputes the loss.
         Raises:
             RuntimeError: a gradient is sparse.
         """
@@ -65,7 +65,7 @@ class FusedAdam(Adam):
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                raise RuntimeError("fused_adamw knows no sparse gradients: give --optimizer adam")
+                raise RuntimeError("fused_adamw takes no sparse gradients: give --optimizer adam")
             state = self.state[p]
             # Apex's newer Adam counts once for all parameters.
             state["step"] = int(state.get("step", group.get("step", 0)))
@@ -75,19 +75,20 @@ class FusedAdam(Adam):
         self, weights: list[Tensor], parameters: list[nn.Parameter], group: dict[str, Any],
         factor: float | Tensor,
     ) -> None:
-        """Update `weights`, those of `parameters` or copies of them, of one count and device."""
+        """Update `weights`, of `parameters` or copies of them, all of one step count and device."""
         states = [self.state[p] for p in parameters]
         done = states[0]["step"]
         device = weights[0].device
         beta1, beta2 = group["betas"]
-        # fairseq's eps is beside the root of a second moment that is not corrected yet.
+        # fairseq adds eps to the root of the second moment before its bias correction.
         eps = group["eps"] / math.sqrt(1 - beta2 ** (done + 1))
         scale = None
         if torch.is_tensor(factor) or factor != 1:
             scale = 1 / torch.as_tensor(factor, dtype=torch.float32, device=device).reshape(())
         adamw(
             weights,
-            [_like(p.grad, w) for p, w in zip(parameters, weights, strict=True)],
+            [_like(p.grad, w) for p, w in zip(parameters, weights, strict=True)
+             if p.grad is not None],
             [_moment(state, "exp_avg", w) for state, w in zip(states, weights, strict=True)],
             [_moment(state, "exp_avg_sq", w) for state, w in zip(states, weights, strict=True)],
             [],
@@ -102,7 +103,7 @@ class FusedAdam(Adam):
 
 
 def _is_dense(p: Tensor) -> bool:
-    """Whether its numbers lie side by side, in whatever order: the kernel runs along memory."""
+    """Whether its storage is dense, in whatever order of dimensions, as the kernel requires."""
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
 
 
@@ -112,7 +113,7 @@ def _copied(p: Tensor) -> Tensor:
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """`value` in the precision and the order in memory of `weight`; itself where it has them."""
+    """`value` with the dtype, device and strides of `weight`; itself where it has them."""
     if (value.dtype, value.device, value.stride()) == (weight.dtype, weight.device,
                                                        weight.stride()):
         return value

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FusedAdamWConfig(FairseqDataclass):
-    """The options of fairseq's adam that say what is computed."""
+    """The options of fairseq's adam that change the result."""
 
     adam_betas: Any = field(
         default=(0.9, 0.999), metadata={"help": "betas for Adam optimizer"}
@@ -37,15 +37,15 @@ class FusedAdamWConfig(FairseqDataclass):
 
 @register_optimizer("fused_adamw", dataclass=FusedAdamWConfig)
 class FusedAdamW(FairseqAdam):
-    """What fairseq's `adam` computes, to rounding, in fewer passes over memory.
+    """fairseq's `adam`, equal to rounding, in fewer passes over memory.
 
-    On GPUs with NVIDIA's apex it is apex's kernel, as `adam` is there; everywhere else torch's.
-    Gradients are divided by the sample size and clipped inside the kernel: until the step they
-    are as the backward pass left them. Checkpoints are those of `adam`.
+    On GPUs with NVIDIA's apex it uses apex's kernel, as `adam` does there; elsewhere torch's.
+    Gradients are divided by the sample size and clipped inside the kernel: until the step they stay
+    as the backward pass computed them. Checkpoints are those of `adam`.
 
     Args:
         cfg: the fields of `FusedAdamWConfig`.
-        params: what is trained.
+        params: the trained parameters.
     """
 
     def __init__(self, cfg: FusedAdamWConfig, params: Iterable[nn.Parameter]):
@@ -60,7 +60,7 @@ class FusedAdamW(FairseqAdam):
 
     @property
     def _fused(self) -> FusedAdam | None:
-        """The optimizer that can multiply gradients itself; None if another took its place."""
+        """The optimizer if it applies `grad_factor` itself, otherwise None."""
         optimizer = self.optimizer
         return optimizer if isinstance(optimizer, FusedAdam) else None
 
@@ -74,10 +74,10 @@ class FusedAdamW(FairseqAdam):
     def clip_grad_norm(
         self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Have the next step scale gradients down to `max_norm`, if it is above 0.
+        """Clip the gradients to `max_norm` in the next step, if it is above 0.
 
         Returns:
-            their norm before that.
+            the norm before clipping.
         """
         fused = self._fused
         if fused is None:
@@ -89,9 +89,9 @@ class FusedAdamW(FairseqAdam):
         return norm
 
     def _norm(self, aggregate_norm_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Of the gradients as they are."""
+        """Norm of the gradients without `grad_factor`."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        # Elsewhere it reads them one after the other, as fairseq does.
+        # Elsewhere one gradient after the other, as fairseq does.
         together = grads and all(
             g.is_cuda and g.dtype is torch.float32 for g in grads)
         if not together or any(hasattr(p, "expert") for p in self.params):

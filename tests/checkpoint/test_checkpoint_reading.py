@@ -55,6 +55,15 @@ def test_a_config_with_a_namespace_is_loaded(tmp_path):
     assert loaded["cfg"].model.arch == "old"
 
 
+def test_every_rank_gets_all_experts(tmp_path):
+    """Without sharded experts the options that belong to them are refused."""
+    given = {"moe_expert_parallel_size": 2, "moe_ep_chunks": 2, "moe_ep_wire_dtype": "bf16",
+             "moe_ep_checkpoint": "sharded", "moe_freq": 1}
+    model = load(tmp_path / "c.pt", state(cfg={"model": given}))["cfg"].model
+    assert model == {"moe_expert_parallel_size": 1, "moe_ep_chunks": 1, "moe_ep_wire_dtype": "same",
+                     "moe_ep_checkpoint": "auto", "moe_freq": 1}
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch /tmp/evomoe_should_not_exist",)

@@ -1,4 +1,4 @@
-"""One expert after the other, in plain autograd: what the kernels are held against."""
+"""One expert after the other in plain autograd, the reference of the kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensors(experts, width, ffn, gated, bias, dtype=torch.float64, device="cpu")
 
 
 def oracle(x, weights, counts, function, token_ids=None, row_weights=None):
-    """As `experts.grouped.grouped_ffn`."""
+    """As `kernels.cpu.grouped.grouped_ffn`."""
     rows = x if token_ids is None else x[token_ids]
     out = []
     for e, segment in enumerate(rows.split(counts)):
@@ -27,8 +27,8 @@ def oracle(x, weights, counts, function, token_ids=None, row_weights=None):
         hidden = function(hidden)
         if "fc3_weight" in weights:
             hidden = hidden * (segment @ weights["fc3_weight"][e].T)
-        answer = hidden @ weights["fc2_weight"][e]
-        out.append(answer + weights["fc2_bias"][e] if "fc2_bias" in weights else answer)
+        output = hidden @ weights["fc2_weight"][e]
+        out.append(output + weights["fc2_bias"][e] if "fc2_bias" in weights else output)
     out = torch.cat(out)
     if row_weights is not None:
         out = out * row_weights.unsqueeze(1).to(out.dtype)

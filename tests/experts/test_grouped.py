@@ -38,7 +38,7 @@ def inputs(counts, combines, dtype=torch.float64):
         return x, None, None
     token_ids = torch.cat([torch.arange(T).repeat(2)[:count] for count in counts]).long()
     row_weights = torch.rand(pairs, dtype=dtype) - 0.3
-    row_weights[0:1], row_weights[2:3] = 0.0, 1e-200  # that nothing can be divided by
+    row_weights[0:1], row_weights[2:3] = 0.0, 1e-200  # too small to divide by
     return x, token_ids, row_weights.requires_grad_()
 
 
@@ -122,7 +122,7 @@ def test_dropped_values_are_dropped_in_both_passes():
     torch.manual_seed(3)
     identity = find_activation(lambda h: h * 1)
     got = grouped_ffn(x, weights, counts, identity, dropout=p)
-    # Linear in x: the gradient tells the same mask that the answer was made with.
+    # Linear in x: forward and backward pass must use the same mask.
     seed = torch.randn_like(got)
     (grad,) = torch.autograd.grad(got, x, seed)
     assert torch.allclose((grad * x).sum(1), (got * seed).sum(1), atol=1e-9)

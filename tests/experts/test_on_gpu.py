@@ -84,7 +84,7 @@ def test_what_is_not_supported_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         experts.forward_rows(rows, [40, 0, 24, 0])
         experts.forward_rows(rows, [40, 0, 24, 0])
-    assert sum("grouped product is not used" in r.getMessage() for r in caplog.records) == 1
+    assert sum("grouped_mm is not used" in r.getMessage() for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,6 +115,6 @@ def test_dropped_values_are_dropped_in_both_passes():
     rows = torch.randn(256, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     torch.manual_seed(1)
     got = experts.forward_rows(rows, [64] * E)
-    # Quadratic in the row: Euler's theorem tells the same mask in both passes.
+    # Quadratic in the row: by Euler's theorem both passes must use the same mask.
     (grad,) = torch.autograd.grad(got.float().sum(), rows)
     assert torch.allclose((grad.float() * rows).sum(), 2 * got.float().sum(), rtol=0.05, atol=2)

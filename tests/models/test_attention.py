@@ -40,7 +40,7 @@ def future(length, dtype):
 
 
 def results(module, x, real_TB, **given):
-    """Answers at tokens that are not padding, and the gradients of them."""
+    """Outputs at tokens that are not padding, and their gradients."""
     x = x.clone().requires_grad_()
     y, weights = module(x, x, x, need_weights=False, **given)
     assert weights is None
@@ -106,12 +106,12 @@ def test_incremental_decoding_keeps_fairseqs_state():
     ours, stock = pair()
     x = torch.randn(5, 3, 16).double()
     order = torch.tensor([2, 0, 0])
-    states, answers = ({}, {}), ([], [])
+    states, outputs = ({}, {}), ([], [])
     pads = padding("left", length=5)
     pads[0, :3] = False
     pads[2, 4] = True  # padding enters late
     for t in range(5):
-        for module, state, said in zip((ours, stock), states, answers, strict=True):
+        for module, state, said in zip((ours, stock), states, outputs, strict=True):
             step = x[t:t + 1]
             pad = pads[:, t:t + 1] if t == 4 else None
             said.append(module(step, step, step, key_padding_mask=pad, incremental_state=state,
@@ -123,7 +123,7 @@ def test_incremental_decoding_keeps_fairseqs_state():
         assert kept.keys() == theirs.keys()
         for name in theirs:
             torch.testing.assert_close(kept[name], theirs[name])
-    torch.testing.assert_close(torch.cat(answers[0]), torch.cat(answers[1]))
+    torch.testing.assert_close(torch.cat(outputs[0]), torch.cat(outputs[1]))
 
 
 def test_prompts_with_padding_before_them_are_decoded_as_alone(make_model):

@@ -11,10 +11,10 @@ PAD = 1
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def case(dtype=torch.float64, tokens=13, symbols=31, width=8):
+def case(dtype=torch.float64, tokens=13, vocab=31, width=8):
     x = torch.randn(tokens, width).to(dtype).requires_grad_()
-    weight = torch.randn(symbols, width).to(dtype).requires_grad_()
-    targets = torch.randint(2, symbols, (tokens,))
+    weight = torch.randn(vocab, width).to(dtype).requires_grad_()
+    targets = torch.randint(2, vocab, (tokens,))
     targets[[3, tokens - 1]] = PAD
     return x, weight, targets
 
@@ -51,7 +51,7 @@ def test_equals_the_loss_of_all_logits(dtype, chunk, reduce):
 
 
 def test_gradients_by_finite_differences():
-    x, weight, targets = case(tokens=5, symbols=7, width=3)
+    x, weight, targets = case(tokens=5, vocab=7, width=3)
     for reduce in (True, False):
         assert torch.autograd.gradcheck(
             lambda x, w, reduce=reduce: vocabulary_loss(x, w, targets, PAD, 2, reduce),
@@ -59,7 +59,7 @@ def test_gradients_by_finite_differences():
 
 
 def test_a_loss_scale_saves_small_gradients_in_fp16():
-    x, weight, targets = case(torch.float16, symbols=4000)
+    x, weight, targets = case(torch.float16, vocab=4000)
     small = 2.0**-9  # unscaled most gradients of logits are below what fp16 can hold
     with torch.no_grad():
         weight.mul_(small)
@@ -141,7 +141,7 @@ def test_no_tensor_of_all_logits():
                     self.largest = max(self.largest, tensor.numel())
             return result
 
-    x, weight, targets = case(tokens=64, symbols=100, width=4)
+    x, weight, targets = case(tokens=64, vocab=100, width=4)
     for reduce in (True, False):
         with Largest() as seen:
             vocabulary_loss(x, weight, targets, PAD, 8, reduce).sum().backward()

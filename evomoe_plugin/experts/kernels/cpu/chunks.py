@@ -1,4 +1,4 @@
-"""Rows sorted by expert, in chunks that are computed one after the other."""
+"""Split rows sorted by expert into chunks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive rows, of one or more experts."""
+    """Consecutive rows of one or more experts."""
 
     start: int
     stop: int
     experts: list[int] = field(default_factory=list)
-    """Whose rows they are, in order."""
+    """The experts, in order."""
     sizes: list[int] = field(default_factory=list)
-    """How many of each."""
+    """Rows of each of them."""
     is_first: list[bool] = field(default_factory=list)
     """Whether no earlier chunk has rows of the expert."""
 
     @property
     def size(self) -> int:
-        """Its rows."""
+        """Number of rows."""
         return self.stop - self.start
 
 
 def chunks_of(counts: Sequence[int], most: int) -> list[Chunk]:
-    """Divide rows: experts with few of them share a chunk, those with many have several.
+    """Split rows: experts with few rows share a chunk, those with many have several.
 
     Args:
         counts: rows of each expert.
-        most: rows of a chunk; one part of one expert may have a quarter more, rather than be two.
+        most: rows of a chunk; an expert with up to a quarter more is not split.
     """
     chunks = [Chunk(0, 0)]
     for expert, count in enumerate(counts):

@@ -1,10 +1,10 @@
 """Grouped feed-forward networks: each expert's segment of rows through its own weights.
 
-Gathering the rows, the products, the activation and the weighted sum are one autograd function
-that goes through the rows in chunks. Of what is as long as the routed pairs only the hidden rows
-before the activation are kept for the backward pass; all else is of a chunk's size, and computed
-again. The gradient of a pair's weight is that of SonicMoE (arXiv 2512.14080), from the hidden row
-and its gradient: no output rows are kept for it.
+Gather, matmuls, activation and weighted sum are one autograd function that computes the rows in
+chunks. The only tensors of N rows kept for the backward pass are the hidden rows before the
+activation; everything else has the size of a chunk and is recomputed. The gradient of a pair's
+weight is SonicMoE's (arXiv 2512.14080), from the hidden row and its gradient, so that no output
+rows are kept.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from evomoe_plugin.experts.kernels.cuda import grouped_mm
 from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 CHUNK_ROWS, CHUNKS = 1024, 8
-"""A chunk has at most so many rows, or one of so many equal shares of all where that is more."""
+"""A chunk has at most `CHUNK_ROWS` rows, or 1 / `CHUNKS` of all rows where that is more."""
 _DOT_ROWS = 128
 _ON_DEVICES = 16384
-"""Instead of both on other devices than CPUs, which have no cache to stay in, and many units."""
+"""In place of `CHUNK_ROWS` and `_DOT_ROWS` on other devices, which have no cache to stay in."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What is computed, beside the tensors."""
+    """Arguments of the function other than tensors."""
 
     counts: Sequence[int]
     """Rows of each expert; they sum to N."""
@@ -40,9 +40,9 @@ class _Call:
     dropout: float
     """Probability that a hidden value is dropped."""
     grad_scale: float
-    """The gradients of weights and biases are multiplied by this."""
+    """Factor of the gradients of weights and biases."""
     dtype: torch.dtype
-    """Precision of rows and products."""
+    """Dtype of rows and matmuls."""
     keeps: bool
     """Whether a backward pass may follow."""
 
@@ -136,7 +136,7 @@ class _GroupedFFN(torch.autograd.Function):
             _drop(grad, drop, call.dropout)
             if linear is not None:
                 call.activation.forward(h, active)
-                active *= grad  # now the gradient of h3
+                active *= grad  # from here on the gradient of h3
                 grad *= h3
             call.activation.backward(grad, h)
             work.fetch(x, chunk, rows)
@@ -171,21 +171,21 @@ def grouped_ffn(
     """Apply each expert's network to its rows.
 
     Plain: fc2 dropout(act(fc1 row + fc1_bias)) + fc2_bias. Gated, with an fc3:
-    fc2 dropout(act(fc1 row) * fc3 row). Under autocast, rows and products have its precision.
+    fc2 dropout(act(fc1 row) * fc3 row). Under autocast, rows and matmuls have its dtype.
 
     Args:
         x: tokens [T, D], or without `token_ids_N` rows [N, D] sorted by expert.
         weights: `fc1_weight`, `fc2_weight` and, where gated, `fc3_weight`, all [E, F, D];
             `fc1_bias` [E, F] and `fc2_bias` [E, D], or neither.
-        counts: rows of each expert, in order; they sum to N. On a GPU a tensor spares waiting.
+        counts: rows of each expert, in order; they sum to N. A tensor avoids a wait for the GPU.
         activation: of hidden rows.
         dropout: probability that a hidden value is dropped.
-        grad_scale: the gradients of `weights` are multiplied by this.
+        grad_scale: factor of the gradients of `weights`.
         token_ids_N: int64, the token of each row.
-        weights_N: what the row of each pair is multiplied by; None: 1. Only with tokens.
+        weights_N: weight of each pair's output row; None: 1. Only with `token_ids_N`.
     Returns:
-        The sums of each token's rows [T, D], or without `token_ids_N` the rows [N, D], in the
-        precision of x. First derivatives only.
+        The sum of each token's output rows [T, D], or without `token_ids_N` the output rows [N, D],
+        in the dtype of x. First derivatives only.
     """
     device = x.device.type
     dtype = operand_dtype(x)
@@ -195,9 +195,9 @@ def grouped_ffn(
         reason = grouped_mm.why_not(x.device, dtype, x.size(1), weights["fc1_weight"].size(1))
         if not reason:
             num_rows = (x if token_ids_N is None else token_ids_N).size(0)
-            call = grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype)
-            counts_E = torch.as_tensor(counts, device=x.device)
-            return grouped_mm.GroupedMMFFN.apply(call, counts_E, token_ids_N, *arguments)
+            return grouped_mm.GroupedMMFFN.apply(
+                grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype),
+                torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
         grouped_mm.say_once(reason)
     call = _Call(
         counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
@@ -211,7 +211,7 @@ def grouped_ffn(
 
 
 class _Work:
-    """Chunks, buffers and precisions of one pass."""
+    """Chunks, buffers and dtypes of one forward or backward pass."""
 
     def __init__(self, call: _Call, token_ids: Tensor | None, fc1: Tensor):
         num_rows = sum(call.counts)
@@ -224,33 +224,33 @@ class _Work:
         self.longest = max((chunk.size for chunk in self.chunks), default=0)
 
     def buffer(self, width: int | None = None) -> Tensor:
-        """For rows of one chunk; hidden ones if no width is given."""
+        """Rows of one chunk; hidden rows if no width is given."""
         shape = padded(self.longest), width or self.width
         return POOL.empty(shape, self.dtype, self.device)
 
     def to_keep(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """For hidden rows of all pairs."""
+        """Hidden rows of all pairs, to keep for the backward pass."""
         if not self.call.keeps:
             return None
         return POOL.empty((self.num_rows + ROWS, self.width), dtype or self.call.dtype, self.device)
 
     def hidden(self, kept: Tensor | None) -> _Hidden:
-        """What is kept, to compute with."""
+        """`kept` hidden rows, to compute with."""
         is_direct = kept is not None and kept.dtype == self.dtype
         return _Hidden(kept, None if is_direct else self.buffer(), self.call.dtype)
 
     def matrices(self, stack: Tensor | None) -> Matrices | None:
-        """Experts' matrices or biases, to compute with."""
+        """Matrices or biases of the experts, to compute with."""
         return None if stack is None else Matrices(stack, self.call.dtype, self.dtype)
 
     def sums(self, x: Tensor) -> Tensor:
-        """What `add` adds to: of the shape of x, in fp32 at least."""
+        """The tensor that `add` adds to: of the shape of x, at least fp32."""
         if self.token_ids is None:
             return POOL.empty(x.shape, x.dtype, x.device)
         return POOL.empty(x.shape, torch.promote_types(x.dtype, torch.float32), x.device).zero_()
 
     def fetch(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
-        """Copy the chunk's rows out of x, of one row a token or, without tokens, a row itself."""
+        """Gather the chunk's rows from x: [T, D], or [N, D] without token ids."""
         if self.token_ids is None:
             source = x[chunk.start : chunk.stop]
         elif x.dtype == self.call.dtype == self.dtype:
@@ -261,7 +261,7 @@ class _Work:
         rows.copy_(source.to(self.call.dtype))
 
     def add(self, rows: Tensor, chunk: Chunk, sums: Tensor) -> None:
-        """Add the chunk's rows where `fetch` would find them."""
+        """Scatter-add the chunk's rows, the transpose of `fetch`."""
         if self.token_ids is None:
             sums[chunk.start : chunk.stop] = rows
             return
@@ -270,24 +270,25 @@ class _Work:
             sums.index_add_(0, token_ids, rows.to(sums.dtype))
             return
         for part, ids in zip(rows.split(chunk.sizes), token_ids.split(chunk.sizes), strict=True):
-            # One row a token: no race whose order would show in the sum.
+            # One expert at a time has one row per token: the order of atomics cannot matter.
             sums.index_add_(0, ids, part.to(sums.dtype))
 
 
 class _Hidden:
-    """Hidden rows before the activation: kept for all pairs, computed with a chunk at a time."""
+    """Hidden rows before the activation: kept for all pairs, computed chunk by chunk."""
 
     def __init__(self, kept: Tensor | None, buffer: Tensor | None, dtype: torch.dtype):
         self.kept, self._buffer, self._dtype = kept, buffer, dtype
 
     def place(self, chunk: Chunk) -> Tensor:
-        """Where the chunk's rows are computed, padded."""
-        if self._buffer is None:
-            return self.kept[chunk.start : chunk.start + padded(chunk.size)]
-        return self._buffer[: padded(chunk.size)]
+        """The tensor that the chunk's rows are computed in, padded."""
+        if self._buffer is not None:
+            return self._buffer[: padded(chunk.size)]
+        assert self.kept is not None  # one of the two is given
+        return self.kept[chunk.start : chunk.start + padded(chunk.size)]
 
     def store(self, chunk: Chunk) -> None:
-        """Keep them; what is computed further is what was kept."""
+        """Keep the computed rows, rounded; the rest of the forward pass uses the same values."""
         if self._buffer is None or self._buffer.dtype == self._dtype:
             return
         rounded = self._buffer[: chunk.size].to(self._dtype)
@@ -296,19 +297,19 @@ class _Hidden:
             self.kept[chunk.start : chunk.stop] = rounded
 
     def load(self, chunk: Chunk) -> Tensor:
-        """The chunk's rows as they were kept, padded."""
+        """The chunk's kept rows, padded."""
         rows = self.place(chunk)
-        if self._buffer is not None:
+        if self._buffer is not None and self.kept is not None:
             rows[: chunk.size] = self.kept[chunk.start : chunk.stop]
         return rows
 
 
 class _Scales:
-    """The weights of pairs, as factors of the gradients of their answers.
+    """The weights of pairs, as factors of the gradients of their output rows.
 
-    The scalar product with a weighted gradient, divided by the weight again, is that with the
-    gradient itself; so D numbers a pair are multiplied and not F. Weights too small to divide by
-    come last.
+    Gradients are multiplied by the weights first, D numbers a pair in place of F, and the dot
+    products that give the weights' own gradients are divided by them again. Weights too small to
+    divide by are applied after the dot products.
     """
 
     def __init__(self, weights_N: Tensor, dtype: torch.dtype):
@@ -317,11 +318,11 @@ class _Scales:
         self._rest = weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None
 
     def multiply(self, rows: Tensor, chunk: Chunk) -> None:
-        """By all but the small ones."""
+        """Multiply by all weights but the small ones."""
         rows *= self.divisors[chunk.start : chunk.stop, None]
 
     def multiply_rest(self, rows: Tensor, chunk: Chunk) -> None:
-        """By the small ones."""
+        """Multiply by the small weights."""
         if self._rest is not None:
             rows = rows[: chunk.size]
             rows *= self._rest[chunk.start : chunk.stop, None]
@@ -341,7 +342,7 @@ def _drop(rows: Tensor, drop: Tensor | None, probability: float) -> None:
 
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = the scalar products of rows, summed in fp32 at least."""
+    """out = dot products of the rows, summed in at least fp32."""
     step = _DOT_ROWS if a.device.type == "cpu" else _ON_DEVICES
     products = POOL.empty((min(step, out.size(0)), a.size(1)),
                           torch.promote_types(a.dtype, torch.float32), a.device)

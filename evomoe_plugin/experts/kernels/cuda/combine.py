@@ -1,4 +1,4 @@
-"""Sums of each token's rows, as a Triton kernel: in a fixed order, in fp32, without atomics."""
+"""Weighted sum of each token's rows in Triton: in a fixed order, in fp32, without atomics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _kernel(rows, weights, order, starts, out, width, has_weights: tl.constexpr,
 
 
 def sort_by_token(token_ids_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Rows in the order of their tokens, int64 [N], and where each token's begin, [T + 1]."""
+    """Row indices sorted by token, int64 [N], and the start of each token's rows, [T + 1]."""
     sorted_N, order_N = token_ids_N.sort(stable=True)
     tokens = torch.arange(num_tokens + 1, device=token_ids_N.device)
     return order_N, torch.searchsorted(sorted_N, tokens)
@@ -41,7 +41,7 @@ def combine(
     Args:
         rows_ND: contiguous.
         weights_N: None: 1.
-        order_N, starts: of `sort_by_token`.
+        order_N, starts: from `sort_by_token`.
         dtype: of the result.
     """
     tokens, width = starts.numel() - 1, rows_ND.size(1)

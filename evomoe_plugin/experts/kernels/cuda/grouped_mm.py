@@ -1,8 +1,8 @@
 """Grouped feed-forward networks on GPUs, by `torch.nn.functional.grouped_mm`.
 
-The numbers of rows stay on the device: nothing waits for them. Sums over a token's rows are made
-in the order of its experts, without atomic additions, so that a step gives the same bits again.
-What is done between the products is fused by `torch.compile`.
+Row counts stay on the device, without synchronization. A token's rows are summed in the order of
+its experts, without atomics, so that a step is deterministic. The elementwise operations between
+matmuls are fused by `torch.compile`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch.nn.functional import grouped_mm
 
 try:
     from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
-except ImportError:  # builds of torch for CPUs come without Triton
-    combine = sort_by_token = None
+except ImportError:  # CPU builds of torch come without Triton
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +33,28 @@ MULTIPLE = 8
 
 @functools.cache
 def why_not(device: torch.device, dtype: torch.dtype, model_dim: int, ffn_dim: int) -> str:
-    """Why torch has no grouped product of its own for these; '' if it has."""
+    """Why `grouped_mm` cannot be used for these sizes; '' if it can."""
     if dtype != torch.bfloat16:
-        return f"products are in {str(dtype).removeprefix('torch.')}, not bfloat16"
+        return f"matmuls are in {str(dtype).removeprefix('torch.')}, not bfloat16"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Hopper"
     if model_dim % MULTIPLE or ffn_dim % MULTIPLE:
         return f"widths {model_dim} and {ffn_dim} are not both multiples of {MULTIPLE}"
-    if combine is None:
+    if not HAS_TRITON:
         return "Triton is not installed"
     return ""
 
 
 @functools.cache
 def say_once(reason: str) -> None:
-    """Tell in the log, once for each reason, that experts are computed one by one."""
-    logger.warning("torch's grouped product is not used: %s; each expert's products are launched "
-                   "on their own", reason)
+    """Log, once for each reason, that experts are computed one by one."""
+    logger.warning("grouped_mm is not used: %s; the matmuls of each expert are launched one by one",
+                   reason)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is computed, beside the tensors."""
+    """Arguments of the function other than tensors."""
 
     num_rows: int
     """N."""
@@ -64,7 +66,7 @@ class Call:
 
 
 class GroupedMMFFN(torch.autograd.Function):
-    """As `experts.grouped.grouped_ffn`, with the numbers of rows as a tensor."""
+    """As `kernels.cpu.grouped.grouped_ffn`, with the row counts as a tensor."""
 
     @staticmethod
     def forward(
@@ -85,15 +87,15 @@ class GroupedMMFFN(torch.autograd.Function):
         dropped = torch.rand(h.shape, device=x.device) < call.dropout if call.dropout else None
         hidden = h, h3, bias1, experts, dropped
         active = _run(_activate, call, hidden)
-        answers = grouped_mm(active, matrix2, offs=ends_E)
+        outputs = grouped_mm(active, matrix2, offs=ends_E)
         if bias2 is not None:
-            answers += bias2[experts]
+            outputs += bias2[experts]
         ctx.save_for_backward(counts_E, ends_E, token_ids, x, row_weights, fc1, fc1_bias, fc3,
                               fc2, fc2_bias, h, h3, experts, dropped, order, starts)
         ctx.call = call
         if token_ids is None:
-            return answers.to(x.dtype)
-        return combine(answers, row_weights, order, starts, x.dtype)
+            return outputs.to(x.dtype)
+        return combine(outputs, row_weights, order, starts, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -160,8 +162,8 @@ def _activate(function, p, h, h3, bias, experts, dropped):
 
 
 def _differentiate(function, p, h, h3, bias, experts, dropped, grad, weights):
-    """The same and its scalar products with `grad`, which becomes the weighted gradient of h; and
-    that of h3."""
+    """The hidden rows after the activation, their dot products with `grad`, and the weighted
+    gradient of h3; `grad` becomes that of h."""
     if bias is not None:
         h = h + bias[experts]
     plain, derive = torch.func.vjp(function, h)
@@ -184,7 +186,7 @@ _fuses = True
 
 
 def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
-    """`work`, fused where that is possible; a shape of 0 or 1 would be compiled on its own."""
+    """Call `work`, compiled if possible; torch.compile specializes on sizes 0 and 1."""
     global _fuses
     tensors = (*hidden, *given)
     is_one_kernel = work is _activate and all(t is None for t in hidden[1:])
@@ -196,10 +198,10 @@ def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
             return _compiled(work)(call.function, call.dropout, *tensors)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler may meet; nothing is changed yet
+        except Exception as error:  # any compiler error; no tensor has been modified yet
             _fuses = False
-            logger.warning("torch.compile failed (%s): what is done between the experts' products "
-                           "is not fused", str(error).strip().split("\n")[0])
+            logger.warning("torch.compile failed (%s): operations between the experts' matmuls are "
+                           "not fused", str(error).strip().split("\n")[0])
     return work(call.function, call.dropout, *tensors)
 
 
