@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--documents-by", default=default["documents_by"], choices=DOCUMENTS_BY,
                          help="unit of a document in plain text (default: %(default)s)")
     reading.add_argument("--document-start", metavar="REGEX",
-                         help="join lines of plain text, or rows, into documents: each starts where "
-                              "this matches")
+                         help="join lines of plain text, or rows, into documents: each starts "
+                              "where this matches")
     reading.add_argument("--encoding-errors", default=default["encoding_errors"],
                          choices=ENCODING_ERRORS,
                          help="how to treat bytes that are not UTF-8 (default: %(default)s)")
