@@ -2,8 +2,8 @@
 
 malloc maps blocks above 32 MiB anew each time, and the kernel clears them page by page at first
 use, which takes a tenth of a step with weight gradients and activations of that size. With
-`mallopt` in its place (no mmap, no trim) an fp32 step is 5 to 9 % slower, since malloc asks for no
-huge pages, and peak memory 8 to 15 % higher.
+`mallopt` in its place (no mmap, no trim) an fp32 step is 2 to 9 % slower, since malloc asks for no
+huge pages, and peak memory 8 to 46 % higher.
 """
 
 from __future__ import annotations
