@@ -14,12 +14,12 @@ import torch
 from fairseq import options as fairseq_options
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.gpt2_config import CONFIG, GPT2Config, read_config, read_json
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.masked_vocab_row import masked_vocab_row
+from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.checkpoint.tensor_files import read_safetensors
 from evomoe_plugin.config.errors import OptionError
 
@@ -228,4 +228,4 @@ def _run_config(config: GPT2Config) -> dict[str, Any]:
     args = fairseq_options.parse_args_and_arch(
         parser, ["data-bin", *flags, *(str(x) for pair in arguments.items() for x in pair)])
     cfg = convert_namespace_to_omegaconf(args)
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return plain_config(cfg)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fairseq import checkpoint_utils
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from evomoe_plugin.checkpoint import fsdp_shards
 from evomoe_plugin.config.errors import OptionError
@@ -48,6 +48,11 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
         raise OptionError(option, path, "is no checkpoint of fairseq: its 'model' is not tensors "
                                         "by name")
     return state
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as a plain dictionary, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
 def existing_file(option: str, path: str) -> str:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from evomoe_plugin.checkpoint.checkpoint_file import MainFile
-from evomoe_plugin.checkpoint.expert_shards import MODEL, OPTIMIZER, ExpertShards, with_experts
+from evomoe_plugin.checkpoint.expert_shards import (
+    MODEL,
+    OPTIMIZER,
+    ExpertShards,
+    Manifest,
+    with_experts,
+)
 from evomoe_plugin.checkpoint.inspect import expert_shapes
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import expert_slots, moe_layer_indices
@@ -29,7 +35,7 @@ def faults(main: MainFile) -> Iterator[str]:
         yield from _nan_or_inf(f"the optimizer's state of parameter {i}: ", entry)
     yield from _faults_of_layers(main)
     if main.manifest is not None:
-        yield from _faults_of_shards(main, optimizer)
+        yield from _faults_of_shards(main, main.manifest, optimizer)
 
 
 def _nan_or_inf(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
@@ -72,8 +78,9 @@ class _Options:
         return self._given.get(name)
 
 
-def _faults_of_shards(main: MainFile, optimizer: Mapping[str, Any]) -> Iterator[str]:
-    manifest = main.manifest
+def _faults_of_shards(
+    main: MainFile, manifest: Manifest, optimizer: Mapping[str, Any]
+) -> Iterator[str]:
     if manifest.update != main.update:
         yield f"is of update {main.update}, its experts are of update {manifest.update}"
     try:

@@ -26,6 +26,7 @@ from evomoe_plugin.checkpoint.atomic_files import write_files
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
+from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.dense_checkpoint import (
@@ -217,7 +218,7 @@ def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
 def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str | None,
                 max_update: int | None, user_dir: str | None) -> dict[str, Any]:
     """The dense run's configuration, with the new model and the criterion that goes with it."""
-    run = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    run = plain_config(cfg)
     run["model"] = dict(model)
     criterion = CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]()
     run["criterion"] = {

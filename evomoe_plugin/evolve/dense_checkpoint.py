@@ -16,11 +16,11 @@ from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
-from evomoe_plugin.checkpoint.reading import read_checkpoint
+from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.models.language_model import MoELanguageModel
@@ -120,8 +120,9 @@ def _check_weights(option: str, path: str, model: Mapping[str, Any],
     """Raise `OptionError` unless the weights of experts and vocabulary exist and are finite."""
     D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
     shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
-    wanted = {f"decoder.layers.{layer}.{name}": shape
-              for layer in range(model["decoder_layers"]) for name, shape in shapes.items()}
+    wanted: dict[str, tuple[int, ...] | None] = {
+        f"decoder.layers.{layer}.{name}": shape
+        for layer in range(model["decoder_layers"]) for name, shape in shapes.items()}
     wanted["decoder.embed_tokens.weight"] = None
     for name, value in weights.items():
         if value.layout != torch.strided or not value.is_floating_point():
@@ -141,7 +142,7 @@ def _check_weights(option: str, path: str, model: Mapping[str, Any],
 
 def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The options; fairseq's defaults where an old checkpoint has none."""
-    saved = OmegaConf.to_container(cfg.model, resolve=True, enum_to_str=True)
+    saved = plain_config(cfg.model)
     task = cfg.get("task") or {}
     options = {}
     for field in dataclasses.fields(TransformerLanguageModelConfig):

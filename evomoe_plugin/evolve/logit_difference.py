@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
+from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.evolve.dense_checkpoint import DenseCheckpoint
 from evomoe_plugin.models.language_model import MoELanguageModel
 
@@ -70,10 +71,9 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
 def _build(dense: DenseCheckpoint) -> nn.Module:
     """The dense model with its weights, fp32, in evaluation mode."""
     with report_config_faults(dense.option, dense.path):
-        saved = OmegaConf.to_container(dense.cfg.model, resolve=True, enum_to_str=True)
         task = types.SimpleNamespace(source_dictionary=dense.dictionary,
                                      target_dictionary=dense.dictionary)
-        cfg = OmegaConf.create({**saved, **dense.model})
+        cfg = OmegaConf.create({**plain_config(dense.cfg.model), **dense.model})
         model = models.build_model(cfg, task, from_checkpoint=True)
         model.load_state_dict(dict(dense.weights), strict=True, model_cfg=cfg)
     return model.eval()

@@ -74,7 +74,7 @@ def init_from_dense(trainer: Trainer) -> None:
         logits = ("logits not compared with the dense model's, since no rank holds the whole "
                   "model: `evomoe upcycle` with the same options compares them")
     else:
-        logits = measure_logit_difference(model, dense)
+        logits = str(measure_logit_difference(model, dense))
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from fairseq.data import Dictionary
 
-from evomoe_plugin.checkpoint import output
+from evomoe_plugin.checkpoint import atomic_files
 from evomoe_plugin.cli import main
 from tests.checkpoint.test_tensor_files import written
 from tests.data.test_dictionary import BAD_DICTIONARIES
@@ -89,11 +90,12 @@ def test_two_files_or_none(folder, tmp_path, capsys, monkeypatch, full):
     out.mkdir()
     for name in ("dict.txt", "model.pt"):
         (out / name).write_text("precious")
-    monkeypatch.setattr(output, "open", FullDisk(full), raising=False)
+    monkeypatch.setattr(atomic_files, "open", FullDisk(full), raising=False)
     assert main(["import-hf", str(folder), str(out), "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{full}: No space left on device; nothing is changed" in error
+    assert re.search(rf"{full}: No space left on device \(\d+ MiB free\); nothing is changed",
+                     error)
     assert {path.name: path.read_text() for path in out.iterdir()} == {
         "dict.txt": "precious", "model.pt": "precious"}
 
@@ -108,7 +110,8 @@ def test_a_write_that_fails_inside_torch(folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     assert main(["import-hf", str(folder), str(tmp_path / "out")]) == 1
-    assert "model.pt: No space left on device; nothing is changed" in capsys.readouterr().err
+    assert re.search(r"model.pt: No space left on device \(\d+ MiB free\); nothing is changed",
+                     capsys.readouterr().err)
     assert not os.listdir(tmp_path / "out")
 
 
