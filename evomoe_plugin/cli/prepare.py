@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--documents-by", default=default["documents_by"], choices=DOCUMENTS_BY,
                          help="unit of a document in plain text (default: %(default)s)")
     reading.add_argument("--document-start", metavar="REGEX",
-                         help="join lines of plain text, or rows, into documents: each starts "
-                              "where this matches")
+                         help="join lines of plain text, or rows, into documents that start where "
+                              "this matches")
     reading.add_argument("--encoding-errors", default=default["encoding_errors"],
                          choices=ENCODING_ERRORS,
-                         help="how to treat bytes that are not UTF-8 (default: %(default)s)")
+                         help="handling of bytes that are not UTF-8 (default: %(default)s)")
     reading.add_argument("--max-bytes", type=_size, metavar="SIZE",
                          help="stop after this much text of the INPUTs: 5M is 5,000,000 bytes")
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         splits.add_argument(f"--{split}", action="append", default=[], metavar="INPUT",
                             help=f"file or folder that is the {split} split instead; repeatable")
     splits.add_argument("--seed", type=int, default=default["seed"], metavar="N",
-                        help="seed of the split and of the tokenizer's sample (default: %(default)s)")
+                        help="seed of splits and the tokenizer's sample (default: %(default)s)")
 
     tokenizer = parser.add_argument_group("tokenizer (default: train SentencePiece)")
     tokenizer.add_argument("--vocab-size", type=int, metavar="N",

@@ -120,7 +120,7 @@ def test_every_option_has_a_flag():
     import dataclasses
 
     from evomoe_plugin.cli import generate
-    from evomoe_plugin.generation import GenerationOptions
+    from evomoe_plugin.generation.options import GenerationOptions
 
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
