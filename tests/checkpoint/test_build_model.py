@@ -62,7 +62,7 @@ SPOILT = {
     "a name that is a list": (option("_name", ["transformer_lm"]), ALL, ""),
     "weights of another shape": (reshape, ("upcycle",), "fc2.weight has the shape (1, 16, 24)"),
     "and for the others": (reshape, BUILDERS, "does not fit the model"),
-    "no task": (lambda s: s["cfg"].pop("task"), BUILDERS, "is of the task None"),
+    "no task": (lambda s: s["cfg"].pop("task"), BUILDERS, "was trained with the task None"),
     "a string as the task": (lambda s: s["cfg"].update(task="language_modeling"), BUILDERS, CANNOT),
     "no common": (lambda s: s["cfg"].pop("common"), ("upcycle",), CANNOT),
     "no optimization": (lambda s: s["cfg"].pop("optimization"), ("upcycle",), CANNOT),

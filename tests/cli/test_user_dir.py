@@ -107,7 +107,7 @@ def test_a_users_gate_is_not_exported(folder, capsys):
     upcycle(folder, "--moe-gate", "user_first")
     capsys.readouterr()
     assert run(folder, "export", folder / "moe.pt", folder / "out") == 2
-    assert "--moe-gate user_first: the exported model knows the gates of this package alone" in (
+    assert "--moe-gate user_first: only gates of this package can be exported" in (
         capsys.readouterr().err)
     assert not (folder / "out").exists()
 
@@ -140,8 +140,8 @@ def test_a_users_architecture_of_other_sizes(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("option", "value", "message"), [
-    ("moe_gate", "of_mine", "has the gate of_mine: give --user-dir, the package of your own"),
-    ("_name", "of_mine", "is of the architecture of_mine: give --user-dir, the package"),
+    ("moe_gate", "of_mine", "has the gate of_mine: give --user-dir, the package that registers it"),
+    ("_name", "of_mine", "has the architecture of_mine: give --user-dir, the package"),
 ])
 def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, message):
     state = upcycle(folder, "--moe-gate", "gshard")
