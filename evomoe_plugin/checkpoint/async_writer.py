@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +14,7 @@ _executor: ThreadPoolExecutor | None = None
 _pending: Future | None = None
 
 
-def submit(job: Callable[[], None]) -> None:
+def submit(job: Callable[[], Any]) -> None:
     """Run `job` in the background; one at a time, so call `wait` first."""
     global _executor, _pending
     assert _pending is None, "wait() for the previous write first"

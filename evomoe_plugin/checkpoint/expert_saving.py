@@ -23,14 +23,15 @@ from evomoe_plugin.checkpoint.expert_shards import (
     Entry,
     Manifest,
     ShardFile,
+    insert,
     new_tag,
     replacing,
     wholes,
     with_experts,
     write_shard,
 )
-from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, model_layout
-from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, storages
+from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
+from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout, storages
 from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts
 from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
@@ -77,16 +78,16 @@ class ExpertSave:
 
     def finish(self) -> None:
         """End the save on this rank."""
-        if self._is_written:
-            return
-        path, tag = self._announce(None, None)
-        if path is not None:
-            self._write_all(path, tag)
+        if not self._is_written:
+            path, tag = self._announce("", "")
+            if path:
+                self._write_all(path, tag)
 
-    def _announce(self, path: str | None, tag: str | None) -> tuple[str | None, str | None]:
+    def _announce(self, path: str, tag: str) -> list[str]:
+        """Receive the file's path and tag from rank 0; "" if none is due."""
         given = [path, tag]
         dist.broadcast_object_list(given, src=0, group=self._groups.exchange)
-        return given[0], given[1]
+        return given
 
     def _write_all(self, path: str, tag: str) -> list[ShardFile]:
         """Each rank writes its own file; all receive all reports."""
@@ -147,7 +148,7 @@ def take(trainer: Trainer, experts: ShardedExperts) -> tuple[dict[str, Any], Exp
     whole = {key: _on_first(part, experts.groups, trainer.device)
              for key, part in tensors.items()}
     if is_first:
-        _put(state, whole, optimizer)
+        insert(state, whole, whole.__getitem__, optimizer)
     return state, None
 
 
@@ -249,28 +250,12 @@ def _plain(
     return dict(given, state=dict(sorted(entries.items())), param_groups=groups)
 
 
-def _on_first(own: Tensor, groups: ExpertGroups, device: torch.device) -> Tensor | None:
-    """The rows of all ranks, on the first of them; None on others."""
+def _on_first(own: Tensor, groups: ExpertGroups, device: torch.device) -> Tensor:
+    """The rows of all ranks, on the first of them; on others their own."""
     sent = own.to(device).contiguous()
     flat = sent.view(-1).view(torch.uint8)  # backends differ in the number types they move
     parts = [torch.empty_like(flat) for _ in range(groups.size)] if groups.rank == 0 else None
     dist.gather(flat, parts, dst=0, group=groups.exchange)
     if parts is None:
-        return None
+        return own
     return torch.cat([part.cpu().view(own.dtype) for part in parts]).view(-1, *own.shape[1:])
-
-
-def _put(state: dict[str, Any], whole: Mapping[str, Tensor], optimizer: Mapping[str, Entry]
-         ) -> None:
-    """Put experts into the state that is written: the inverse of reading with `merge`."""
-    prefix = f"{MODEL}/"
-    state["model"] = with_experts(state["model"], {
-        key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)})
-    if optimizer:
-        entries = dict(state["last_optimizer_state"]["state"])
-        for name, entry in optimizer.items():
-            start = f"{OPTIMIZER}/{name}/"
-            entries[entry.index] = {**entry.values, **{
-                key.removeprefix(start): value for key, value in whole.items()
-                if key.startswith(start)}}
-        state["last_optimizer_state"]["state"] = dict(sorted(entries.items()))

@@ -12,7 +12,8 @@ import copy
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -289,20 +290,41 @@ def merge(
     def read(key: str) -> Tensor:
         return shards.rows(key, rows_of and rows_of(manifest.tensors[key].shape[0]))
 
-    weights = {name: read(f"{MODEL}/{name}") for name in manifest.weights()}
-    state["model"] = with_experts(state["model"], weights)
-    optimizer = state.get("last_optimizer_state")
-    if optimizer and with_optimizer:
-        entries = dict(optimizer["state"])
-        for name, entry in manifest.optimizer.items():
-            moments = {moment: read(f"{OPTIMIZER}/{name}/{moment}")
-                       for moment in manifest.moments(name)}
-            entries[entry.index] = {**entry.values, **moments}
-        optimizer["state"] = dict(sorted(entries.items()))
+    insert(state, manifest.tensors, read, manifest.optimizer if with_optimizer else {})
     del state[KEY]
 
 
-def with_experts(model: Mapping[str, Any], experts: Mapping[str, Any]) -> Mapping[str, Any]:
+def insert(
+    state: dict[str, Any],
+    keys: Iterable[str],
+    tensor: Callable[[str], Tensor],
+    optimizer: Mapping[str, Entry],
+) -> None:
+    """Insert experts into a state.
+
+    Args:
+        keys: as a manifest's tensors.
+        tensor: gives that of a key.
+        optimizer: entries of experts, whose moments are among the keys.
+    """
+    weights, moments = {}, defaultdict[str, dict[str, str]](dict)
+    for key in keys:
+        part, _, name = key.partition("/")
+        if part == MODEL:
+            weights[name] = tensor(key)
+        else:
+            parameter, _, moment = name.rpartition("/")
+            moments[parameter][moment] = key
+    state["model"] = with_experts(state["model"], weights)
+    if optimizer and state.get("last_optimizer_state"):
+        entries = dict(state["last_optimizer_state"]["state"])
+        for name, entry in optimizer.items():
+            entries[entry.index] = {
+                **entry.values, **{moment: tensor(key) for moment, key in moments[name].items()}}
+        state["last_optimizer_state"]["state"] = dict(sorted(entries.items()))
+
+
+def with_experts(model: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with experts inserted in the order of a whole model's.
 
     A layer lists what is its own, its gate, its experts, and its shared ones.
@@ -310,22 +332,18 @@ def with_experts(model: Mapping[str, Any], experts: Mapping[str, Any]) -> Mappin
     by_layer: dict[str, dict[str, Any]] = {}
     for name, value in experts.items():
         by_layer.setdefault(name.rpartition("experts.")[0], {})[name] = value
-    after = {}
-    for name in model:
-        for prefix in by_layer:
-            if name.startswith(prefix) and not name.startswith(f"{prefix}shared."):
-                after[prefix] = name
-    missing = by_layer.keys() - after.keys()
+    last = {prefix: name for name in model for prefix in by_layer
+            if name.startswith(prefix) and not name.startswith(f"{prefix}shared.")}
+    missing = by_layer.keys() - last.keys()
     if missing:
         raise OptionError("checkpoint", "with experts of its own",
                           f"has no layer {sorted(missing)[0].rstrip('.')} that they are of")
+    after = {name: by_layer[prefix] for prefix, name in last.items()}
     result = copy.copy(model)  # keeps what state dicts have beside their entries
     result.clear()
     for name, value in model.items():
         result[name] = value
-        for prefix, last in after.items():
-            if name == last:
-                result.update(by_layer[prefix])
+        result.update(after.get(name, {}))
     return result
 
 

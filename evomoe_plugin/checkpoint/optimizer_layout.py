@@ -120,43 +120,6 @@ def fsdp_layout(state: dict, trained: Container[str] | None = None) -> Optimizer
     return OptimizerLayout(tuple(names), tuple(shapes), tuple(modules))
 
 
-def trained_parameters(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters of the optimizer that `trainer` builds without FSDP, by name, in its order."""
-    parameters = [
-        *trainer.get_model().named_parameters(),
-        *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
-    ]
-    return [(name, p) for name, p in parameters if p.requires_grad]
-
-
-def model_layout(trainer: Any) -> OptimizerLayout:
-    """The layout of the optimizer that `trainer` builds."""
-    if trainer.is_fsdp:
-        return fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()},
-                           _trained_when_sharded(trainer))
-    parameters = trained_parameters(trainer)
-    common = trainer.cfg.common
-    return OptimizerLayout(
-        tuple(name for name, _ in parameters),
-        tuple(p.shape for _, p in parameters),
-        is_flat=common.fp16 and not common.memory_efficient_fp16
-        and not common.fp16_no_flatten_grads,
-    )
-
-
-def _trained_when_sharded(trainer: Any) -> set[str]:
-    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
-
-    owners = [p for module in get_fsdp_instances(trainer.model) for p in module.params]
-    metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})
-    trained = set()
-    for owner, (path, _, parameter) in zip(owners, metadata, strict=True):
-        prefix = f"{path}." if path else ""
-        if owner.requires_grad:
-            trained.update(prefix + name for name in parameter["names"])
-    return trained
-
-
 def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None:
     """Raise `OptionError` if the state has more or fewer parameters, or elements, than `layout`:
     others were frozen when it was saved."""

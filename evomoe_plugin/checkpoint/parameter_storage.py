@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
-from evomoe_plugin.checkpoint.optimizer_layout import trained_parameters
+from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout
 
 
 @dataclass(frozen=True)
 class Storage:
     """Parameters that the optimizer holds in one flat tensor, or this rank's shard of it."""
 
-    owner: nn.Parameter
+    owner: Any  # a Parameter, to which FSDP adds attributes
     """What the optimizer updates."""
     names: tuple[str, ...]
     """As in the checkpoint."""
@@ -115,3 +115,30 @@ def fp32_masters(trainer: Any) -> dict[str, Tensor]:
             for name, shape, begin, end in storage.pieces():
                 found[name] = flat[begin:end].view(shape)
     return found
+
+
+def trained_parameters(trainer: Any) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of the optimizer that `trainer` builds without FSDP, by name, in its order."""
+    parameters = [
+        *trainer.get_model().named_parameters(),
+        *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
+    ]
+    return [(name, p) for name, p in parameters if p.requires_grad]
+
+
+def model_layout(trainer: Any) -> OptimizerLayout:
+    """The layout of the optimizer that `trainer` builds."""
+    if trainer.is_fsdp:
+        kept = [storage for storage in _sharded(trainer) if storage.owner.requires_grad]
+        return OptimizerLayout(
+            tuple(name for storage in kept for name in storage.names),
+            tuple(shape for storage in kept for shape in storage.shapes),
+            tuple(n for n, storage in enumerate(kept) for _ in storage.names),
+        )
+    parameters, common = trained_parameters(trainer), trainer.cfg.common
+    return OptimizerLayout(
+        tuple(name for name, _ in parameters),
+        tuple(p.shape for _, p in parameters),
+        is_flat=common.fp16 and not common.memory_efficient_fp16
+        and not common.fp16_no_flatten_grads,
+    )

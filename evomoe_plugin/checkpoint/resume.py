@@ -18,9 +18,9 @@ from evomoe_plugin.checkpoint.optimizer_layout import (
     check_number_trained,
     fsdp_layout,
     is_flat,
-    model_layout,
     plain_layout,
 )
+from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts, sharded_experts
 from evomoe_plugin.config.errors import OptionError
 
@@ -109,7 +109,7 @@ def read_for(
     if experts is not None:
         experts.check(state, path)
     if manifest is not None:
-        merge(state, ExpertShards(path, manifest), experts and experts.groups.own,
+        merge(state, ExpertShards(path, manifest), experts.groups.own if experts else None,
               with_optimizer=not reset_optimizer)
     check(state, path)
     if not reset_optimizer:

@@ -17,7 +17,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.optimizer_layout import model_layout
+from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.evolve.init_methods import seed_of
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.gates.top_any import TopAnyGate

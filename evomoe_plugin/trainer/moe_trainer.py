@@ -22,8 +22,8 @@ from torch.autograd.profiler import record_function
 
 from evomoe_plugin.checkpoint import checkpoint_files, resume
 from evomoe_plugin.checkpoint.load import misfit
-from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, model_layout
-from evomoe_plugin.checkpoint.parameter_storage import fp32_masters
+from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
+from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout
 from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
@@ -51,6 +51,8 @@ class MoETrainer(Trainer):
     model learns when an update ends and what its number is; gradients of sharded experts are
     reduced over the ranks that hold them; and nothing asks for CUDA on a CPU.
     """
+
+    _amp_retries: int  # set by fairseq with --amp
 
     # --- updates
 
@@ -207,19 +209,14 @@ class MoETrainer(Trainer):
         """Clip by the norm of the whole model's gradients, of which each rank may hold a part."""
         groups = expert_groups_of(self.get_model())
 
-        def over_shards(norm: Tensor) -> Tensor:
+        def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
+            if groups is not None and not self.is_fsdp:
+                return sharded_gradients.grad_norm(self, groups)
             return distributed_utils.all_reduce(
-                norm.float() ** 2, group=self.data_parallel_process_group) ** 0.5
+                norm_of_this_rank.float() ** 2, group=self.data_parallel_process_group) ** 0.5
 
-        def with_sharded_experts(_norm_of_this_rank: Tensor) -> Tensor:
-            return sharded_gradients.grad_norm(self, groups)
-
-        aggregate = None
-        if self.is_fsdp:
-            aggregate = over_shards
-        elif groups is not None:
-            aggregate = with_sharded_experts
-        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
+        return self.optimizer.clip_grad_norm(
+            clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None)
 
     def _retries_batch(self) -> bool:
         """Whether AMP, after an overflow, tries the same batch again with a smaller scale."""

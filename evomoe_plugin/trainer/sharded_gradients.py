@@ -27,7 +27,7 @@ def sharded_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def all_reduce_grads(trainer: Any, groups: ExpertGroups) -> None:
     """Average gradients over the ranks that hold the same parameters (`legacy_ddp`)."""
-    parameters = sharded_parameters(trainer.get_model())
+    parameters: list[Any] = sharded_parameters(trainer.get_model())
     for p in parameters:
         p.expert = True  # fairseq leaves the gradients of such parameters as they are
     try:
