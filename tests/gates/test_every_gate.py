@@ -58,7 +58,7 @@ def scorers(name):
 
 def extras(name):
     """What a layer of this gate may have beside the gate's own options."""
-    cls = gate_class(name)
+    can = gate_class(name).capabilities
     shared = [{"moe_shared_experts": 2, "moe_expert_gated": True},
               {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3}]
     softmax = {"moe_shared_experts": 2, "moe_shared_combine": "softmax"}
@@ -71,13 +71,13 @@ def extras(name):
                 {"moe_null_experts": 2, **softmax}, *capacities]
     turn = GATES.index(name)
     found = [shared[turn % 2]]
-    if cls.capabilities.null_experts and cls.capabilities.logits:
+    if can.null_experts and can.logits:
         found.append({"moe_null_experts": 2, **softmax})
-    elif cls.capabilities.logits:
+    elif can.logits:
         found.append(softmax)
-    elif cls.capabilities.null_experts:
+    elif can.null_experts:
         found.append({"moe_null_experts": 3})
-    if cls.capabilities.capacity:
+    if can.capacity:
         found.append(capacities[turn % 3])
     return found
 
