@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import expert_ffn_dim, parse_bool, shared_ffn_dim
+from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
@@ -233,7 +233,7 @@ def _take_own_experts(
 
 def build_layer(
     info: LayerInfo,
-    options: Any,
+    options: ModelOptions,
     activation: Callable[[Tensor], Tensor],
     dropout: nn.Module | None = None,
 ) -> MoELayer:

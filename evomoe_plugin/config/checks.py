@@ -18,6 +18,7 @@ from evomoe_plugin.config.options import (
     SHARED_COMBINE,
     SPAWN_METHODS,
     UNSUPPORTED,
+    ModelOptions,
     MoEOptions,
     check_choice,
     check_number,
@@ -28,14 +29,14 @@ from evomoe_plugin.config.options import (
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
-from evomoe_plugin.gates.gate import gate_class, validate_gate
+from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
 _PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
                   "decoder_layerdrop")
 
 
-def validate(options: Any, warn: bool = True) -> None:
+def validate(options: ModelOptions, warn: bool = True) -> None:
     """Check every option of an MoE model; log a warning for what is doubtful.
 
     Args:
@@ -101,7 +102,7 @@ def resolve_renamed(options: Any, warn: bool) -> None:
         options.moe_matmul_dtype, options.moe_products_dtype = old, None
 
 
-def _check_experts(options: Any) -> None:
+def _check_experts(options: ModelOptions) -> None:
     check_number(options, "moe_expert_ffn_dim", least=0,
                  remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
     check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
@@ -127,7 +128,7 @@ def _check_experts(options: Any) -> None:
                                              "--moe-shared-experts")
 
 
-def _check_expert_parallel(options: Any) -> None:
+def _check_expert_parallel(options: ModelOptions) -> None:
     size = options.moe_expert_parallel_size
     check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
     check_choice(options, "moe_ep_wire_dtype", tuple(TRANSPORT_DTYPES))
@@ -153,7 +154,7 @@ def _check_expert_parallel(options: Any) -> None:
                           "for ever: leave it out, or --moe-expert-parallel-size")
 
 
-def _check_null(options: Any) -> None:
+def _check_null(options: ModelOptions) -> None:
 
     target = options.moe_null_rate_target
     check_number(options, "moe_null_rate_target", least=0, most=1,
@@ -167,7 +168,7 @@ def _check_null(options: Any) -> None:
                           "only the loss null uses it: leave it out, or add null=… to --moe-aux")
 
 
-def _check_capacity(options: Any, gate: Any) -> None:
+def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
     for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         check_number(options, option, above=0,
                      remedy="give a number above 0, or leave it out for no limit")
@@ -196,7 +197,7 @@ def _check_capacity(options: Any, gate: Any) -> None:
                                              "--moe-capacity-factor")
 
 
-def _capacity_warnings(options: Any, gate: Any) -> list[str]:
+def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
     warnings = []
     if options.moe_eval_capacity_factor is not None or (
             options.moe_eval_capacity_token_fraction != -1):
@@ -215,7 +216,7 @@ def _capacity_warnings(options: Any, gate: Any) -> list[str]:
     return warnings
 
 
-def _check_init(options: Any) -> None:
+def _check_init(options: ModelOptions) -> None:
     if options.moe_init_from_dense is not None:
         check_spawned_from(options, "moe_init_method", options.moe_init_method)
         return
@@ -226,7 +227,7 @@ def _check_init(options: Any) -> None:
                                                   "give --moe-init-from-dense")
 
 
-def check_spawned_from(options: Any, option: str, method: str) -> None:
+def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:
     """Raise `OptionError` if a spawn would throw away what `method` made of a dense model.
 
     Args:
@@ -239,7 +240,7 @@ def check_spawned_from(options: Any, option: str, method: str) -> None:
                           "method and --moe-spawn-rate for what the spawn makes")
 
 
-def _check_spawn(options: Any) -> None:
+def _check_spawn(options: ModelOptions) -> None:
     updates, method = options.moe_spawn_updates, options.moe_spawn_method
     given = [f.name for f in fields(MoEOptions) if f.name.startswith("moe_spawn_")
              and str(getattr(options, f.name)).lower() != str(f.default).lower()]
@@ -268,7 +269,7 @@ def _check_spawn(options: Any) -> None:
                               "mask")
 
 
-def _spawn_warnings(options: Any, counts: Sequence[int]) -> list[str]:
+def _spawn_warnings(options: ModelOptions, counts: Sequence[int]) -> list[str]:
     updates = options.moe_spawn_updates
     if updates is None:
         return []

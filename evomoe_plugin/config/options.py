@@ -232,6 +232,36 @@ class MoEOptions:
     )
 
 
+@dataclass
+class ModelOptions(MoEOptions):
+    """The options of a model that the package reads: ours and those of fairseq's transformer_lm.
+
+    Used as a type; any object with these fields will do. Options of gates inherit from it.
+    """
+
+    decoder_layers: int = 6
+    decoder_embed_dim: int = 512
+    decoder_ffn_embed_dim: int = 2048
+    decoder_attention_heads: int = 8
+    decoder_input_dim: int = 0
+    decoder_output_dim: int = 0
+    decoder_learned_pos: bool = False
+    decoder_layerdrop: float = 0.0
+    decoder_normalize_before: bool = False
+    no_decoder_final_norm: bool = False
+    no_token_positional_embeddings: bool = False
+    layernorm_embedding: bool = False
+    share_decoder_input_output_embed: bool = False
+    activation_fn: str = "relu"
+    max_target_positions: Optional[int] = None
+    tokens_per_sample: int = 1024
+    checkpoint_activations: bool = False
+    offload_activations: bool = False
+    min_params_to_wrap: int = 100_000_000
+    seed: int = 1
+    max_update: Optional[int] = None
+
+
 def parse_bool(option: str, value: Any) -> bool:
     """`value` (bool, or true/false in any case) as a bool, or an `OptionError`."""
     text = str(value).strip().lower()
@@ -240,7 +270,7 @@ def parse_bool(option: str, value: Any) -> bool:
     return text == "true"
 
 
-def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
+def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
     """Indices, from 0, of the decoder layers that are MoE layers.
 
     Raises:
@@ -264,7 +294,7 @@ def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
     return list(range(freq - 1 if start is None else start, num_layers, freq))
 
 
-def _listed_layers(options: Any, last: int) -> list[int]:
+def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     text = str(options.moe_layers).replace(" ", "")
     for option in ("moe_freq", "moe_start_layer"):
         if getattr(options, option) != getattr(MoEOptions, option):
@@ -280,7 +310,7 @@ def _listed_layers(options: Any, last: int) -> list[int]:
     return indices
 
 
-def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
+def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
     """Routed experts of each MoE layer, `num_moe_layers` numbers.
 
     Raises:
@@ -309,7 +339,7 @@ def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
     return numbers
 
 
-def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
+def expert_slots(options: ModelOptions, num_moe_layers: int) -> list[int]:
     """E of each MoE layer: the experts it has room for, of which it may start with fewer.
 
     Raises:
@@ -319,13 +349,13 @@ def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
     return [max(count, most) for count in expert_counts(options, num_moe_layers)]
 
 
-def expert_ffn_dim(options: Any) -> int:
+def expert_ffn_dim(options: ModelOptions) -> int:
     """F: hidden width of a routed expert."""
     return options.moe_expert_ffn_dim or (
         options.decoder_ffn_embed_dim // options.moe_expert_size_factor)
 
 
-def shared_ffn_dim(options: Any) -> int:
+def shared_ffn_dim(options: ModelOptions) -> int:
     """Hidden width of a shared expert."""
     if options.moe_shared_size_factor:
         return options.decoder_ffn_embed_dim // options.moe_shared_size_factor
@@ -387,24 +417,24 @@ def check_rate(option: str, method: str, rate: float | None) -> None:
         raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 
 
-def spawn_rate(options: Any) -> float:
+def spawn_rate(options: ModelOptions) -> float:
     """The rate of the method that spawns experts, the default resolved."""
     return resolved_rate(options.moe_spawn_method, options.moe_spawn_rate)
 
 
-def gated_updates(options: Any) -> int:
+def gated_updates(options: ModelOptions) -> int:
     """Updates of the run in which gates work: all, or those after the spawn; 0: not known."""
     return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
 
 
-def check_choice(options: Any, option: str, allowed: Sequence[str]) -> None:
+def check_choice(options: ModelOptions, option: str, allowed: Sequence[str]) -> None:
     """Raise `OptionError` unless the option's value is one of `allowed`."""
     if getattr(options, option) not in allowed:
         raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
 
 
 def check_number(
-    options: Any, option: str, remedy: str, *, least: float | None = None,
+    options: ModelOptions, option: str, remedy: str, *, least: float | None = None,
     above: float | None = None, most: float | None = None, below: float | None = None,
 ) -> None:
     """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.

@@ -1,12 +1,12 @@
 """The gate of BASE layers: in training every expert gets the same number of tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
@@ -15,9 +15,9 @@ from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
 
-def centroids(info: LayerInfo, options: Any) -> LinearScorer:
+def centroids(info: LayerInfo) -> LinearScorer:
     """A linear scorer whose vectors start orthogonal, with gain 0.1."""
-    scorer = LinearScorer(info.model_dim, info.num_experts, options)
+    scorer = LinearScorer(info.model_dim, info.num_experts)
     nn.init.orthogonal_(scorer.weight, gain=0.1)
     return scorer
 
@@ -27,7 +27,7 @@ MANY_EXPERTS = 128
 
 
 @register_gate("base")
-class BaseGate(Gate):
+class BaseGate(Gate[ModelOptions]):
     """y = σ(x·w_e) E_e(x) for one expert e a token, and no balance loss.
 
     In training e comes from the assignment that gives every expert floor(T / E) or ceil(T / E)
@@ -43,12 +43,12 @@ class BaseGate(Gate):
 
     capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ModelOptions):
         super().__init__(info, options)
-        self.scorer = centroids(info, options)
+        self.scorer = centroids(info)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
         warnings = ["--moe-gate base: in training, a token's expert depends on later tokens of the "
                     "batch too, which is not causal; evaluation takes each token's best expert"]
         if max(expert_counts) > MANY_EXPERTS:
@@ -58,11 +58,11 @@ class BaseGate(Gate):
         return warnings
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: ModelOptions) -> bool:
         return True
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: ModelOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 

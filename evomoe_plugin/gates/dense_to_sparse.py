@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from evomoe_plugin.routing.schedules import temperature
 
 
 @register_gate("dense_to_sparse")
-class DenseToSparseGate(Gate):
+class DenseToSparseGate(Gate[DenseToSparseOptions]):
     """A (Gumbel-)softmax gate whose temperature anneals until routing becomes hard top-1.
 
     With the scorer's logits z, noise ζ ~ Gumbel(0, 1) and temperature τ:
@@ -40,7 +39,7 @@ class DenseToSparseGate(Gate):
     Options = DenseToSparseOptions
     capabilities = Capabilities(stats=(st.TEMPERATURE,))
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: DenseToSparseOptions):
         super().__init__(info, options)
         self.temperature_start = options.moe_temperature_start
         self.temperature_end = options.moe_temperature_end
@@ -53,7 +52,7 @@ class DenseToSparseGate(Gate):
         self.eval_gate = options.moe_eval_gate
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: DenseToSparseOptions, expert_counts: Sequence[int]) -> list[str]:
         return validate_dense_to_sparse(options)
 
     def temperature(self, num_updates: int) -> float:
@@ -73,7 +72,7 @@ class DenseToSparseGate(Gate):
         return 0 <= self.hard_updates <= num_updates
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: DenseToSparseOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         if options.moe_eval_gate == "dense":
             return WeightSum(True, "all experts work, and their weights sum to 1")

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number, gated_updates
@@ -59,21 +59,21 @@ class DenseToSparseOptions(ScorerOptions):
     )
 
 
-def annealing_updates(options: Any) -> int:
+def annealing_updates(options: DenseToSparseOptions) -> int:
     """Length of the annealing in updates, the default resolved."""
     if options.moe_temperature_updates is not None:
         return options.moe_temperature_updates
     return round(DEFAULT_ANNEALING_SHARE * gated_updates(options))
 
 
-def hard_updates(options: Any) -> int:
+def hard_updates(options: DenseToSparseOptions) -> int:
     """The update from which routing is hard, the default resolved; -1: never."""
     if options.moe_hard_updates is not None:
         return options.moe_hard_updates
     return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
 
 
-def validate_dense_to_sparse(options: Any) -> list[str]:
+def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     """Warnings; raises `OptionError` for options that cannot work."""
     start, end = options.moe_temperature_start, options.moe_temperature_end
     constant = options.moe_temperature_schedule == "constant"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ class DSelectKOptions(PicksOptions):
 
 
 @register_gate("dselect_k")
-class DSelectKGate(Gate):
+class DSelectKGate(Gate[DSelectKOptions]):
     """y = Σ_e w_e E_e(x), w_e = Σ_i softmax(α)_i r_e^(i), over the experts with w_e > 0.
 
     Each of the k = `--moe-top-k` selectors has m = ceil(log2 E) logits z, linear in the token as α
@@ -60,7 +59,7 @@ class DSelectKGate(Gate):
         default_aux="selector_entropy=0.01,selector_validity=0.01",
         logits=False, null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: DSelectKOptions):
         super().__init__(info, options)
         self.selectors = options.moe_top_k
         self.width = options.moe_smooth_step_width
@@ -72,13 +71,13 @@ class DSelectKGate(Gate):
             torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
         return []
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: DSelectKOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(True, "the weights of all selectors sum to 1")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class ExpertChoiceOptions(ScorerOptions):
 
 
 @register_gate("expert_choice")
-class ExpertChoiceGate(Gate):
+class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
     """Each expert takes the C tokens of largest p_e, C = ceil(factor T / E), p = softmax(z).
 
     y = Σ p_e E_e(x) over the experts that took the token; it may be none. T counts no padding, and
@@ -47,13 +46,13 @@ class ExpertChoiceGate(Gate):
     capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False,
                                 keeps_copies_equal=True)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ExpertChoiceOptions):
         super().__init__(info, options)
         self.factor = options.moe_expert_choice_factor
         self.top_k = min(_picks_in_evaluation(options), info.num_experts)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int]) -> list[str]:
         experts = min(expert_counts)
         check_number(options, "moe_expert_choice_factor", above=0, most=experts,
                      remedy=f"an MoE layer has {experts} experts, and none takes a token twice: "
@@ -72,7 +71,7 @@ class ExpertChoiceGate(Gate):
               for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         if _picks_in_evaluation(options) >= max(expert_counts):
             return WeightSum(True, "all experts work, and their weights sum to 1")
@@ -105,6 +104,6 @@ class ExpertChoiceGate(Gate):
             0, order_TE, (place_T1 < capacity).expand_as(order_TE))
 
 
-def _picks_in_evaluation(options: Any) -> int:
+def _picks_in_evaluation(options: ExpertChoiceOptions) -> int:
     """Experts that each token is given, of as many as there are."""
     return max(int(options.moe_expert_choice_factor + 0.5), 1)

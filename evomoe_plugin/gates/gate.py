@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import parse_bool
+from evomoe_plugin.config.options import ModelOptions, parse_bool
 from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, validate_scorer
@@ -79,12 +79,10 @@ class GateContext:
         return self.token_weights_T * self.token_mask_T
 
 
-@dataclass
-class NoOptions:
-    """Of a gate that has none of its own."""
+OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, Generic[OptionsT]):
     """A gate for one MoE layer.
 
     A subclass is registered with `@register_gate(name)` and implements `route`. `Options` is a
@@ -92,10 +90,10 @@ class Gate(nn.Module):
     `moe_`. A scorer is made if `Options` inherits `ScorerOptions`.
     """
 
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type] = ModelOptions
     capabilities: ClassVar[Capabilities] = Capabilities()
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: OptionsT):
         super().__init__()
         self.info = info
         self.use_fp32 = parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
@@ -111,7 +109,7 @@ class Gate(nn.Module):
         self.drop_policy = options.moe_drop_policy or "position"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: OptionsT, expert_counts: Sequence[int]) -> list[str]:
         """Check the gate's own options; the options that all gates share have been checked.
 
         Returns:
@@ -122,13 +120,13 @@ class Gate(nn.Module):
         return []
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: OptionsT) -> bool:
         """Whether every token goes to as many candidates: a capacity then depends on the number
         of tokens alone, and not on what later ones are."""
         return False
 
     @classmethod
-    def aux_coefficients(cls, options: Any) -> Mapping[str, float]:
+    def aux_coefficients(cls, options: OptionsT) -> Mapping[str, float]:
         """The auxiliary losses that `options` select and their coefficients, in that order.
 
         Raises:
@@ -137,12 +135,12 @@ class Gate(nn.Module):
         return coefficients(options, cls.capabilities, has_vectors=cls.has_vectors(options))
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: OptionsT) -> bool:
         """Whether `vectors` gives a vector for each candidate."""
         return hasattr(cls.Options, "moe_scorer") and SCORERS[options.moe_scorer].HAS_VECTORS
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: OptionsT, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         """Whether a token's weights over the routed experts sum to 1, in evaluation before the
         first update, without null experts and capacities.
@@ -156,7 +154,7 @@ class Gate(nn.Module):
         return WeightSum(None, f"the gate {options.moe_gate} does not say what its weights sum to")
 
     @classmethod
-    def renormalizes_after_drop(cls, options: Any) -> bool:
+    def renormalizes_after_drop(cls, options: OptionsT) -> bool:
         """Whether what a capacity leaves of a token gets the weight of what it took."""
         return options.moe_renormalize_after_drop
 
@@ -288,7 +286,7 @@ def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
     def register(cls: type[Gate]) -> type[Gate]:
         if _GATES.get(name, cls) is not cls:
             raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
-        for option in dataclasses.fields(cls.Options):
+        for option in own_options(cls):
             _check_option(cls, option)
         for listener in _listeners:
             listener(cls)
@@ -327,15 +325,19 @@ def gate_class(name: str) -> type[Gate]:
     return _GATES[name]
 
 
+def own_options(cls: type[Gate]) -> list[dataclasses.Field]:
+    """The options of a gate, without those of every model."""
+    of_models = ModelOptions.__dataclass_fields__
+    return [field for field in dataclasses.fields(cls.Options)
+            if of_models.get(field.name) is not field]
+
+
 def option_fields() -> dict[str, dataclasses.Field]:
     """The options of all registered gates, by name."""
-    return {
-        field.name: field for name in gate_names()
-        for field in dataclasses.fields(_GATES[name].Options)
-    }
+    return {field.name: field for name in gate_names() for field in own_options(_GATES[name])}
 
 
-def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
+def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
     """Check the chosen gate's options and that it uses all that are given.
 
     Returns:
@@ -344,7 +346,7 @@ def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
         OptionError: naming the option, its value and what would be right.
     """
     cls = gate_class(options.moe_gate)
-    used = {field.name for field in dataclasses.fields(cls.Options)}
+    used = {field.name for field in own_options(cls)}
     for name, field in option_fields().items():
         if name not in used and getattr(options, name, field.default) != field.default:
             users = [gate for gate in gate_names() if hasattr(_GATES[gate].Options, name)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class GShardOptions(PriorityOptions, ScorerOptions):
 
 
 @register_gate("gshard")
-class GShardGate(Gate):
+class GShardGate(Gate[GShardOptions]):
     """y = (p_1 E_1(x) + p_2 E_2(x)) / (p_1 + p_2), with p = softmax(z).
 
     Expert 1 has the largest p. Expert 2 is the second best of z, or of z + Gumbel noise with the
@@ -55,18 +54,18 @@ class GShardGate(Gate):
 
     Options = GShardOptions
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: GShardOptions):
         super().__init__(info, options)
         self.policy = options.moe_second_expert_policy
         self.normalize_first = options.moe_normalize_gate_prob_before_dropping
         self.prioritized = options.moe_batch_prioritized_routing
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: GShardOptions) -> bool:
         return options.moe_second_expert_policy != "random"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: GShardOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_second_expert_policy", POLICIES)
         if min(expert_counts) + options.moe_null_experts < 2:
             raise OptionError("moe_expert_count", options.moe_expert_count,
@@ -77,7 +76,7 @@ class GShardGate(Gate):
         return validate_priority(options)
 
     @classmethod
-    def _validate_normalization(cls, options: Any) -> None:
+    def _validate_normalization(cls, options: GShardOptions) -> None:
         option = "moe_normalize_gate_prob_before_dropping"
         if options.moe_renormalize_after_drop:
             raise OptionError(option, True, "--moe-renormalize-after-drop normalises again after "
@@ -91,11 +90,11 @@ class GShardGate(Gate):
                                             "--moe-capacity-factor")
 
     @classmethod
-    def renormalizes_after_drop(cls, options: Any) -> bool:
+    def renormalizes_after_drop(cls, options: GShardOptions) -> bool:
         return not options.moe_normalize_gate_prob_before_dropping
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: GShardOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(True, "the weights of both picks sum to 1")
 

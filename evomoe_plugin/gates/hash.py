@@ -3,14 +3,13 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice
+from evomoe_plugin.config.options import ModelOptions, check_choice
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.weight_sum import WeightSum
@@ -21,7 +20,7 @@ HASHES = ("balanced", "random", "clustered")
 
 
 @dataclass
-class HashOptions:
+class HashOptions(ModelOptions):
     """Options of the hash gate."""
 
     moe_hash: str = field(
@@ -92,7 +91,7 @@ _HASH_STREAM = 0x4A54  # sets these random numbers apart from the noise of gates
 
 
 @register_gate("hash")
-class HashGate(Gate):
+class HashGate(Gate[HashOptions]):
     """y = E_e(x) with e = table[symbol of the token], the table fixed before training.
 
     Source: Hash layers (arXiv 2106.04426), of which `--moe-hash` names the hashes.
@@ -102,7 +101,7 @@ class HashGate(Gate):
     capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
                                 gate_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: HashOptions):
         super().__init__(info, options)
         counts_V, E = info.token_counts_V, info.num_experts
         if not counts_V:
@@ -118,16 +117,16 @@ class HashGate(Gate):
         self.register_buffer("table_V", table_V)
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: HashOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: HashOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_hash", HASHES)
         return []
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: HashOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(True, "each token has one expert, of weight 1")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def balanced_l1_loss(
 
 
 @register_gate("relu")
-class ReluGate(Gate):
+class ReluGate(Gate[ReluOptions]):
     """y = Σ_e w_e E_e(x), w = relu(z), over the experts with w_e > 0; z the scorer's logits.
 
     A token without a positive logit goes nowhere, in training and evaluation: the residual stream
@@ -66,7 +65,7 @@ class ReluGate(Gate):
     capabilities = Capabilities(losses=("l1",), default_aux="l1=1", stats=(st.COEFFICIENT,),
                                 null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ReluOptions):
         super().__init__(info, options)
         self.picks = options.moe_top_k
         self.l1_start = options.moe_l1_start
@@ -74,7 +73,7 @@ class ReluGate(Gate):
         register_exact(self, "coefficient", torch.tensor(self.l1_start))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
                                                                       "at most 1, as 1e-8")
@@ -91,7 +90,7 @@ class ReluGate(Gate):
         return exact(self, "coefficient")
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: ReluOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(False, "the weights are positive logits, of any sum")
 

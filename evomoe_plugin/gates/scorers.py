@@ -3,17 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import ModelOptions
 
 
 @dataclass
-class ScorerOptions:
+class ScorerOptions(ModelOptions):
     """For gates that take any scorer."""
 
     moe_scorer: str = field(
@@ -39,7 +40,7 @@ class Scorer(nn.Module):
     SUMS_TO_ONE: ClassVar[bool] = True
     """Whether the scores of a token do: they are its distribution then."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
         super().__init__()
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
 class LinearScorer(Scorer):
     """z = W x, without bias."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
         super().__init__(model_dim, num_candidates, options)
         self.weight = _uniform(num_candidates, model_dim, fan_in=model_dim)
 
@@ -99,7 +100,7 @@ class MLPScorer(Scorer):
 
     HAS_VECTORS = False
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(model_dim, num_candidates, options)
         hidden = options.moe_scorer_dim
         self.hidden_weight = _uniform(hidden, model_dim, fan_in=model_dim)
@@ -120,7 +121,7 @@ class CosineScorer(Scorer):
     Source: X-MoE (arXiv 2204.09179) for the cosine; the bound is CLIP's.
     """
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(model_dim, num_candidates, options)
         self.centres = nn.Parameter(torch.randn(num_candidates, model_dim))
         self.log_scale = nn.Parameter(torch.zeros(1))
@@ -137,7 +138,7 @@ class CosineScorer(Scorer):
 class GMMScorer(CosineScorer):
     """The cosine scorer after a projection (Dense2MoE's `gmm`)."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(options.moe_scorer_dim, num_candidates, options)
         self.projection = _uniform(options.moe_scorer_dim, model_dim, fan_in=model_dim)
 
@@ -152,7 +153,7 @@ SCORERS: dict[str, type[Scorer]] = {
 SOFTMAX_SCORERS = ("linear", "mlp", "gmm", "cosine")
 
 
-def validate_scorer(options: Any, allowed: Sequence[str]) -> None:
+def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
     """Raise `OptionError` unless the scorer is one of `allowed`, with options it can use."""
     scorer = options.moe_scorer
     if scorer not in allowed:

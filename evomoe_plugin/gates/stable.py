@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, gated_updates
+from evomoe_plugin.config.options import ModelOptions, check_number, gated_updates
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -22,7 +22,7 @@ DEFAULT_STABLE_SHARE = 0.1
 
 
 @dataclass
-class StableOptions:
+class StableOptions(ModelOptions):
     """Options of the StableMoE gate."""
 
     moe_stable_updates: Optional[int] = field(
@@ -35,7 +35,7 @@ class StableOptions:
     )
 
 
-def stable_updates(options: Any) -> int:
+def stable_updates(options: StableOptions) -> int:
     """The update from which routing is frozen, the default resolved."""
     if options.moe_stable_updates is not None:
         return options.moe_stable_updates
@@ -59,7 +59,7 @@ def greedy_balance_loss(
 
 
 @register_gate("stable")
-class StableGate(Gate):
+class StableGate(Gate[StableOptions]):
     """y = σ(s_e) E_e(x) with s = x·w, one expert e a token, in two stages.
 
     Stage 1, until `--moe-stable-updates`: e = argmax s. The loss `greedy_balance` evens the load;
@@ -79,14 +79,14 @@ class StableGate(Gate):
         losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
         null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: StableOptions):
         super().__init__(info, options)
         symbols, dim = len(info.token_counts_V), options.moe_stable_dim
         if not symbols:
             raise OptionError("moe_gate", "stable", "its router looks at symbols of the "
                                                     "vocabulary, and none is known here")
         self.stable_updates = stable_updates(options)
-        self.scorer = centroids(info, options)
+        self.scorer = centroids(info)
         self.word_embedding = nn.Parameter(torch.randn(symbols, dim) * dim**-0.5)
         self.word_centroids = nn.Parameter(torch.empty(info.num_experts, dim))
         nn.init.orthogonal_(self.word_centroids)
@@ -95,11 +95,11 @@ class StableGate(Gate):
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: StableOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:
         check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
         check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
@@ -117,7 +117,7 @@ class StableGate(Gate):
         return warnings
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: StableOptions) -> bool:
         return True
 
     def flops_per_token(self) -> int:
@@ -125,7 +125,7 @@ class StableGate(Gate):
         return super().flops_per_token() - embedding
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: StableOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 

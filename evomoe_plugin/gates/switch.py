@@ -1,7 +1,6 @@
 """The Switch gate: each token goes to its best candidate."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from evomoe_plugin.routing.choice import Choice
 
 
 @register_gate("switch")
-class SwitchGate(Gate):
+class SwitchGate(Gate[ScorerOptions]):
     """y = p_e E_e(x) for e = argmax p, with p = softmax(z): the weight is not normalised.
 
     Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`. Its capacity
@@ -23,18 +22,18 @@ class SwitchGate(Gate):
     Options = ScorerOptions
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: ScorerOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
         if not options.moe_renormalize_after_drop:
             return []
         return ["--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
                 "or dropped; this changes nothing"]
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: ScorerOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         if max(expert_counts) == 1:
             return WeightSum(True, "a lone expert has the weight 1")

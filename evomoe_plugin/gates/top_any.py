@@ -3,14 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import ModelOptions, check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
@@ -21,7 +20,7 @@ from evomoe_plugin.routing.choice import Choice
 
 
 @dataclass
-class TopAnyOptions:
+class TopAnyOptions(ModelOptions):
     """Options of the top-any gate and of the process that adapts its experts."""
 
     moe_top_any_ste: str = field(
@@ -67,7 +66,7 @@ class TopAnyOptions:
 
 
 @register_gate("top_any")
-class TopAnyGate(Gate):
+class TopAnyGate(Gate[TopAnyOptions]):
     """y = 1/k Σ E_e(x) over the k experts with sigmoid(a cos(x, w_e)) > sigmoid(a g_e).
 
     w_e, g_e and, if asked for, the scale a (at most 100) are learned. Training: a token that
@@ -87,7 +86,7 @@ class TopAnyGate(Gate):
         losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
         null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: TopAnyOptions):
         super().__init__(info, options)
         E, D = info.num_experts, info.model_dim
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(E, D)))
@@ -105,7 +104,7 @@ class TopAnyGate(Gate):
         self.record = RoutingRecord(E, D, interval, options.moe_adapt_window or interval)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: TopAnyOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_top_any_ste", ("full", "active"))
         check_choice(options, "moe_top_any_weights", ("uniform", "score"))
         check_number(options, "moe_top_any_scale", above=0, most=100,
@@ -119,7 +118,7 @@ class TopAnyGate(Gate):
         return cls._validate_adaptation(options, min(expert_counts))
 
     @classmethod
-    def _validate_adaptation(cls, options: Any, start: int) -> list[str]:
+    def _validate_adaptation(cls, options: TopAnyOptions, start: int) -> list[str]:
         interval = options.moe_adapt_record_interval
         for option in ("moe_adapt_record_interval", "moe_adapt_window"):
             check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
@@ -149,7 +148,7 @@ class TopAnyGate(Gate):
                 "end_record_routing() are called"]
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: TopAnyOptions) -> bool:
         return True
 
     def vectors(self) -> Tensor:
@@ -164,7 +163,7 @@ class TopAnyGate(Gate):
         return self.log_scale.to(dtype).clamp(max=math.log(100)).exp()
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: TopAnyOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(True, "the weights of a token's experts sum to 1, and one that reaches "
                                "none has its best in evaluation; in training it has none")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class TopKOptions(PicksOptions, PriorityOptions, ScorerOptions):
 
 
 @register_gate("top_k")
-class TopKGate(Gate):
+class TopKGate(Gate[TopKOptions]):
     """y = Σ s_e E_e(x) over the k candidates of largest score s (+ bias).
 
     s is the softmax of the scorer's logits, or their sigmoid with the scorer `sigmoid`
@@ -60,7 +59,7 @@ class TopKGate(Gate):
     Options = TopKOptions
     capabilities = Capabilities(scorers=tuple(SCORERS))
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: TopKOptions):
         super().__init__(info, options)
         self.top_k = options.moe_top_k
         self.renormalized = options.moe_top_k_weights == "renormalized"
@@ -70,11 +69,11 @@ class TopKGate(Gate):
         register_exact(self, "bias_C", torch.zeros(info.num_candidates))
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_picks(cls, options: TopKOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_picks(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
         check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
@@ -97,7 +96,7 @@ class TopKGate(Gate):
         return exact(self, "bias_C")
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: TopKOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         if options.moe_top_k_weights == "renormalized":
             return WeightSum(True, "the weights of the picks sum to 1")

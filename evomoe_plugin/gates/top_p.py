@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class TopPOptions(PicksOptions, ScorerOptions):
 
 
 @register_gate("top_p")
-class TopPGate(Gate):
+class TopPGate(Gate[TopPOptions]):
     """y = Σ w_e E_e(x) over the smallest set whose probability reaches P, p = softmax(z).
 
     Null experts are candidates like others: they use up probability and weight. Never fewer picks
@@ -56,7 +55,7 @@ class TopPGate(Gate):
     Options = TopPOptions
     capabilities = Capabilities(default_aux="switch=1")
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: TopPOptions):
         super().__init__(info, options)
         self.top_p = options.moe_top_p
         self.top_k = options.moe_top_k
@@ -64,7 +63,7 @@ class TopPGate(Gate):
         self.jitter = options.moe_jitter
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: TopPOptions, expert_counts: Sequence[int]) -> list[str]:
         check_number(options, "moe_top_p", least=0, most=1,
                      remedy="it is a probability: give a number from 0 to 1; 0 takes --moe-top-k")
         check_choice(options, "moe_top_p_weights", WEIGHTS)
@@ -89,7 +88,7 @@ class TopPGate(Gate):
         return warnings
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
+    def weight_sum(cls, options: TopPOptions, expert_counts: Sequence[int],
                    zero_logits: bool = False) -> WeightSum:
         return WeightSum(True, "the weights of the picks sum to 1")
 

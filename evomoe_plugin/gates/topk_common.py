@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import ModelOptions, check_number
 
 
 @dataclass
-class PicksOptions:
+class PicksOptions(ModelOptions):
     """For gates with a number of picks."""
 
     moe_top_k: int = field(
@@ -23,7 +22,7 @@ class PicksOptions:
 
 
 @dataclass
-class PriorityOptions:
+class PriorityOptions(ModelOptions):
     """For gates that can let the surest tokens go first."""
 
     moe_batch_prioritized_routing: bool = field(
@@ -32,7 +31,7 @@ class PriorityOptions:
     )
 
 
-def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
+def validate_picks(options: PicksOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has as many candidates as picks."""
     check_number(options, "moe_top_k", least=1, remedy="give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts
@@ -42,7 +41,7 @@ def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
                           "larger --moe-expert-count")
 
 
-def validate_priority(options: Any) -> list[str]:
+def validate_priority(options: PriorityOptions) -> list[str]:
     """Warnings; raises `OptionError` if batch-prioritised routing has nothing to order."""
     if not options.moe_batch_prioritized_routing:
         return []

@@ -6,11 +6,11 @@ Under FSDP no rank ever holds the whole model to count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from evomoe_plugin.config.options import (
+    ModelOptions,
     expert_ffn_dim,
     expert_slots,
     moe_layer_indices,
@@ -31,7 +31,7 @@ class ParameterCount:
     """That work on a token when it goes to one routed expert in every MoE layer."""
 
 
-def _gates(options: Any, vocabulary: int) -> list[Gate]:
+def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
     """A gate for each MoE layer; layers with as many experts share one."""
     counts = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
     made: dict[int, Gate] = {}
@@ -44,7 +44,7 @@ def _gates(options: Any, vocabulary: int) -> list[Gate]:
     return [made[count] for count in counts]
 
 
-def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
+def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     """Parameters of the model that `options` build, for a dictionary of `vocabulary` symbols."""
     width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
     input_dim = options.decoder_input_dim or width
@@ -100,7 +100,7 @@ class ForwardFlops:
         return ForwardFlops(self.per_token - self.gates, self.per_pair)
 
 
-def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
+def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
     """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim

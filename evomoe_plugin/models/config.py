@@ -11,7 +11,7 @@ from omegaconf import II
 
 from evomoe_plugin.config.dataclass_fields import add_field
 from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions
-from evomoe_plugin.gates.gate import Gate, on_registration, option_fields
+from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
 GateOptions = dataclasses.make_dataclass("GateOptions", [
     (option.name, option.type, field(default=option.default, metadata=option.metadata))
@@ -91,7 +91,7 @@ CONFIGS = (MoELanguageModelConfig, GPTTinyMoEConfig, GPTSmallMoEConfig, GPTMediu
 
 def _add_options(gate: type[Gate]) -> None:
     """Make the options of a user's gate fields of every architecture."""
-    for option in dataclasses.fields(gate.Options):
+    for option in own_options(gate):
         known = MoELanguageModelConfig.__dataclass_fields__.get(option.name)
         if known is not None and (known.type, known.default) != (option.type, option.default):
             raise ValueError(

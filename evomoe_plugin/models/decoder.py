@@ -14,7 +14,12 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+)
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
@@ -36,7 +41,7 @@ class NonFiniteError(RunFailed):
 class MoEDecoder(TransformerDecoder):
     """fairseq's decoder (language model only) with MoE layers where the options put them."""
 
-    def __init__(self, args: Any, dictionary, embed_tokens: nn.Module):
+    def __init__(self, args: ModelOptions, dictionary, embed_tokens: nn.Module):
         moe_layers = moe_layer_indices(args, args.decoder_layers)
         self._expert_count = dict(
             zip(moe_layers, expert_slots(args, len(moe_layers)), strict=True))
@@ -56,7 +61,7 @@ class MoEDecoder(TransformerDecoder):
         self._update_totals: dict[int, dict[str, Tensor]] = {}
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
 
-    def _freeze(self, args: Any) -> None:
+    def _freeze(self, args: ModelOptions) -> None:
         freeze(self, args, prefix="decoder.")
         if is_wrapping():
             for layer in [m for m in self.modules() if isinstance(m, MoELayer)]:
@@ -66,7 +71,7 @@ class MoEDecoder(TransformerDecoder):
             for i, layer in enumerate(self.layers):
                 self.layers[i] = fsdp_wrap(layer, min_num_params=least)
 
-    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
+    def build_decoder_layer(self, args: ModelOptions, no_encoder_attn: bool = False) -> nn.Module:
         """Build the next layer, wrapped as fairseq does for checkpointing and FSDP."""
         index, self._layers_built = self._layers_built, self._layers_built + 1
         cfg = TransformerConfig.from_namespace(args)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import gelu
 
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
@@ -58,7 +57,7 @@ class MoEDecoderLayer(DecoderLayer):
         info: where its gate stands.
     """
 
-    def __init__(self, cfg: TransformerConfig, options: Any, info: LayerInfo):
+    def __init__(self, cfg: TransformerConfig, options: ModelOptions, info: LayerInfo):
         super().__init__(cfg, options.moe_attention)
         self.moe = build_layer(
             info,

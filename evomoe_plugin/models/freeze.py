@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import Gate
 from evomoe_plugin.models.fsdp import is_wrapped
 
@@ -52,7 +53,7 @@ def trained_names(names: Iterable[str], train_only: str) -> set[str]:
     return chosen
 
 
-def freeze(model: nn.Module, options: Any, prefix: str = "") -> None:
+def freeze(model: nn.Module, options: ModelOptions, prefix: str = "") -> None:
     """Freeze the parameters of `model` that `--moe-train-only` does not match.
 
     Args:
@@ -82,7 +83,7 @@ def _with_gradient(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]
     return (x, *others)
 
 
-def check_frozen(options: Any, trained: set[str], names: Iterable[str]) -> None:
+def check_frozen(options: ModelOptions, trained: set[str], names: Iterable[str]) -> None:
     """Raise `OptionError` if experts are to be changed in the run that are frozen."""
     changes = {"moe_spawn_updates": ("experts",),
                "moe_adapt_record_interval": ("experts", "gate")}

@@ -14,7 +14,12 @@ from omegaconf import open_dict
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+)
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
@@ -66,7 +71,7 @@ class MoELanguageModel(TransformerLanguageModel):
         return {}
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> MoELanguageModel:
+    def build_model(cls, args: ModelOptions, task: Any) -> MoELanguageModel:
         """Build the model that the options describe.
 
         Args:
@@ -108,7 +113,7 @@ class MoELanguageModel(TransformerLanguageModel):
         super().upgrade_state_dict_named(state_dict, name)
 
 
-def _log_sizes(args: Any, vocabulary: int) -> None:
+def _log_sizes(args: ModelOptions, vocabulary: int) -> None:
     layers = moe_layer_indices(args, args.decoder_layers)
     counts, slots = expert_counts(args, len(layers)), expert_slots(args, len(layers))
     sizes = count_parameters(args, vocabulary)
