@@ -16,10 +16,10 @@ from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, gate_class
-from evomoe_plugin.gates.gradients import with_gradients
+from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit
+from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.first_expert import first_expert_plan
 from evomoe_plugin.routing.plan import RoutingPlan
 
@@ -92,7 +92,7 @@ class MoELayer(nn.Module):
             self.num_updates.fill_(num_updates)
 
     @property
-    def is_single(self) -> bool:
+    def in_dense_phase(self) -> bool:
         """Whether expert 0 is the only one that works still, and the gate does not."""
         return self._num_updates < self.spawn_updates
 
@@ -135,7 +135,7 @@ class MoELayer(nn.Module):
             y_TD, zeros for tokens without any expert; the auxiliary losses, [A] with gradient;
             the statistics by name (`routing.stats`), detached fp64.
         """
-        if self.is_single:
+        if self.in_dense_phase:
             plan = self._first_expert_plan(x_TD, token_mask_T)
         else:
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         # Also of parameters that this gate, in this update and with these losses, has no use for.
-        y_TD = with_gradients(y_TD, self.gate)
+        y_TD = attach_zero_grads(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
@@ -154,7 +154,7 @@ class MoELayer(nn.Module):
         """The statistics of a forward pass without tokens, for a layer that LayerDrop skips."""
         device = self.num_updates.device
         plan = self._first_expert_plan(torch.zeros(0, 1, device=device), None)
-        gate_stats = {} if self.is_single else self.gate.zero_stats(device)
+        gate_stats = {} if self.in_dense_phase else self.gate.zero_stats(device)
         return {**plan.stats, **gate_stats, **self._travel(plan)}
 
     def _first_expert_plan(self, x_TD: Tensor, token_mask_T: Tensor | None) -> RoutingPlan:
@@ -192,7 +192,7 @@ class MoELayer(nn.Module):
                 num_tokens=int(plan.stats[st.TOKENS]),
                 num_experts=self._num_active,
             )
-            plan, dropped_E = limit(plan, capacity, renormalize=rule.renormalize)
+            plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
         if not self._has_capacity:
             return plan

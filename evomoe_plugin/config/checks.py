@@ -203,7 +203,7 @@ def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
             options.moe_eval_capacity_token_fraction != -1):
         warnings.append("a capacity in evaluation: a token's output depends on the other tokens of "
                         "the batch, and perplexity on the batch size")
-    fixed = gate.has_fixed_picks(options) and not options.moe_null_experts
+    fixed = gate.has_fixed_k(options) and not options.moe_null_experts
     if options.moe_capacity_factor is not None and not fixed:
         warnings.append(
             f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the number "

@@ -27,7 +27,7 @@ MANY_EXPERTS = 128
 
 
 @register_gate("base")
-class BaseGate(Gate[ModelOptions]):
+class BASELayersGate(Gate[ModelOptions]):
     """y = σ(x·w_e) E_e(x) for one expert e a token, and no balance loss.
 
     In training e comes from the assignment that gives every expert floor(T / E) or ceil(T / E)

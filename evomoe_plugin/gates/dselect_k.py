@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
+from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
@@ -21,7 +21,7 @@ LEAST_VALID_MASS = 0.01
 
 
 @dataclass
-class DSelectKOptions(PicksOptions):
+class DSelectKOptions(TopKCountOptions):
     """Options of the DSelect-k gate; `moe_top_k` is the number of selectors."""
 
     moe_smooth_step_width: float = field(
@@ -72,7 +72,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
 
     @classmethod
     def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+        validate_top_k(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
         return []
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-def register_exact(module: nn.Module, name: str, value: Tensor) -> None:
+def register_fp64_buffer(module: nn.Module, name: str, value: Tensor) -> None:
     """Give `module` the buffer `NAME_bits`, in the checkpoint, that holds `value`."""
     module.register_buffer(f"{name}_bits", value.to(torch.float64).view(torch.int64))
 
 
-def exact(module: nn.Module, name: str) -> Tensor:
+def fp64_buffer(module: nn.Module, name: str) -> Tensor:
     """The value, fp64: a view, to be changed in place."""
     return getattr(module, f"{name}_bits").view(torch.float64)

@@ -120,7 +120,7 @@ class Gate(nn.Module, Generic[OptionsT]):
         return []
 
     @classmethod
-    def has_fixed_picks(cls, options: OptionsT) -> bool:
+    def has_fixed_k(cls, options: OptionsT) -> bool:
         """Whether every token goes to as many candidates: a capacity then depends on the number
         of tokens alone, and not on what later ones are."""
         return False
@@ -176,7 +176,7 @@ class Gate(nn.Module, Generic[OptionsT]):
         vectors for `after_update`."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return {**dict.fromkeys(self.capabilities.stats, zero),
-                st.ASKED_C: zero.expand(self.info.num_candidates)}
+                st.REQUESTED_C: zero.expand(self.info.num_candidates)}
 
     @property
     def learns_after_updates(self) -> bool:

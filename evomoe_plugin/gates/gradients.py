@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class _WithGradients(torch.autograd.Function):
+class _AttachZeroGrads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, *parameters):
         # Not the parameters themselves: FSDP frees them between the passes.
@@ -21,7 +21,7 @@ class _WithGradients(torch.autograd.Function):
                        for shape, dtype, device in ctx.like)
 
 
-def with_gradients(y: Tensor, module: nn.Module) -> Tensor:
+def attach_zero_grads(y: Tensor, module: nn.Module) -> Tensor:
     """`y`, through which the parameters of `module` get gradients of zero instead of none.
 
     Data-parallel processes wait for a gradient of every parameter, and sum the same ones whether
@@ -29,4 +29,4 @@ def with_gradients(y: Tensor, module: nn.Module) -> Tensor:
     bring is added.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return _WithGradients.apply(y, *parameters) if parameters else y
+    return _AttachZeroGrads.apply(y, *parameters) if parameters else y

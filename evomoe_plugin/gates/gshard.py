@@ -61,7 +61,7 @@ class GShardGate(Gate[GShardOptions]):
         self.prioritized = options.moe_batch_prioritized_routing
 
     @classmethod
-    def has_fixed_picks(cls, options: GShardOptions) -> bool:
+    def has_fixed_k(cls, options: GShardOptions) -> bool:
         return options.moe_second_expert_policy != "random"
 
     @classmethod

@@ -117,7 +117,7 @@ class HashGate(Gate[HashOptions]):
         self.register_buffer("table_V", table_V)
 
     @classmethod
-    def has_fixed_picks(cls, options: HashOptions) -> bool:
+    def has_fixed_k(cls, options: HashOptions) -> bool:
         return True
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 
 _OFF, _ON, _ENDING = range(3)
 
@@ -33,14 +33,14 @@ class RoutingRecord(nn.Module):
         self.register_buffer("state", torch.zeros((), dtype=torch.int64))
         self.register_buffer("routed_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("unrouted", torch.zeros((), dtype=torch.int64))
-        register_exact(self, "unrouted_sum_D", torch.zeros(model_dim))
+        register_fp64_buffer(self, "unrouted_sum_D", torch.zeros(model_dim))
         self._state = _OFF
         self.register_load_state_dict_post_hook(_read_state)
 
     @property
     def unrouted_sum_D(self) -> Tensor:
         """Sum of the gate's inputs over tokens that no expert took, fp64; a view."""
-        return exact(self, "unrouted_sum_D")
+        return fp64_buffer(self, "unrouted_sum_D")
 
     @property
     def is_wanted(self) -> bool:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
+from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -23,7 +23,7 @@ COEFFICIENT_RANGE = 1e12
 
 
 @dataclass
-class ReluOptions(PicksOptions, ScorerOptions):
+class ReluOptions(TopKCountOptions, ScorerOptions):
     """Options of the ReLU gate; `moe_top_k` is the mean number of experts a token aimed at."""
 
     moe_l1_start: float = field(
@@ -70,11 +70,11 @@ class ReluGate(Gate[ReluOptions]):
         self.picks = options.moe_top_k
         self.l1_start = options.moe_l1_start
         self.l1_factor = options.moe_l1_factor
-        register_exact(self, "coefficient", torch.tensor(self.l1_start))
+        register_fp64_buffer(self, "coefficient", torch.tensor(self.l1_start))
 
     @classmethod
     def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+        validate_top_k(options, expert_counts)
         check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
                                                                       "at most 1, as 1e-8")
         check_number(options, "moe_l1_factor", above=1, most=10,
@@ -87,7 +87,7 @@ class ReluGate(Gate[ReluOptions]):
     @property
     def coefficient(self) -> Tensor:
         """λ, fp64."""
-        return exact(self, "coefficient")
+        return fp64_buffer(self, "coefficient")
 
     @classmethod
     def weight_sum(cls, options: ReluOptions, expert_counts: Sequence[int],

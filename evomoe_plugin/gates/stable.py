@@ -95,7 +95,7 @@ class StableGate(Gate[StableOptions]):
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
 
     @classmethod
-    def has_fixed_picks(cls, options: StableOptions) -> bool:
+    def has_fixed_k(cls, options: StableOptions) -> bool:
         return True
 
     @classmethod

@@ -22,7 +22,7 @@ class SwitchGate(Gate[ScorerOptions]):
     Options = ScorerOptions
 
     @classmethod
-    def has_fixed_picks(cls, options: ScorerOptions) -> bool:
+    def has_fixed_k(cls, options: ScorerOptions) -> bool:
         return True
 
     @classmethod

@@ -9,14 +9,14 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
 from evomoe_plugin.gates.topk_common import (
-    PicksOptions,
     PriorityOptions,
-    validate_picks,
+    TopKCountOptions,
     validate_priority,
+    validate_top_k,
 )
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
@@ -25,7 +25,7 @@ from evomoe_plugin.routing.noise import gumbel
 
 
 @dataclass
-class TopKOptions(PicksOptions, PriorityOptions, ScorerOptions):
+class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
     """Options of the top-k gate."""
 
     moe_top_k_weights: str = field(
@@ -66,15 +66,15 @@ class TopKGate(Gate[TopKOptions]):
         self.sampled = options.moe_sample_top_k
         self.bias_update_rate = options.moe_bias_update_rate
         self.prioritized = options.moe_batch_prioritized_routing
-        register_exact(self, "bias_C", torch.zeros(info.num_candidates))
+        register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
 
     @classmethod
-    def has_fixed_picks(cls, options: TopKOptions) -> bool:
+    def has_fixed_k(cls, options: TopKOptions) -> bool:
         return True
 
     @classmethod
     def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+        validate_top_k(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
         check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
                      remedy=f"give 0 to --moe-top-k ({options.moe_top_k})")
@@ -93,7 +93,7 @@ class TopKGate(Gate[TopKOptions]):
     @property
     def bias_C(self) -> Tensor:
         """Added to the scores in choosing, fp64."""
-        return exact(self, "bias_C")
+        return fp64_buffer(self, "bias_C")
 
     @classmethod
     def weight_sum(cls, options: TopKOptions, expert_counts: Sequence[int],
@@ -144,5 +144,5 @@ class TopKGate(Gate[TopKOptions]):
 
     def after_update(self, num_updates: int, own: Mapping[str, Tensor],
                      layers: Mapping[str, Tensor]) -> None:
-        load_C = own[st.ASKED_C]
+        load_C = own[st.REQUESTED_C]
         self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)

@@ -10,7 +10,7 @@ from evomoe_plugin.config.options import check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
+from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
@@ -20,7 +20,7 @@ NEAR_TIE = 0.02  # relative gap to the best logit, as in DCMoE: twice its jitter
 
 
 @dataclass
-class TopPOptions(PicksOptions, ScorerOptions):
+class TopPOptions(TopKCountOptions, ScorerOptions):
     """Options of the top-p gate."""
 
     moe_top_p: float = field(
@@ -72,11 +72,11 @@ class TopPGate(Gate[TopPOptions]):
         only = "learns only from auxiliary losses and softmax weights of shared experts"
         warnings = []
         if options.moe_top_p == 0:
-            validate_picks(options, expert_counts)
+            validate_top_k(options, expert_counts)
             if options.moe_top_k == 1:
                 warnings.append("--moe-top-p 0 --moe-top-k 1: the weight of the one selected "
                                 f"candidate is 1; the gate {only}")
-        elif options.moe_top_k != PicksOptions.moe_top_k:
+        elif options.moe_top_k != TopKCountOptions.moe_top_k:
             warnings.append(
                 f"--moe-top-k {options.moe_top_k}: --moe-top-p {options.moe_top_p} determines how "
                 "many candidates are selected; give --moe-top-p 0 to use --moe-top-k")

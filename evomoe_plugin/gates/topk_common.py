@@ -11,7 +11,7 @@ from evomoe_plugin.config.options import ModelOptions, check_number
 
 
 @dataclass
-class PicksOptions(ModelOptions):
+class TopKCountOptions(ModelOptions):
     """For gates with a number of picks."""
 
     moe_top_k: int = field(
@@ -31,7 +31,7 @@ class PriorityOptions(ModelOptions):
     )
 
 
-def validate_picks(options: PicksOptions, expert_counts: Sequence[int]) -> None:
+def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has as many candidates as picks."""
     check_number(options, "moe_top_k", least=1, remedy="give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts

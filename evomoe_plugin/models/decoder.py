@@ -101,9 +101,9 @@ class MoEDecoder(TransformerDecoder):
         return layer
 
     @property
-    def is_single(self) -> bool:
-        """Whether each MoE layer has one working expert still (`MoELayer.is_single`)."""
-        return self.moe_layers[0].is_single
+    def in_dense_phase(self) -> bool:
+        """Whether each MoE layer has one working expert still (`MoELayer.in_dense_phase`)."""
+        return self.moe_layers[0].in_dense_phase
 
     def layer_name(self, moe_layer: int) -> str:
         """Name of the n-th MoE layer as in the checkpoint."""
@@ -270,7 +270,7 @@ class MoEDecoder(TransformerDecoder):
     # layers, whose forward pass activation checkpointing runs twice.
 
     def _add_to_update(self, stats: Mapping[int, Mapping[str, Tensor]]) -> None:
-        if self.is_single or not self._recording or not any(
+        if self.in_dense_phase or not self._recording or not any(
                 layer.gate.learns_after_updates for layer in self.moe_layers):
             return
         for n, row in stats.items():

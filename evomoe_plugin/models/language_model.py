@@ -43,7 +43,7 @@ class MoELanguageModel(TransformerLanguageModel):
     def forward_flops(self) -> ForwardFlops:
         """What a forward pass costs now."""
         flops = self._forward_flops
-        return flops.without_gates if self.decoder.is_single else flops
+        return flops.without_gates if self.decoder.in_dense_phase else flops
 
     def not_recording(self) -> AbstractContextManager[None]:
         """For batches that are no part of an update, though in training mode."""

@@ -45,7 +45,7 @@ class CapacityRule:
 UNLIMITED = CapacityRule()
 
 
-def limit(
+def apply_capacity(
     plan: RoutingPlan, capacity: int, *, renormalize: bool = False
 ) -> tuple[RoutingPlan, Tensor]:
     """Keep at most `capacity` pairs of each expert: those of the largest priority, then the first.

@@ -20,7 +20,7 @@ LOAD_E = "tokens_per_expert"  # the same, of each expert, [E]
 EXPERTS = "experts"  # experts that can be chosen, summed over tokens
 ENTROPY = "entropy"  # sum over tokens of the gate's entropy, in nats
 NONFINITE = "nonfinite"  # tokens whose gate logits are NaN or infinite
-ASKED_C = "asked"  # picks of each candidate before any is dropped, [C]
+REQUESTED_C = "requested"  # picks of each candidate before any is dropped, [C]
 # These where the layer has what they speak of.
 DROPPED = "dropped"  # pairs dropped by the capacity
 NULL_PAIRS = "null_pairs"  # picks of null experts
@@ -56,7 +56,7 @@ def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int)
         TOKENS: tokens.double(),
         PAIRS: load_C[:num_experts].sum(),
         LOAD_E: load_C[:num_experts],
-        ASKED_C: load_C,
+        REQUESTED_C: load_C,
         EXPERTS: tokens.double() * num_experts,
         ENTROPY: entropy_T.sum(dtype=torch.float64),
         NONFINITE: bad_T.sum().double(),

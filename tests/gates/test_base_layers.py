@@ -5,7 +5,7 @@ import torch
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.gates.base_layers import BaseGate
+from evomoe_plugin.gates.base_layers import BASELayersGate
 from evomoe_plugin.gates.gate import GateContext, LayerInfo
 
 T, D, E = 30, 8, 4
@@ -14,7 +14,7 @@ T, D, E = 30, 8, 4
 @pytest.fixture
 def make_gate(moe_options):
     def make(experts=E, dim=D, **given):
-        return BaseGate(LayerInfo(dim, experts), moe_options(moe_gate="base", **given))
+        return BASELayersGate(LayerInfo(dim, experts), moe_options(moe_gate="base", **given))
 
     return make
 

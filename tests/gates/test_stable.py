@@ -8,7 +8,7 @@ from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.gates.gate import GateContext, LayerInfo
-from evomoe_plugin.gates.gradients import with_gradients
+from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.gates.stable import StableGate, greedy_balance_loss, stable_updates
 from evomoe_plugin.layer import MoELayer
 
@@ -136,7 +136,7 @@ def test_the_optimizer_cannot_move_the_routing(make_gate):
     for num_updates in range(SWITCH + 10):
         plan = gate(x, context(num_updates))
         loss = plan.weights_N.square().sum() + sum(plan.aux.values())
-        loss = with_gradients(loss, gate)  # as the layer does
+        loss = attach_zero_grads(loss, gate)  # as the layer does
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if num_updates >= SWITCH:

@@ -161,7 +161,7 @@ def test_nothing_is_drawn_in_evaluation_or_without_keys(make_gate):
 
 
 def update(gate, load):
-    own = {st.ASKED_C: torch.tensor(load, dtype=torch.float64)}
+    own = {st.REQUESTED_C: torch.tensor(load, dtype=torch.float64)}
     gate.after_update(1, own, {})
 
 
@@ -202,11 +202,11 @@ def test_the_bias_evens_out_the_load(make_layer):
     layer.gate.scorer.weight.data[2, 0] += 3
 
     def load():
-        return layer(x)[2][st.ASKED_C]
+        return layer(x)[2][st.REQUESTED_C]
 
     assert load()[2] > 400 / 2
     for n in range(200):
-        layer.gate.after_update(n, {st.ASKED_C: load()}, {})
+        layer.gate.after_update(n, {st.REQUESTED_C: load()}, {})
     assert load().max() < 1.3 * 400 / 5
     assert -1 < layer.gate.bias_C[2] < -0.2
 
