@@ -78,7 +78,7 @@ def gate_name(gate: Gate) -> str:
 
 
 def _scorer(gate: Gate) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    scorer = gate.scorer
+    scorer = getattr(gate, "scorer", None)
     if scorer is None:
         return {"scorer": "none"}, {}
     if isinstance(scorer, MLPScorer):

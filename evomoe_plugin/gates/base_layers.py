@@ -16,27 +16,27 @@ from evomoe_plugin.routing.choice import Choice
 
 
 def centroids(info: LayerInfo) -> LinearScorer:
-    """A linear scorer whose vectors start orthogonal, with gain 0.1."""
+    """A linear scorer with orthogonally initialised vectors, gain 0.1."""
     scorer = LinearScorer(info.model_dim, info.num_experts)
     nn.init.orthogonal_(scorer.weight, gain=0.1)
     return scorer
 
 
 MANY_EXPERTS = 128
-"""From here on the assignment is slow."""
+"""More experts than this make the assignment slow."""
 
 
 @register_gate("base")
 class BASELayersGate(Gate[ModelOptions]):
-    """y = σ(x·w_e) E_e(x) for one expert e a token, and no balance loss.
+    """y = σ(x·w_e) E_e(x) for one expert e per token, without a balance loss.
 
     In training e comes from the assignment that gives every expert floor(T / E) or ceil(T / E)
     of the T real tokens and has the largest total Σ x·w_e (`routing.assignment`). In evaluation
-    e = argmax x·w_e. Each rank and micro-batch is balanced by itself, and so all of them together
-    are, without communication.
+    e = argmax x·w_e. Each rank and micro-batch is balanced on its own, which balances all of them
+    without communication.
 
-    With the residual stream around the layer this is BASE's x + σ (F(x) - x), whose F(x) has the
-    residual inside: x + E_e(x).
+    With the residual connection around the layer this equals BASE's x + σ (F(x) - x), where
+    F(x) = x + E_e(x) includes the residual.
 
     Source: BASE layers (arXiv 2103.16716).
     """

@@ -14,7 +14,7 @@ from evomoe_plugin.routing.choice import Choice
 
 @register_gate("dense")
 class DenseGate(Gate[ScorerOptions]):
-    """y = Σ softmax(z)_e E_e(x) over all experts: what sparse routing is measured against.
+    """y = Σ softmax(z)_e E_e(x) over all experts, the baseline of sparse routing.
 
     Source: adaptive mixtures of local experts (Jacobs et al., Neural Computation 3, 1991).
     """

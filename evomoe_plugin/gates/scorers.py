@@ -1,4 +1,4 @@
-"""Scorers: from tokens to a logit for each candidate. A gate selects from the logits."""
+"""Scorers: from tokens to a logit for each candidate. A gate selects by the logits."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class ScorerOptions(ModelOptions):
     moe_scorer: str = field(
         default="linear",
         metadata={"help": "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine "
-                          "to the experts' centres after a projection); cosine (to the experts' "
-                          "vectors); sigmoid (linear, each expert on its own instead of a "
+                          "similarity to the experts' centres after a projection); cosine "
+                          "(without a projection); sigmoid (linear, with a sigmoid instead of a "
                           "softmax; top_k only)"},
     )
     moe_scorer_dim: int = field(
@@ -36,9 +36,9 @@ class Scorer(nn.Module):
     """Logits of C candidates. The parameters are cast to the dtype of the tokens."""
 
     HAS_VECTORS: ClassVar[bool] = True
-    """Whether each candidate has a vector in one space, which losses can be about."""
+    """Whether each candidate has a vector, as the losses `diversity` and `simplicity` need."""
     SUMS_TO_ONE: ClassVar[bool] = True
-    """Whether the scores of a token do: they are its distribution then."""
+    """Whether the scores of a token sum to 1, that is, are its distribution."""
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
         super().__init__()
@@ -48,11 +48,11 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     def scores(self, logits_TC: Tensor) -> Tensor:
-        """What candidates are chosen and weighed by: their softmax."""
+        """What candidates are selected and weighted by: the softmax of the logits."""
         return torch.softmax(logits_TC, dim=1)
 
     def log_scores(self, logits_TC: Tensor) -> Tensor:
-        """Logarithms of the scores, but for a constant of each row; finite for finite logits."""
+        """Logarithms of the scores up to a constant per row; finite for finite logits."""
         return logits_TC
 
     def distribution(self, logits_TC: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class LinearScorer(Scorer):
 
 
 class SigmoidScorer(LinearScorer):
-    """z = W x, and each expert scores sigmoid(z) on its own (DeepSeek-V3, arXiv 2412.19437)."""
+    """z = W x, and the score of each expert is sigmoid(z) (DeepSeek-V3, arXiv 2412.19437)."""
 
     SUMS_TO_ONE = False
 
@@ -116,9 +116,9 @@ class MLPScorer(Scorer):
 
 
 class CosineScorer(Scorer):
-    """z_e = exp(s) cos(x, c_e), the scale s learned and at most ln 100.
+    """z_e = exp(s) cos(x, c_e), with a learned scale s of at most ln 100.
 
-    Source: X-MoE (arXiv 2204.09179) for the cosine; the bound is CLIP's.
+    Source: X-MoE (arXiv 2204.09179) for the cosine, CLIP for the bound.
     """
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):

@@ -15,8 +15,8 @@ from evomoe_plugin.routing.choice import Choice
 class SwitchGate(Gate[ScorerOptions]):
     """y = p_e E_e(x) for e = argmax p, with p = softmax(z): the weight is not normalised.
 
-    Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`. Its capacity
-    factor there is fixed at 1; here it is `--moe-capacity-factor`.
+    Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`, whose capacity
+    factor is always 1; here it is `--moe-capacity-factor`.
     """
 
     Options = ScorerOptions

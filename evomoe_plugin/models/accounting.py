@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of a model, worked out from its options alone.
+"""Parameters and FLOPs of a model, computed from its options.
 
-Under FSDP no rank ever holds the whole model to count.
+Under FSDP no rank holds the whole model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class ParameterCount:
 
     total: int
     experts: int
-    """In expert networks, all routed and shared experts."""
+    """In all routed and shared experts."""
     active_top1: int
-    """That work on a token when it goes to one routed expert in every MoE layer."""
+    """Used for a token that goes to one routed expert in every MoE layer."""
 
 
 def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
-    """A gate for each MoE layer; layers with as many experts share one."""
+    """A gate for each MoE layer; layers with equal numbers of experts share one."""
     counts = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
     made: dict[int, Gate] = {}
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +45,7 @@ def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
 
 
 def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
-    """Parameters of the model that `options` build, for a dictionary of `vocabulary` symbols."""
+    """Parameters of the model with these options and `vocabulary` token ids."""
     width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
     input_dim = options.decoder_input_dim or width
     output_dim = options.decoder_output_dim or width
@@ -69,7 +69,7 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     if output_dim != width:
         embeddings += width * output_dim
     if options.decoder_learned_pos and not options.no_token_positional_embeddings:
-        # fairseq keeps two rows for the padding index and its offset.
+        # fairseq has two more rows, for the padding index and its offset.
         embeddings += (options.max_target_positions + 2) * width
     if options.layernorm_embedding:
         embeddings += 2 * width
@@ -84,7 +84,7 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Floating point operations of the matrix products of one forward pass."""
+    """FLOPs of the matmuls of one forward pass."""
 
     per_token: int
     """Everything but the routed experts: attention over a full context, dense FFNs, gates, shared
@@ -92,11 +92,11 @@ class ForwardFlops:
     per_pair: int
     """One routed pair in one MoE layer."""
     gates: int = 0
-    """What of `per_token` is the gates'."""
+    """Part of `per_token` that is due to gates."""
 
     @property
     def without_gates(self) -> ForwardFlops:
-        """The same while no gate works."""
+        """The same without gates."""
         return ForwardFlops(self.per_token - self.gates, self.per_pair)
 
 

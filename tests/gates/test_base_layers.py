@@ -121,7 +121,7 @@ def test_training_is_said_not_to_be_causal(moe_options, caplog):
 @pytest.mark.parametrize("given, message", [
     ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate base sets the load"),
     ({"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor 2.0"),
-    ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot choose null experts"),
+    ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot select null experts"),
     ({"moe_top_k": 1}, "--moe-top-k 1: the gate base does not use it"),
 ])
 def test_bad_values(moe_options, given, message):

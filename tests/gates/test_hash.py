@@ -128,13 +128,13 @@ def test_padding_goes_nowhere(make_gate):
 def test_what_is_missing_is_named(make_gate):
     with pytest.raises(OptionError, match="--moe-gate hash: .*no vocabulary is known"):
         make_gate(counts=())
-    with pytest.raises(ValueError, match="hash routes by the tokens' symbols: give token_ids_T"):
+    with pytest.raises(ValueError, match="hash routes by token ids: give token_ids_T"):
         make_gate()(torch.randn(3, D), GateContext())
 
 
 @pytest.mark.parametrize("given, message", [
     ({"moe_hash": "md5"}, "--moe-hash md5: one of: balanced, random, clustered"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot choose null experts"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot select null experts"),
     ({"moe_aux": "z=1"}, "the gate hash has no logits"),
     ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate hash does not use it"),
     ({"moe_shared_experts": 1, "moe_shared_combine": "softmax"}, "--moe-shared-combine softmax"),

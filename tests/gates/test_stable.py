@@ -255,9 +255,9 @@ def test_its_numbers(make_gate):
 
 
 def test_what_is_missing_is_named(make_gate):
-    with pytest.raises(OptionError, match="--moe-gate stable: .*none is known"):
+    with pytest.raises(OptionError, match="--moe-gate stable: .*no vocabulary is known"):
         make_gate(symbols=0)
-    with pytest.raises(ValueError, match="stable routes by the tokens' symbols: give token_ids_T"):
+    with pytest.raises(ValueError, match="stable routes by token ids: give token_ids_T"):
         make_gate()(torch.randn(3, D), GateContext())
 
 
@@ -265,7 +265,7 @@ def test_what_is_missing_is_named(make_gate):
     ({"moe_stable_updates": -1}, "--moe-stable-updates -1: give 0 or more"),
     ({"max_update": 0}, "--moe-stable-updates (not given): give it, or --max-update"),
     ({"moe_stable_dim": 0}, "--moe-stable-dim 0: give a width of at least 1"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot choose"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot select"),
     ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate stable does not use it"),
     ({"moe_aux": "l1=1"}, "no loss named 'l1' for the gate stable"),
 ])
