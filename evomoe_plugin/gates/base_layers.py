@@ -10,7 +10,6 @@ from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
@@ -60,11 +59,6 @@ class BASELayersGate(Gate[ModelOptions]):
     @classmethod
     def has_vectors(cls, options: ModelOptions) -> bool:
         return True
-
-    @classmethod
-    def weight_sum(cls, options: ModelOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

@@ -8,7 +8,6 @@ from torch import Tensor
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -27,11 +26,6 @@ class DenseGate(Gate[ScorerOptions]):
         return [f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
                 "loss is constant"
                 for name in cls.aux_coefficients(options) if name in ("balance", "switch", "load")]
-
-    @classmethod
-    def weight_sum(cls, options: ScorerOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of all experts sum to 1", all_equal=zero_logits)
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

@@ -16,7 +16,6 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
 )
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import best
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -71,24 +70,6 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         if not self.training and self.eval_gate != "reached":
             return self.eval_gate == "top1"
         return 0 <= self.hard_updates <= num_updates
-
-    @classmethod
-    def weight_sum(cls, options: DenseToSparseOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if options.moe_eval_gate == "dense":
-            return WeightSum(True, "all experts work, and their weights sum to 1")
-        if options.moe_eval_gate == "top1" or hard_updates(options) == 0:
-            return WeightSum(False, "routing is hard: the weight of the one expert is below 1")
-        threshold, most = options.moe_gate_threshold, max(expert_counts)
-        all_equal = zero_logits and threshold < 1 / most
-        if threshold == 0 or all_equal:
-            return WeightSum(True, "routing is soft, and the weights of all experts sum to 1",
-                             all_equal)
-        loses = "the weight of those that do not"
-        if options.moe_combine_weights == "gate":
-            loses = f"at most {(most - 1) * threshold:.2g} of its weight"
-        return WeightSum(None, "equal where every expert passes --moe-gate-threshold; else a "
-                               f"token loses {loses}")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

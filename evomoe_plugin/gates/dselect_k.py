@@ -11,7 +11,6 @@ from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
 from evomoe_plugin.routing.smooth_step import smooth_step
@@ -74,11 +73,6 @@ class DSelectKGate(Gate[DSelectKOptions]):
         validate_top_k(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
         return []
-
-    @classmethod
-    def weight_sum(cls, options: DSelectKOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of all selectors sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         E, K = self.num_experts, self.selectors

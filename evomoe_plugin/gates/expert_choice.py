@@ -12,7 +12,6 @@ from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import selection_mask
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -71,13 +70,6 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             *(f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
               "expert_choice, so this loss is constant"
               for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
-
-    @classmethod
-    def weight_sum(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if _eval_top_k(options) >= max(expert_counts):
-            return WeightSum(True, "all experts work, and their weights sum to 1")
-        return WeightSum(False, "a token's weights are probabilities that sum to less than 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

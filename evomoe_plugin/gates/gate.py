@@ -16,7 +16,6 @@ from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -141,20 +140,6 @@ class Gate(nn.Module, Generic[OptionsT]):
         """Whether `vectors` returns a vector for each candidate."""
         return hasattr(cls.Options, "moe_scorer") and (
             SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
-
-    @classmethod
-    def weight_sum(cls, options: OptionsT, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        """Whether a token's weights over the routed experts sum to 1, in evaluation before the
-        first update, without null experts and capacities.
-
-        Experts made as copies of a dense network then compute what it does, and users are told so.
-
-        Args:
-            expert_counts: of each MoE layer.
-            zero_logits: whether all logits are 0.
-        """
-        return WeightSum(None, f"the gate {options.moe_gate} does not say what its weights sum to")
 
     @classmethod
     def renormalizes_after_drop(cls, options: OptionsT) -> bool:

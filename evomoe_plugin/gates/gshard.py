@@ -10,7 +10,6 @@ from evomoe_plugin.config.options import check_choice
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import PriorityOptions, best, normalized, validate_priority
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
 
@@ -91,11 +90,6 @@ class GShardGate(Gate[GShardOptions]):
     @classmethod
     def renormalizes_after_drop(cls, options: GShardOptions) -> bool:
         return not options.moe_normalize_gate_prob_before_dropping
-
-    @classmethod
-    def weight_sum(cls, options: GShardOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of both picks sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

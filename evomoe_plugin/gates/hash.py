@@ -12,7 +12,6 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, check_choice
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing.choice import Choice
 
@@ -126,11 +125,6 @@ class HashGate(Gate[HashOptions]):
     def validate(cls, options: HashOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_hash", HASHES)
         return []
-
-    @classmethod
-    def weight_sum(cls, options: HashOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "each token has one expert, of weight 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:

@@ -12,7 +12,6 @@ from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
@@ -88,11 +87,6 @@ class ReluGate(Gate[ReluOptions]):
     def coefficient(self) -> Tensor:
         """λ, fp64."""
         return fp64_buffer(self, "coefficient")
-
-    @classmethod
-    def weight_sum(cls, options: ReluOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weights are positive logits, of any sum")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

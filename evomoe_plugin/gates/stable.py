@@ -13,7 +13,6 @@ from evomoe_plugin.config.options import ModelOptions, check_number, gated_updat
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 
@@ -126,11 +125,6 @@ class StableGate(Gate[StableOptions]):
     def flops_per_token(self) -> int:
         embedding = 2 * self.word_embedding.numel()  # a lookup, not a matmul
         return super().flops_per_token() - embedding
-
-    @classmethod
-    def weight_sum(cls, options: StableOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import best
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -31,13 +30,6 @@ class SwitchGate(Gate[ScorerOptions]):
             return []
         return ["--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
                 "or dropped; this changes nothing"]
-
-    @classmethod
-    def weight_sum(cls, options: ScorerOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if max(expert_counts) == 1:
-            return WeightSum(True, "a lone expert has the weight 1")
-        return WeightSum(False, "the weight of the one pick is its probability, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

@@ -14,7 +14,6 @@ from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
 from evomoe_plugin.gates.topk_common import best
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -165,12 +164,6 @@ class TopAnyGate(Gate[TopAnyOptions]):
         if self.log_scale is None:
             return self.scale
         return self.log_scale.to(dtype).clamp(max=math.log(100)).exp()
-
-    @classmethod
-    def weight_sum(cls, options: TopAnyOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of a token's experts sum to 1, and one that reaches "
-                               "none has its best in evaluation; in training it has none")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         dtype, scale = x_TD.dtype, self._scale(x_TD.dtype)

@@ -19,7 +19,6 @@ from evomoe_plugin.gates.topk_common import (
     validate_priority,
     validate_top_k,
 )
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -95,17 +94,6 @@ class TopKGate(Gate[TopKOptions]):
     def bias_C(self) -> Tensor:
         """Added to the scores for selection, fp64."""
         return fp64_buffer(self, "bias_C")
-
-    @classmethod
-    def weight_sum(cls, options: TopKOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if options.moe_top_k_weights == "renormalized":
-            return WeightSum(True, "the weights of the picks sum to 1")
-        softmax, k = options.moe_scorer != "sigmoid", options.moe_top_k
-        if softmax and k == min(expert_counts) == max(expert_counts):
-            return WeightSum(True, "all experts are picked, and their weights sum to 1")
-        return WeightSum(False, "raw weights of the picks sum to less than 1; "
-                                "--moe-top-k-weights renormalized makes them equal")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

@@ -16,7 +16,6 @@ from evomoe_plugin.gates.topk_common import (
     selection_mask,
     validate_top_k,
 )
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import fold, gumbel, uniform
 
@@ -91,11 +90,6 @@ class TopPGate(Gate[TopPOptions]):
             warnings.append("--moe-top-p-weights sparsemixer: except for tokens with near ties, "
                             f"the gate {only}")
         return warnings
-
-    @classmethod
-    def weight_sum(cls, options: TopPOptions, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of the picks sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         keys_T = context.noise_keys_T if self.training else None
