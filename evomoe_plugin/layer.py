@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.first_expert import first_expert_plan
 from evomoe_plugin.routing.plan import RoutingPlan
+
+StackT = TypeVar("StackT")
 
 
 class MoELayer(nn.Module):
@@ -249,7 +251,7 @@ def build_layer(
     groups = expert_groups(options.moe_expert_parallel_size)
     meter = None if groups is None else Meter()
 
-    def stack(make: Callable[..., ExpertFFN], count: int, ffn_dim: int, **given) -> ExpertFFN:
+    def stack(make: Callable[..., StackT], count: int, ffn_dim: int, **given) -> StackT:
         return make(count, info.model_dim, ffn_dim, activation, dropout,
                     gated=options.moe_expert_gated, **given)
 
@@ -266,7 +268,7 @@ def build_layer(
     if options.moe_shared_experts:
         shared = SharedExperts(
             stack(ExpertFFN, options.moe_shared_experts, shared_ffn_dim(options)))
-    make: Callable[..., ExpertFFN] = ExpertFFN
+    make: Callable[..., ExpertStack] = ExpertFFN
     if groups is not None and meter is not None:
         make = partial(
             ParallelExpertFFN,

@@ -148,7 +148,7 @@ def _check_expert_parallel(options: ModelOptions) -> None:
         if size == 1 and value != getattr(MoEOptions, option):
             raise OptionError(option, value, "every rank has all experts: leave it out, or give "
                                              "--moe-expert-parallel-size")
-    if size > 1 and getattr(options, "decoder_layerdrop", 0):
+    if size > 1 and getattr(options, "decoder_layerdrop", 0.0) > 0:
         raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
                           "ranks would skip different layers and deadlock: leave it out, or "
                           "--moe-expert-parallel-size")

@@ -75,7 +75,8 @@ def _check_changes(cfg: Any) -> None:
 
     Fields missing in a hand-written yaml have defaults that no architecture changes.
     """
-    given = {f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
+    given: dict[str, Any] = {
+        f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
     spawn, dense = given["moe_spawn_updates"], given["moe_init_from_dense"]
     if spawn is not None and cfg.ema is not None and cfg.ema.store_ema:
         raise OptionError("store_ema", True,

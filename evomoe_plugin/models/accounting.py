@@ -70,7 +70,7 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
         embeddings += width * output_dim
     if options.decoder_learned_pos and not options.no_token_positional_embeddings:
         # fairseq has two more rows, for the padding index and its offset.
-        embeddings += (options.max_target_positions + 2) * width
+        embeddings += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
     if options.layernorm_embedding:
         embeddings += 2 * width
     no_final_norm = options.no_decoder_final_norm or options.moe_post_norm

@@ -66,7 +66,7 @@ class MoEDecoder(TransformerDecoder):
         if is_wrapping():
             for layer in [m for m in self.modules() if isinstance(m, MoELayer)]:
                 wrap_experts(layer)
-            wrap_apart(self, args.moe_train_only, fsdp_wrap)
+            wrap_apart(self, args.moe_train_only or "", fsdp_wrap)
             least = 0 if args.checkpoint_activations else args.min_params_to_wrap
             for i, layer in enumerate(self.layers):
                 self.layers[i] = fsdp_wrap(layer, min_num_params=least)
@@ -212,11 +212,10 @@ class MoEDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
-        if not padding_mask.any():
-            padding_mask = None
-        attention: dict[str, Any] = {"self_attn_mask": None, "self_attn_padding_mask": padding_mask}
+        known_mask = padding_mask if padding_mask.any() else None
+        attention: dict[str, Any] = {"self_attn_mask": None, "self_attn_padding_mask": known_mask}
         if incremental_state is None and not full_context_alignment:
-            attention["self_attn_mask"] = self._attention_mask(x, padding_mask, packed)
+            attention["self_attn_mask"] = self._attention_mask(x, known_mask, packed)
         inner_states, aux, stats = [x], {}, {}
         for layer in self.layers:  # LayerDrop skips some
             if id(layer) in self._moe_ids:

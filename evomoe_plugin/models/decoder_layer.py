@@ -39,11 +39,11 @@ class DecoderLayer(TransformerDecoderLayerBase):
             embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout,
             add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, self_attention=True)
 
-    def build_fc1(self, *args, **kwargs) -> Module:
+    def build_fc1(self, *args, **kwargs) -> Module | None:
         """Called by fairseq."""
         return Linear.of(super().build_fc1(*args, **kwargs))
 
-    def build_fc2(self, *args, **kwargs) -> Module:
+    def build_fc2(self, *args, **kwargs) -> Module | None:
         """Called by fairseq."""
         return Linear.of(super().build_fc2(*args, **kwargs))
 

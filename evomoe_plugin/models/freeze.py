@@ -64,12 +64,12 @@ def freeze(model: nn.Module, options: ModelOptions, prefix: str = "") -> None:
         OptionError: as `trained_names`, or if experts that the run changes are frozen.
     """
     named = {prefix + name: parameter for name, parameter in model.named_parameters()}
-    trained = trained_names(named, options.moe_train_only)
+    trained = trained_names(named, options.moe_train_only or "")
     check_frozen(options, trained, named)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
     if options.checkpoint_activations:
-        for layer in model.layers:
+        for layer in model.get_submodule("layers").children():
             if any(p.requires_grad for p in layer.parameters()):
                 layer.register_forward_pre_hook(_with_gradient)
 

@@ -72,7 +72,7 @@ class MoELanguageModel(TransformerLanguageModel):
         return {}
 
     @classmethod
-    def build_model(cls, args: ModelOptions, task: Any) -> MoELanguageModel:
+    def build_model(cls, args: Any, task: Any) -> MoELanguageModel:
         """Build the model that the options describe.
 
         Args:

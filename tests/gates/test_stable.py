@@ -17,8 +17,8 @@ T, D, E, V, SWITCH = 40, 8, 4, 30, 10
 
 @pytest.fixture
 def make_gate(moe_options):
-    def make(experts=E, symbols=V, **given):
-        info = LayerInfo(D, experts, token_counts_V=(1,) * symbols)
+    def make(experts=E, vocabulary=V, **given):
+        info = LayerInfo(D, experts, token_counts_V=(1,) * vocabulary)
         options = moe_options(moe_gate="stable", **{"moe_stable_updates": SWITCH, **given})
         gate = StableGate(info, options)
         with torch.no_grad():
@@ -149,18 +149,18 @@ def test_the_optimizer_cannot_move_the_routing(make_gate):
 
 
 def test_distillation_is_learned_and_kept(make_gate):
-    """Symbols that the gate always sends to one expert go there in stage 2 as well."""
+    """Token ids that the gate always sends to one expert go there in stage 2 as well."""
     gate = make_gate()
-    symbols = torch.randn(V, D)
+    words = torch.randn(V, D)
     optimizer = torch.optim.Adam([gate.word_embedding, gate.word_centroids], lr=0.1)
     for _ in range(60):
         ids = torch.randint(0, V, (200,))
         optimizer.zero_grad()
-        gate(symbols[ids], GateContext(0, token_ids_T=ids)).aux["distill"].backward()
+        gate(words[ids], GateContext(0, token_ids_T=ids)).aux["distill"].backward()
         optimizer.step()
     ids = torch.arange(V)
-    learned = experts(gate(symbols, GateContext(SWITCH - 1, token_ids_T=ids)))
-    frozen = experts(gate(symbols, GateContext(SWITCH, token_ids_T=ids)))
+    learned = experts(gate(words, GateContext(SWITCH - 1, token_ids_T=ids)))
+    frozen = experts(gate(words, GateContext(SWITCH, token_ids_T=ids)))
     assert torch.equal(learned, frozen)
 
 
@@ -256,7 +256,7 @@ def test_its_numbers(make_gate):
 
 def test_what_is_missing_is_named(make_gate):
     with pytest.raises(OptionError, match="--moe-gate stable: .*no vocabulary is known"):
-        make_gate(symbols=0)
+        make_gate(vocabulary=0)
     with pytest.raises(ValueError, match="stable routes by token ids: give token_ids_T"):
         make_gate()(torch.randn(3, D), GateContext())
 

@@ -41,7 +41,7 @@ def check(case):
     assert kept.num_pairs + int(dropped_E.sum()) == plan.num_pairs
     assert (kept.tokens_per_expert_E <= capacity).all()
     full_E = dropped_E > 0
-    assert (kept.tokens_per_expert_E[full_E] == capacity).all()  # no room is left unused
+    assert (kept.tokens_per_expert_E[full_E] == capacity).all()  # no slot is left unused
     assert kept.expert_ids_N.bincount(minlength=experts).tolist() == (
         kept.tokens_per_expert_E.tolist())
 
