@@ -107,8 +107,8 @@ BAD = [
     # null experts
     ({"moe_null_experts": -1}, "--moe-null-experts -1: give 0 or more"),
     (gate("top_k", moe_null_experts=-20), "--moe-null-experts -20: give 0 or more"),
-    (gate("top_any", moe_aux="null=1"), "null: there are no null experts; and the gate top_any can "
-                                        "have none"),
+    (gate("top_any", moe_aux="null=1"), "null: there are no null experts; and the gate top_any "
+                                        "cannot have any"),
     *((gate(name, moe_null_experts=1, **more),
        f"--moe-null-experts 1: the gate {name} cannot select null experts: give 0")
       for name, more in [("hash", {}), ("base", {}), ("stable", {}), ("dselect_k", {}),
@@ -139,7 +139,7 @@ BAD = [
     ({"moe_min_capacity": 8}, "--moe-min-capacity 8: experts have no capacity"),
     ({"moe_min_capacity": 0}, "--moe-min-capacity 0: experts have no capacity"),
     ({"moe_drop_policy": "probs"}, "--moe-drop-policy probs: experts have no capacity"),
-    ({"moe_renormalize_after_drop": True}, "--moe-renormalize-after-drop True: no expert has a"),
+    ({"moe_renormalize_after_drop": True}, "--moe-renormalize-after-drop True: experts have no"),
     (capped(moe_drop_policy="newest"), "--moe-drop-policy newest: one of: position"),
     *((gate(name, moe_capacity_factor=1.0, **more),
        f"--moe-capacity-factor 1.0: the gate {name} sets the load of experts itself")
@@ -188,7 +188,7 @@ BAD = [
     (gate("top_any", moe_scorer="mlp"), "--moe-scorer mlp: the gate top_any does not use it"),
     # options of another gate
     ({"moe_top_k": 1}, "--moe-top-k 1: the gate dense_to_sparse does not use it: leave it out, or "
-                       "take a gate that does (dselect_k, relu, top_k, top_p)"),
+                       "use a gate that does (dselect_k, relu, top_k, top_p)"),
     ({"moe_top_p": 0.5}, "--moe-top-p 0.5: the gate dense_to_sparse does not use it"),
     ({"moe_bias_update_rate": 0.1}, "--moe-bias-update-rate 0.1: the gate dense_to_sparse does"),
     ({"moe_hash": "random"}, "--moe-hash random: the gate dense_to_sparse does not use it"),
