@@ -1,48 +1,50 @@
-"""The MoE layer: the one place where gate and experts meet."""
+"""The MoE layer: combines gate and experts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import expert_ffn_dim, parse_bool, shared_ffn_dim
+from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, parse_bool, shared_ffn_dim
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter, exchange_counts
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, gate_class
-from evomoe_plugin.gates.gradients import with_gradients
+from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, limit
+from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.first_expert import first_expert_plan
 from evomoe_plugin.routing.plan import RoutingPlan
 
+StackT = TypeVar("StackT")
+
 
 class MoELayer(nn.Module):
-    """Route tokens to experts and sum what they answer.
+    """Route tokens to experts and sum their weighted outputs.
 
-    Nothing is kept between forward and loss: the auxiliary losses and statistics are outputs, so
-    that activation checkpointing and FSDP can neither lose nor double them. The losses are one
-    tensor, in the order of `gate.aux_names`, since checkpointing carries no gradients through
+    The layer keeps no state between forward pass and loss: auxiliary losses and statistics are
+    outputs, so that activation checkpointing and FSDP can neither lose nor double them. The losses
+    are one tensor, in the order of `gate.aux_names`: checkpointing passes no gradients through
     containers.
 
     Args:
-        gate: routes.
-        experts: answer; of this process, or of several.
-        shared: experts that answer every token.
-        capacity: what an expert takes in training.
-        eval_capacity: what it takes in evaluation.
-        spawn_updates: so many updates every token goes to expert 0 and the gate does nothing
-            (EvoMoE's first phase, arXiv 2112.14397); its schedules count from there.
-        groups: of processes, where experts are divided over them; `experts` then is a
-            `ParallelExpertFFN`.
-        meter: of its exchanges.
+        gate: of the layer.
+        experts: routed experts, all of them or sharded over ranks.
+        shared: experts that every token goes to.
+        capacity: of an expert in training.
+        eval_capacity: of an expert in evaluation.
+        spawn_updates: length of the dense phase in updates, in which every token goes to expert 0
+            and the gate is not used (EvoMoE's first phase, arXiv 2112.14397); the schedules of the
+            gate start after it.
+        groups: process groups of sharded experts; `experts` is a `ParallelExpertFFN` then.
+        meter: of the all-to-all exchanges.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class MoELayer(nn.Module):
         self.spawn_updates = spawn_updates
         self.groups = groups
         self.meter = meter
-        # FSDP makes one parameter of them.
+        # FSDP flattens them into one parameter.
         self.expert_names = tuple(experts.state_dict())
-        # In the checkpoint, since evaluation routes as training did when it was written.
+        # In the checkpoint: evaluation routes as training did at that update.
+        self.num_updates: Tensor
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._num_updates = 0
         self.register_load_state_dict_post_hook(_read_num_updates)
@@ -82,22 +85,22 @@ class MoELayer(nn.Module):
 
     @property
     def held_experts(self) -> slice:
-        """The experts whose weights this process has."""
+        """The experts whose weights this rank holds."""
         return slice(None) if self.groups is None else self.groups.own(self.num_experts)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Tell the number of completed updates; schedules follow it."""
+        """Set the number of completed updates, which schedules depend on."""
         if num_updates != self._num_updates:
             self._num_updates = num_updates
             self.num_updates.fill_(num_updates)
 
     @property
-    def is_single(self) -> bool:
-        """Whether expert 0 is the only one that works still, and the gate does not."""
+    def in_dense_phase(self) -> bool:
+        """Whether only expert 0 is used, without a gate."""
         return self._num_updates < self.spawn_updates
 
     def gate_updates(self, num_updates: int) -> int:
-        """The completed updates that the gate's schedules count."""
+        """Completed updates since the dense phase, which the gate's schedules count."""
         return max(0, num_updates - self.spawn_updates)
 
     def context(
@@ -107,7 +110,7 @@ class MoELayer(nn.Module):
         token_ids_T: Tensor | None = None,
         token_weights_T: Tensor | None = None,
     ) -> GateContext:
-        """What the gate is told: the noise keys are those of this run, update and layer."""
+        """The inputs of the gate; noise keys are combined with seed, update and layer."""
         keys_T = token_keys_T
         if keys_T is not None:
             for part in (self.gate.info.seed, self._num_updates, self.gate.info.layer_id):
@@ -127,35 +130,35 @@ class MoELayer(nn.Module):
 
         Args:
             x_TD: tokens.
-            token_mask_T: bool, False for padding, which is routed nowhere and counted nowhere.
+            token_mask_T: bool, False for padding, which is neither routed nor counted.
             token_keys_T: int64 keys of the tokens (`routing.noise.sequence_keys`); None: no noise.
-            token_ids_T: int64 symbols of the vocabulary, for gates that look at them.
+            token_ids_T: int64 token ids, for gates that use them.
             token_weights_T: weight of each token in the auxiliary losses; None: 1.
         Returns:
-            y_TD, zeros for tokens without any expert; the auxiliary losses, [A] with gradient;
+            y_TD, zeros for tokens without an expert; the auxiliary losses, [A] with gradient;
             the statistics by name (`routing.stats`), detached fp64.
         """
-        if self.is_single:
+        if self.in_dense_phase:
             plan = self._first_expert_plan(x_TD, token_mask_T)
         else:
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
             plan = self._within_capacity(self.gate(x_TD, context))
-        y_TD, shared_TD = self._answers(x_TD, plan)
+        y_TD, shared_TD = self._outputs(x_TD, plan)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        # Also of parameters that this gate, in this update and with these losses, has no use for.
-        y_TD = with_gradients(y_TD, self.gate)
+        # For parameters that the gate does not use in this update or with these losses.
+        y_TD = attach_zero_grads(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
-        return y_TD, aux, {**plan.stats, **self._travel(plan)}
+        return y_TD, aux, {**plan.stats, **self._exchanged(plan)}
 
     def zero_stats(self) -> dict[str, Tensor]:
         """The statistics of a forward pass without tokens, for a layer that LayerDrop skips."""
         device = self.num_updates.device
         plan = self._first_expert_plan(torch.zeros(0, 1, device=device), None)
-        gate_stats = {} if self.is_single else self.gate.zero_stats(device)
-        return {**plan.stats, **gate_stats, **self._travel(plan)}
+        gate_stats = {} if self.in_dense_phase else self.gate.zero_stats(device)
+        return {**plan.stats, **gate_stats, **self._exchanged(plan)}
 
     def _first_expert_plan(self, x_TD: Tensor, token_mask_T: Tensor | None) -> RoutingPlan:
         names = [st.DROPPED] if self._has_capacity else []
@@ -164,8 +167,8 @@ class MoELayer(nn.Module):
         return first_expert_plan(x_TD, token_mask_T, self.num_experts,
                                  aux_names=self.gate.aux_names, zero_stats=names)
 
-    def _travel(self, plan: RoutingPlan) -> dict[str, Tensor]:
-        """Statistics of what leaves this process, in the places of the processes' own."""
+    def _exchanged(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        """Statistics of the pairs that this rank sends to others, summed over ranks later."""
         if self.groups is None:
             return {}
         to_R = plan.tokens_per_expert_E.double().view(self.groups.size, -1).sum(1)
@@ -174,12 +177,12 @@ class MoELayer(nn.Module):
         sent_R[self.groups.rank] = to_R.sum()
         return {st.SENT_R: sent_R, st.RECEIVED_R: to_R}
 
-    def _answers(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor | None]:
-        """What routed experts, and what shared ones, give."""
+    def _outputs(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor | None]:
+        """The outputs of routed and of shared experts."""
         if self.shared is None:
             return self.experts(x_TD, plan), None
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)
-        if self.groups is not None:  # while rows are under way
+        if self.groups is not None:  # overlaps the exchange
             return self.experts(x_TD, plan, overlap_fn=shared)
         return self.experts(x_TD, plan), shared()
 
@@ -192,7 +195,7 @@ class MoELayer(nn.Module):
                 num_tokens=int(plan.stats[st.TOKENS]),
                 num_experts=self._num_active,
             )
-            plan, dropped_E = limit(plan, capacity, renormalize=rule.renormalize)
+            plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
         if not self._has_capacity:
             return plan
@@ -215,7 +218,7 @@ def _read_num_updates(layer: MoELayer, _incompatible_keys) -> None:
 
 
 def _leave_experts_out(_layer: MoELayer, state: dict[str, Any], prefix: str, _metadata) -> None:
-    """One process's experts are not the model's: checkpoints gather them from all."""
+    """Leave sharded experts out: checkpoints gather them from all ranks."""
     for name in [name for name in state if name.startswith(f"{prefix}experts.")]:
         del state[name]
 
@@ -224,7 +227,7 @@ def _take_own_experts(
     layer: MoELayer, state: dict[str, Any], prefix: str, _metadata, _strict, _missing, _unexpected,
     _errors,
 ) -> None:
-    """This rank's rows, where the state dict has those of all experts."""
+    """Keep this rank's experts of a state dict that has all of them."""
     for name in layer.expert_names:
         key = f"{prefix}experts.{name}"
         if key in state and len(state[key]) == layer.num_experts:
@@ -233,22 +236,22 @@ def _take_own_experts(
 
 def build_layer(
     info: LayerInfo,
-    options: Any,
+    options: ModelOptions,
     activation: Callable[[Tensor], Tensor],
     dropout: nn.Module | None = None,
 ) -> MoELayer:
-    """The layer that the options describe.
+    """Build the layer that the options describe.
 
     Args:
-        info: where its gate stands.
-        options: the fields of `MoEOptions` and of the gate's options, checked.
+        info: the position of the layer.
+        options: of the model and of the gate, checked.
         activation: of the experts.
-        dropout: applied to their hidden rows.
+        dropout: applied to their hidden units.
     """
     groups = expert_groups(options.moe_expert_parallel_size)
     meter = None if groups is None else Meter()
 
-    def stack(make: Callable[..., ExpertStack], count: int, ffn_dim: int, **given) -> ExpertStack:
+    def stack(make: Callable[..., StackT], count: int, ffn_dim: int, **given) -> StackT:
         return make(count, info.model_dim, ffn_dim, activation, dropout,
                     gated=options.moe_expert_gated, **given)
 
@@ -265,8 +268,8 @@ def build_layer(
     if options.moe_shared_experts:
         shared = SharedExperts(
             stack(ExpertFFN, options.moe_shared_experts, shared_ffn_dim(options)))
-    make = ExpertFFN
-    if groups is not None:
+    make: Callable[..., ExpertStack] = ExpertFFN
+    if groups is not None and meter is not None:
         make = partial(
             ParallelExpertFFN,
             groups=groups,

@@ -96,7 +96,7 @@ VARIANTS = {
     "switch_no_aux": {**SWITCH, "model.moe_capacity_factor": None,
                       "criterion.moe_gate_loss_wt": 0.0},
     "gshard": {"model.moe_gate": "gshard", "criterion.moe_gate_loss_wt": 0.01},
-    "base": {"model.moe_gate": "base"},
+    "base_layers": {"model.moe_gate": "base"},
     "hash": {"model.moe_gate": "hash", "model.moe_hash": "balanced"},
     "stablemoe": {"model.moe_gate": "stable", "model.moe_stable_dim": 50},
     "dselect_k": {"model.moe_gate": "dselect_k"},
@@ -118,7 +118,7 @@ VARIANTS = {
 }
 # (at the first update, at the last) of 8 experts; a pair of bounds where it is not one number
 EXPERTS_PER_TOKEN = {
-    "dense_moe": (8, 8), "switch": (1, 1), "gshard": (2, 2), "base": (1, 1), "hash": (1, 1),
+    "dense_moe": (8, 8), "switch": (1, 1), "gshard": (2, 2), "base_layers": (1, 1), "hash": (1, 1),
     "stablemoe": (1, 1), "dselect_k": ((1, 8), (1, 8)), "remoe": ((2, 6), (2, 6)),
     "deepseek_style": (4, 4), "plain_moe": (2, 2), "dynmoe": ((1, 4), (1, 4)),
     "dcmoe": ((1, 4), (1, 4)), "dense2moe": (2, 2),

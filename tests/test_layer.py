@@ -66,7 +66,7 @@ def test_fast_path_equals_the_loop_oracle(moe_options, routing, padding, trainin
 
 
 class FixedGate(Gate):
-    """Routes as it is told; for the shapes that a learned gate seldom makes."""
+    """Routes by a fixed mask, for shapes that a learned gate rarely gives."""
 
     Options = MoEOptions
     capabilities = Capabilities(default_aux="none")

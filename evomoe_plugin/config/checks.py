@@ -1,4 +1,4 @@
-"""What makes the options of a model valid."""
+"""Checks of a model's options."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from evomoe_plugin.config.options import (
     SHARED_COMBINE,
     SPAWN_METHODS,
     UNSUPPORTED,
+    ModelOptions,
     MoEOptions,
     check_choice,
     check_number,
@@ -28,22 +29,22 @@ from evomoe_plugin.config.options import (
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
-from evomoe_plugin.gates.gate import gate_class, validate_gate
+from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
 _PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
                   "decoder_layerdrop")
 
 
-def validate(options: Any, warn: bool = True) -> None:
-    """Check every option of an MoE model; log a warning for what is doubtful.
+def validate(options: ModelOptions, warn: bool = True) -> None:
+    """Check all options of an MoE model, and log warnings.
 
     Args:
         options: the fields of `MoEOptions`, of the gates' options and of fairseq's
             transformer_lm.
-        warn: False where it has been said already, or does not matter.
+        warn: whether to log warnings.
     Raises:
-        OptionError: naming the option, its value and what would be right.
+        OptionError: with the option, its value and the remedy.
     """
     resolve_renamed(options, warn)
     for option in UNSUPPORTED:
@@ -101,7 +102,7 @@ def resolve_renamed(options: Any, warn: bool) -> None:
         options.moe_matmul_dtype, options.moe_products_dtype = old, None
 
 
-def _check_experts(options: Any) -> None:
+def _check_experts(options: ModelOptions) -> None:
     check_number(options, "moe_expert_ffn_dim", least=0,
                  remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
     check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
@@ -110,7 +111,7 @@ def _check_experts(options: Any) -> None:
         factor = getattr(options, f"moe_{kind}_size_factor")
         if factor > 1 and getattr(options, f"moe_{kind}_ffn_dim"):
             raise OptionError(f"moe_{kind}_size_factor", factor,
-                              f"--moe-{kind}-ffn-dim gives the width already: leave one of them "
+                              f"--moe-{kind}-ffn-dim already sets the width: leave one of them "
                               "out")
         if options.decoder_ffn_embed_dim % (factor or 1):
             raise OptionError(f"moe_{kind}_size_factor", factor,
@@ -127,7 +128,7 @@ def _check_experts(options: Any) -> None:
                                              "--moe-shared-experts")
 
 
-def _check_expert_parallel(options: Any) -> None:
+def _check_expert_parallel(options: ModelOptions) -> None:
     size = options.moe_expert_parallel_size
     check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
     check_choice(options, "moe_ep_wire_dtype", tuple(TRANSPORT_DTYPES))
@@ -141,33 +142,32 @@ def _check_expert_parallel(options: Any) -> None:
                               f"does not divide the {count} experts of a layer")
     least = min(slots) // size
     check_number(options, "moe_ep_chunks", least=1, most=least,
-                 remedy=f"give 1 to {least}, the experts of a layer that a process holds")
+                 remedy=f"give 1 to {least}, the number of experts of a layer on each rank")
     for option in (f.name for f in fields(MoEOptions) if f.name.startswith("moe_ep_")):
         value = getattr(options, option)
         if size == 1 and value != getattr(MoEOptions, option):
-            raise OptionError(option, value, "every process has all experts: leave it out, or give "
+            raise OptionError(option, value, "every rank has all experts: leave it out, or give "
                                              "--moe-expert-parallel-size")
-    if size > 1 and getattr(options, "decoder_layerdrop", 0):
+    if size > 1 and getattr(options, "decoder_layerdrop", 0.0) > 0:
         raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
-                          "processes would leave out different layers, and wait for each other "
-                          "for ever: leave it out, or --moe-expert-parallel-size")
+                          "ranks would skip different layers and deadlock: leave it out, or "
+                          "--moe-expert-parallel-size")
 
 
-def _check_null(options: Any) -> None:
-
+def _check_null(options: ModelOptions) -> None:
     target = options.moe_null_rate_target
     check_number(options, "moe_null_rate_target", least=0, most=1,
                  remedy="it is a probability: give a number from 0 to 1")
     wanted = "null" in gate_class(options.moe_gate).aux_coefficients(options)
     if wanted and target is None:
         raise OptionError("moe_aux", options.moe_aux,
-                          "the loss null has nothing to aim at: give --moe-null-rate-target")
+                          "the loss null needs a target: give --moe-null-rate-target")
     if target is not None and not wanted:
         raise OptionError("moe_null_rate_target", target,
                           "only the loss null uses it: leave it out, or add null=… to --moe-aux")
 
 
-def _check_capacity(options: Any, gate: Any) -> None:
+def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
     for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         check_number(options, option, above=0,
                      remedy="give a number above 0, or leave it out for no limit")
@@ -177,7 +177,7 @@ def _check_capacity(options: Any, gate: Any) -> None:
                      remedy="give a fraction above 0 and at most 1, or -1 for no limit")
         if options.moe_eval_capacity_factor is not None:
             raise OptionError("moe_eval_capacity_token_fraction", fraction,
-                              "--moe-eval-capacity-factor gives the capacity already: leave one "
+                              "--moe-eval-capacity-factor already sets the capacity: leave one "
                               "of them out")
     check_number(options, "moe_min_capacity", least=0, remedy="give 0 or more")
     if options.moe_drop_policy is not None:
@@ -192,17 +192,17 @@ def _check_capacity(options: Any, gate: Any) -> None:
     for option in ("moe_min_capacity", "moe_drop_policy", "moe_renormalize_after_drop"):
         value = getattr(options, option)
         if not limits and value != getattr(MoEOptions, option):
-            raise OptionError(option, value, "no expert has a capacity: leave it out, or give "
+            raise OptionError(option, value, "experts have no capacity: leave it out, or give "
                                              "--moe-capacity-factor")
 
 
-def _capacity_warnings(options: Any, gate: Any) -> list[str]:
+def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
     warnings = []
     if options.moe_eval_capacity_factor is not None or (
             options.moe_eval_capacity_token_fraction != -1):
         warnings.append("a capacity in evaluation: a token's output depends on the other tokens of "
                         "the batch, and perplexity on the batch size")
-    fixed = gate.has_fixed_picks(options) and not options.moe_null_experts
+    fixed = gate.has_fixed_k(options) and not options.moe_null_experts
     if options.moe_capacity_factor is not None and not fixed:
         warnings.append(
             f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the number "
@@ -215,31 +215,31 @@ def _capacity_warnings(options: Any, gate: Any) -> list[str]:
     return warnings
 
 
-def _check_init(options: Any) -> None:
+def _check_init(options: ModelOptions) -> None:
     if options.moe_init_from_dense is not None:
         check_spawned_from(options, "moe_init_method", options.moe_init_method)
         return
     for option in fields(MoEOptions):
         value = getattr(options, option.name)
         if option.name.startswith("moe_init_") and value != option.default:
-            raise OptionError(option.name, value, "experts are made from nothing: leave it out, or "
-                                                  "give --moe-init-from-dense")
+            raise OptionError(option.name, value, "there is no dense model: leave it out, or give "
+                                                  "--moe-init-from-dense")
 
 
-def check_spawned_from(options: Any, option: str, method: str) -> None:
-    """Raise `OptionError` if a spawn would throw away what `method` made of a dense model.
+def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:
+    """Raise `OptionError` if a spawn would overwrite what `method` made from a dense model.
 
     Args:
-        option: the one that `method` comes from.
+        option: the option with the value `method`.
     """
     if options.moe_spawn_updates is not None and method not in ("copy", "none"):
         raise OptionError(option, method,
-                          "--moe-spawn-updates makes all experts from the first one, so that what "
-                          "others are given would be lost: give copy or none, and --moe-spawn-"
-                          "method and --moe-spawn-rate for what the spawn makes")
+                          "--moe-spawn-updates makes all experts from the first one and would "
+                          "overwrite the others: give copy or none, and --moe-spawn-method and "
+                          "--moe-spawn-rate for the spawn")
 
 
-def _check_spawn(options: Any) -> None:
+def _check_spawn(options: ModelOptions) -> None:
     updates, method = options.moe_spawn_updates, options.moe_spawn_method
     given = [f.name for f in fields(MoEOptions) if f.name.startswith("moe_spawn_")
              and str(getattr(options, f.name)).lower() != str(f.default).lower()]
@@ -268,7 +268,7 @@ def _check_spawn(options: Any) -> None:
                               "mask")
 
 
-def _spawn_warnings(options: Any, counts: Sequence[int]) -> list[str]:
+def _spawn_warnings(options: ModelOptions, counts: Sequence[int]) -> list[str]:
     updates = options.moe_spawn_updates
     if updates is None:
         return []

@@ -1,7 +1,7 @@
-"""The MoE options every gate shares, and what they come to.
+"""The MoE options that all gates share, and values derived from them.
 
-The dataclasses here and beside each gate are what fairseq turns into command line flags and Hydra
-fields. They know nothing of fairseq.
+fairseq turns the dataclasses here and in each gate's module into command line flags and Hydra
+fields. They do not depend on fairseq.
 """
 
 import argparse
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MoEOptions:
-    """Where MoE layers stand and what they are made of, whatever the gate."""
+    """Positions and contents of MoE layers, for every gate."""
 
     moe_freq: int = field(
         default=2,
-        metadata={"help": "every N-th decoder layer is an MoE layer; 1 makes every layer one"},
+        metadata={"help": "every N-th decoder layer is an MoE layer; 1: every layer"},
     )
     moe_start_layer: Optional[int] = field(
         default=None,
@@ -31,17 +31,17 @@ class MoEOptions:
     )
     moe_layers: Optional[str] = field(
         default=None,
-        metadata={"help": "the MoE layers, from 0, one by one (5,8,11), instead of --moe-freq and "
+        metadata={"help": "indices of the MoE layers, from 0 (5,8,11), instead of --moe-freq and "
                           "--moe-start-layer"},
     )
     moe_expert_count: str = field(
         default="16",
         metadata={"help": "routed experts of each MoE layer: one number, one per MoE layer "
-                          "(4,4,8,16), or FIRST:LAST to grow evenly with depth"},
+                          "(4,4,8,16), or FIRST:LAST to grow linearly with depth"},
     )
     moe_expert_ffn_dim: int = field(
         default=0,
-        metadata={"help": "hidden width of an expert; 0 takes --decoder-ffn-embed-dim"},
+        metadata={"help": "hidden width of an expert; 0: --decoder-ffn-embed-dim"},
     )
     moe_expert_size_factor: int = field(
         default=1,
@@ -59,7 +59,7 @@ class MoEOptions:
     # A string, because fairseq makes a boolean whose default is True a flag that turns it off.
     moe_gating_use_fp32: str = field(
         default="true",
-        metadata={"help": "compute the gate in fp32 whatever the model's precision (true|false)",
+        metadata={"help": "compute gates in fp32 in models of lower precision (true|false)",
                   "argparse_const": "true"},
     )
     moe_matmul_dtype: str = field(
@@ -74,30 +74,31 @@ class MoEOptions:
     moe_aux: Optional[str] = field(
         default=None,
         metadata={"help": "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none "
-                          "(default: what belongs to the gate); all are multiplied by "
+                          "(default: depends on the gate); all are multiplied by "
                           "--moe-gate-loss-wt"},
     )
     moe_shared_experts: int = field(
-        default=0, metadata={"help": "experts that every token goes to, beside the routed ones"}
+        default=0,
+        metadata={"help": "experts that every token goes to, in addition to the routed ones"},
     )
     moe_shared_ffn_dim: int = field(
         default=0,
-        metadata={"help": "hidden width of a shared expert; 0 takes that of the routed ones"},
+        metadata={"help": "hidden width of a shared expert; 0: that of the routed ones"},
     )
     moe_shared_size_factor: int = field(
         default=0,
         metadata={"help": "a shared expert's hidden width is --decoder-ffn-embed-dim divided by "
-                          "this; 0 takes that of the routed ones"},
+                          "this; 0: that of the routed ones"},
     )
     moe_shared_combine: str = field(
         default="add",
-        metadata={"help": "weights of shared experts: add (1), softmax (together with the chosen "
-                          "routed ones, as DCMoE), mix (a learned share for all of them, as "
-                          "residual MoE)"},
+        metadata={"help": "weights of shared experts: add (1), softmax (over the selected routed "
+                          "and the shared experts, as DCMoE), mix (one learned share for all of "
+                          "them, as residual MoE)"},
     )
     moe_null_experts: int = field(
         default=0,
-        metadata={"help": "candidates of the gate that stand for no computation at all"},
+        metadata={"help": "candidates of the gate without computation, whose output is 0"},
     )
     moe_null_rate_target: Optional[float] = field(
         default=None,
@@ -105,7 +106,7 @@ class MoEOptions:
     )
     moe_capacity_factor: Optional[float] = field(
         default=None,
-        metadata={"help": "in training an expert takes at most ceil(factor * pairs / experts) "
+        metadata={"help": "in training an expert gets at most ceil(factor * pairs / experts) "
                           "tokens (default: no limit)"},
     )
     moe_eval_capacity_factor: Optional[float] = field(
@@ -113,51 +114,54 @@ class MoEOptions:
     )
     moe_eval_capacity_token_fraction: float = field(
         default=-1.0,
-        metadata={"help": "in evaluation an expert takes at most this fraction of the batch's "
-                          "tokens; -1: no limit"},
+        metadata={"help": "in evaluation an expert gets at most this fraction of the tokens of "
+                          "the batch; -1: no limit"},
     )
     moe_min_capacity: Optional[int] = field(
-        default=None, metadata={"help": "a capacity is at least so many tokens (default: 0)"}
+        default=None, metadata={"help": "lower bound of capacities in tokens (default: 0)"}
     )
     moe_drop_policy: Optional[str] = field(
         default=None,
-        metadata={"help": "whom an expert at its capacity keeps: position (the first; the "
+        metadata={"help": "which tokens an expert at its capacity keeps: position (the first; the "
                           "default), probs (the most probable) or random"},
     )
     moe_renormalize_after_drop: bool = field(
         default=False,
-        metadata={"help": "what a token keeps after dropping gets the weight of what it had"},
+        metadata={"help": "scale the weights that a token keeps after dropping to their sum "
+                          "before"},
     )
     moe_post_norm: bool = field(
         default=False,
-        metadata={"help": "layers normalise what they give, not what they take, as fairseq's plain "
-                          "transformer_lm; for models made from such a one"},
+        metadata={"help": "post-norm layers as in fairseq's default transformer_lm, for models "
+                          "converted from one; otherwise pre-norm"},
     )
     moe_attention: str = field(
         default="sdpa",
         metadata={"help": "self-attention of all layers: sdpa (torch's "
-                          "scaled_dot_product_attention) or stock (fairseq's own); equal to "
+                          "scaled_dot_product_attention) or stock (fairseq's own); equal up to "
                           "rounding"},
     )
     moe_init_from_dense: Optional[str] = field(
         default=None,
-        metadata={"help": "checkpoint of a dense transformer_lm that a run without a checkpoint of "
-                          "its own begins with: experts are made from its feed-forward networks"},
+        metadata={"help": "dense transformer_lm checkpoint to initialise a run without a "
+                          "checkpoint of its own: its FFNs become the experts"},
     )
     moe_init_method: str = field(
         default="copy",
-        metadata={"help": "how: copy, mask, noise, reinit (each expert the whole network), slice "
-                          "(smaller experts, a part each), none (experts start afresh)"},
+        metadata={"help": "how experts are made from a dense FFN: copy, mask, noise, reinit (each "
+                          "from the whole FFN), slice (smaller experts, each from a part), none "
+                          "(random initialisation)"},
     )
     moe_init_rate: Optional[float] = field(
         default=None,
-        metadata={"help": "of mask (share of the weights), noise (share of their deviation), "
-                          "reinit (share of the hidden units); default: 0.3, 0.1, 0.5"},
+        metadata={"help": "rate of --moe-init-method: mask (share of the weights), noise "
+                          "(relative to their standard deviation), reinit (share of the hidden "
+                          "units); default: 0.3, 0.1, 0.5"},
     )
     moe_init_rescale: bool = field(
         default=False,
-        metadata={"help": "mask: what is left is divided by 1 - rate; slice: an expert's output is "
-                          "multiplied by the number of slices"},
+        metadata={"help": "mask: divide the remaining weights by 1 - rate; slice: multiply an "
+                          "expert's output by the number of slices"},
     )
     moe_init_slices: str = field(
         default="contiguous",
@@ -165,71 +169,101 @@ class MoEOptions:
     )
     moe_init_gate: str = field(
         default="default",
-        metadata={"help": "weights of the gates: default, zero, or normal:STD"},
+        metadata={"help": "initial weights of the gates: default, zero, or normal:STD"},
     )
     moe_train_only: Optional[str] = field(
         default=None,
-        metadata={"help": "train these parameters alone, the others are frozen: words (experts, "
-                          "shared, gate, attention, ffn, embeddings, norms) or regular expressions "
-                          "over their names, with commas between"},
+        metadata={"help": "train only these parameters and freeze the others: comma-separated "
+                          "words (experts, shared, gate, attention, ffn, embeddings, norms) or "
+                          "regular expressions over parameter names"},
     )
     moe_expert_parallel_size: int = field(
         default=1,
-        metadata={"help": "processes that divide each layer's experts between them, tokens "
-                          "travelling to them; 1: every process has all experts"},
+        metadata={"help": "number of ranks that the experts of each layer are sharded over, with "
+                          "all-to-all exchange of tokens; 1: every rank has all experts"},
     )
     moe_ep_chunks: int = field(
         default=1,
-        metadata={"help": "with --moe-expert-parallel-size, tokens travel in so many parts, one "
-                          "under way while another is computed"},
+        metadata={"help": "with --moe-expert-parallel-size, number of chunks of the exchange, "
+                          "which overlap with computation"},
     )
     moe_ep_wire_dtype: str = field(
         default="same",
-        metadata={"help": "precision of tokens under way: same (as they are), fp32, fp16, bf16"},
+        metadata={"help": "transport dtype of exchanged tokens: same (no cast), fp32, fp16, bf16"},
     )
     moe_ep_checkpoint: str = field(
         default="auto",
         metadata={"help": "with --moe-expert-parallel-size, checkpoints are one file "
-                          "(consolidated), or have the experts in a file of each process beside "
-                          "it (sharded); auto: by --moe-ep-consolidate-below"},
+                          "(consolidated), or have the experts in one further file per rank "
+                          "(sharded); auto: by --moe-ep-consolidate-below"},
     )
     moe_ep_consolidate_below: float = field(
         default=4.0,
-        metadata={"help": "GiB that all experts and what the optimizer keeps of them may have for "
-                          "--moe-ep-checkpoint auto to write one file"},
+        metadata={"help": "maximum GiB of all experts and their optimizer state for which "
+                          "--moe-ep-checkpoint auto writes one file"},
     )
     moe_spawn_updates: Optional[int] = field(
         default=None,
-        metadata={"help": "EvoMoE's first phase, expert-diversify: for so many updates only the "
-                          "first expert of each layer works, without gate; then all experts are "
-                          "spawned from it (default: no such phase)"},
+        metadata={"help": "updates of the dense phase (EvoMoE's expert-diversify), in which only "
+                          "the first expert of each layer is used, without a gate; then all "
+                          "experts are spawned from it (default: no such phase)"},
     )
     moe_spawn_method: str = field(
         default="mask",
-        metadata={"help": "how experts are spawned: mask (a share of the weights is zero), noise "
-                          "(is added), reinit (a share of the hidden units is drawn afresh), copy"},
+        metadata={"help": "how experts are spawned: mask (a share of the weights is set to 0), "
+                          "noise (is added), reinit (a share of the hidden units is "
+                          "reinitialised), copy"},
     )
     moe_spawn_rate: Optional[float] = field(
         default=None,
-        metadata={"help": "share of weights or hidden units, or noise as a share of a weight's "
+        metadata={"help": "share of weights or hidden units, or noise relative to the weights' "
                           "standard deviation (default: mask 0.3, reinit 0.5, noise 0.1)"},
     )
     moe_spawn_rescale: bool = field(
         default=False,
-        metadata={"help": "divide the weights that mask leaves by the share that is left"},
+        metadata={"help": "divide the weights that mask keeps by the share of kept weights"},
     )
     # A string like moe_gating_use_fp32.
     moe_spawn_trainable_masked: str = field(
         default="true",
-        metadata={"help": "weights that mask made zero learn on; false keeps them zero for ever "
+        metadata={"help": "train the weights that mask set to 0; false keeps them at 0 "
                           "(true|false)"},
     )
     moe_spawn_moments: str = field(
         default="copy",
-        metadata={"help": "the optimizer's moments of spawned experts: copy (those of the expert "
-                          "they come from; zero for weights masked or drawn afresh) or reset "
-                          "(zero)"},
+        metadata={"help": "optimizer moments of spawned experts: copy (of the first expert; 0 for "
+                          "masked or reinitialised weights) or reset (0)"},
     )
+
+
+@dataclass
+class ModelOptions(MoEOptions):
+    """The options of a model that the package reads: ours and those of fairseq's transformer_lm.
+
+    Used as a type; any object with these fields will do. Options of gates inherit from it.
+    """
+
+    decoder_layers: int = 6
+    decoder_embed_dim: int = 512
+    decoder_ffn_embed_dim: int = 2048
+    decoder_attention_heads: int = 8
+    decoder_input_dim: int = 0
+    decoder_output_dim: int = 0
+    decoder_learned_pos: bool = False
+    decoder_layerdrop: float = 0.0
+    decoder_normalize_before: bool = False
+    no_decoder_final_norm: bool = False
+    no_token_positional_embeddings: bool = False
+    layernorm_embedding: bool = False
+    share_decoder_input_output_embed: bool = False
+    activation_fn: str = "relu"
+    max_target_positions: Optional[int] = None
+    tokens_per_sample: int = 1024
+    checkpoint_activations: bool = False
+    offload_activations: bool = False
+    min_params_to_wrap: int = 100_000_000
+    seed: int = 1
+    max_update: Optional[int] = None
 
 
 def parse_bool(option: str, value: Any) -> bool:
@@ -240,11 +274,11 @@ def parse_bool(option: str, value: Any) -> bool:
     return text == "true"
 
 
-def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
+def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
     """Indices, from 0, of the decoder layers that are MoE layers.
 
     Raises:
-        OptionError: no layer would be one, or one that is asked for does not exist.
+        OptionError: there would be no MoE layer, or a given index does not exist.
     """
     last = num_layers - 1
     if options.moe_layers is not None:
@@ -264,12 +298,12 @@ def moe_layer_indices(options: Any, num_layers: int) -> list[int]:
     return list(range(freq - 1 if start is None else start, num_layers, freq))
 
 
-def _listed_layers(options: Any, last: int) -> list[int]:
+def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     text = str(options.moe_layers).replace(" ", "")
     for option in ("moe_freq", "moe_start_layer"):
         if getattr(options, option) != getattr(MoEOptions, option):
             raise OptionError(option, getattr(options, option),
-                              f"--moe-layers {text} says which layers: leave one of them out")
+                              f"--moe-layers {text} lists the layers: leave one of them out")
     try:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
@@ -280,11 +314,11 @@ def _listed_layers(options: Any, last: int) -> list[int]:
     return indices
 
 
-def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
+def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
     """Routed experts of each MoE layer, `num_moe_layers` numbers.
 
     Raises:
-        OptionError: not a number, list or range of counts, or none that fits the layers.
+        OptionError: not a number, list or range of counts, or one that does not fit the layers.
     """
     text = str(options.moe_expert_count).replace(" ", "")
     wanted = "give one number of at least 1, one per MoE layer (4,4,8,16), or FIRST:LAST"
@@ -309,8 +343,8 @@ def expert_counts(options: Any, num_moe_layers: int) -> list[int]:
     return numbers
 
 
-def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
-    """E of each MoE layer: the experts it has room for, of which it may start with fewer.
+def expert_slots(options: ModelOptions, num_moe_layers: int) -> list[int]:
+    """E of each MoE layer: its expert slots, not all of which may be used at the start.
 
     Raises:
         OptionError: as `expert_counts`.
@@ -319,24 +353,24 @@ def expert_slots(options: Any, num_moe_layers: int) -> list[int]:
     return [max(count, most) for count in expert_counts(options, num_moe_layers)]
 
 
-def expert_ffn_dim(options: Any) -> int:
+def expert_ffn_dim(options: ModelOptions) -> int:
     """F: hidden width of a routed expert."""
     return options.moe_expert_ffn_dim or (
         options.decoder_ffn_embed_dim // options.moe_expert_size_factor)
 
 
-def shared_ffn_dim(options: Any) -> int:
+def shared_ffn_dim(options: ModelOptions) -> int:
     """Hidden width of a shared expert."""
     if options.moe_shared_size_factor:
         return options.decoder_ffn_embed_dim // options.moe_shared_size_factor
     return options.moe_shared_ffn_dim or expert_ffn_dim(options)
 
 
-# fairseq's, by name.
+# Names of fairseq's activations.
 ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
                "swish")
-# Parts of fairseq's transformer_lm that change what a feed-forward network or the vocabulary is,
-# and NormFormer's scales, which fairseq itself takes and then ignores in its decoder.
+# Options of fairseq's transformer_lm that change FFNs or the vocabulary, and NormFormer's scales,
+# which fairseq accepts and then ignores in its decoder.
 UNSUPPORTED = (
     "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
     "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
@@ -351,19 +385,19 @@ SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
 
 @dataclass(frozen=True)
 class Rate:
-    """What the rate of a method that changes experts may be; 0 would be `copy`."""
+    """Valid rates of a method that changes experts; 0 would equal `copy`."""
 
     default: float
     fits: Callable[[float], bool]
     remedy: str
 
 
-# The defaults of mask and noise are our choice; reinit's is Drop-Upcycling's (arXiv 2502.19261).
+# The defaults of mask and noise are ours; that of reinit is Drop-Upcycling's (arXiv 2502.19261).
 SPAWN_RATES = {
     "mask": Rate(0.3, lambda rate: 0 < rate < 1,
                  "it is a share of the weights: give more than 0 and less than 1"),
     "noise": Rate(0.1, lambda rate: 0 < rate < math.inf,
-                  "give a number above 0, a share of the weights' deviation"),
+                  "give a number above 0, relative to the weights' standard deviation"),
     "reinit": Rate(0.5, lambda rate: 0 < rate <= 1,
                    "it is a share of the hidden units: give more than 0 and at most 1"),
 }
@@ -377,34 +411,34 @@ def resolved_rate(method: str, rate: float | None) -> float:
 
 
 def check_rate(option: str, method: str, rate: float | None) -> None:
-    """Raise `OptionError` unless `method` can have `rate`; None, its default, always passes."""
+    """Raise `OptionError` unless `rate` is valid for `method`; None, the default, always is."""
     if rate is None:
         return
     if method not in SPAWN_RATES:
-        raise OptionError(option, rate, f"the method {method} has none: leave it out, or give a "
-                                        f"method of {', '.join(SPAWN_RATES)}")
+        raise OptionError(option, rate, f"the method {method} has no rate: leave it out, or give "
+                                        f"one of the methods {', '.join(SPAWN_RATES)}")
     if not SPAWN_RATES[method].fits(rate):
         raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 
 
-def spawn_rate(options: Any) -> float:
-    """The rate of the method that spawns experts, the default resolved."""
+def spawn_rate(options: ModelOptions) -> float:
+    """The rate of the spawn method, with the default resolved."""
     return resolved_rate(options.moe_spawn_method, options.moe_spawn_rate)
 
 
-def gated_updates(options: Any) -> int:
-    """Updates of the run in which gates work: all, or those after the spawn; 0: not known."""
+def gated_updates(options: ModelOptions) -> int:
+    """Updates of the run with gates: all, or those after the spawn; 0: unknown."""
     return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
 
 
-def check_choice(options: Any, option: str, allowed: Sequence[str]) -> None:
+def check_choice(options: ModelOptions, option: str, allowed: Sequence[str]) -> None:
     """Raise `OptionError` unless the option's value is one of `allowed`."""
     if getattr(options, option) not in allowed:
         raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
 
 
 def check_number(
-    options: Any, option: str, remedy: str, *, least: float | None = None,
+    options: ModelOptions, option: str, remedy: str, *, least: float | None = None,
     above: float | None = None, most: float | None = None, below: float | None = None,
 ) -> None:
     """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.

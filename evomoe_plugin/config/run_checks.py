@@ -1,6 +1,6 @@
-"""Checks of a whole run's configuration, made before any process is started.
+"""Checks of the configuration of a whole run, before any rank is started.
 
-Each check raises `OptionError`, or returns.
+Each check raises `OptionError` or returns.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
 
-# Optimizers whose steps follow from means or norms over whole parameters; and those that fairseq
-# does not shard, for these or other reasons.
+# Optimizers whose steps depend on means or norms over whole parameters, and those that fairseq
+# cannot shard for this or other reasons.
 _OF_WHOLE_PARAMETERS = ("adafactor", "lamb")
 _NOT_SHARDED = (*_OF_WHOLE_PARAMETERS, "adagrad")
 
 
-def check_run(cfg: Any, num_processes: int) -> None:
-    """Check a whole fairseq run before any process is started.
+def check_run(cfg: Any, num_ranks: int) -> None:
+    """Check a whole fairseq run before any rank is started.
 
     Args:
-        cfg: fairseq's configuration; `cfg.model` is None for runs that take it from a checkpoint.
-        num_processes: of the run, on all machines.
+        cfg: fairseq's configuration; `cfg.model` is None if it comes from a checkpoint.
+        num_ranks: of the run, on all machines.
     Raises:
-        OptionError: combinations of options that cannot work, and data that is not there.
+        OptionError: invalid combinations of options, and missing data.
     """
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.model is not None:
         resolve_renamed(cfg.model, warn=True)
-        _check_training(cfg, num_processes, on_gpu)
+        _check_training(cfg, num_ranks, on_gpu)
     validate_run(cfg)
 
 
@@ -51,15 +51,15 @@ def validate_run(cfg: Any) -> None:
     Args:
         cfg: as `check_run`.
     Raises:
-        OptionError: as `validate`, and for data that is not there.
+        OptionError: as `validate`, and for missing data.
     """
     _check_data(cfg)
     model = cfg.model
     if model is None:
         return
     _check_changes(cfg)
-    # A hand-written yaml may leave fields to the architecture's defaults; then the check waits
-    # for `build_model`, which knows them.
+    # A hand-written yaml may leave fields to the architecture's defaults, which are known only in
+    # `build_model`: it checks them then.
     if any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
@@ -71,37 +71,38 @@ def validate_run(cfg: Any) -> None:
 
 
 def _check_changes(cfg: Any) -> None:
-    """What else the run must be for weights to be changed in it, or set at its start.
+    """Check runs that change weights by a spawn, adaptation or conversion.
 
-    Fields that a hand-written yaml leaves out have the defaults, which no architecture changes.
+    Fields missing in a hand-written yaml have defaults that no architecture changes.
     """
-    given = {f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
+    given: dict[str, Any] = {
+        f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
     spawn, dense = given["moe_spawn_updates"], given["moe_init_from_dense"]
     if spawn is not None and cfg.ema is not None and cfg.ema.store_ema:
         raise OptionError("store_ema", True,
-                          "the averages of experts would be of before the spawn: leave it out, or "
-                          "--moe-spawn-updates")
+                          "the averages would include weights from before the spawn: leave it out, "
+                          "or --moe-spawn-updates")
     if dense is not None and cfg.checkpoint.finetune_from_model:
         raise OptionError("moe_init_from_dense", dense,
-                          "--finetune-from-model gives the first weights already: leave one of "
+                          "--finetune-from-model already sets the initial weights: leave one of "
                           "them out")
     changes = {"moe_spawn_updates": spawn, "moe_init_from_dense": dense,
                "moe_adapt_record_interval": getattr(
                    cfg.model, "moe_adapt_record_interval", None)}
     change = next((name for name, value in changes.items() if value), None)
     if change is not None:
-        _check_owner_of_weights(cfg, f"--{change.replace('_', '-')}")
+        _check_copies_of_weights(cfg, f"--{change.replace('_', '-')}")
     if spawn is not None:
         for warning in _moments_warnings(cfg.optimizer, spawn):
             logger.warning(warning)
 
 
-def _check_owner_of_weights(cfg: Any, change: str) -> None:
-    """Raise `OptionError` where the optimizer, or a copy of the weights, would not see `change`."""
+def _check_copies_of_weights(cfg: Any, change: str) -> None:
+    """Raise `OptionError` if the optimizer or a copy of the weights would miss `change`."""
     parallel = cfg.distributed_training
     if parallel.zero_sharding != "none":
         raise OptionError("zero_sharding", parallel.zero_sharding,
-                          f"keeps the optimizer's state where {change} cannot edit it: give "
+                          f"keeps optimizer state that {change} cannot edit: give "
                           "--ddp-backend fully_sharded")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", f"with {change}",
@@ -112,13 +113,13 @@ def _check_owner_of_weights(cfg: Any, change: str) -> None:
                           "legacy_ddp or fully_sharded")
 
 
-# Above it, weights without moments take steps of more than twice the learning rate.
+# Above this, weights without moments take steps of more than twice the learning rate.
 _MOST_BETA2 = 0.99
 
 
 def largest_step(betas: Sequence[float], updates: int) -> float:
-    """How many times the learning rate Adam moves a weight at most whose gradient stays the same
-    and begins after `updates` updates of zeros: the moments begin, the corrections have ended."""
+    """Adam's largest step, relative to the learning rate, for a constant gradient that starts after
+    `updates` updates of zeros: the moments start then, but the bias corrections have ended."""
     def step(k: int) -> float:
         one, two = ((1 - beta**k) / (1 - beta ** (updates + k)) for beta in betas)
         return one / two**0.5 if two else 1.0
@@ -139,7 +140,7 @@ def _moments_warnings(optimizer: Any, updates: int) -> list[str]:
             f"(0.9, 0.98) {largest_step((0.9, 0.98), updates):.1f} times"]
 
 
-# Losses that are about 1 or more when all is well; published coefficients are 0.001 to 0.03.
+# Losses with values of about 1 or more in a good run; published coefficients are 0.001 to 0.03.
 _LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
 
 
@@ -165,7 +166,7 @@ def _check_data(cfg: Any) -> None:
                           f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}")
 
 
-def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
+def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
     common, parallel = cfg.common, cfg.distributed_training
     if not on_gpu and common.amp:
         raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
@@ -174,7 +175,7 @@ def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
     _check_matmul_dtype(cfg)
     if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
         raise OptionError("write_checkpoints_asynchronously", "without iopath",
-                          "fairseq asks for it: pip install iopath")
+                          "fairseq needs it: pip install iopath")
     if parallel.ddp_backend == "fully_sharded":
         _check_fully_sharded(cfg, on_gpu)
     elif parallel.use_sharded_state:
@@ -183,7 +184,7 @@ def _check_training(cfg: Any, num_processes: int, on_gpu: bool) -> None:
     elif parallel.ddp_backend == "slowmo" and not on_gpu:
         raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
     if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
-        _check_expert_parallel(cfg, num_processes)
+        _check_expert_parallel(cfg, num_ranks)
 
 
 def _check_matmul_dtype(cfg: Any) -> None:
@@ -210,13 +211,13 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
         raise OptionError("amp", combined, "give --fp16")
     if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
         raise OptionError("use_sharded_state", "with --moe-train-only",
-                          "the shards do not tell what is frozen: leave it out")
+                          "shards do not record which parameters are frozen: leave it out")
     if parallel.zero_sharding != "none":
         raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
-                          "leave it out, fully_sharded does that already")
+                          "leave it out: fully_sharded includes it")
     if parallel.cpu_offload and not on_gpu:
         raise OptionError("cpu_offload", "without a GPU",
-                          "leave it out, everything is on the CPU already")
+                          "leave it out: everything is on the CPU anyway")
     if parallel.fp32_reduce_scatter and (not common.fp16 or common.memory_efficient_fp16):
         raise OptionError("fp32_reduce_scatter", "without plain --fp16", "leave it out")
     if parallel.not_fsdp_flatten_parameters and not (
@@ -237,15 +238,15 @@ def _optimizer(cfg: Any) -> str | None:
     return getattr(cfg.optimizer, "_name", None)
 
 
-def _check_expert_parallel(cfg: Any, num_processes: int) -> None:
+def _check_expert_parallel(cfg: Any, num_ranks: int) -> None:
     parallel, size = cfg.distributed_training, cfg.model.moe_expert_parallel_size
     combined = "with --moe-expert-parallel-size"
     if cfg.common.amp:
-        raise OptionError("amp", combined, "it looks for overflow in each process's own experts: "
+        raise OptionError("amp", combined, "overflow is checked only in each rank's own experts: "
                                            "give --fp16 or --bf16")
-    if num_processes % size:
+    if num_ranks % size:
         raise OptionError("moe_expert_parallel_size", size,
-                          f"does not divide the {num_processes} processes of "
+                          f"does not divide the {num_ranks} ranks of "
                           "--distributed-world-size")
     if parallel.zero_sharding != "none":
         raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
@@ -255,17 +256,17 @@ def _check_expert_parallel(cfg: Any, num_processes: int) -> None:
                           "give fully_sharded or legacy_ddp")
     if parallel.use_sharded_state:
         raise OptionError("use_sharded_state", combined,
-                          "leave it out: --moe-ep-checkpoint sharded writes a file a process")
+                          "leave it out: --moe-ep-checkpoint sharded writes one file per rank")
     if cfg.ema is not None and cfg.ema.store_ema:
         raise OptionError("store_ema", combined,
-                          "it knows nothing of experts on other processes: leave it out")
+                          "it does not include experts on other ranks: leave it out")
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
     remedy = "give adam, fused_adamw, adamax, adadelta, nag or sgd"
     if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
         raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
-                          "its steps follow from means over whole parameters, of which each "
-                          f"process holds a part: {remedy}")
+                          "its steps depend on means over whole parameters, of which each rank "
+                          f"holds only a part: {remedy}")
     if _optimizer(cfg) == "composite":
         raise OptionError("optimizer", f"composite {combined}",
-                          f"checkpoints know one optimizer for all parameters: {remedy}")
+                          f"checkpoints support one optimizer for all parameters: {remedy}")

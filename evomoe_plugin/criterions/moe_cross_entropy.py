@@ -26,19 +26,19 @@ _AUX = "moe_aux_"
 
 @dataclass
 class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
-    """The names and meanings of fairseq's moe branch."""
+    """Options with the names and meanings of fairseq's moe branch."""
 
     moe_gate_loss_wt: float = field(
         default=1.0, metadata={"help": "weight of the gates' auxiliary losses in the loss"}
     )
     moe_gate_loss_combine_method: str = field(
         default="average",
-        metadata={"help": "how the auxiliary losses of the MoE layers become one: average or sum"},
+        metadata={"help": "how the auxiliary losses of MoE layers are combined: average or sum"},
     )
     moe_vocab_chunk: Optional[int] = field(
         default=None,
-        metadata={"help": "tokens whose logits over the vocabulary exist at a time (default: 512 "
-                          "on a CPU, 4096 on a GPU); 0: all, as fairseq does it"},
+        metadata={"help": "number of tokens whose logits are computed at a time (default: 512 "
+                          "on a CPU, 4096 on a GPU); 0: all, as in fairseq"},
     )
 
 
@@ -46,8 +46,8 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
 class MoECrossEntropyCriterion(CrossEntropyCriterion):
     """loss = cross-entropy + weight * sample size * sum of coefficient * combined auxiliary loss.
 
-    In evaluation the auxiliary losses are reported, but not added. Perplexity is always that of
-    the cross-entropy alone.
+    In evaluation the auxiliary losses are logged but not added. Perplexity is always that of the
+    cross-entropy.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         """Loss of one batch.
 
         Returns:
-            the loss, summed over tokens; the sample size it is to be divided by; what is logged:
-            sums that may be added over batches and ranks.
+            the loss, summed over tokens; the sample size to divide it by; the logging output: sums
+            that may be added over batches and ranks.
         """
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -100,19 +100,19 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def _cross_entropy(self, model, sample, reduce: bool) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of the vocabulary, and what else the model gives."""
+        """The cross-entropy and the other outputs of the model."""
         if self.vocab_chunk != 0:
             if getattr(model, "gives_losses", False):
                 return model(**sample["net_input"], targets=sample["target"],
                              vocab_chunk=self.vocab_chunk, reduce=reduce)
-            _say_all_at_once()
+            _log_unchunked()
         net_output = model(**sample["net_input"])
         return self.compute_loss(model, net_output, sample, reduce=reduce)[0], net_output[1]
 
     @staticmethod
     def _forward_flops(model, moe_stats: dict[str, Tensor]) -> Tensor:
         flops = model.forward_flops
-        tokens = moe_stats[st.TOKENS].max()  # every layer sees the same ones
+        tokens = moe_stats[st.TOKENS].max()  # the same in every layer
         return flops.per_token * tokens + flops.per_pair * moe_stats[st.PAIRS].sum()
 
     @staticmethod
@@ -141,13 +141,12 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             # A coefficient may start at 1e-8.
             digits = None if name == st.COEFFICIENT else 4
             metrics.log_scalar(name, value, ntokens, round=digits)
-        # Not ntokens: those are the tokens that are learned.
+        # Not ntokens, which counts target tokens only.
         tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
         flops = float(total("moe_flops"))
         metrics.log_scalar("mflops_per_token", flops / tokens / 1e6, ntokens, round=3)
 
 
 @functools.cache
-def _say_all_at_once() -> None:
-    logger.info("the cross-entropy is computed from the logits of all tokens at once: the model is "
-                "none of evomoe_plugin")
+def _log_unchunked() -> None:
+    logger.info("cross-entropy from the logits of all tokens at once: not an evomoe_plugin model")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import Gate, gate_class
-from evomoe_plugin.gates.base_layers import BaseGate
+from evomoe_plugin.gates.base_layers import BASELayersGate
 from evomoe_plugin.gates.dense import DenseGate
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.gates.dselect_k import DSelectKGate
@@ -58,7 +58,7 @@ def export_gate(layer: MoELayer) -> ExportedGate:
     if exporter is None:
         raise OptionError("moe_gate", gate_name(gate),
                           "only gates of this package can be exported")
-    if layer.is_single:
+    if layer.in_dense_phase:
         return ExportedGate({"fp32": gate.use_fp32, "scorer": "none", "select": "first"})
     exported = exporter(gate, layer.gate_updates(int(layer.num_updates)))
     scorer, tensors = _scorer(gate)
@@ -78,7 +78,7 @@ def gate_name(gate: Gate) -> str:
 
 
 def _scorer(gate: Gate) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    scorer = gate.scorer
+    scorer = getattr(gate, "scorer", None)
     if scorer is None:
         return {"scorer": "none"}, {}
     if isinstance(scorer, MLPScorer):
@@ -104,7 +104,7 @@ def _top_k(top_k: int, rank: str, scores: str = "softmax", normalized: bool = Fa
             **_ONE, "scores": scores, **further}
 
 
-def _base(gate: BaseGate, num_updates: int) -> ExportedGate:
+def _base(gate: BASELayersGate, num_updates: int) -> ExportedGate:
     return ExportedGate(_top_k(1, "logits", scores="sigmoid"))
 
 
@@ -176,7 +176,7 @@ def _top_p(gate: TopPGate, num_updates: int) -> ExportedGate:
 
 
 _EXPORTERS: dict[type[Gate], Callable[[Any, int], ExportedGate]] = {
-    BaseGate: _base, DenseGate: _dense, DenseToSparseGate: _dense_to_sparse,
+    BASELayersGate: _base, DenseGate: _dense, DenseToSparseGate: _dense_to_sparse,
     DSelectKGate: _dselect_k, ExpertChoiceGate: _expert_choice, GShardGate: _gshard,
     HashGate: _hash, ReluGate: _relu, StableGate: _stable, SwitchGate: _switch,
     TopAnyGate: _top_any, TopKGate: _top_k_gate, TopPGate: _top_p,

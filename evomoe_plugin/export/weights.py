@@ -123,10 +123,10 @@ def _moe(layer: MoELayer, prefix: str, tensors: dict[str, Tensor],
                           "none: give --without-eval-capacity to export without it")
     gate = export_gate(layer)
     used, E = slice(None), layer.num_experts
-    if layer.is_single:
+    if layer.in_dense_phase:
         used, E = slice(1), 1
     active_C = layer.gate.active()
-    if active_C is not None and not layer.is_single:
+    if active_C is not None and not layer.in_dense_phase:
         used, E = active_C[:E], int(active_C[:E].sum())
     for name, tensor in gate.tensors.items():
         tensors[f"{prefix}gate.{name}"] = tensor
@@ -136,13 +136,13 @@ def _moe(layer: MoELayer, prefix: str, tensors: dict[str, Tensor],
     for stack, (experts, kept) in stacks.items():
         for name, weight in experts.named_parameters():
             tensors[f"{prefix}{stack}.{name}"] = weight[kept]
-    weighs = layer.gate.shared_weights is not None and not layer.is_single
+    weighs = layer.gate.shared_weights is not None and not layer.in_dense_phase
     shared = layer.shared.experts if layer.shared is not None else None
     return {
         "num_experts": E,
         "expert_ffn_dim": layer.experts.fc1_weight.size(1),
         "expert_gated": layer.experts.gated,
-        "num_null_experts": 0 if layer.is_single else layer.gate.info.num_null,
+        "num_null_experts": 0 if layer.in_dense_phase else layer.gate.info.num_null,
         "num_shared_experts": shared.num_experts if shared else 0,
         "shared_ffn_dim": shared.fc1_weight.size(1) if shared else 0,
         "shared_combine": layer.gate.shared_weights.kind if weighs else "add",

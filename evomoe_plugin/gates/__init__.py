@@ -25,10 +25,9 @@ from evomoe_plugin.gates.gate import (
     register_gate,
 )
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 __all__ = [
-    "Capabilities", "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions", "WeightSum",
+    "Capabilities", "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions",
     "gate_class", "gate_names", "register_gate",
 ]

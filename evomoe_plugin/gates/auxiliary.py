@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -37,6 +38,14 @@ class LossInputs:
         return x_TC if self.active_C is None else x_TC[:, self.active_C]
 
 
+T = TypeVar("T")
+
+
+def _needed(value: T | None) -> T:
+    assert value is not None, "_check_name refuses losses without what they need"
+    return value
+
+
 @dataclass(frozen=True)
 class AuxLoss:
     """A loss that any gate can have."""
@@ -66,19 +75,19 @@ LOSSES: dict[str, AuxLoss] = {
     "importance": AuxLoss(lambda given: losses.importance_loss(
         probs_TC=given.of_active(given.choice.probs_TC), weight_T=given.weight_T)),
     "load": AuxLoss(lambda given: losses.load_loss(
-        logits_TC=given.choice.logits_TC, mask_TC=given.choice.mask_TC,
+        logits_TC=_needed(given.choice.logits_TC), mask_TC=given.choice.mask_TC,
         noise=1 / given.choice.mask_TC.size(1), weight_T=given.weight_T), needs="logits"),
     "z": AuxLoss(lambda given: losses.z_loss(
-        logits_TC=given.choice.logits_TC, weight_T=given.weight_T), needs="logits"),
+        logits_TC=_needed(given.choice.logits_TC), weight_T=given.weight_T), needs="logits"),
     "entropy": AuxLoss(lambda given: losses.entropy_loss(
         probs_TC=given.choice.probs_TC, weight_T=given.weight_T)),
     "diversity": AuxLoss(lambda given: losses.diversity_loss(
-        vectors_CD=given.vectors_CD, active_C=given.active_C), needs="vectors"),
+        vectors_CD=_needed(given.vectors_CD), active_C=given.active_C), needs="vectors"),
     "simplicity": AuxLoss(lambda given: losses.simplicity_loss(
-        vectors_CD=given.vectors_CD, active_C=given.active_C), needs="vectors"),
+        vectors_CD=_needed(given.vectors_CD), active_C=given.active_C), needs="vectors"),
     "null": AuxLoss(lambda given: losses.null_rate_loss(
-        probs_TC=given.choice.probs_TC, num_null=given.num_null, target=given.null_rate_target,
-        weight_T=given.weight_T), needs="null"),
+        probs_TC=given.choice.probs_TC, num_null=given.num_null,
+        target=_needed(given.null_rate_target), weight_T=given.weight_T), needs="null"),
 }
 
 

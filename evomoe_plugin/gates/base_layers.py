@@ -1,54 +1,53 @@
 """The gate of BASE layers: in training every expert gets the same number of tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
 
-def centroids(info: LayerInfo, options: Any) -> LinearScorer:
-    """A linear scorer whose vectors start orthogonal, with gain 0.1."""
-    scorer = LinearScorer(info.model_dim, info.num_experts, options)
+def centroids(info: LayerInfo) -> LinearScorer:
+    """A linear scorer with orthogonally initialised vectors, gain 0.1."""
+    scorer = LinearScorer(info.model_dim, info.num_experts)
     nn.init.orthogonal_(scorer.weight, gain=0.1)
     return scorer
 
 
 MANY_EXPERTS = 128
-"""From here on the assignment is slow."""
+"""More experts than this make the assignment slow."""
 
 
 @register_gate("base")
-class BaseGate(Gate):
-    """y = σ(x·w_e) E_e(x) for one expert e a token, and no balance loss.
+class BASELayersGate(Gate[ModelOptions]):
+    """y = σ(x·w_e) E_e(x) for one expert e per token, without a balance loss.
 
     In training e comes from the assignment that gives every expert floor(T / E) or ceil(T / E)
     of the T real tokens and has the largest total Σ x·w_e (`routing.assignment`). In evaluation
-    e = argmax x·w_e. Each rank and micro-batch is balanced by itself, and so all of them together
-    are, without communication.
+    e = argmax x·w_e. Each rank and micro-batch is balanced on its own, which balances all of them
+    without communication.
 
-    With the residual stream around the layer this is BASE's x + σ (F(x) - x), whose F(x) has the
-    residual inside: x + E_e(x).
+    With the residual connection around the layer this equals BASE's x + σ (F(x) - x), where
+    F(x) = x + E_e(x) includes the residual.
 
     Source: BASE layers (arXiv 2103.16716).
     """
 
     capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ModelOptions):
         super().__init__(info, options)
-        self.scorer = centroids(info, options)
+        self.scorer = centroids(info)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
         warnings = ["--moe-gate base: in training, a token's expert depends on later tokens of the "
                     "batch too, which is not causal; evaluation takes each token's best expert"]
         if max(expert_counts) > MANY_EXPERTS:
@@ -58,13 +57,8 @@ class BaseGate(Gate):
         return warnings
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: ModelOptions) -> bool:
         return True
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

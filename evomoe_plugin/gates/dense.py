@@ -1,7 +1,6 @@
 """The dense gate: each token goes to all candidates, always."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +8,12 @@ from torch import Tensor
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
 @register_gate("dense")
-class DenseGate(Gate):
-    """y = Σ softmax(z)_e E_e(x) over all experts: what sparse routing is measured against.
+class DenseGate(Gate[ScorerOptions]):
+    """y = Σ softmax(z)_e E_e(x) over all experts, the baseline of sparse routing.
 
     Source: adaptive mixtures of local experts (Jacobs et al., Neural Computation 3, 1991).
     """
@@ -24,15 +22,10 @@ class DenseGate(Gate):
     capabilities = Capabilities(default_aux="none", capacity=False, keeps_copies_equal=True)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
         return [f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
                 "loss is constant"
                 for name in cls.aux_coefficients(options) if name in ("balance", "switch", "load")]
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of all experts sum to 1", all_equal=zero_logits)
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

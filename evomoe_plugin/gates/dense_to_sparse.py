@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
     validate_dense_to_sparse,
 )
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -24,23 +23,23 @@ from evomoe_plugin.routing.schedules import temperature
 
 
 @register_gate("dense_to_sparse")
-class DenseToSparseGate(Gate):
-    """A (Gumbel-)softmax gate whose temperature anneals until routing becomes hard top-1.
+class DenseToSparseGate(Gate[DenseToSparseOptions]):
+    """A (Gumbel-)softmax gate whose temperature is annealed until routing becomes hard top-1.
 
     With the scorer's logits z, noise ζ ~ Gumbel(0, 1) and temperature τ:
 
         g = softmax((z + ζ) / τ)            ζ in training only, and only while routing is soft
-        A = {e : g_e > δ} ∪ {argmax g}      every token keeps its best expert
+        A = {e : g_e > δ} ∪ {argmax g}      a token always keeps its best expert
         y = Σ_{e ∈ A} w_e E_e(x)            w = g, or softmax(z); not renormalised
 
-    From the hard update on A = {argmax g}. Evaluation is noiseless; it routes as training does at
-    the same number of updates unless `--moe-eval-gate` says otherwise.
+    From the hard update on, A = {argmax g}. Evaluation has no noise and otherwise routes as
+    training does at the same number of updates, unless `--moe-eval-gate` is given.
     """
 
     Options = DenseToSparseOptions
     capabilities = Capabilities(stats=(st.TEMPERATURE,))
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: DenseToSparseOptions):
         super().__init__(info, options)
         self.temperature_start = options.moe_temperature_start
         self.temperature_end = options.moe_temperature_end
@@ -53,11 +52,11 @@ class DenseToSparseGate(Gate):
         self.eval_gate = options.moe_eval_gate
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: DenseToSparseOptions, expert_counts: Sequence[int]) -> list[str]:
         return validate_dense_to_sparse(options)
 
     def temperature(self, num_updates: int) -> float:
-        """The temperature of the update that follows `num_updates` completed ones."""
+        """Temperature after `num_updates` completed updates."""
         return temperature(
             num_updates,
             start=self.temperature_start,
@@ -67,39 +66,22 @@ class DenseToSparseGate(Gate):
         )
 
     def is_hard(self, num_updates: int) -> bool:
-        """Whether each token goes to its best expert alone."""
+        """Whether each token goes to its best expert only."""
         if not self.training and self.eval_gate != "reached":
             return self.eval_gate == "top1"
         return 0 <= self.hard_updates <= num_updates
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if options.moe_eval_gate == "dense":
-            return WeightSum(True, "all experts work, and their weights sum to 1")
-        if options.moe_eval_gate == "top1" or hard_updates(options) == 0:
-            return WeightSum(False, "routing is hard: the weight of the one expert is below 1")
-        threshold, most = options.moe_gate_threshold, max(expert_counts)
-        all_equal = zero_logits and threshold < 1 / most
-        if threshold == 0 or all_equal:
-            return WeightSum(True, "routing is soft, and the weights of all experts sum to 1",
-                             all_equal)
-        loses = "the weight of those that do not"
-        if options.moe_combine_weights == "gate":
-            loses = f"at most {(most - 1) * threshold:.2g} of its weight"
-        return WeightSum(None, "equal where every expert passes --moe-gate-threshold; else a "
-                               f"token loses {loses}")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)
         tau = self.temperature(context.num_updates)
         hard = self.is_hard(context.num_updates)
-        noise_TC = 0.0
+        noisy_TC = logits_TC
         if self.training and self.noise == "gumbel" and not hard and (
                 context.noise_keys_T is not None):
             noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
-        gates_TC = torch.softmax((logits_TC + noise_TC) / tau, dim=1)
-        mask_TC = self._chosen(gates_TC, hard)
+            noisy_TC = logits_TC + noise_TC
+        gates_TC = torch.softmax(noisy_TC / tau, dim=1)
+        mask_TC = self._selected(gates_TC, hard)
         if self.combine_weights == "gate":
             weights_TC = gates_TC
         else:
@@ -109,14 +91,13 @@ class DenseToSparseGate(Gate):
             weights_TC=weights_TC,
             probs_TC=gates_TC,
             logits_TC=logits_TC,
-            balance_probs_TC=gates_TC * mask_TC,  # as the authors' implementation has it
+            balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
             stats={st.TEMPERATURE: tau * context.num_tokens(x_TD)},
         )
 
-    def _chosen(self, gates_TC: Tensor, hard: bool) -> Tensor:
+    def _selected(self, gates_TC: Tensor, hard: bool) -> Tensor:
         """bool [T, C]: the experts each token goes to."""
         if not self.training and self.eval_gate == "dense":
             return torch.ones_like(gates_TC, dtype=torch.bool)
-        best_TC = torch.zeros_like(gates_TC, dtype=torch.bool)
-        best_TC.scatter_(1, gates_TC.argmax(1, keepdim=True), True)
+        best_TC = best(gates_TC)
         return best_TC if hard else best_TC | (gates_TC > self.threshold)

@@ -3,20 +3,20 @@
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
-# Without the user's word, the share of the run that the annealing takes.
+# Default length of the annealing, as a share of the run.
 DEFAULT_ANNEALING_SHARE = 0.3
 
 
 @dataclass
 class DenseToSparseOptions(ScorerOptions):
-    """The published code's main values are lost; these defaults are ours (docs/options.md)."""
+    """The main values of the published code are lost; these are our defaults (docs/options.md)."""
 
     moe_temperature_start: float = field(
         default=2.0, metadata={"help": "temperature of the gate at update 0"}
@@ -26,20 +26,20 @@ class DenseToSparseOptions(ScorerOptions):
     )
     moe_temperature_updates: Optional[int] = field(
         default=None,
-        metadata={"help": "updates that the annealing takes (default: 30%% of --max-update)"},
+        metadata={"help": "length of the annealing in updates (default: 30%% of --max-update)"},
     )
     moe_temperature_schedule: str = field(
         default="linear",
-        metadata={"help": "course of the temperature: " + ", ".join(TEMPERATURE_SCHEDULES)},
+        metadata={"help": "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)},
     )
     moe_gate_threshold: float = field(
         default=0.001,
-        metadata={"help": "a token goes to the experts whose gate value exceeds this, and to its "
-                          "best one always"},
+        metadata={"help": "a token goes to the experts whose gate value exceeds this, and always "
+                          "to its best expert"},
     )
     moe_hard_updates: Optional[int] = field(
         default=None,
-        metadata={"help": "update from which routing is hard top-1; -1 never (default: when the "
+        metadata={"help": "update from which routing is hard top-1; -1: never (default: when the "
                           "annealing ends; never with the constant schedule)"},
     )
     moe_gate_noise: str = field(
@@ -50,30 +50,30 @@ class DenseToSparseOptions(ScorerOptions):
     moe_combine_weights: str = field(
         default="gate",
         metadata={"help": "weights of the experts' outputs: gate (the noisy, tempered softmax) or "
-                          "softmax (of the bare logits)"},
+                          "softmax (of the logits without noise)"},
     )
     moe_eval_gate: str = field(
         default="reached",
-        metadata={"help": "routing in evaluation: reached (what training has come to), top1 or "
-                          "dense"},
+        metadata={"help": "routing in evaluation: reached (as training does at that update), "
+                          "top1 or dense"},
     )
 
 
-def annealing_updates(options: Any) -> int:
-    """Length of the annealing in updates, the default resolved."""
+def annealing_updates(options: DenseToSparseOptions) -> int:
+    """Length of the annealing in updates, with the default resolved."""
     if options.moe_temperature_updates is not None:
         return options.moe_temperature_updates
     return round(DEFAULT_ANNEALING_SHARE * gated_updates(options))
 
 
-def hard_updates(options: Any) -> int:
-    """The update from which routing is hard, the default resolved; -1: never."""
+def hard_updates(options: DenseToSparseOptions) -> int:
+    """The update from which routing is hard, with the default resolved; -1: never."""
     if options.moe_hard_updates is not None:
         return options.moe_hard_updates
     return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
 
 
-def validate_dense_to_sparse(options: Any) -> list[str]:
+def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     """Warnings; raises `OptionError` for options that cannot work."""
     start, end = options.moe_temperature_start, options.moe_temperature_end
     constant = options.moe_temperature_schedule == "constant"
@@ -89,14 +89,14 @@ def validate_dense_to_sparse(options: Any) -> list[str]:
         check_number(options, option, above=0, remedy="give a temperature above 0")
     if start < end and not constant:
         raise OptionError("moe_temperature_start", start,
-                          f"the temperature falls: give at least --moe-temperature-end ({end})")
+                          f"the temperature decreases: give at least --moe-temperature-end ({end})")
     check_number(options, "moe_gate_threshold", least=0, below=1,
                  remedy="gate values are probabilities: give 0 or more and less than 1")
     check_number(options, "moe_temperature_updates", least=0,
-                 remedy="give the number of updates that the annealing takes, 0 or more")
+                 remedy="give the length of the annealing in updates, 0 or more")
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError("moe_temperature_updates", "(not given)",
-                          "give it, or --max-update, of which the annealing takes 30 % by default")
+                          "give it, or --max-update, of which the annealing is 30 % by default")
     hard, annealing = hard_updates(options), annealing_updates(options)
     if hard < -1:
         raise OptionError("moe_hard_updates", hard, "give an update number, or -1 for never")

@@ -1,8 +1,7 @@
-"""The DSelect-k gate: k selectors write an expert's number in bits that can be in between."""
+"""The DSelect-k gate: k selectors encode an expert's index in relaxed bits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,44 +10,42 @@ from torch import Tensor, nn
 from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
-from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
 from evomoe_plugin.routing.smooth_step import smooth_step
 
-# The least that `selector_validity` divides by: it is 99 at most.
+# Lower bound of the divisor in `selector_validity`, which is therefore at most 99.
 LEAST_VALID_MASS = 0.01
 
 
 @dataclass
-class DSelectKOptions(PicksOptions):
+class DSelectKOptions(TopKCountOptions):
     """Options of the DSelect-k gate; `moe_top_k` is the number of selectors."""
 
     moe_smooth_step_width: float = field(
         default=1.0,
-        metadata={"help": "width of the smooth step: a selector's bit is undecided while its logit "
-                          "is nearer to 0 than half of this"},
+        metadata={"help": "width of the smooth step: a selector's bit is fractional while the "
+                          "absolute value of its logit is less than half of this"},
     )
 
 
 @register_gate("dselect_k")
-class DSelectKGate(Gate):
+class DSelectKGate(Gate[DSelectKOptions]):
     """y = Σ_e w_e E_e(x), w_e = Σ_i softmax(α)_i r_e^(i), over the experts with w_e > 0.
 
-    Each of the k = `--moe-top-k` selectors has m = ceil(log2 E) logits z, linear in the token as α
-    is. r_e is a product over the bits of e's binary number: S(z_b) where bit b is 1, 1 - S(z_b)
-    where it is 0; S is the smooth step. At the start all z are near 0 and every expert is reached;
-    a selector whose bits have hardened points to one expert, so pairs fall to at most k a token.
-    Training and evaluation route alike.
+    Each of the k = `--moe-top-k` selectors has m = ceil(log2 E) logits z, linear in the token as is
+    α. r_e is the product over the bits of e in binary: S(z_b) where bit b is 1, 1 - S(z_b) where it
+    is 0; S is the smooth step. At the start all z are near 0 and every expert is selected; a
+    selector whose bits have hardened selects one expert, so a token ends with at most k pairs.
+    Training and evaluation route in the same way.
 
-    If E is no power of 2, a code from E on stands for its nearest valid one, that without the
-    highest bit: no mass is lost, w sums to 1, and nothing is divided. (The paper loses the mass of
-    such codes.)
+    If E is not a power of 2, a code >= E is mapped to the valid code without its highest bit: no
+    mass is lost, w sums to 1 without a division. (In the paper the mass of such codes is lost.)
 
-    Losses: `selector_entropy`, the selectors' entropies summed, hardens them. `selector_validity`,
-    Σ_i (1 / max(Σ_{e < E} r_e^(i), 0.01) - 1), the paper's term less its least value, pushes them
-    off the codes from E on; 0 for a power of 2, so that it does no harm there and is on for any E.
+    Losses: `selector_entropy`, the sum of the selectors' entropies, hardens them.
+    `selector_validity`, Σ_i (1 / max(Σ_{e < E} r_e^(i), 0.01) - 1), the paper's term minus its
+    minimum, pushes them away from codes >= E; it is 0 if E is a power of 2, so it can always be on.
     Both are means over tokens.
 
     Source: DSelect-k (arXiv 2106.03760), with per-token selectors.
@@ -60,27 +57,22 @@ class DSelectKGate(Gate):
         default_aux="selector_entropy=0.01,selector_validity=0.01",
         logits=False, null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: DSelectKOptions):
         super().__init__(info, options)
         self.selectors = options.moe_top_k
         self.width = options.moe_smooth_step_width
         self.bits = (info.num_experts - 1).bit_length()
-        # One row for each selector's α and one for each of its bits. Tokens are about sqrt(D)
-        # long, so z starts within a tenth of the step: undecided, and not all alike.
+        # One row for each selector's α and one for each of its bits. The norm of tokens is about
+        # sqrt(D), so z starts within a tenth of the step: fractional, and different for each bit.
         bound = 0.1 * self.width * info.model_dim**-0.5
         self.weight = nn.Parameter(
             torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+    def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
+        validate_top_k(options, expert_counts)
         check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
         return []
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of all selectors sum to 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         E, K = self.num_experts, self.selectors
@@ -91,7 +83,7 @@ class DSelectKGate(Gate):
         selected_TKE = codes[..., :E]
         if codes.size(-1) > E:
             spare = codes[..., E:]
-            first = E - codes.size(-1) // 2  # the code E without its highest bit
+            first = E - codes.size(-1) // 2  # code E without its highest bit
             selected_TKE = selected_TKE + F.pad(spare, (first, E - first - spare.size(-1)))
         weights_TE = (alpha_TK.unsqueeze(2) * selected_TKE).sum(1)
         weight_T = context.loss_weights_T
@@ -109,7 +101,7 @@ class DSelectKGate(Gate):
         )
 
     def _codes(self, logits_TKB: Tensor) -> Tensor:
-        """What each selector gives each of the 2^m codes, [T, K, 2^m]; sums to 1."""
+        """Weights of the 2^m codes for each selector, [T, K, 2^m]; they sum to 1."""
         codes = logits_TKB.new_ones(*logits_TKB.shape[:2], 1)
         for one_TK1 in smooth_step(logits_TKB, self.width).split(1, dim=2) if self.bits else ():
             codes = torch.cat([codes * (1 - one_TK1), codes * one_TK1], dim=2)

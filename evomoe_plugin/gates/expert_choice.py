@@ -1,8 +1,7 @@
-"""The expert-choice gate: each expert takes its best tokens."""
+"""The expert-choice gate: each expert selects its best tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -22,48 +21,49 @@ class ExpertChoiceOptions(ScorerOptions):
 
     moe_expert_choice_factor: float = field(
         default=2.0,
-        metadata={"help": "experts that a token gets on average: an expert takes ceil(factor * "
+        metadata={"help": "mean number of experts per token: an expert selects ceil(factor * "
                           "tokens / experts) tokens"},
     )
     moe_allow_noncausal: bool = field(
         default=False,
-        metadata={"help": "let training use a gate in which tokens depend on later ones"},
+        metadata={"help": "allow training with a gate in which a token's output depends on later "
+                          "tokens"},
     )
 
 
 @register_gate("expert_choice")
-class ExpertChoiceGate(Gate):
-    """Each expert takes the C tokens of largest p_e, C = ceil(factor T / E), p = softmax(z).
+class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
+    """Each expert selects the C tokens of largest p_e, C = ceil(factor T / E), p = softmax(z).
 
-    y = Σ p_e E_e(x) over the experts that took the token; it may be none. T counts no padding, and
-    an expert never takes padding. Source: expert choice (arXiv 2202.09368).
+    y = Σ p_e E_e(x) over the experts that selected the token, possibly none. Padding is neither
+    counted in T nor selected. Source: expert choice (arXiv 2202.09368).
 
-    Whether an expert takes a token depends on all tokens of the batch, later ones too: nothing for
-    a causal model. Evaluation therefore lets each token go to its k experts of largest p, k the
-    factor rounded.
+    Whether an expert selects a token depends on all tokens of the batch, later ones included, which
+    a causal model must not. Evaluation therefore routes each token to its k experts with the
+    largest p, k being the rounded factor.
     """
 
     Options = ExpertChoiceOptions
     capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False,
                                 keeps_copies_equal=True)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ExpertChoiceOptions):
         super().__init__(info, options)
         self.factor = options.moe_expert_choice_factor
-        self.top_k = min(_picks_in_evaluation(options), info.num_experts)
+        self.top_k = min(_eval_top_k(options), info.num_experts)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int]) -> list[str]:
         experts = min(expert_counts)
         check_number(options, "moe_expert_choice_factor", above=0, most=experts,
-                     remedy=f"an MoE layer has {experts} experts, and none takes a token twice: "
-                            "give a number above 0 and at most that, or a larger "
-                            "--moe-expert-count")
+                     remedy=f"an MoE layer has {experts} experts, each of which selects a "
+                            "token at most once: give a number above 0 and at most that, or a "
+                            "larger --moe-expert-count")
         if not options.moe_allow_noncausal:
             raise OptionError("moe_gate", "expert_choice",
-                              "experts choose among all tokens of a batch, so that tokens depend "
-                              "on later ones, which a causal model must not: take top_k, or give "
-                              "--moe-allow-noncausal to train it nonetheless")
+                              "experts choose among all tokens of a batch, so outputs depend on "
+                              "later tokens, which a causal model must not: use top_k, or give "
+                              "--moe-allow-noncausal to train anyway")
         return [
             "--moe-gate expert_choice: training is not causal, and evaluation routes each token to "
             "its best experts instead: perplexity is worse than the training loss suggests",
@@ -71,21 +71,13 @@ class ExpertChoiceGate(Gate):
               "expert_choice, so this loss is constant"
               for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
 
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if _picks_in_evaluation(options) >= max(expert_counts):
-            return WeightSum(True, "all experts work, and their weights sum to 1")
-        return WeightSum(False, "a token's weights are probabilities that sum to less than 1")
-
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
         probs_TE = self.scorer.scores(logits_TE)
         if self.training:
-            mask_TE = self._taken(probs_TE.detach(), context)
+            mask_TE = self._selected(probs_TE.detach(), context)
         else:
-            mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
-            mask_TE.scatter_(1, logits_TE.topk(self.top_k, dim=1).indices, True)
+            mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, self.num_experts)
         return Choice(
             mask_TC=mask_TE,
             weights_TC=probs_TE,
@@ -93,8 +85,8 @@ class ExpertChoiceGate(Gate):
             logits_TC=logits_TE,
         )
 
-    def _taken(self, probs_TE: Tensor, context: GateContext) -> Tensor:
-        """bool [T, E]: the tokens that each expert takes; the earlier one of equals."""
+    def _selected(self, probs_TE: Tensor, context: GateContext) -> Tensor:
+        """bool [T, E]: the tokens that each expert selects; earlier ones on ties."""
         tokens = context.num_tokens(probs_TE)
         capacity = torch.minimum((self.factor * tokens / probs_TE.size(1)).ceil(), tokens)
         if context.token_mask_T is not None:
@@ -105,6 +97,6 @@ class ExpertChoiceGate(Gate):
             0, order_TE, (place_T1 < capacity).expand_as(order_TE))
 
 
-def _picks_in_evaluation(options: Any) -> int:
-    """Experts that each token is given, of as many as there are."""
+def _eval_top_k(options: ExpertChoiceOptions) -> int:
+    """Experts per token in evaluation, not limited by the number of experts."""
     return max(int(options.moe_expert_choice_factor + 0.5), 1)

@@ -1,7 +1,8 @@
-"""Numbers that a gate keeps and changes, at full precision in every run.
+"""fp64 buffers that keep their precision in every run.
 
-A model in half precision, and FSDP with mixed precision, cast buffers of floats: a bias that moves
-by 0.001 would stand still. Such numbers are kept as the bits of fp64, in a buffer of integers.
+Half precision and FSDP with mixed precision cast floating-point buffers: a bias that changes by
+0.001 per update would not change at all. The bits of the fp64 values are therefore stored in an
+integer buffer.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
-def register_exact(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give `module` the buffer `NAME_bits`, in the checkpoint, that holds `value`."""
+def register_fp64_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register the buffer `NAME_bits` of `module`, in the checkpoint, with `value`."""
     module.register_buffer(f"{name}_bits", value.to(torch.float64).view(torch.int64))
 
 
-def exact(module: nn.Module, name: str) -> Tensor:
-    """The value, fp64: a view, to be changed in place."""
+def fp64_buffer(module: nn.Module, name: str) -> Tensor:
+    """The value, fp64: a view, for changes in place."""
     return getattr(module, f"{name}_bits").view(torch.float64)

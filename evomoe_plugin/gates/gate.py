@@ -1,22 +1,21 @@
-"""What a gate is, and the registry of gates."""
+"""The abstract gate, and the registry of gates."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import parse_bool
+from evomoe_plugin.config.options import ModelOptions, parse_bool
 from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.scorers import SCORERS, Scorer, validate_scorer
+from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -26,23 +25,23 @@ from evomoe_plugin.routing.stats import routing_stats
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """Where a gate stands."""
+    """The layer that a gate is for."""
 
     model_dim: int
     """D."""
     num_experts: int
     """E, routed experts."""
     num_null: int = 0
-    """Null experts: candidates whose output is zero and costs nothing."""
+    """Null experts: candidates whose output is zero, without computation."""
     layer_id: int = 0
-    """Which of the model's MoE layers, from 0."""
+    """Index of the MoE layer in the model, from 0."""
     seed: int = 1
-    """The run's."""
+    """Of the run."""
     token_counts_V: tuple[int, ...] = ()
-    """How often each symbol of the vocabulary occurs in the training data, as the dictionary says;
-    empty where no vocabulary is known."""
+    """Frequency of each token id in the training data, from the dictionary; empty if there is no
+    vocabulary."""
     start_experts: int = 0
-    """How many of the routed experts, the first, can be chosen at the start; 0: all."""
+    """Number of routed experts, the first ones, that can be selected at the start; 0: all."""
 
     @property
     def num_candidates(self) -> int:
@@ -52,16 +51,16 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class GateContext:
-    """What a gate may know beside the tokens themselves."""
+    """Inputs of a gate besides the tokens."""
 
     num_updates: int = 0
-    """Completed updates in which gates work: of the run, or since the spawn."""
+    """Completed updates with gates: of the run, or since the spawn."""
     token_mask_T: Tensor | None = None
     """bool, False for padding; None: no padding."""
     noise_keys_T: Tensor | None = None
-    """int64 noise keys of the tokens (`routing.noise`); None where nothing may be random."""
+    """int64 noise keys of the tokens (`routing.noise`); None: no randomness."""
     token_ids_T: Tensor | None = None
-    """int64 symbols of the vocabulary."""
+    """int64 token ids."""
     token_weights_T: Tensor | None = None
     """Weight of each token in the auxiliary losses; None: 1."""
 
@@ -79,29 +78,29 @@ class GateContext:
         return self.token_weights_T * self.token_mask_T
 
 
-@dataclass
-class NoOptions:
-    """Of a gate that has none of its own."""
+OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, Generic[OptionsT]):
     """A gate for one MoE layer.
 
     A subclass is registered with `@register_gate(name)` and implements `route`. `Options` is a
-    dataclass of the options it uses, which become flags and Hydra fields; their names start with
-    `moe_`. A scorer is made if `Options` inherits `ScorerOptions`.
+    dataclass of its options, which become flags and Hydra fields; their names start with `moe_`. A
+    scorer is built if `Options` inherits from `ScorerOptions`.
     """
 
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type] = ModelOptions
     capabilities: ClassVar[Capabilities] = Capabilities()
+    scorer: Scorer
+    """Of gates whose `Options` inherit from `ScorerOptions`; others may set one of their own."""
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: OptionsT):
         super().__init__()
         self.info = info
         self.use_fp32 = parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
-        self.scorer: Scorer | None = None
         if hasattr(self.Options, "moe_scorer"):
-            self.scorer = SCORERS[options.moe_scorer](info.model_dim, info.num_candidates, options)
+            given = cast(ScorerOptions, options)
+            self.scorer = SCORERS[given.moe_scorer](info.model_dim, info.num_candidates, given)
         self.shared_weights: SharedWeights | None = None
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
@@ -111,7 +110,7 @@ class Gate(nn.Module):
         self.drop_policy = options.moe_drop_policy or "position"
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: OptionsT, expert_counts: Sequence[int]) -> list[str]:
         """Check the gate's own options; the options that all gates share have been checked.
 
         Returns:
@@ -122,13 +121,13 @@ class Gate(nn.Module):
         return []
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
-        """Whether every token goes to as many candidates: a capacity then depends on the number
-        of tokens alone, and not on what later ones are."""
+    def has_fixed_k(cls, options: OptionsT) -> bool:
+        """Whether every token goes to the same number of candidates, so that a capacity depends
+        only on the number of tokens and not on later tokens."""
         return False
 
     @classmethod
-    def aux_coefficients(cls, options: Any) -> Mapping[str, float]:
+    def aux_coefficients(cls, options: OptionsT) -> Mapping[str, float]:
         """The auxiliary losses that `options` select and their coefficients, in that order.
 
         Raises:
@@ -137,27 +136,14 @@ class Gate(nn.Module):
         return coefficients(options, cls.capabilities, has_vectors=cls.has_vectors(options))
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
-        """Whether `vectors` gives a vector for each candidate."""
-        return hasattr(cls.Options, "moe_scorer") and SCORERS[options.moe_scorer].HAS_VECTORS
+    def has_vectors(cls, options: OptionsT) -> bool:
+        """Whether `vectors` returns a vector for each candidate."""
+        return hasattr(cls.Options, "moe_scorer") and (
+            SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
 
     @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        """Whether a token's weights over the routed experts sum to 1, in evaluation before the
-        first update, without null experts and capacities.
-
-        Experts made as copies of a dense network then compute what it does, and users are told so.
-
-        Args:
-            expert_counts: of each MoE layer.
-            zero_logits: whether all logits are 0.
-        """
-        return WeightSum(None, f"the gate {options.moe_gate} does not say what its weights sum to")
-
-    @classmethod
-    def renormalizes_after_drop(cls, options: Any) -> bool:
-        """Whether what a capacity leaves of a token gets the weight of what it took."""
+    def renormalizes_after_drop(cls, options: OptionsT) -> bool:
+        """Whether the weights a capacity leaves are scaled to the sum before dropping."""
         return options.moe_renormalize_after_drop
 
     @property
@@ -170,24 +156,24 @@ class Gate(nn.Module):
         return self.scorer.vectors()
 
     def active(self) -> Tensor | None:
-        """bool [C]: candidates that can be chosen now; None: all, always."""
+        """bool [C]: candidates that can be selected now; None: always all."""
         return None
 
     def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
-        """The statistics that its choices bring, for no tokens: scalars, which are logged, and
+        """The statistics of the gate's choices for an empty batch: scalars, which are logged, and
         vectors for `after_update`."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return {**dict.fromkeys(self.capabilities.stats, zero),
-                st.ASKED_C: zero.expand(self.info.num_candidates)}
+                st.REQUESTED_C: zero.expand(self.info.num_candidates)}
 
     @property
     def learns_after_updates(self) -> bool:
-        """Whether `after_update` is to be called."""
+        """Whether `after_update` must be called."""
         return type(self).after_update is not Gate.after_update
 
     def after_update(self, num_updates: int, own: Mapping[str, Tensor],
                      layers: Mapping[str, Tensor]) -> None:
-        """Change buffers after an update, by what was routed in it on all ranks.
+        """Change buffers after an update, by its routing on all ranks.
 
         Args:
             num_updates: completed updates, this one included.
@@ -196,7 +182,7 @@ class Gate(nn.Module):
         """
 
     def flops_per_token(self) -> int:
-        """Floating point operations of the matrix products for one token."""
+        """FLOPs of the matmuls for one token."""
         return sum(2 * p.numel() for p in self.parameters() if p.dim() == 2)
 
     def score(self, x_TD: Tensor) -> Tensor:
@@ -204,10 +190,10 @@ class Gate(nn.Module):
         return self.scorer(x_TD)
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        """Choose candidates for tokens, in training mode or not as `training` says.
+        """Select candidates for tokens, in training or evaluation mode (`training`).
 
         Args:
-            x_TD: tokens, in fp32 unless `--moe-gating-use-fp32 false`; padding among them.
+            x_TD: tokens including padding, in fp32 unless `--moe-gating-use-fp32 false`.
         """
         raise NotImplementedError
 
@@ -261,34 +247,34 @@ class Gate(nn.Module):
         return dataclasses.replace(plan, priority_N=priority_N)
 
     def _priority(self, choice: Choice, context: GateContext) -> Tensor | None:
-        """What a capacity orders by, as `--moe-drop-policy` says."""
+        """Priorities under a capacity, by `--moe-drop-policy`."""
         if self.drop_policy == "probs":
             return choice.probs_TC
         if self.drop_policy == "random":
             keys_T = context.noise_keys_T
-            if keys_T is None:  # evaluation: an order that is arbitrary, but always the same
+            if keys_T is None:  # evaluation: an arbitrary but fixed order
                 keys_T = torch.arange(choice.mask_TC.size(0), device=choice.mask_TC.device)
             return noise.uniform(noise.fold(keys_T, _DROP_STREAM), choice.mask_TC.size(1))
         return choice.priority_TC
 
 
-_DROP_STREAM = 0xD809  # sets these random numbers apart from those of the gates
+_DROP_STREAM = 0xD809  # separates these random numbers from those of gates
 
 _GATES: dict[str, type[Gate]] = {}
 _listeners: list[Callable[[type[Gate]], None]] = []
 
 
 def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
-    """Class decorator: make a gate available as `--moe-gate NAME`, and its options as flags.
+    """Class decorator: register a gate as `--moe-gate NAME`, and its options as flags.
 
     Raises:
-        ValueError: there is another gate of this name, or an option cannot become a flag.
+        ValueError: the name is taken, or an option cannot become a flag.
     """
 
     def register(cls: type[Gate]) -> type[Gate]:
         if _GATES.get(name, cls) is not cls:
             raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
-        for option in dataclasses.fields(cls.Options):
+        for option in own_options(cls):
             _check_option(cls, option)
         for listener in _listeners:
             listener(cls)
@@ -300,8 +286,8 @@ def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
 
 def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
     if not option.name.startswith("moe_"):
-        raise ValueError(f"{cls.__name__}: the option {option.name} must be named moe_…, as all "
-                         "options of gates are")
+        raise ValueError(f"{cls.__name__}: the option {option.name} must be named moe_…, like all "
+                         "options of gates")
     if option.default is dataclasses.MISSING:
         raise ValueError(f"{cls.__name__}: the option {option.name} needs a default value (no "
                          "default_factory)")
@@ -311,55 +297,58 @@ def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
 
 
 def on_registration(listener: Callable[[type[Gate]], None]) -> None:
-    """Have `listener(gate)` called for every gate that is registered from now on."""
+    """Call `listener(gate)` for every gate that is registered from now on."""
     _listeners.append(listener)
 
 
 def gate_names() -> list[str]:
-    """Registered gates, sorted."""
+    """Names of the registered gates, sorted."""
     return sorted(_GATES)
 
 
 def gate_class(name: str) -> type[Gate]:
-    """The gate registered as `name`, or an `OptionError` that lists those there are."""
+    """The gate registered as `name`; raises `OptionError` if there is none."""
     if name not in _GATES:
         raise OptionError("moe_gate", name, f"unknown gate; one of: {', '.join(gate_names())}")
     return _GATES[name]
 
 
+def own_options(cls: type[Gate]) -> list[dataclasses.Field]:
+    """The options of a gate, without those of every model."""
+    of_models = ModelOptions.__dataclass_fields__
+    return [field for field in dataclasses.fields(cls.Options)
+            if of_models.get(field.name) is not field]
+
+
 def option_fields() -> dict[str, dataclasses.Field]:
     """The options of all registered gates, by name."""
-    return {
-        field.name: field for name in gate_names()
-        for field in dataclasses.fields(_GATES[name].Options)
-    }
+    return {field.name: field for name in gate_names() for field in own_options(_GATES[name])}
 
 
-def validate_gate(options: Any, expert_counts: Sequence[int]) -> list[str]:
-    """Check the chosen gate's options and that it uses all that are given.
+def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
+    """Check the options of the selected gate, and that it uses all gate options given.
 
     Returns:
         warnings.
     Raises:
-        OptionError: naming the option, its value and what would be right.
+        OptionError: with the option, its value and the remedy.
     """
     cls = gate_class(options.moe_gate)
-    used = {field.name for field in dataclasses.fields(cls.Options)}
+    used = {field.name for field in own_options(cls)}
     for name, field in option_fields().items():
         if name not in used and getattr(options, name, field.default) != field.default:
             users = [gate for gate in gate_names() if hasattr(_GATES[gate].Options, name)]
             raise OptionError(name, getattr(options, name),
                               f"the gate {options.moe_gate} does not use it: leave it out, or "
-                              f"take a gate that does ({', '.join(users)})")
+                              f"use a gate that does ({', '.join(users)})")
     if options.moe_null_experts and not cls.capabilities.null_experts:
         raise OptionError("moe_null_experts", options.moe_null_experts,
-                          f"the gate {options.moe_gate} cannot choose null experts: give 0")
+                          f"the gate {options.moe_gate} cannot select null experts: give 0")
     if "moe_scorer" in used:
-        validate_scorer(options, cls.capabilities.scorers)
+        validate_scorer(cast(ScorerOptions, options), cls.capabilities.scorers)
     if options.moe_shared_experts and options.moe_shared_combine == "softmax" and (
             not cls.capabilities.logits):
         raise OptionError("moe_shared_combine", "softmax",
-                          f"the gate {options.moe_gate} has no logits to weigh against: give add "
-                          "or mix")
+                          f"the gate {options.moe_gate} has no logits: give add or mix")
     cls.aux_coefficients(options)
     return cls.validate(options, expert_counts)

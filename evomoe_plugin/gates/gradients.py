@@ -1,4 +1,4 @@
-"""Gradients of zero for parameters that had no part in the forward pass."""
+"""Zero gradients for parameters that the forward pass did not use."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class _WithGradients(torch.autograd.Function):
+class _AttachZeroGrads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, *parameters):
-        # Not the parameters themselves: FSDP frees them between the passes.
+        # Not the parameters themselves, which FSDP frees between the passes.
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return y.view_as(y)
 
@@ -21,12 +21,11 @@ class _WithGradients(torch.autograd.Function):
                        for shape, dtype, device in ctx.like)
 
 
-def with_gradients(y: Tensor, module: nn.Module) -> Tensor:
-    """`y`, through which the parameters of `module` get gradients of zero instead of none.
+def attach_zero_grads(y: Tensor, module: nn.Module) -> Tensor:
+    """Return `y` such that its backward pass gives the parameters of `module` gradients of zero.
 
-    Data-parallel processes wait for a gradient of every parameter, and sum the same ones whether
-    the module, or a part of it, worked or not; optimizers hold the same state. What other paths
-    bring is added.
+    Data-parallel ranks wait for a gradient of every parameter, whether or not the module was used,
+    and optimizers hold state for all of them. Gradients from other paths are added.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return _WithGradients.apply(y, *parameters) if parameters else y
+    return _AttachZeroGrads.apply(y, *parameters) if parameters else y

@@ -1,19 +1,17 @@
-"""The hash gate: a token's symbol fixes its expert."""
+"""The hash gate: a token's id determines its expert."""
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice
+from evomoe_plugin.config.options import ModelOptions, check_choice
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing.choice import Choice
 
@@ -21,48 +19,48 @@ HASHES = ("balanced", "random", "clustered")
 
 
 @dataclass
-class HashOptions:
+class HashOptions(ModelOptions):
     """Options of the hash gate."""
 
     moe_hash: str = field(
         default="balanced",
-        metadata={"help": "how symbols are given to experts: balanced (equal numbers of training "
-                          "tokens), random, or clustered (balanced too, symbols of like frequency "
-                          "together)"},
+        metadata={"help": "how token ids are assigned to experts: balanced (equal numbers of "
+                          "training tokens), random, or clustered (balanced, with ids of similar "
+                          "frequency together)"},
     )
 
 
-def random_table(symbols: int, num_experts: int, layer_id: int, seed: int) -> Tensor:
-    """Experts of the symbols, int64 [V], by a hash of symbol, layer and seed."""
+def random_table(vocabulary: int, num_experts: int, layer_id: int, seed: int) -> Tensor:
+    """The expert of each token id, int64 [V], by a hash of id, layer and seed."""
     key = torch.tensor(_HASH_STREAM)
     for part in (seed, layer_id):
         key = noise.fold(key, part)
-    return noise.fold(key, torch.arange(symbols)).remainder(num_experts)
+    return noise.fold(key, torch.arange(vocabulary)).remainder(num_experts)
 
 
 def balanced_table(counts_V: Sequence[int], num_experts: int) -> Tensor:
-    """From the most frequent symbol on, each goes to the expert with the least mass so far.
+    """Assign token ids by falling frequency, each to the expert with the least mass so far.
 
     Args:
-        counts_V: how often each symbol occurs. One that never does counts as half a token, so
-            that such symbols are spread too.
+        counts_V: how often each token id occurs. 0 counts as half a token, so that such ids are
+            spread too.
     Returns:
         int64 [V]; the same in every layer.
     """
-    masses = [(0.0, 0, expert) for expert in range(num_experts)]  # of tokens, then of symbols
+    masses = [(0.0, 0, expert) for expert in range(num_experts)]  # tokens, ids, expert
     table = [0] * len(counts_V)
-    for symbol in _by_falling_frequency(counts_V):
-        mass, symbols, expert = masses[0]
-        table[symbol] = expert
-        heapq.heapreplace(masses, (mass + _mass(counts_V[symbol]), symbols + 1, expert))
+    for token_id in _by_falling_frequency(counts_V):
+        mass, ids, expert = masses[0]
+        table[token_id] = expert
+        heapq.heapreplace(masses, (mass + _mass(counts_V[token_id]), ids + 1, expert))
     return torch.tensor(table, dtype=torch.int64)
 
 
 def clustered_table(counts_V: Sequence[int], num_experts: int) -> Tensor:
-    """Symbols in the order of falling frequency, cut into runs of as equal mass as can be.
+    """Token ids by falling frequency, cut into runs of nearly equal mass.
 
-    A run ends where it comes nearest to an equal share of what is left. Every expert has a symbol
-    if there are as many symbols as experts.
+    A run ends where it is nearest to an equal share of the remaining mass. Every expert has a token
+    id if there are at least as many ids as experts.
 
     Returns:
         int64 [V]; the same in every layer.
@@ -70,70 +68,67 @@ def clustered_table(counts_V: Sequence[int], num_experts: int) -> Tensor:
     order = _by_falling_frequency(counts_V)
     left = sum(map(_mass, counts_V))
     table, expert, mass = [0] * len(order), 0, 0.0
-    for place, symbol in enumerate(order):
-        more, after = _mass(counts_V[symbol]), num_experts - expert - 1
+    for place, token_id in enumerate(order):
+        more, after = _mass(counts_V[token_id]), num_experts - expert - 1
         overshoots = 2 * mass + more > 2 * left / (after + 1)
         if after and mass and (overshoots or len(order) - place <= after):
             left, mass, expert = left - mass, 0.0, expert + 1
-        table[symbol] = expert
+        table[token_id] = expert
         mass += more
     return torch.tensor(table, dtype=torch.int64)
 
 
 def _by_falling_frequency(counts_V: Sequence[int]) -> list[int]:
-    return sorted(range(len(counts_V)), key=lambda symbol: -counts_V[symbol])
+    return sorted(range(len(counts_V)), key=lambda token_id: -counts_V[token_id])
 
 
 def _mass(count: int) -> float:
     return max(count, 0.5)
 
 
-_HASH_STREAM = 0x4A54  # sets these random numbers apart from the noise of gates
+_HASH_STREAM = 0x4A54  # separates these random numbers from the noise of gates
 
 
 @register_gate("hash")
-class HashGate(Gate):
-    """y = E_e(x) with e = table[symbol of the token], the table fixed before training.
+class HashGate(Gate[HashOptions]):
+    """y = E_e(x) with e = table[token id]; the table is fixed before training.
 
-    Source: Hash layers (arXiv 2106.04426), of which `--moe-hash` names the hashes.
+    Source: Hash layers (arXiv 2106.04426), whose hashes `--moe-hash` selects.
     """
 
     Options = HashOptions
     capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
                                 gate_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    table_V: Tensor
+
+    def __init__(self, info: LayerInfo, options: HashOptions):
         super().__init__(info, options)
         counts_V, E = info.token_counts_V, info.num_experts
         if not counts_V:
-            raise OptionError("moe_gate", "hash", "it gives each symbol of the vocabulary an "
-                                                  "expert, and no vocabulary is known here")
+            raise OptionError("moe_gate", "hash", "it assigns an expert to each token id, and "
+                                                  "no vocabulary is known here")
         if options.moe_hash == "random":
             table_V = random_table(len(counts_V), E, info.layer_id, info.seed)
         elif options.moe_hash == "balanced":
             table_V = balanced_table(counts_V, E)
         else:
             table_V = clustered_table(counts_V, E)
-        # In the checkpoint: another dictionary's counts must not move a symbol.
+        # In the checkpoint: another dictionary's counts must not change it.
         self.register_buffer("table_V", table_V)
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_k(cls, options: HashOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: HashOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_hash", HASHES)
         return []
 
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "each token has one expert, of weight 1")
-
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:
-            raise ValueError("the gate hash routes by the tokens' symbols: give token_ids_T")
+            raise ValueError("the gate hash routes by token ids: give token_ids_T")
         chosen_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts)
         probs_TE = chosen_TE.to(x_TD.dtype)
         return Choice(mask_TC=chosen_TE.bool(), weights_TC=probs_TE, probs_TC=probs_TE)

@@ -1,4 +1,4 @@
-"""The record of what was routed over some updates, which DynMoE's adaptive process decides by."""
+"""The routing of recent updates, by which DynMoE's adaptive process adds and removes experts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 
 _OFF, _ON, _ENDING = range(3)
 
 
 class RoutingRecord(nn.Module):
-    """How many tokens each expert got, and the sum of the tokens that no expert took.
+    """Number of tokens of each expert, and the sum of the tokens without an expert.
 
-    Recording is on in the last `window` updates of every `interval`, or, without an interval,
-    between `begin` and `end`. It is a function of the update number and of buffers, so that a
+    Recording is on in the last `window` updates of every `interval` or, without an interval,
+    between `begin` and `end`. It depends only on the update number and on buffers, so that a
     checkpoint of any update continues it.
 
     Args:
         num_experts: E.
         model_dim: D.
-        interval: updates; 0: recording is begun and ended by hand.
+        interval: updates; 0: recording is started and ended by calls.
         window: updates, at most the interval.
     """
+
+    state: Tensor
+    routed_E: Tensor
+    unrouted: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, interval: int, window: int):
         super().__init__()
@@ -33,14 +37,14 @@ class RoutingRecord(nn.Module):
         self.register_buffer("state", torch.zeros((), dtype=torch.int64))
         self.register_buffer("routed_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("unrouted", torch.zeros((), dtype=torch.int64))
-        register_exact(self, "unrouted_sum_D", torch.zeros(model_dim))
+        register_fp64_buffer(self, "unrouted_sum_D", torch.zeros(model_dim))
         self._state = _OFF
         self.register_load_state_dict_post_hook(_read_state)
 
     @property
     def unrouted_sum_D(self) -> Tensor:
-        """Sum of the gate's inputs over tokens that no expert took, fp64; a view."""
-        return exact(self, "unrouted_sum_D")
+        """Sum of the gate's inputs over tokens without an expert, fp64; a view."""
+        return fp64_buffer(self, "unrouted_sum_D")
 
     @property
     def is_wanted(self) -> bool:
@@ -48,22 +52,22 @@ class RoutingRecord(nn.Module):
         return self.interval > 0 or self._state != _OFF
 
     def zeros(self, device: torch.device) -> dict[str, Tensor]:
-        """What `measure` gives where nothing is recorded."""
+        """The result of `measure` while recording is off."""
         sizes = {"recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
                  "recorded_unrouted_sum": self.unrouted_sum_D.numel()}
         return {name: torch.zeros(size, dtype=torch.float64, device=device)
                 for name, size in sizes.items() if self.is_wanted}
 
     def begin(self) -> None:
-        """Record from now on, anew."""
+        """Clear the record and start recording."""
         self.clear()
         self._set_state(_ON)
 
     def end(self) -> None:
-        """Record no more; at the end of the update the record is complete.
+        """Stop recording; at the end of the update the record is complete.
 
         Raises:
-            RuntimeError: recording has not begun.
+            RuntimeError: recording is not on.
         """
         if self._state != _ON:
             raise RuntimeError("end_record_routing() without begin_record_routing()")
@@ -83,11 +87,11 @@ class RoutingRecord(nn.Module):
 
     def measure(self, x_TD: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None,
                 num_updates: int) -> dict[str, Tensor]:
-        """What is to be added for these tokens: sums in fp64, zeros where nothing is recorded.
+        """The sums to record for these tokens, fp64; zeros while recording is off.
 
         Args:
             x_TD: the gate's input.
-            mask_TE: bool, the experts that tokens chose.
+            mask_TE: bool, the experts selected for each token.
             token_mask_T: bool, False for padding; None: no padding.
             num_updates: completed updates.
         """
@@ -98,26 +102,26 @@ class RoutingRecord(nn.Module):
         if token_mask_T is not None:
             mask_TE = mask_TE & token_mask_T.unsqueeze(1)
             unrouted_T = unrouted_T & token_mask_T
-        # Filled and not multiplied: padding may hold anything.
+        # masked_fill instead of a product: padding may hold NaN.
         lost_TD = x_TD.detach().masked_fill(~unrouted_T.unsqueeze(1), 0.0)
         values = (mask_TE.sum(0).double(), unrouted_T.sum().double().view(1),
                   lost_TD.sum(0, dtype=torch.float64))
         return dict(zip(zeros, values, strict=True))
 
     def add(self, measured: Mapping[str, Tensor], num_updates: int) -> None:
-        """Add what `measure` gave, summed over an update.
+        """Add the results of `measure`, summed over an update.
 
         Args:
-            num_updates: completed updates, that one included.
+            num_updates: completed updates, this one included.
         """
         if self.interval and (num_updates - 1) % self.interval == self.interval - self.window:
-            self.clear()  # a run that was begun anew may have left a window half full
+            self.clear()  # another run may have left it half full
         self.routed_E += measured["recorded_routed"].round().to(torch.int64)
         self.unrouted += measured["recorded_unrouted"].round().to(torch.int64).squeeze()
         self.unrouted_sum_D.add_(measured["recorded_unrouted_sum"])
 
     def clear(self) -> None:
-        """Forget all, and record no more unless the interval says so."""
+        """Clear the record; without an interval, stop recording."""
         self.routed_E.zero_()
         self.unrouted.zero_()
         self.unrouted_sum_D.zero_()

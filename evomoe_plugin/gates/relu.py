@@ -2,30 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.options import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.topk_common import PicksOptions, validate_picks
-from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 
-# The coefficient stays within this factor of its start, up and down, so that it is finite and
-# finds back after a long time at a target that cannot be reached.
+# The coefficient stays within this factor of its start in both directions, so that it stays finite
+# and recovers after a long time with an unreachable target.
 COEFFICIENT_RANGE = 1e12
 
 
 @dataclass
-class ReluOptions(PicksOptions, ScorerOptions):
-    """Options of the ReLU gate; `moe_top_k` is the mean number of experts a token aimed at."""
+class ReluOptions(TopKCountOptions, ScorerOptions):
+    """Options of the ReLU gate; `moe_top_k` is the target mean number of experts per token."""
 
     moe_l1_start: float = field(
         default=1e-8, metadata={"help": "coefficient of the L1 loss at update 0"}
@@ -33,30 +31,30 @@ class ReluOptions(PicksOptions, ScorerOptions):
     moe_l1_factor: float = field(
         default=1.2,
         metadata={"help": "after each update the coefficient is multiplied by this if tokens had "
-                          "more than --moe-top-k experts on average, divided if fewer"},
+                          "more than --moe-top-k experts on average, divided by it if fewer"},
     )
 
 
 def balanced_l1_loss(
-    *, weights_TE: Tensor, mask_TE: Tensor, picks: int, weight_T: Tensor | None = None
+    *, weights_TE: Tensor, mask_TE: Tensor, top_k: int, weight_T: Tensor | None = None
 ) -> Tensor:
-    """1 / (E T) Σ_t Σ_e f_e w_te with f_e = E / (k T) n_e, n_e tokens at expert e, k = `picks`.
+    """1 / (E T) Σ_t Σ_e f_e w_te with f_e = E / (k T) n_e, n_e tokens of expert e, k = `top_k`.
 
-    Source: ReMoE (arXiv 2412.14711), its load-balanced L1 regularisation, as a mean over experts.
+    Source: ReMoE (arXiv 2412.14711), the load-balanced L1 regularisation, as a mean over experts.
     """
     E = mask_TE.size(1)
-    load_E = E / picks * weighted_mean(mask_TE.to(weights_TE.dtype), weight_T)
+    load_E = E / top_k * weighted_mean(mask_TE.to(weights_TE.dtype), weight_T)
     return (load_E * weighted_mean(weights_TE, weight_T)).sum() / E
 
 
 @register_gate("relu")
-class ReluGate(Gate):
+class ReluGate(Gate[ReluOptions]):
     """y = Σ_e w_e E_e(x), w = relu(z), over the experts with w_e > 0; z the scorer's logits.
 
-    A token without a positive logit goes nowhere, in training and evaluation: the residual stream
-    carries it. The loss `l1`, λ times the load-balanced L1 norm of w, drives the sparsity to
-    1 - k / E, k = `--moe-top-k`: after each update λ is multiplied by α^sign(target - sparsity) by
-    all pairs of all layers, ranks and micro-batches, before any capacity.
+    A token without a positive logit has no expert, in training and evaluation: only the residual
+    stream carries it. The loss `l1`, λ times the load-balanced L1 norm of w, drives the sparsity to
+    1 - k / E, k = `--moe-top-k`: after each update λ is multiplied by α^sign(target - sparsity),
+    measured over the pairs of all layers, ranks and micro-batches before any capacity.
 
     Source: ReMoE (arXiv 2412.14711).
     """
@@ -66,20 +64,20 @@ class ReluGate(Gate):
     capabilities = Capabilities(losses=("l1",), default_aux="l1=1", stats=(st.COEFFICIENT,),
                                 null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: ReluOptions):
         super().__init__(info, options)
-        self.picks = options.moe_top_k
+        self.top_k = options.moe_top_k
         self.l1_start = options.moe_l1_start
         self.l1_factor = options.moe_l1_factor
-        register_exact(self, "coefficient", torch.tensor(self.l1_start))
+        register_fp64_buffer(self, "coefficient", torch.tensor(self.l1_start))
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+    def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
+        validate_top_k(options, expert_counts)
         check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
-                                                                      "at most 1, as 1e-8")
+                                                                      "at most 1, such as 1e-8")
         check_number(options, "moe_l1_factor", above=1, most=10,
-                     remedy="give a factor above 1 and at most 10, as 1.2")
+                     remedy="give a factor above 1 and at most 10, such as 1.2")
         if cls.aux_coefficients(options).get("l1"):
             return []
         return ["--moe-aux without l1: nothing drives the number of experts per token towards "
@@ -88,18 +86,13 @@ class ReluGate(Gate):
     @property
     def coefficient(self) -> Tensor:
         """λ, fp64."""
-        return exact(self, "coefficient")
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weights are positive logits, of any sum")
+        return fp64_buffer(self, "coefficient")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
         weights_TE = torch.relu(logits_TE)
         mask_TE = weights_TE > 0
-        l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, picks=self.picks,
+        l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, top_k=self.top_k,
                               weight_T=context.loss_weights_T)
         return Choice(
             mask_TC=mask_TE,
@@ -119,16 +112,16 @@ class ReluGate(Gate):
         pairs = layers[st.PAIRS].sum()
         if st.DROPPED in layers:
             pairs = pairs + layers[st.DROPPED].sum()
-        # sparsity = 1 - pairs / (E T): below its target just when tokens have more than k.
-        excess = pairs - self.picks * layers[st.TOKENS].sum()
+        # sparsity = 1 - pairs / (E T): below its target exactly when tokens have more than k.
+        excess = pairs - self.top_k * layers[st.TOKENS].sum()
         self.coefficient.mul_(self.l1_factor ** torch.sign(excess))
         self.coefficient.clamp_(self.l1_start / COEFFICIENT_RANGE,
                                 self.l1_start * COEFFICIENT_RANGE)
 
 
 def _shares(weights_TE: Tensor) -> Tensor:
-    """The weights as a distribution; even where all are 0."""
-    # First by the largest: a sum of large weights could overflow.
+    """The weights scaled to sum 1; uniform where all are 0."""
+    # Divide by the largest first: a sum of large weights could overflow.
     most_T1 = weights_TE.amax(1, keepdim=True)
     some_T1 = most_T1 > 0
     weights_TE = weights_TE / torch.where(some_T1, most_T1, torch.ones_like(most_T1)).detach()

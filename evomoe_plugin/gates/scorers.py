@@ -1,26 +1,27 @@
-"""Scorers: from tokens to a logit for each candidate. A gate selects from the logits."""
+"""Scorers: from tokens to a logit for each candidate. A gate selects by the logits."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import ModelOptions
 
 
 @dataclass
-class ScorerOptions:
+class ScorerOptions(ModelOptions):
     """For gates that take any scorer."""
 
     moe_scorer: str = field(
         default="linear",
         metadata={"help": "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine "
-                          "to the experts' centres after a projection); cosine (to the experts' "
-                          "vectors); sigmoid (linear, each expert on its own instead of a "
+                          "similarity to the experts' centres after a projection); cosine "
+                          "(without a projection); sigmoid (linear, with a sigmoid instead of a "
                           "softmax; top_k only)"},
     )
     moe_scorer_dim: int = field(
@@ -35,11 +36,11 @@ class Scorer(nn.Module):
     """Logits of C candidates. The parameters are cast to the dtype of the tokens."""
 
     HAS_VECTORS: ClassVar[bool] = True
-    """Whether each candidate has a vector in one space, which losses can be about."""
+    """Whether each candidate has a vector, as the losses `diversity` and `simplicity` need."""
     SUMS_TO_ONE: ClassVar[bool] = True
-    """Whether the scores of a token do: they are its distribution then."""
+    """Whether the scores of a token sum to 1, that is, are its distribution."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
         super().__init__()
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -47,11 +48,11 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     def scores(self, logits_TC: Tensor) -> Tensor:
-        """What candidates are chosen and weighed by: their softmax."""
+        """What candidates are selected and weighted by: the softmax of the logits."""
         return torch.softmax(logits_TC, dim=1)
 
     def log_scores(self, logits_TC: Tensor) -> Tensor:
-        """Logarithms of the scores, but for a constant of each row; finite for finite logits."""
+        """Logarithms of the scores up to a constant per row; finite for finite logits."""
         return logits_TC
 
     def distribution(self, logits_TC: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
 class LinearScorer(Scorer):
     """z = W x, without bias."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
         super().__init__(model_dim, num_candidates, options)
         self.weight = _uniform(num_candidates, model_dim, fan_in=model_dim)
 
@@ -83,7 +84,7 @@ class LinearScorer(Scorer):
 
 
 class SigmoidScorer(LinearScorer):
-    """z = W x, and each expert scores sigmoid(z) on its own (DeepSeek-V3, arXiv 2412.19437)."""
+    """z = W x, and the score of each expert is sigmoid(z) (DeepSeek-V3, arXiv 2412.19437)."""
 
     SUMS_TO_ONE = False
 
@@ -99,7 +100,7 @@ class MLPScorer(Scorer):
 
     HAS_VECTORS = False
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(model_dim, num_candidates, options)
         hidden = options.moe_scorer_dim
         self.hidden_weight = _uniform(hidden, model_dim, fan_in=model_dim)
@@ -115,12 +116,12 @@ class MLPScorer(Scorer):
 
 
 class CosineScorer(Scorer):
-    """z_e = exp(s) cos(x, c_e), the scale s learned and at most ln 100.
+    """z_e = exp(s) cos(x, c_e), with a learned scale s of at most ln 100.
 
-    Source: X-MoE (arXiv 2204.09179) for the cosine; the bound is CLIP's.
+    Source: X-MoE (arXiv 2204.09179) for the cosine, CLIP for the bound.
     """
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(model_dim, num_candidates, options)
         self.centres = nn.Parameter(torch.randn(num_candidates, model_dim))
         self.log_scale = nn.Parameter(torch.zeros(1))
@@ -137,7 +138,7 @@ class CosineScorer(Scorer):
 class GMMScorer(CosineScorer):
     """The cosine scorer after a projection (Dense2MoE's `gmm`)."""
 
-    def __init__(self, model_dim: int, num_candidates: int, options: Any):
+    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
         super().__init__(options.moe_scorer_dim, num_candidates, options)
         self.projection = _uniform(options.moe_scorer_dim, model_dim, fan_in=model_dim)
 
@@ -152,7 +153,7 @@ SCORERS: dict[str, type[Scorer]] = {
 SOFTMAX_SCORERS = ("linear", "mlp", "gmm", "cosine")
 
 
-def validate_scorer(options: Any, allowed: Sequence[str]) -> None:
+def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
     """Raise `OptionError` unless the scorer is one of `allowed`, with options it can use."""
     scorer = options.moe_scorer
     if scorer not in allowed:

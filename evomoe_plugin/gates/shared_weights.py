@@ -1,4 +1,4 @@
-"""How much of the output comes from shared experts, and how much from routed ones."""
+"""Learned weights of shared experts relative to routed ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from evomoe_plugin.routing.choice import Choice
 
 
 class SharedWeights(nn.Module):
-    """Learned weights of the S shared experts against the routed ones.
+    """Weights of the S shared experts relative to the routed ones.
 
     Args:
-        kind: `softmax`: one softmax over the logits of the chosen candidates and of the shared
-            experts; what the former get scales the routed weights (DCMoE: Uni-MoE 2.0, arXiv
-            2511.12609). `mix`: a softmax of two logits of its own, one for the routed experts and
-            one for the shared ones together (residual MoE: DeepSpeed-MoE, arXiv 2201.05596, with
-            the learned coefficients of its code).
+        kind: `softmax`: one softmax over the logits of the selected candidates and the shared
+            experts; the sum of the former scales the routed weights (DCMoE: Uni-MoE 2.0, arXiv
+            2511.12609). `mix`: a softmax of two logits of its own, one for the routed and one for
+            the shared experts (residual MoE: DeepSpeed-MoE, arXiv 2201.05596, with the learned
+            coefficients of its code).
     """
 
     def __init__(self, model_dim: int, num_shared: int, kind: str):
@@ -34,7 +34,8 @@ class SharedWeights(nn.Module):
         if self.kind == "mix":
             routed_T, shared_T = torch.softmax(logits, dim=1).unbind(1)
             return routed_T, shared_T.unsqueeze(1).expand(-1, self.num_shared)
-        chosen_TC = choice.logits_TC.masked_fill(~choice.mask_TC, float("-inf"))
-        weights = torch.softmax(torch.cat([chosen_TC, logits], dim=1), dim=1)
-        candidates = chosen_TC.size(1)
+        assert choice.logits_TC is not None, "softmax needs logits"
+        selected_TC = choice.logits_TC.masked_fill(~choice.mask_TC, float("-inf"))
+        weights = torch.softmax(torch.cat([selected_TC, logits], dim=1), dim=1)
+        candidates = selected_TC.size(1)
         return weights[:, :candidates].sum(1), weights[:, candidates:]

@@ -1,28 +1,27 @@
-"""The gate of StableMoE: it learns to route, then keeps the routing it has learned."""
+"""The gate of StableMoE: it learns to route, then freezes the learned routing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, gated_updates
+from evomoe_plugin.config.options import ModelOptions, check_number, gated_updates
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 
-# Without the user's word, the share of the run that stage 1 takes: the paper's 6000 of 60000.
+# Default length of stage 1 as a share of the run: the paper's 6000 of 60000 updates.
 DEFAULT_STABLE_SHARE = 0.1
 
 
 @dataclass
-class StableOptions:
+class StableOptions(ModelOptions):
     """Options of the StableMoE gate."""
 
     moe_stable_updates: Optional[int] = field(
@@ -31,12 +30,12 @@ class StableOptions:
     )
     moe_stable_dim: int = field(
         default=50,
-        metadata={"help": "width of the word embeddings that the frozen routing is made from"},
+        metadata={"help": "width of the word embeddings that determine the frozen routing"},
     )
 
 
-def stable_updates(options: Any) -> int:
-    """The update from which routing is frozen, the default resolved."""
+def stable_updates(options: StableOptions) -> int:
+    """The update from which routing is frozen, with the default resolved."""
     if options.moe_stable_updates is not None:
         return options.moe_stable_updates
     return max(1, round(DEFAULT_STABLE_SHARE * gated_updates(options)))
@@ -45,13 +44,13 @@ def stable_updates(options: Any) -> int:
 def greedy_balance_loss(
     *, scores_TE: Tensor, mask_TE: Tensor, weight_T: Tensor | None = None
 ) -> Tensor:
-    """Σ_e (n_e - n) / n * (1/T) Σ_{t at e} σ(s_te): 0 when even, with n_e tokens at expert e and
-    the mean n = T / E.
+    """Σ_e (n_e - n) / n * (1/T) Σ_{t at e} σ(s_te): 0 for an even load, with n_e tokens of
+    expert e and the mean n = T / E.
 
     Args:
         scores_TE: σ(s).
-    Source: StableMoE (arXiv 2204.08396), whose sum over tokens is a mean here, as the task's loss
-    is.
+    Source: StableMoE (arXiv 2204.08396), with a mean instead of the sum over tokens, as in the
+    task's loss.
     """
     load_E = weighted_mean(mask_TE.to(scores_TE.dtype), weight_T)
     excess_E = load_E.size(0) * load_E - 1
@@ -59,17 +58,17 @@ def greedy_balance_loss(
 
 
 @register_gate("stable")
-class StableGate(Gate):
-    """y = σ(s_e) E_e(x) with s = x·w, one expert e a token, in two stages.
+class StableGate(Gate[StableOptions]):
+    """y = σ(s_e) E_e(x) with s = x·w, one expert e per token, in two stages.
 
     Stage 1, until `--moe-stable-updates`: e = argmax s. The loss `greedy_balance` evens the load;
-    `distill` teaches a router that sees word embeddings of its own alone: the cross-entropy of its
-    answer with e.
+    `distill`, a cross-entropy with target e, trains a second router, which sees only word
+    embeddings of its own.
 
-    Stage 2: e is what that router says of the token's symbol. At its first forward pass the answer
-    for every symbol is written to a table, so that nothing the optimizer still does can move it,
-    nor a later end of stage 1 in a run that is prolonged. Both losses are 0. Training that starts
-    at update 0 again begins with stage 1 again.
+    Stage 2: e is the output of the second router for the token id. In the first forward pass the
+    output for every token id is written to a table, which neither the optimizer nor a later end of
+    stage 1 in a prolonged run can change. Both losses are 0. Training that restarts at update 0
+    starts with stage 1 again.
 
     Source: StableMoE (arXiv 2204.08396).
     """
@@ -79,32 +78,35 @@ class StableGate(Gate):
         losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
         null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    table_V: Tensor
+    frozen_at: Tensor
+
+    def __init__(self, info: LayerInfo, options: StableOptions):
         super().__init__(info, options)
-        symbols, dim = len(info.token_counts_V), options.moe_stable_dim
-        if not symbols:
-            raise OptionError("moe_gate", "stable", "its router looks at symbols of the "
-                                                    "vocabulary, and none is known here")
+        vocabulary, dim = len(info.token_counts_V), options.moe_stable_dim
+        if not vocabulary:
+            raise OptionError("moe_gate", "stable", "it routes by token ids, and no vocabulary is "
+                                                    "known here")
         self.stable_updates = stable_updates(options)
-        self.scorer = centroids(info, options)
-        self.word_embedding = nn.Parameter(torch.randn(symbols, dim) * dim**-0.5)
+        self.scorer = centroids(info)
+        self.word_embedding = nn.Parameter(torch.randn(vocabulary, dim) * dim**-0.5)
         self.word_centroids = nn.Parameter(torch.empty(info.num_experts, dim))
         nn.init.orthogonal_(self.word_centroids)
-        self.register_buffer("table_V", torch.zeros(symbols, dtype=torch.int64))
-        # The update that the table is of; -1: there is none.
+        self.register_buffer("table_V", torch.zeros(vocabulary, dtype=torch.int64))
+        # The update at which the table was written; -1: not yet.
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_k(cls, options: StableOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:
         check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
         check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
             raise OptionError("moe_stable_updates", "(not given)",
-                              "give it, or --max-update, of which stage 1 takes 10 % by default")
+                              "give it, or --max-update, of which stage 1 is 10 % by default")
         warnings = []
         if not cls.aux_coefficients(options).get("distill") or stable_updates(options) == 0:
             warnings.append(
@@ -117,24 +119,19 @@ class StableGate(Gate):
         return warnings
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: StableOptions) -> bool:
         return True
 
     def flops_per_token(self) -> int:
-        embedding = 2 * self.word_embedding.numel()  # looked up, not multiplied
+        embedding = 2 * self.word_embedding.numel()  # a lookup, not a matmul
         return super().flops_per_token() - embedding
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(False, "the weight of the one pick is a sigmoid, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:
-            raise ValueError("the gate stable routes by the tokens' symbols: give token_ids_T")
+            raise ValueError("the gate stable routes by token ids: give token_ids_T")
         if self._is_frozen(context.num_updates):
-            return self._frozen(x_TD, context)
-        return self._learned(x_TD, context)
+            return self._frozen(x_TD, context.token_ids_T)
+        return self._learned(x_TD, context.token_ids_T, context.loss_weights_T)
 
     @torch.no_grad()
     def _is_frozen(self, num_updates: int) -> bool:
@@ -148,14 +145,13 @@ class StableGate(Gate):
         self.frozen_at.fill_(num_updates)
         return True
 
-    def _learned(self, x_TD: Tensor, context: GateContext) -> Choice:
+    def _learned(self, x_TD: Tensor, token_ids_T: Tensor, weight_T: Tensor | None) -> Choice:
         logits_TE = self.score(x_TD)
         scores_TE = torch.sigmoid(logits_TE)
         expert_T = logits_TE.argmax(1)
         mask_TE = F.one_hot(expert_T, self.num_experts).bool()
-        words_TE = self._word_logits(F.embedding(context.token_ids_T, self.word_embedding))
-        surprise_T = F.cross_entropy(words_TE, expert_T, reduction="none")
-        weight_T = context.loss_weights_T
+        words_TE = self._word_logits(F.embedding(token_ids_T, self.word_embedding))
+        loss_T = F.cross_entropy(words_TE, expert_T, reduction="none")
         return Choice(
             mask_TC=mask_TE,
             weights_TC=scores_TE,
@@ -164,13 +160,13 @@ class StableGate(Gate):
             aux={
                 "greedy_balance": greedy_balance_loss(
                     scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T),
-                "distill": weighted_mean(surprise_T.unsqueeze(1), weight_T).squeeze(0),
+                "distill": weighted_mean(loss_T.unsqueeze(1), weight_T).squeeze(0),
             },
         )
 
-    def _frozen(self, x_TD: Tensor, context: GateContext) -> Choice:
+    def _frozen(self, x_TD: Tensor, token_ids_T: Tensor) -> Choice:
         logits_TE = self.score(x_TD)
-        mask_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts).bool()
+        mask_TE = F.one_hot(self.table_V[token_ids_T], self.num_experts).bool()
         return Choice(
             mask_TC=mask_TE,
             weights_TC=torch.sigmoid(logits_TE),

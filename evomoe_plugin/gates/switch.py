@@ -1,44 +1,35 @@
 """The Switch gate: each token goes to its best candidate."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import best
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing.choice import Choice
 
 
 @register_gate("switch")
-class SwitchGate(Gate):
+class SwitchGate(Gate[ScorerOptions]):
     """y = p_e E_e(x) for e = argmax p, with p = softmax(z): the weight is not normalised.
 
-    Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`. Its capacity
-    factor there is fixed at 1; here it is `--moe-capacity-factor`.
+    Source: Switch Transformers (arXiv 2101.03961); fairseq's `--moe-top1-expert`, whose capacity
+    factor is always 1; here it is `--moe-capacity-factor`.
     """
 
     Options = ScorerOptions
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_k(cls, options: ScorerOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
         if not options.moe_renormalize_after_drop:
             return []
         return ["--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
                 "or dropped; this changes nothing"]
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if max(expert_counts) == 1:
-            return WeightSum(True, "a lone expert has the weight 1")
-        return WeightSum(False, "the weight of the one pick is its probability, below 1")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

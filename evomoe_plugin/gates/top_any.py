@@ -1,81 +1,80 @@
-"""The top-any gate: each token goes to every expert whose threshold it reaches."""
+"""The top-any gate: each token goes to all experts whose threshold its score exceeds."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import ModelOptions, check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
-from evomoe_plugin.gates.weight_sum import WeightSum
+from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 
 
 @dataclass
-class TopAnyOptions:
-    """Options of the top-any gate and of the process that adapts its experts."""
+class TopAnyOptions(ModelOptions):
+    """Options of the top-any gate and of the adaptive process that adds and removes experts."""
 
     moe_top_any_ste: str = field(
         default="full",
-        metadata={"help": "whose score and threshold learn from whether an expert was reached: "
-                          "full (every expert's) or active (those that were, as published)"},
+        metadata={"help": "straight-through gradients of scores and thresholds: full (of all "
+                          "experts) or active (of selected experts only, as published)"},
     )
     moe_top_any_weights: str = field(
         default="uniform",
-        metadata={"help": "weights of a token's k experts: uniform (1/k) or score (their scores, "
-                          "scaled to sum 1)"},
+        metadata={"help": "weights of a token's k experts: uniform (1/k) or score (normalised "
+                          "scores)"},
     )
     moe_top_any_scale: float = field(
         default=1.0, metadata={"help": "scale of cosines and thresholds before the sigmoid"}
     )
     moe_top_any_learned_scale: bool = field(
-        default=False, metadata={"help": "the scale is learned, from --moe-top-any-scale on"}
+        default=False, metadata={"help": "learn the scale, starting at --moe-top-any-scale"}
     )
     moe_max_experts: int = field(
         default=0,
-        metadata={"help": "experts of an MoE layer that there is room for; it starts with "
-                          "--moe-expert-count of them (0: no more than these)"},
+        metadata={"help": "expert slots of an MoE layer, which starts with --moe-expert-count "
+                          "experts (0: no further slots)"},
     )
     moe_adapt_record_interval: int = field(
         default=0,
-        metadata={"help": "after every so many updates remove experts that no token reached and "
-                          "add one for the tokens that reached none (0: never)"},
+        metadata={"help": "interval in updates at which experts without tokens are removed and "
+                          "one is added for tokens without experts (0: never)"},
     )
     moe_adapt_window: int = field(
         default=0,
-        metadata={"help": "the last updates of each interval, those that experts are added and "
-                          "removed by (0: all of it)"},
+        metadata={"help": "experts are added and removed by the routing of the last so many "
+                          "updates of each interval (0: the whole interval)"},
     )
     moe_adapt_source: str = field(
         default="most_used",
-        metadata={"help": "weights of an added expert's network: most_used (a copy of the most "
-                          "used expert, with noise) or keep (what its place holds)"},
+        metadata={"help": "weights of an added expert: most_used (a copy of the most used "
+                          "expert, with noise) or keep (the present weights of its slot)"},
     )
     moe_adapt_noise: float = field(
         default=0.01,
-        metadata={"help": "deviation of that noise, as a share of the deviation of the weights"},
+        metadata={"help": "standard deviation of that noise, relative to that of the weights"},
     )
 
 
 @register_gate("top_any")
-class TopAnyGate(Gate):
+class TopAnyGate(Gate[TopAnyOptions]):
     """y = 1/k Σ E_e(x) over the k experts with sigmoid(a cos(x, w_e)) > sigmoid(a g_e).
 
-    w_e, g_e and, if asked for, the scale a (at most 100) are learned. Training: a token that
-    reaches no expert gets nothing; evaluation: its best expert. Only active experts, a mask in
-    the checkpoint, can be reached; `evolve.adapt` changes it.
+    w_e, g_e and optionally the scale a (at most 100) are learned. A token that reaches no threshold
+    has no expert in training and its best expert in evaluation. Only active experts can be
+    selected: a mask in the checkpoint, which `evolve.adapt` changes.
 
-    Straight-through: an indicator has the gradient of score - threshold, of every active expert
-    (`full`) or of reached ones (`active`); all else is differentiated as it stands.
+    Straight-through gradients: the indicator of an expert has the gradient of score - threshold,
+    for every active expert (`full`) or selected ones (`active`).
 
     Source: DynMoE (arXiv 2405.14297).
     """
@@ -87,7 +86,10 @@ class TopAnyGate(Gate):
         losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
         null_experts=False, zero_init=False)
 
-    def __init__(self, info: LayerInfo, options: Any):
+    active_E: Tensor
+    record: RoutingRecord
+
+    def __init__(self, info: LayerInfo, options: TopAnyOptions):
         super().__init__(info, options)
         E, D = info.num_experts, info.model_dim
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(E, D)))
@@ -105,7 +107,7 @@ class TopAnyGate(Gate):
         self.record = RoutingRecord(E, D, interval, options.moe_adapt_window or interval)
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
+    def validate(cls, options: TopAnyOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_top_any_ste", ("full", "active"))
         check_choice(options, "moe_top_any_weights", ("uniform", "score"))
         check_number(options, "moe_top_any_scale", above=0, most=100,
@@ -119,21 +121,21 @@ class TopAnyGate(Gate):
         return cls._validate_adaptation(options, min(expert_counts))
 
     @classmethod
-    def _validate_adaptation(cls, options: Any, start: int) -> list[str]:
+    def _validate_adaptation(cls, options: TopAnyOptions, start: int) -> list[str]:
         interval = options.moe_adapt_record_interval
         for option in ("moe_adapt_record_interval", "moe_adapt_window"):
             check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
         window = options.moe_adapt_window
         if window and not interval:
             raise OptionError("moe_adapt_window", window,
-                              "nothing is recorded: leave it out, or give "
+                              "routing is not recorded: leave it out, or give "
                               "--moe-adapt-record-interval")
         if window > interval:
             raise OptionError("moe_adapt_window", window,
                               f"give at most --moe-adapt-record-interval ({interval})")
         if interval and options.moe_max_experts <= start:
             raise OptionError("moe_adapt_record_interval", interval,
-                              "there is no room for another expert: give --moe-max-experts above "
+                              "there is no slot for another expert: give --moe-max-experts above "
                               f"{start}, or a smaller --moe-expert-count")
         check_choice(options, "moe_adapt_source", ("most_used", "keep"))
         check_number(options, "moe_adapt_noise", least=0, remedy="give 0 or more")
@@ -149,7 +151,7 @@ class TopAnyGate(Gate):
                 "end_record_routing() are called"]
 
     @classmethod
-    def has_vectors(cls, options: Any) -> bool:
+    def has_vectors(cls, options: TopAnyOptions) -> bool:
         return True
 
     def vectors(self) -> Tensor:
@@ -163,23 +165,17 @@ class TopAnyGate(Gate):
             return self.scale
         return self.log_scale.to(dtype).clamp(max=math.log(100)).exp()
 
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        return WeightSum(True, "the weights of a token's experts sum to 1, and one that reaches "
-                               "none has its best in evaluation; in training it has none")
-
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         dtype, scale = x_TD.dtype, self._scale(x_TD.dtype)
         directions_ED = F.normalize(self.weight.to(dtype), dim=1)
         logits_TE = scale * F.linear(F.normalize(x_TD, dim=1), directions_ED)
         threshold_E = scale * self.threshold.to(dtype)
-        # Not the sigmoids: far out, unequal numbers have equal ones.
+        # Not the sigmoids, which saturate.
         mask_TE = (logits_TE > threshold_E) & self.active_E
         stats = dict(self.record.measure(x_TD, mask_TE, context.token_mask_T,
                                          context.num_updates))
         if not self.training:
-            mask_TE = mask_TE | self._best_of_the_unrouted(logits_TE, mask_TE)
+            mask_TE = mask_TE | self._best_of_unrouted(logits_TE, mask_TE)
 
         scores_TE = torch.sigmoid(logits_TE)
         reached_TE = self._indicator(scores_TE - torch.sigmoid(threshold_E), mask_TE)
@@ -198,14 +194,13 @@ class TopAnyGate(Gate):
             stats=stats,
         )
 
-    def _best_of_the_unrouted(self, logits_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    def _best_of_unrouted(self, logits_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """bool: the best active expert of each token that has none."""
-        best_T1 = logits_TE.masked_fill(~self.active_E, float("-inf")).argmax(1, keepdim=True)
-        best_TE = torch.zeros_like(mask_TE).scatter_(1, best_T1, True)
+        best_TE = best(logits_TE.masked_fill(~self.active_E, float("-inf")))
         return best_TE & ~mask_TE.any(1, keepdim=True)
 
     def _indicator(self, margin_TE: Tensor, mask_TE: Tensor) -> Tensor:
-        """1 where `mask_TE`, else 0, with the gradient of the margin where it learns."""
+        """`mask_TE` as 0 and 1, with straight-through gradients of the margin."""
         learns_TE = mask_TE if self.ste == "active" else self.active_E
         margin_TE = margin_TE.masked_fill(~learns_TE, 0.0)
         return mask_TE.to(margin_TE.dtype) + (margin_TE - margin_TE.detach())
@@ -215,10 +210,10 @@ class TopAnyGate(Gate):
         aux = {}
         num_active = self.active_E.sum()
         if "efficiency" in self.aux_names:
-            # Experts that are not active are never reached: the sum is that over active ones.
+            # Inactive experts are never selected: the sum is over active ones.
             aux["efficiency"] = losses.weighted_mean(reached_TE, weight_T).sum() / num_active
         if "balance" in self.aux_names:
-            # As published, over active experts and tokens that have one.
+            # As published, over active experts and tokens with an expert.
             routed_T = mask_TE.any(1).to(share_TE.dtype)
             if weight_T is not None:
                 routed_T = routed_T * weight_T
@@ -239,6 +234,6 @@ class TopAnyGate(Gate):
 
 
 def _shares(values_TE: Tensor, routed_T1: Tensor) -> Tensor:
-    """Rows scaled to sum 1; rows without an expert, whose sum is 0, as they are."""
+    """Rows scaled to sum 1; rows without an expert, whose sum is 0, stay 0."""
     total_T1 = torch.where(routed_T1, values_TE.sum(1, keepdim=True), 1.0)
     return values_TE / total_T1.clamp(min=torch.finfo(values_TE.dtype).tiny)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,81 +9,81 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.fp64_buffers import exact, register_exact
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
 from evomoe_plugin.gates.topk_common import (
-    PicksOptions,
     PriorityOptions,
-    validate_picks,
+    TopKCountOptions,
+    selection_mask,
     validate_priority,
+    validate_top_k,
 )
-from evomoe_plugin.gates.weight_sum import WeightSum
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
 
 
 @dataclass
-class TopKOptions(PicksOptions, PriorityOptions, ScorerOptions):
+class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
     """Options of the top-k gate."""
 
     moe_top_k_weights: str = field(
         default="raw",
-        metadata={"help": "weights of the picks: raw (their scores) or renormalized (to sum 1)"},
+        metadata={"help": "weights of the k experts: raw (scores) or renormalized (to sum 1)"},
     )
     moe_sample_top_k: int = field(
         default=0,
-        metadata={"help": "in training so many of the k picks are drawn by their probability from "
-                          "what the best ones leave"},
+        metadata={"help": "in training, so many of the k candidates are sampled by probability "
+                          "from those that are not among the best others"},
     )
     moe_bias_update_rate: float = field(
         default=0.0,
-        metadata={"help": "loss-free balancing: after each update every expert's bias, added to "
-                          "its score in choosing only, moves by this towards an even load"},
+        metadata={"help": "loss-free balancing: step per update of each expert's bias towards an "
+                          "even load; it is added to the score for selection only"},
     )
 
 
 @register_gate("top_k")
-class TopKGate(Gate):
+class TopKGate(Gate[TopKOptions]):
     """y = Σ s_e E_e(x) over the k candidates of largest score s (+ bias).
 
     s is the softmax of the scorer's logits, or their sigmoid with the scorer `sigmoid`
-    (Shazeer et al., arXiv 1701.06538; weights `renormalized` as Mixtral, arXiv 2401.04088).
+    (Shazeer et al., arXiv 1701.06538; weights `renormalized` as in Mixtral, arXiv 2401.04088).
 
-    Sampled picks (Dense2MoE's sample_topk) are drawn without replacement, by Gumbel noise.
+    Sampled candidates (Dense2MoE's sample_topk) are drawn without replacement, by Gumbel noise.
     Loss-free balancing (arXiv 2408.15664): b_e += u sign(mean load - load_e) after each update. The
-    bias stays what it has become when the rate is set to 0.
+    bias keeps its value when the rate is set to 0.
     """
 
     Options = TopKOptions
     capabilities = Capabilities(scorers=tuple(SCORERS))
 
-    def __init__(self, info: LayerInfo, options: Any):
+    def __init__(self, info: LayerInfo, options: TopKOptions):
         super().__init__(info, options)
         self.top_k = options.moe_top_k
         self.renormalized = options.moe_top_k_weights == "renormalized"
         self.sampled = options.moe_sample_top_k
         self.bias_update_rate = options.moe_bias_update_rate
         self.prioritized = options.moe_batch_prioritized_routing
-        register_exact(self, "bias_C", torch.zeros(info.num_candidates))
+        register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
 
     @classmethod
-    def has_fixed_picks(cls, options: Any) -> bool:
+    def has_fixed_k(cls, options: TopKOptions) -> bool:
         return True
 
     @classmethod
-    def validate(cls, options: Any, expert_counts: Sequence[int]) -> list[str]:
-        validate_picks(options, expert_counts)
+    def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
+        validate_top_k(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
         check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
                      remedy=f"give 0 to --moe-top-k ({options.moe_top_k})")
         check_number(options, "moe_bias_update_rate", least=0, most=1,
-                     remedy="scores are at most 1: give a number from 0 to 1, as 0.001")
+                     remedy="scores are at most 1: give a number from 0 to 1, such as 0.001")
         if options.moe_sample_top_k and options.moe_bias_update_rate:
             raise OptionError("moe_sample_top_k", options.moe_sample_top_k,
-                              "picks are drawn whatever the bias, which would then grow for ever: "
-                              "leave out this or --moe-bias-update-rate")
+                              "sampling ignores the bias, which would grow without bound: leave "
+                              "out this or --moe-bias-update-rate")
         warnings = validate_priority(options)
         if options.moe_top_k_weights == "renormalized" and options.moe_top_k == 1:
             warnings.append("--moe-top-k-weights renormalized: with --moe-top-k 1 the weight is "
@@ -93,31 +92,20 @@ class TopKGate(Gate):
 
     @property
     def bias_C(self) -> Tensor:
-        """Added to the scores in choosing, fp64."""
-        return exact(self, "bias_C")
-
-    @classmethod
-    def weight_sum(cls, options: Any, expert_counts: Sequence[int],
-                   zero_logits: bool = False) -> WeightSum:
-        if options.moe_top_k_weights == "renormalized":
-            return WeightSum(True, "the weights of the picks sum to 1")
-        softmax, k = options.moe_scorer != "sigmoid", options.moe_top_k
-        if softmax and k == min(expert_counts) == max(expert_counts):
-            return WeightSum(True, "all experts are picked, and their weights sum to 1")
-        return WeightSum(False, "raw weights of the picks sum to less than 1; "
-                                "--moe-top-k-weights renormalized makes them equal")
+        """Added to the scores for selection, fp64."""
+        return fp64_buffer(self, "bias_C")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)
         scores_TC = self.scorer.scores(logits_TC)
-        # In fp64, since sigmoids of unequal large logits are equal in fp32.
+        # In fp64: in fp32, sigmoids of different large logits are equal.
         ranked_TC = self.scorer.scores(logits_TC.detach().double()) + self.bias_C
-        picks_TK = self._picks(ranked_TC, self.scorer.log_scores(logits_TC).detach(), context)
-        mask_TC = torch.zeros_like(scores_TC, dtype=torch.bool).scatter_(1, picks_TK, True)
+        ids_TK = self._select(ranked_TC, self.scorer.log_scores(logits_TC).detach(), context)
+        mask_TC = selection_mask(ids_TK, scores_TC.size(1))
         weights_TC = scores_TC
-        if self.renormalized:  # from logarithms, since scores of very unlikely picks are 0
-            picked_TC = self.scorer.log_scores(logits_TC).masked_fill(~mask_TC, float("-inf"))
-            weights_TC = torch.softmax(picked_TC, dim=1)
+        if self.renormalized:  # from logarithms, since very small scores are rounded to 0
+            selected_TC = self.scorer.log_scores(logits_TC).masked_fill(~mask_TC, float("-inf"))
+            weights_TC = torch.softmax(selected_TC, dim=1)
         probs_TC = scores_TC if self.scorer.SUMS_TO_ONE else self.scorer.distribution(logits_TC)
         priority_TC = None
         if self.prioritized:
@@ -130,8 +118,8 @@ class TopKGate(Gate):
             priority_TC=priority_TC,
         )
 
-    def _picks(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:
-        """Candidates of each token, [T, K]."""
+    def _select(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:
+        """Selected candidates of each token, int64 [T, K]."""
         if not (self.training and self.sampled and context.noise_keys_T is not None):
             return ranked_TC.topk(self.top_k, dim=1).indices
         best_TK = ranked_TC.topk(self.top_k - self.sampled, dim=1).indices
@@ -145,5 +133,5 @@ class TopKGate(Gate):
 
     def after_update(self, num_updates: int, own: Mapping[str, Tensor],
                      layers: Mapping[str, Tensor]) -> None:
-        load_C = own[st.ASKED_C]
+        load_C = own[st.REQUESTED_C]
         self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)

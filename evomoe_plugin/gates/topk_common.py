@@ -1,39 +1,38 @@
-"""What gates with a number of picks share."""
+"""Shared by gates that select a fixed number of candidates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import ModelOptions, check_number
 
 
 @dataclass
-class PicksOptions:
-    """For gates with a number of picks."""
+class TopKCountOptions(ModelOptions):
+    """For gates that select k candidates per token."""
 
     moe_top_k: int = field(
         default=2,
-        metadata={"help": "candidates that a token goes to (dselect_k: selectors of a token; "
-                          "relu: the mean number that the L1 loss leads to)"},
+        metadata={"help": "candidates per token (dselect_k: selectors per token; relu: mean "
+                          "number of experts per token that the L1 loss aims at)"},
     )
 
 
 @dataclass
-class PriorityOptions:
-    """For gates that can let the surest tokens go first."""
+class PriorityOptions(ModelOptions):
+    """For gates that can order tokens by confidence under a capacity."""
 
     moe_batch_prioritized_routing: bool = field(
         default=False,
-        metadata={"help": "under a capacity, tokens with the largest top score go first"},
+        metadata={"help": "under a capacity, tokens with the largest top score have priority"},
     )
 
 
-def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
-    """Raise `OptionError` unless every layer has as many candidates as picks."""
+def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
+    """Raise `OptionError` unless every layer has at least `moe_top_k` candidates."""
     check_number(options, "moe_top_k", least=1, remedy="give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts
     if options.moe_top_k > candidates:
@@ -42,23 +41,34 @@ def validate_picks(options: Any, expert_counts: Sequence[int]) -> None:
                           "larger --moe-expert-count")
 
 
-def validate_priority(options: Any) -> list[str]:
+def validate_priority(options: PriorityOptions) -> list[str]:
     """Warnings; raises `OptionError` if batch-prioritised routing has nothing to order."""
     if not options.moe_batch_prioritized_routing:
         return []
     if options.moe_capacity_factor is None:
         raise OptionError("moe_batch_prioritized_routing", True,
-                          "no expert has a capacity in training: leave it out, or give "
+                          "experts have no capacity in training: leave it out, or give "
                           "--moe-capacity-factor")
     if options.moe_drop_policy not in (None, "position"):
         raise OptionError("moe_drop_policy", options.moe_drop_policy,
-                          "--moe-batch-prioritized-routing says who goes first: leave one of "
-                          "them out")
+                          "--moe-batch-prioritized-routing already sets the priority: leave one "
+                          "of them out")
     return ["--moe-batch-prioritized-routing: in training, later tokens can displace earlier ones, "
             "which is not causal; evaluation has no capacity by default"]
 
 
+def selection_mask(ids_TK: Tensor, num_candidates: int) -> Tensor:
+    """bool [T, C], True at the candidates `ids_TK` of each token."""
+    mask_TC = torch.zeros(ids_TK.size(0), num_candidates, dtype=torch.bool, device=ids_TK.device)
+    return mask_TC.scatter_(1, ids_TK, True)
+
+
 def best(scores_TC: Tensor) -> Tensor:
-    """bool [T, C]: the largest of each row, the first of equals."""
-    mask_TC = torch.zeros_like(scores_TC, dtype=torch.bool)
-    return mask_TC.scatter_(1, scores_TC.argmax(1, keepdim=True), True)
+    """bool [T, C]: the largest score of each row, the first on ties."""
+    return selection_mask(scores_TC.argmax(1, keepdim=True), scores_TC.size(1))
+
+
+def normalized(values_TC: Tensor, mask_TC: Tensor) -> Tensor:
+    """Values scaled so that those in the mask sum to 1 in each row."""
+    total_T1 = (values_TC * mask_TC).sum(1, keepdim=True)
+    return values_TC / total_T1.clamp(min=torch.finfo(values_TC.dtype).tiny)

@@ -1,16 +1,16 @@
-"""Parameters and FLOPs of a model, worked out from its options alone.
+"""Parameters and FLOPs of a model, computed from its options.
 
-Under FSDP no rank ever holds the whole model to count.
+Under FSDP no rank holds the whole model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from evomoe_plugin.config.options import (
+    ModelOptions,
     expert_ffn_dim,
     expert_slots,
     moe_layer_indices,
@@ -26,13 +26,13 @@ class ParameterCount:
 
     total: int
     experts: int
-    """In expert networks, all routed and shared experts."""
+    """In all routed and shared experts."""
     active_top1: int
-    """That work on a token when it goes to one routed expert in every MoE layer."""
+    """Used for a token that goes to one routed expert in every MoE layer."""
 
 
-def _gates(options: Any, vocabulary: int) -> list[Gate]:
-    """A gate for each MoE layer; layers with as many experts share one."""
+def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
+    """A gate for each MoE layer; layers with equal numbers of experts share one."""
     counts = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
     made: dict[int, Gate] = {}
     with torch.random.fork_rng(devices=[]):
@@ -44,8 +44,8 @@ def _gates(options: Any, vocabulary: int) -> list[Gate]:
     return [made[count] for count in counts]
 
 
-def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
-    """Parameters of the model that `options` build, for a dictionary of `vocabulary` symbols."""
+def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
+    """Parameters of the model with these options and `vocabulary` token ids."""
     width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
     input_dim = options.decoder_input_dim or width
     output_dim = options.decoder_output_dim or width
@@ -69,8 +69,8 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
     if output_dim != width:
         embeddings += width * output_dim
     if options.decoder_learned_pos and not options.no_token_positional_embeddings:
-        # fairseq keeps two rows for the padding index and its offset.
-        embeddings += (options.max_target_positions + 2) * width
+        # fairseq has two more rows, for the padding index and its offset.
+        embeddings += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
     if options.layernorm_embedding:
         embeddings += 2 * width
     no_final_norm = options.no_decoder_final_norm or options.moe_post_norm
@@ -84,7 +84,7 @@ def count_parameters(options: Any, vocabulary: int) -> ParameterCount:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Floating point operations of the matrix products of one forward pass."""
+    """FLOPs of the matmuls of one forward pass."""
 
     per_token: int
     """Everything but the routed experts: attention over a full context, dense FFNs, gates, shared
@@ -92,15 +92,15 @@ class ForwardFlops:
     per_pair: int
     """One routed pair in one MoE layer."""
     gates: int = 0
-    """What of `per_token` is the gates'."""
+    """Part of `per_token` that is due to gates."""
 
     @property
     def without_gates(self) -> ForwardFlops:
-        """The same while no gate works."""
+        """The same without gates."""
         return ForwardFlops(self.per_token - self.gates, self.per_pair)
 
 
-def count_flops(options: Any, vocabulary: int) -> ForwardFlops:
+def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
     """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim

@@ -1,4 +1,4 @@
-"""Causal attention with dropout on CPUs, where torch's fused attention knows no dropout."""
+"""Causal attention with dropout on CPUs, where torch's fused attention has no dropout."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64
-"""Queries that are computed together; measured from 64 to 256, at 128 to 2048 tokens."""
+"""Queries per block; measured from 64 to 256, at 128 to 2048 tokens."""
 
 
 def attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float) -> Tensor:
-    """dropout(softmax(scale * q k^T, causal)) v, block by block of the queries.
+    """dropout(softmax(scale * q k^T, causal)) v, computed in blocks of queries.
 
-    Without torch's fused kernel the weights of all keys are computed, those of the future too, and
-    passed over several times. Here each block of queries meets the keys up to its own end.
+    Without its fused kernel, torch computes the weights of all keys, future ones included, in
+    several passes. Here each block of queries uses only the keys up to its end.
 
     Args:
         q, k, v: [B, heads, T, head width].
@@ -24,7 +24,7 @@ def attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float)
         [B, heads, T, head width].
     """
     B, H, T, _ = q.shape
-    # Gradients of keys and values are sums over blocks, which half precision would round away.
+    # Gradients of keys and values are sums over blocks: too inexact in half precision.
     wide = torch.promote_types(q.dtype, torch.float32)
     y = _Attend.apply(*(x.reshape(B * H, T, -1).to(wide) for x in (q, k, v)), scale, p)
     return y.view(B, H, T, -1).to(q.dtype)
@@ -57,13 +57,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, y, *saved = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # What the softmax takes away: sum over keys of weight * its gradient, which is y * grad.
+        # Softmax backward: the sum over keys of weight * its gradient is y * grad.
         mean = (grad * y).sum(-1, keepdim=True)
         for block, (weights, mask) in enumerate(zip(saved[::2], saved[1::2], strict=True)):
             end = weights.size(2)
             rows = slice(block * BLOCK, end)
             factor = mask.to(weights.dtype)
-            if ctx.keep:  # with p = 1 all are dropped
+            if ctx.keep:  # with p = 1 everything is dropped
                 factor.div_(ctx.keep)
             d = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2)).mul_(factor)
             dv[:, :end].baddbmm_(factor.mul_(weights).transpose(1, 2), grad[:, rows])

@@ -1,4 +1,4 @@
-"""The options of an MoE language model: those of fairseq's transformer_lm, ours, the gates'."""
+"""The options of an MoE language model: fairseq's transformer_lm, ours and those of gates."""
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
@@ -11,7 +11,7 @@ from omegaconf import II
 
 from evomoe_plugin.config.dataclass_fields import add_field
 from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions
-from evomoe_plugin.gates.gate import Gate, on_registration, option_fields
+from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
 GateOptions = dataclasses.make_dataclass("GateOptions", [
     (option.name, option.type, field(default=option.default, metadata=option.metadata))
@@ -21,23 +21,21 @@ GateOptions = dataclasses.make_dataclass("GateOptions", [
 
 @dataclass
 class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelConfig):
-    """Fields of every MoE architecture; the architectures differ in defaults only."""
+    """Fields of every MoE architecture; architectures differ only in defaults."""
 
-    # 0 follows the model's width, also when that is overridden; fairseq's 512 would add a
-    # projection that nobody asked for.
+    # 0 follows the width of the model, also if overridden; fairseq's 512 would add a projection.
     decoder_input_dim: int = field(
-        default=0, metadata={"help": "decoder input dimension; 0 takes --decoder-embed-dim"}
+        default=0, metadata={"help": "decoder input dimension; 0: --decoder-embed-dim"}
     )
     decoder_output_dim: int = field(
-        default=0, metadata={"help": "decoder output dimension; 0 takes --decoder-embed-dim"}
+        default=0, metadata={"help": "decoder output dimension; 0: --decoder-embed-dim"}
     )
-    # Of any name that fairseq knows; its own list of choices leaves out swish.
+    # Any name that fairseq implements; its own list of choices lacks swish.
     activation_fn: str = field(
         default="relu",
         metadata={"help": "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)},
     )
-    # Read from other groups: the noise of the gates is keyed by the seed, and the annealing takes
-    # a share of the run by default.
+    # From other groups: gate noise depends on the seed, default schedules on the run's length.
     seed: int = II("common.seed")
     max_update: Optional[int] = II("optimization.max_update")
 
@@ -90,8 +88,8 @@ CONFIGS = (MoELanguageModelConfig, GPTTinyMoEConfig, GPTSmallMoEConfig, GPTMediu
 
 
 def _add_options(gate: type[Gate]) -> None:
-    """Make the options of a user's gate fields of every architecture."""
-    for option in dataclasses.fields(gate.Options):
+    """Add the options of a user's gate to every architecture."""
+    for option in own_options(gate):
         known = MoELanguageModelConfig.__dataclass_fields__.get(option.name)
         if known is not None and (known.type, known.default) != (option.type, option.default):
             raise ValueError(

@@ -14,7 +14,12 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+)
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
@@ -30,13 +35,13 @@ from evomoe_plugin.routing.noise import sequence_keys
 
 
 class NonFiniteError(RunFailed):
-    """NaN or infinity in the forward pass; the run ends with this one line."""
+    """NaN/Inf in the forward pass; ends the run with one line."""
 
 
 class MoEDecoder(TransformerDecoder):
-    """fairseq's decoder (language model only) with MoE layers where the options put them."""
+    """fairseq's decoder (language model only) with MoE layers at the positions in the options."""
 
-    def __init__(self, args: Any, dictionary, embed_tokens: nn.Module):
+    def __init__(self, args: ModelOptions, dictionary, embed_tokens: nn.Module):
         moe_layers = moe_layer_indices(args, args.decoder_layers)
         self._expert_count = dict(
             zip(moe_layers, expert_slots(args, len(moe_layers)), strict=True))
@@ -48,7 +53,7 @@ class MoEDecoder(TransformerDecoder):
             super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         if args.moe_train_only is not None:
             self._freeze(args)
-        # Found through whatever wraps the layers. A tuple, since these are no new submodules.
+        # Also in wrapped layers. A tuple, so that they are not registered as submodules again.
         self.moe_layers: tuple[MoELayer, ...] = tuple(
             module for module in self.layers.modules() if isinstance(module, MoELayer)
         )
@@ -56,18 +61,18 @@ class MoEDecoder(TransformerDecoder):
         self._update_totals: dict[int, dict[str, Tensor]] = {}
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
 
-    def _freeze(self, args: Any) -> None:
+    def _freeze(self, args: ModelOptions) -> None:
         freeze(self, args, prefix="decoder.")
         if is_wrapping():
             for layer in [m for m in self.modules() if isinstance(m, MoELayer)]:
                 wrap_experts(layer)
-            wrap_apart(self, args.moe_train_only, fsdp_wrap)
+            wrap_apart(self, args.moe_train_only or "", fsdp_wrap)
             least = 0 if args.checkpoint_activations else args.min_params_to_wrap
             for i, layer in enumerate(self.layers):
                 self.layers[i] = fsdp_wrap(layer, min_num_params=least)
 
-    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
-        """Build the next layer, wrapped as fairseq does for checkpointing and FSDP."""
+    def build_decoder_layer(self, args: ModelOptions, no_encoder_attn: bool = False) -> nn.Module:
+        """Build the next layer, wrapped as in fairseq for checkpointing and FSDP."""
         index, self._layers_built = self._layers_built, self._layers_built + 1
         cfg = TransformerConfig.from_namespace(args)
         if index in self._expert_count:
@@ -96,12 +101,12 @@ class MoEDecoder(TransformerDecoder):
         return layer
 
     @property
-    def is_single(self) -> bool:
-        """Whether each MoE layer has one working expert still (`MoELayer.is_single`)."""
-        return self.moe_layers[0].is_single
+    def in_dense_phase(self) -> bool:
+        """Whether MoE layers use only expert 0 (`MoELayer.in_dense_phase`)."""
+        return self.moe_layers[0].in_dense_phase
 
     def layer_name(self, moe_layer: int) -> str:
-        """Name of the n-th MoE layer as in the checkpoint."""
+        """Name of the n-th MoE layer in the checkpoint."""
         return f"decoder.layers.{list(self._expert_count)[moe_layer]}.moe"
 
     def matmul_dtype(self) -> AbstractContextManager[None]:
@@ -128,9 +133,9 @@ class MoEDecoder(TransformerDecoder):
     ) -> tuple[Tensor, dict[str, Any]]:
         """As fairseq's decoder; `token_weights` and `segments` as in `extract_features`.
 
-        With `targets` [batch, length] the losses of `models.vocabulary_loss` stand in the place of
-        logits: their sum, or [batch * length] without `reduce`. They are computed here, and not by
-        the criterion, since FSDP has the output embeddings in the forward pass only.
+        With `targets` [batch, length], losses of `models.vocabulary_loss` are returned instead of
+        logits: their sum, or [batch * length] without `reduce`. They are computed here instead of
+        in the criterion, since FSDP gathers the output embeddings only for the forward pass.
         """
         x, extra = self.extract_features(
             prev_output_tokens,
@@ -162,19 +167,19 @@ class MoEDecoder(TransformerDecoder):
 
         Args:
             prev_output_tokens: [batch, length].
-            incremental_state: for incremental decoding, in which only the last position is new.
+            incremental_state: for incremental decoding, where only the last position is new.
             full_context_alignment: attend to the future too.
             token_weights: [batch, length], weights of the tokens in the auxiliary losses.
-            segments: [batch, length], the examples that tokens belong to (`models.segments`), where
-                rows hold several; none is computed from another. Not in incremental decoding.
+            segments: [batch, length], the examples of the tokens (`models.segments`) if rows hold
+                several; they do not attend to each other. Not in incremental decoding.
         Returns:
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
-            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L]; or [L, R] for what
-            travels, and `tokens_per_expert` -> [L, E] filled up with NaN).
+            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L]; [L, R] for
+            exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN).
         """
         if segments is not None and (incremental_state is not None or full_context_alignment):
-            raise ValueError("rows of several examples are neither decoded incrementally nor seen "
-                             "from both sides")
+            raise ValueError("rows of several examples support neither incremental decoding nor "
+                             "bidirectional attention")
         padding_mask = prev_output_tokens.eq(self.padding_idx)
         packed = None if segments is None else Segments(segments, padding_mask)
         token_keys = None
@@ -207,13 +212,12 @@ class MoEDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
-        if not padding_mask.any():
-            padding_mask = None
-        attention = {"self_attn_mask": None, "self_attn_padding_mask": padding_mask}
+        known_mask = padding_mask if padding_mask.any() else None
+        attention: dict[str, Any] = {"self_attn_mask": None, "self_attn_padding_mask": known_mask}
         if incremental_state is None and not full_context_alignment:
-            attention["self_attn_mask"] = self._attention_mask(x, padding_mask, packed)
+            attention["self_attn_mask"] = self._attention_mask(x, known_mask, packed)
         inner_states, aux, stats = [x], {}, {}
-        for layer in self.layers:  # LayerDrop leaves some out
+        for layer in self.layers:  # LayerDrop skips some
             if id(layer) in self._moe_ids:
                 n = self._moe_ids[id(layer)]
                 x, aux[n], stats[n] = layer(x, incremental_state, **attention, **tokens)
@@ -241,7 +245,7 @@ class MoEDecoder(TransformerDecoder):
     def _attention_mask(
         self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
     ) -> Mask | Tensor:
-        """What tokens may attend to, as the attention of the layers takes it."""
+        """The attention mask in the form that the layers' attention expects."""
         if self.args.moe_attention == "sdpa":
             return causal_mask(padding_mask) if packed is None else packed.causal_mask()
         mask = self.buffered_future_mask(x)
@@ -261,11 +265,11 @@ class MoEDecoder(TransformerDecoder):
         return {name: torch.stack([row[name] for row in rows])
                 for name, value in rows[0].items() if st.is_logged(name, value)}
 
-    # What gates learn from: all that was routed in an update. It is summed here and not in the
-    # layers, whose forward pass activation checkpointing runs twice.
+    # Statistics of an update, from which gates learn. They are summed here and not in the layers,
+    # whose forward pass activation checkpointing runs twice.
 
     def _add_to_update(self, stats: Mapping[int, Mapping[str, Tensor]]) -> None:
-        if self.is_single or not self._recording or not any(
+        if self.in_dense_phase or not self._recording or not any(
                 layer.gate.learns_after_updates for layer in self.moe_layers):
             return
         for n, row in stats.items():
@@ -274,7 +278,7 @@ class MoEDecoder(TransformerDecoder):
 
     @contextmanager
     def not_recording(self) -> Iterator[None]:
-        """For batches that are no part of the update."""
+        """For batches that are not part of the update."""
         self._recording = False
         try:
             yield
@@ -282,24 +286,24 @@ class MoEDecoder(TransformerDecoder):
             self._recording = True
 
     def discard_update(self) -> None:
-        """Forget what was routed since the last update: its optimizer step was not made."""
+        """Clear the statistics since the last update: its optimizer step was skipped."""
         self._update_totals.clear()
 
     def finish_update(self, num_updates: int, group: Any = None) -> None:
-        """Let the gates learn from what all ranks routed in the update that has ended.
+        """Update buffers of gates from the routing of all ranks in the completed update.
 
         Args:
-            num_updates: completed updates, that one included.
-            group: the data-parallel process group; None where there is none.
+            num_updates: completed updates, this one included.
+            group: the data-parallel process group; None if there is none.
         """
         totals, self._update_totals = self._update_totals, {}
-        if num_updates <= self.moe_layers[0].spawn_updates:  # the gates had no part in it
+        if num_updates <= self.moe_layers[0].spawn_updates:  # it was in the dense phase
             return
         if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
             return
         rows = [totals.get(n) or layer.zero_stats() for n, layer in enumerate(self.moe_layers)]
         if group is not None:
-            # In one order on all ranks.
+            # In the same order on all ranks.
             flat = {(n, name): row[name] for n, row in enumerate(rows) for name in sorted(row)}
             for (n, name), total in all_reduce_dict(
                     flat, self.embed_tokens.weight.device, group).items():
@@ -309,49 +313,49 @@ class MoEDecoder(TransformerDecoder):
             layer.gate.after_update(layer.gate_updates(num_updates), row, layers)
 
     def begin_record_routing(self) -> None:
-        """Record what is routed from now on, for DynMoE's adaptive process; call it on all ranks.
+        """Start recording for DynMoE's adaptive process; call it on all ranks.
 
-        What the present update has routed so far is not recorded.
+        Earlier batches of the current update are not recorded.
 
         Raises:
-            OptionError: the gate does not adapt, or does so by itself.
+            OptionError: the gate does not adapt, or adapts at fixed intervals.
         """
-        for gate in self._hand_driven_gates():
+        for gate in self._manual_gates():
             gate.record.begin()
         self._update_totals.clear()
 
     def end_record_routing(self) -> None:
-        """Record no more; experts are removed and added when the present update, or else the
-        next one, has ended. Call it on all ranks.
+        """Stop recording; experts are removed and added at the end of the current update, or else
+        of the next one. Call it on all ranks.
 
         Raises:
-            OptionError: the gate does not adapt, or does so by itself.
-            RuntimeError: recording has not begun.
+            OptionError: the gate does not adapt, or adapts at fixed intervals.
+            RuntimeError: recording is not on.
         """
-        for gate in self._hand_driven_gates():
+        for gate in self._manual_gates():
             gate.record.end()
 
-    def _hand_driven_gates(self) -> list[TopAnyGate]:
-        gates = [layer.gate for layer in self.moe_layers]
-        if not all(isinstance(gate, TopAnyGate) for gate in gates):
+    def _manual_gates(self) -> list[TopAnyGate]:
+        gates = [layer.gate for layer in self.moe_layers if isinstance(layer.gate, TopAnyGate)]
+        if len(gates) < len(self.moe_layers):
             raise OptionError("moe_gate", self.args.moe_gate,
-                              "its experts stay as they are: give top_any to record routing")
+                              "its number of experts is fixed: give top_any to record routing")
         interval = self.args.moe_adapt_record_interval
         if interval:
             raise OptionError("moe_adapt_record_interval", interval,
-                              "it says what is recorded: give 0 to begin and end by hand")
+                              "it sets what is recorded: give 0 to start and end by calls")
         return gates
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
-        """Stop before the optimizer can spread NaN through the weights."""
+        """Stop before the optimizer spreads NaN through the weights."""
         bad_gates_L = moe_stats[st.NONFINITE]
-        if torch.isfinite(x).all() & ~bad_gates_L.any():  # one wait for the device
+        if torch.isfinite(x).all() & ~bad_gates_L.any():  # one synchronisation with the device
             return
         advice = "stopped before the optimizer step; lower --lr or --clip-norm, or look at the data"
         if bad_gates_L.any():
             n = int(bad_gates_L.nonzero()[0])
             raise NonFiniteError(
-                f"{self.layer_name(n)}: gate logits are NaN or infinite for {int(bad_gates_L[n])} "
+                f"{self.layer_name(n)}: gate logits are NaN/Inf for {int(bad_gates_L[n])} "
                 f"tokens after {int(self.moe_layers[n].num_updates)} updates; {advice}"
             )
         finite = [bool(torch.isfinite(state).all()) for state in inner_states]
@@ -360,4 +364,4 @@ class MoEDecoder(TransformerDecoder):
         else:
             first = finite.index(False)
             where = f"the output of decoder.layers.{first - 1}" if first else "the embedded input"
-        raise NonFiniteError(f"{where} is NaN or infinite; {advice}")
+        raise NonFiniteError(f"{where} is NaN/Inf; {advice}")

@@ -1,8 +1,6 @@
-"""Decoder layers, with an MoE layer or a dense network in them."""
+"""Decoder layers with an MoE layer or a dense FFN."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import gelu
 
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
@@ -18,10 +17,10 @@ from evomoe_plugin.models.mixed_precision import Linear
 
 
 class DecoderLayer(TransformerDecoderLayerBase):
-    """fairseq's, with the attention that `--moe-attention` names.
+    """fairseq's decoder layer with the attention of `--moe-attention`.
 
     Args:
-        cfg: fairseq's view of the options.
+        cfg: the options in fairseq's form.
         attention: "sdpa" (`models.attention`) or "stock" (fairseq's own).
     """
 
@@ -40,11 +39,11 @@ class DecoderLayer(TransformerDecoderLayerBase):
             embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout,
             add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, self_attention=True)
 
-    def build_fc1(self, *args, **kwargs) -> Module:
+    def build_fc1(self, *args, **kwargs) -> Module | None:
         """Called by fairseq."""
         return Linear.of(super().build_fc1(*args, **kwargs))
 
-    def build_fc2(self, *args, **kwargs) -> Module:
+    def build_fc2(self, *args, **kwargs) -> Module | None:
         """Called by fairseq."""
         return Linear.of(super().build_fc2(*args, **kwargs))
 
@@ -53,12 +52,12 @@ class MoEDecoderLayer(DecoderLayer):
     """Self-attention as in fairseq, then an `MoELayer`.
 
     Args:
-        cfg: fairseq's view of the options.
-        options: the model's options, ours among them.
-        info: where its gate stands.
+        cfg: the options in fairseq's form.
+        options: of the model.
+        info: the position of the MoE layer.
     """
 
-    def __init__(self, cfg: TransformerConfig, options: Any, info: LayerInfo):
+    def __init__(self, cfg: TransformerConfig, options: ModelOptions, info: LayerInfo):
         super().__init__(cfg, options.moe_attention)
         self.moe = build_layer(
             info,
@@ -88,12 +87,12 @@ class MoEDecoderLayer(DecoderLayer):
         Args:
             x: [length, batch, D], fairseq's order.
             incremental_state: keys and values of earlier steps, in incremental decoding.
-            self_attn_mask: as `models.attention` takes it; with fairseq's own attention an additive
+            self_attn_mask: as in `models.attention`; with fairseq's own attention an additive
                 causal mask [length, length], or one for each sequence and head
                 [batch * heads, length, length].
             self_attn_padding_mask: bool [batch, length], True for padding.
             token_keys: int64 noise keys [length, batch].
-            token_ids: int64 symbols [length, batch].
+            token_ids: int64 token ids [length, batch].
             token_weights: weights in the auxiliary losses [length, batch].
         Returns:
             x, and the auxiliary losses and statistics of the MoE layer.

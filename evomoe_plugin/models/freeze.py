@@ -1,4 +1,4 @@
-"""`--moe-train-only`: other parameters are frozen, and the optimizer has no state for them."""
+"""`--moe-train-only`: freeze all other parameters, without optimizer state."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import Gate
 from evomoe_plugin.models.fsdp import is_wrapped
 
-# Of parameter names as in the checkpoint.
+# Patterns of parameter names in the checkpoint.
 WORDS = {
     "experts": r"\.moe\.experts\.",
     "shared": r"\.moe\.shared\.",
@@ -26,10 +27,10 @@ WORDS = {
 
 
 def trained_names(names: Iterable[str], train_only: str) -> set[str]:
-    """Which of the parameters `names` the option `train_only` has trained.
+    """The parameters among `names` that `train_only` matches.
 
     Raises:
-        OptionError: a pattern is none, or matches nothing.
+        OptionError: a pattern is invalid, or matches nothing.
     """
     names = list(names)
     chosen: set[str] = set()
@@ -48,42 +49,42 @@ def trained_names(names: Iterable[str], train_only: str) -> set[str]:
         chosen |= matched
     if not chosen:
         raise OptionError("moe_train_only", train_only,
-                          f"names nothing to train: give one of {', '.join(WORDS)}")
+                          f"matches no parameter: give one of {', '.join(WORDS)}")
     return chosen
 
 
-def freeze(model: nn.Module, options: Any, prefix: str = "") -> None:
+def freeze(model: nn.Module, options: ModelOptions, prefix: str = "") -> None:
     """Freeze the parameters of `model` that `--moe-train-only` does not match.
 
     Args:
         model: a decoder; its `layers` may be wrapped for activation checkpointing.
-        options: the model's.
+        options: of the model.
         prefix: of its parameter names in the checkpoint.
     Raises:
-        OptionError: as `trained_names`, or for experts that the run is to change.
+        OptionError: as `trained_names`, or if experts that the run changes are frozen.
     """
     named = {prefix + name: parameter for name, parameter in model.named_parameters()}
-    trained = trained_names(named, options.moe_train_only)
+    trained = trained_names(named, options.moe_train_only or "")
     check_frozen(options, trained, named)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
     if options.checkpoint_activations:
-        for layer in model.layers:
+        for layer in model.get_submodule("layers").children():
             if any(p.requires_grad for p in layer.parameters()):
                 layer.register_forward_pre_hook(_with_gradient)
 
 
 def _with_gradient(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A checkpointed layer has gradients only if its input asks for one, which it does not where
-    all before it is frozen."""
+    """Make a checkpointed layer's input require a gradient, without which checkpointing gives the
+    layer none; it does not if everything before is frozen."""
     x, *others = given
     if torch.is_grad_enabled() and not x.requires_grad:
         x = x.detach().requires_grad_()
     return (x, *others)
 
 
-def check_frozen(options: Any, trained: set[str], names: Iterable[str]) -> None:
-    """Raise `OptionError` if experts are to be changed in the run that are frozen."""
+def check_frozen(options: ModelOptions, trained: set[str], names: Iterable[str]) -> None:
+    """Raise `OptionError` if the run changes experts that are frozen."""
     changes = {"moe_spawn_updates": ("experts",),
                "moe_adapt_record_interval": ("experts", "gate")}
     for option, words in changes.items():
@@ -95,37 +96,37 @@ def check_frozen(options: Any, trained: set[str], names: Iterable[str]) -> None:
 
 
 def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """Wrap parts of `model` so that all parameters outside of them are frozen.
+    """Wrap submodules of `model` such that all parameters outside of them are frozen.
 
-    FSDP makes one parameter of all that it wraps, which is trained or frozen as a whole.
+    FSDP flattens each wrapped module into one parameter, which is trained or frozen as a whole.
 
     Raises:
-        OptionError: what is trained cannot be wrapped by itself.
+        OptionError: the trained parameters cannot be wrapped separately.
     """
     try:
         cuts = list(_cut(model, ""))
     except _Inseparable as error:
         raise OptionError("moe_train_only", train_only,
-                          f"--ddp-backend fully_sharded cannot shard {error}, or take another "
+                          f"--ddp-backend fully_sharded cannot shard {error}, or use another "
                           "--ddp-backend") from None
     for parent, name in cuts:
         setattr(parent, name, wrap(getattr(parent, name)))
 
 
 class _Inseparable(Exception):
-    """Says what cannot be wrapped by itself, and what could be trained instead."""
+    """What cannot be wrapped separately, and what could be trained instead."""
 
 
 def _cut(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """Parts of `module` (parent and name) without which all its parameters are frozen.
+    """Submodules of `module` (parent and name) outside of which all parameters are frozen.
 
     Args:
         path: of the module in the model.
     Raises:
-        _Inseparable: there is no such division.
+        _Inseparable: there are none.
     """
     if _holds_tied_weights(module):
-        raise _Inseparable(f"{path}, whose weights may be tied, apart from what is frozen: leave "
+        raise _Inseparable(f"{path}, whose weights may be tied, separately from frozen ones: leave "
                            "embeddings out")
     own = dict(module.named_parameters(recurse=False))
     trained = [name for name, parameter in own.items() if parameter.requires_grad]
@@ -137,7 +138,7 @@ def _cut(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
         if True not in kinds or is_wrapped(child):
             continue
         inside = f"{path}.{name}".lstrip(".")
-        if isinstance(child, Gate):  # it answers with a plan, through which FSDP sees no gradient
+        if isinstance(child, Gate):  # returns a plan, in which FSDP cannot see gradients
             words = ["experts", "gate", *(["shared"] if getattr(module, "shared", None) else [])]
             raise _Inseparable(f"the gate {inside} apart from its experts: train "
                                f"{','.join(words)}")

@@ -1,4 +1,4 @@
-"""How models are built under fairscale's FSDP: what is wrapped, and when."""
+"""Wrapping of models in fairscale's FSDP."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def _has_fairscale() -> bool:
 
 
 def wrap_experts(layer: Any) -> None:
-    """Give the experts of an `MoELayer` an FSDP instance of their own, if FSDP wraps at all and
-    they are divided."""
+    """Wrap sharded experts of an `MoELayer` in an FSDP instance of their own, if FSDP is used."""
     if layer.groups is not None:
         replicas = layer.groups.replicas
         layer.experts = fsdp_wrap(layer.experts, process_group=replicas,
@@ -26,8 +25,8 @@ def wrap_experts(layer: Any) -> None:
 
 @contextlib.contextmanager
 def built_unwrapped(wanted: bool) -> Iterator[None]:
-    """Inside, if `wanted`, `fsdp_wrap` wraps nothing: parameters can be told apart by name, and
-    frozen, only before they are flattened into one."""
+    """A context in which, if `wanted`, `fsdp_wrap` wraps nothing: parameters can be frozen by name
+    only before they are flattened into one."""
     if not wanted or not _has_fairscale():
         yield
         return
@@ -42,7 +41,7 @@ def built_unwrapped(wanted: bool) -> Iterator[None]:
 
 
 def is_wrapping() -> bool:
-    """Whether `fsdp_wrap` wraps what it is given now."""
+    """Whether `fsdp_wrap` wraps modules now."""
     if not _has_fairscale():
         return False
     from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap

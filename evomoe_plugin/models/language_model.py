@@ -14,18 +14,24 @@ from omegaconf import open_dict
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    expert_counts,
+    expert_slots,
+    moe_layer_indices,
+)
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
+
 class MoELanguageModel(TransformerLanguageModel):
-    """A GPT whose feed-forward networks are MoE layers where the options put them.
+    """A GPT with MoE layers in place of FFNs at the positions in the options.
 
     Attributes:
-        gives_losses: its forward pass takes `targets` (`MoEDecoder.forward`).
+        gives_losses: whether the forward pass accepts `targets` (`MoEDecoder.forward`).
     """
 
     gives_losses = True
@@ -36,12 +42,12 @@ class MoELanguageModel(TransformerLanguageModel):
 
     @property
     def forward_flops(self) -> ForwardFlops:
-        """What a forward pass costs now."""
+        """FLOPs of a forward pass in the current phase."""
         flops = self._forward_flops
-        return flops.without_gates if self.decoder.is_single else flops
+        return flops.without_gates if self.decoder.in_dense_phase else flops
 
     def not_recording(self) -> AbstractContextManager[None]:
-        """For batches that are no part of an update, though in training mode."""
+        """For batches in training mode that are not part of an update."""
         return self.decoder.not_recording()
 
     def finish_update(self, num_updates: int, group: Any = None) -> None:
@@ -49,15 +55,15 @@ class MoELanguageModel(TransformerLanguageModel):
         self.decoder.finish_update(num_updates, group)
 
     def discard_update(self) -> None:
-        """Called where an update was begun but not made."""
+        """Called if an update was skipped after its forward passes."""
         self.decoder.discard_update()
 
     def begin_record_routing(self) -> None:
-        """Begin to record for DynMoE's adaptive process (`MoEDecoder.begin_record_routing`)."""
+        """Start recording for DynMoE's adaptive process (`MoEDecoder.begin_record_routing`)."""
         self.decoder.begin_record_routing()
 
     def end_record_routing(self) -> None:
-        """Record no more, and adapt the experts (`MoEDecoder.end_record_routing`)."""
+        """Stop recording and adapt the experts (`MoEDecoder.end_record_routing`)."""
         self.decoder.end_record_routing()
 
     @classmethod
@@ -71,11 +77,11 @@ class MoELanguageModel(TransformerLanguageModel):
 
         Args:
             args: the fields of `MoELanguageModelConfig`, resolved.
-            task: gives the dictionaries.
+            task: with the dictionaries.
         Raises:
-            OptionError: an option cannot work, or does not go with MoE layers.
+            OptionError: an option is invalid, or not supported with MoE layers.
         """
-        validate(args, warn=False)  # said before the run, once for all ranks
+        validate(args, warn=False)  # logged before the run, once for all ranks
         with open_dict(args):
             for dim in ("decoder_input_dim", "decoder_output_dim"):
                 args[dim] = args[dim] or args.decoder_embed_dim
@@ -93,7 +99,7 @@ class MoELanguageModel(TransformerLanguageModel):
         return cls(decoder, count_flops(args, vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
-        """Refuse a checkpoint that another dictionary was used for; otherwise as fairseq does.
+        """Refuse a checkpoint of another dictionary; otherwise as in fairseq.
 
         Raises:
             OptionError: the sizes of the vocabularies differ.
@@ -103,21 +109,21 @@ class MoELanguageModel(TransformerLanguageModel):
         vocabulary = self.decoder.embed_tokens.num_embeddings
         if saved is not None and saved.size(0) != vocabulary:
             raise OptionError("DATA", "dict.txt",
-                              f"has {vocabulary} symbols, the checkpoint was trained with "
-                              f"{saved.size(0)}: give the data that belongs to the checkpoint")
+                              f"has {vocabulary} token ids, the checkpoint has "
+                              f"{saved.size(0)}: give the data of the checkpoint")
         super().upgrade_state_dict_named(state_dict, name)
 
 
-def _log_sizes(args: Any, vocabulary: int) -> None:
+def _log_sizes(args: ModelOptions, vocabulary: int) -> None:
     layers = moe_layer_indices(args, args.decoder_layers)
     counts, slots = expert_counts(args, len(layers)), expert_slots(args, len(layers))
     sizes = count_parameters(args, vocabulary)
     logger.info(
-        "MoE: %d of %d layers, gate %s, experts a layer %s%s", len(layers), args.decoder_layers,
+        "MoE: %d of %d layers, gate %s, experts per layer %s%s", len(layers), args.decoder_layers,
         args.moe_gate, counts[0] if len(set(counts)) == 1 else counts,
-        "" if slots == counts else f", room for {args.moe_max_experts}",
+        "" if slots == counts else f", {max(slots)} slots",
     )
     logger.info(
-        "parameters: %s in total, %s of them in experts; %s work on a token at one expert a layer",
+        "parameters: %s in total, %s of them in experts; %s active with one expert per layer",
         *(f"{n:,}" for n in (sizes.total, sizes.experts, sizes.active_top1)),
     )

@@ -1,4 +1,4 @@
-"""Rows that hold several examples, each of which is computed as if it stood in a row alone."""
+"""Rows of several packed examples, each computed as if it were alone in a row."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from evomoe_plugin.routing import noise
 
 
 class Segments:
-    """Where the examples of each row stand.
+    """Positions of the examples in each row.
 
     Args:
-        numbers_BT: int64, the number of the example that a token belongs to, ascending in a row.
-        padding_mask_BT: bool, True for padding, which stands at the end of rows; its numbers do
-            not matter.
+        numbers_BT: int64, the index of each token's example, ascending in a row.
+        padding_mask_BT: bool, True for padding, at the end of rows; its indices are ignored.
     """
 
     def __init__(self, numbers_BT: Tensor, padding_mask_BT: Tensor):
-        # Padding goes with the last example, so that there is something it may attend to.
+        # Padding belongs to the last example, so that it has something to attend to.
         numbers_BT = numbers_BT.masked_fill(padding_mask_BT, 0).cummax(1).values
         column_T = torch.arange(numbers_BT.size(1), device=numbers_BT.device)
         starts_BT = torch.zeros_like(numbers_BT, dtype=torch.bool)
@@ -27,19 +26,19 @@ class Segments:
         self._padding_mask_BT = padding_mask_BT
         self._index_BT = starts_BT.long().cumsum(1)
         self.positions_BT = column_T - first_BT
-        """int64, from 0 in each example."""
+        """int64, starting at 0 in each example."""
 
     def token_keys(self, tokens_BT: Tensor) -> Tensor:
-        """The noise keys that `routing.noise.sequence_keys` gives each example on its own."""
+        """The noise keys of `routing.noise.sequence_keys` for each example separately."""
         hashed_BT = noise.fold(self.positions_BT, tokens_BT) * ~self._padding_mask_BT
         sums_BT = torch.zeros_like(hashed_BT).scatter_add_(1, self._index_BT, hashed_BT)
         return noise.fold(sums_BT.gather(1, self._index_BT), self.positions_BT)
 
     def embed_positions(self, embedding: nn.Module) -> Tensor:
-        """[B, T, D]: fairseq's learned or sinusoidal positions, which begin anew in each example.
+        """[B, T, D]: fairseq's learned or sinusoidal positions, which restart in each example.
 
         Args:
-            embedding: embeds the positions of token ids [1, T]; padding gets zeros.
+            embedding: maps token ids [1, T] to position embeddings; padding gets zeros.
         """
         no_padding = self.positions_BT.new_full((1, self.positions_BT.size(1)),
                                                 embedding.padding_idx + 1)
@@ -54,10 +53,10 @@ class Segments:
         return ((numbers_BT.unsqueeze(2) == numbers_BT.unsqueeze(1)) & past_TT).unsqueeze(1)
 
     def attention_mask(self, future_mask_TT: Tensor, num_heads: int) -> Tensor:
-        """Additive mask [B * num_heads, T, T], as fairseq's attention takes it.
+        """Additive mask [B * num_heads, T, T], as in fairseq's attention.
 
         Args:
-            future_mask_TT: additive causal mask; what it hides stays hidden.
+            future_mask_TT: additive causal mask, which is kept.
         """
         apart_BTT = self._index_BT.unsqueeze(2) != self._index_BT.unsqueeze(1)
         mask_BTT = future_mask_TT.unsqueeze(0).masked_fill(apart_BTT, float("-inf"))

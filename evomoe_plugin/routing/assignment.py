@@ -1,7 +1,7 @@
-"""Balanced assignment: every expert gets its equal share of tokens, at the largest total score.
+"""Balanced assignment: equal numbers of tokens per expert, with the largest total score.
 
-An auction on the T x E scores finds prices of the experts and nearly the best assignment; exchanges
-between experts do the rest. No T x T matrix is ever made.
+An auction on the T x E scores finds prices of the experts and a nearly optimal assignment;
+exchanges between experts complete it. No T x T matrix is built.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-5
-"""The total is within `EPSILON * (T + E) * spread` of the best one, where spread is the largest
+"""The total is within `EPSILON * (T + E) * spread` of the optimum, where spread is the largest
 difference between two scores of one token."""
 
-# Large first: coarse prices are found in few rounds, and fine ones start from them.
+# Descending: coarse prices take few rounds, and finer ones start from them.
 _EPSILONS = (0.1, 0.01, 1e-3, 1e-4)
-# Rounds of one epsilon; what is unsold after the last is given away, and exchanges repair it.
+# Rounds per epsilon; tokens unsold after the last one are filled in, then improved by exchanges.
 _ROUNDS = 50
-# An epsilon ends when so small a share of the tokens is left: the last ones take the most rounds.
+# Share of unsold tokens at which an epsilon ends: the last tokens take the most rounds.
 _LEFT = 0.02
-# Exchanges for each expert: a bound, far above what they take.
+# Bound on exchanges per expert, far above what is needed.
 _EXCHANGES = 200
 
 
 def balanced_assignment(scores_TE: Tensor) -> Tensor:
     """The expert of each token: floor(T / E) or ceil(T / E) tokens each, the total score maximal.
 
-    Which experts take the odd tokens is part of what is maximised. The counts are exact always,
-    the total is to `EPSILON`. Deterministic; it always ends.
+    Which experts get ceil(T / E) is part of the optimisation. The counts are exact, the total is
+    optimal to `EPSILON`. Deterministic; always terminates.
 
     Args:
-        scores_TE: NaN counts as 0, infinity as a very large number.
+        scores_TE: NaN counts as 0, Inf as a very large number.
     Returns:
         int64 [T].
     Source: the auction with similar objects (Bertsekas, Castañon, "The auction algorithm for the
-    transportation problem", 1989); BASE layers (arXiv 2103.16716) have the task.
+    transportation problem", 1989); the problem is that of BASE layers (arXiv 2103.16716).
     """
     T, E = scores_TE.shape
     if T == 0 or E == 1:
         return torch.zeros(T, dtype=torch.int64, device=scores_TE.device)
     values_TE = torch.nan_to_num(scores_TE.detach().double(), nan=0.0).clamp(-1e300, 1e300)
-    # What a token scores everywhere alike decides nothing.
+    # A constant added to a token's scores does not matter.
     values_TE = values_TE - values_TE.amax(1, keepdim=True)
     spread = -values_TE.amin()
     values_TE = values_TE / torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -51,24 +51,24 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 def _auction(values_TE: Tensor) -> Tensor:
     T, E = values_TE.shape
     price_E = torch.zeros_like(values_TE[0])
-    # The dearest experts take the odd tokens; before there are prices, the most wanted ones.
-    dear_E = torch.bincount(values_TE.argmax(1), minlength=E)
+    # The most expensive experts get the extra tokens; before there are prices, the most preferred.
+    demand_E = torch.bincount(values_TE.argmax(1), minlength=E)
     for epsilon in _EPSILONS:
         capacity_E = torch.full((E,), T // E, dtype=torch.int64, device=values_TE.device)
-        capacity_E[dear_E.argsort(descending=True, stable=True)[: T % E]] += 1
-        # An expert without room costs more than any token can gain by it.
+        capacity_E[demand_E.argsort(descending=True, stable=True)[: T % E]] += 1
+        # An expert without capacity costs more than any token can gain.
         price_E = torch.where(capacity_E > 0, price_E.clamp(max=4.0 * E), 8.0 * E)
         expert_T, price_E = _sell(values_TE, price_E, capacity_E, epsilon)
-        dear_E = price_E
+        demand_E = price_E
     return _give_away(values_TE, expert_T, capacity_E)
 
 
 def _sell(values_TE: Tensor, price_E: Tensor, capacity_E: Tensor, epsilon: float
           ) -> tuple[Tensor, Tensor]:
-    """Tokens bid what their best expert is worth to them above the next one; the highest stay.
+    """Tokens bid the gain of their best expert over the second best; the highest bids win.
 
     Returns:
-        the expert of each token, -1 for those still without, and the prices.
+        the expert of each token, -1 if unsold, and the prices.
     """
     T, E = values_TE.shape
     place_T = torch.arange(T, device=values_TE.device)
@@ -97,30 +97,30 @@ def _sell(values_TE: Tensor, price_E: Tensor, capacity_E: Tensor, epsilon: float
 
 
 def _give_away(values_TE: Tensor, expert_T: Tensor, capacity_E: Tensor) -> Tensor:
-    """Each expert in turn fills its room with the unsold tokens that would lose most elsewhere."""
+    """Each expert in turn fills its free slots with the unsold tokens that lose most elsewhere."""
     E = values_TE.size(1)
-    room_E = capacity_E - torch.bincount(expert_T[expert_T >= 0], minlength=E)
-    for expert, room in enumerate(room_E.tolist()):
-        if room:
+    free_E = capacity_E - torch.bincount(expert_T[expert_T >= 0], minlength=E)
+    for expert, free in enumerate(free_E.tolist()):
+        if free:
             free_N = (expert_T < 0).nonzero().squeeze(1)
             others_N = values_TE[free_N].index_fill(
                 1, torch.tensor([expert], device=free_N.device), -2.0).amax(1)
             gain_N = values_TE[free_N, expert] - others_N
             order_N = gain_N.argsort(descending=True, stable=True)
-            expert_T[free_N[order_N[:room]]] = expert
+            expert_T[free_N[order_N[:free]]] = expert
     return expert_T
 
 
 def _exchange(values_TE: Tensor, expert_T: Tensor) -> Tensor:
-    """Let tokens change places in rings as long as a ring gains more than `EPSILON` a token.
+    """Move tokens along cycles of experts while a cycle gains more than `EPSILON` per token.
 
-    When no ring of experts does, no other assignment gains more than that a token either.
+    If no cycle does, no other assignment gains more than that per token either.
     """
     T, E = values_TE.shape
-    loss_EE = np.full((E, E), np.inf)  # of the token that loses least by going from a to b
+    loss_EE = np.full((E, E), np.inf)  # of the token that loses least when moved from a to b
     token_EE = np.zeros((E, E), dtype=np.int64)
     count_E = torch.bincount(expert_T, minlength=E).cpu().numpy()
-    changed = range(E)
+    changed = list(range(E))
     for _ in range(_EXCHANGES * E):
         for a in changed:
             members_N = (expert_T == a).nonzero().squeeze(1)
@@ -130,23 +130,23 @@ def _exchange(values_TE: Tensor, expert_T: Tensor) -> Tensor:
                 loss_E, at_E = (own_N[:, a : a + 1] - own_N).min(0)
                 loss_EE[a] = loss_E.cpu().numpy()
                 token_EE[a] = members_N[at_E].cpu().numpy()
-        # An expert with one token less than another may become the one with more: the ring is
-        # then open, and no token goes from the end to the start.
+        # An expert with one token less than another may get one more: the cycle is then open, and
+        # no token moves from its end to its start.
         open_EE = (count_E == T // E)[:, None] & (count_E > T // E)[None, :] & (loss_EE > 0)
-        ring = _losing_ring(np.where(open_EE, 0.0, loss_EE) + EPSILON)
-        if not ring:
+        cycle = _negative_cycle(np.where(open_EE, 0.0, loss_EE) + EPSILON)
+        if not cycle:
             break
-        for a, b in zip(ring, ring[1:] + ring[:1], strict=True):
+        for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True):
             if open_EE[a, b]:
                 count_E[a] += 1
                 count_E[b] -= 1
             else:
                 expert_T[token_EE[a, b]] = b
-        changed = ring
+        changed = cycle
     return expert_T
 
 
-def _losing_ring(cost_EE: np.ndarray) -> list[int]:
+def _negative_cycle(cost_EE: np.ndarray) -> list[int]:
     """Nodes of a cycle of negative cost, in order; empty if there is none (Bellman-Ford)."""
     E = cost_EE.shape[0]
     np.fill_diagonal(cost_EE, np.inf)
@@ -163,7 +163,7 @@ def _losing_ring(cost_EE: np.ndarray) -> list[int]:
     node = int(better_E.nonzero()[0][0])
     for _ in range(E):
         node = int(before_E[node])
-    ring = [node]
-    while (node := int(before_E[node])) != ring[0]:
-        ring.append(node)
-    return ring[::-1]
+    cycle = [node]
+    while (node := int(before_E[node])) != cycle[0]:
+        cycle.append(node)
+    return cycle[::-1]

@@ -1,4 +1,4 @@
-"""Capacity: how many tokens an expert takes, and which ones when more come."""
+"""Capacity: the maximum number of tokens of an expert, and which ones are kept."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class CapacityRule:
     """The capacity of training or of evaluation."""
 
     factor: float = 0.0
-    """C = ceil(factor * pairs / experts): 1 is just enough for an even load; 0: this sets none."""
+    """C = ceil(factor * pairs / experts): 1 is exactly enough for an even load; 0: not used."""
     token_fraction: float = 0.0
-    """C = ceil(fraction * tokens); 0: this sets none."""
+    """C = ceil(fraction * tokens); 0: not used."""
     minimum: int = 0
-    """An expert takes at least so many."""
+    """Lower bound of C."""
     renormalize: bool = False
-    """Scale what a token keeps to the weight it had before."""
+    """Scale the remaining weights of a token to their sum before dropping."""
 
     def __bool__(self) -> bool:
         return self.factor > 0 or self.token_fraction > 0
 
     def capacity(self, *, num_pairs: int, num_tokens: int, num_experts: int) -> int:
-        """Tokens that an expert takes.
+        """C, the maximum number of tokens of an expert.
 
         Args:
-            num_pairs: pairs that tokens ask for.
+            num_pairs: pairs that the gate requests.
             num_tokens: tokens that are not padding.
         """
         if self.factor > 0:
-            # No expert can have more than all pairs, however large the factor.
+            # At most all pairs, however large the factor.
             wanted = math.ceil(min(self.factor * num_pairs / max(num_experts, 1), num_pairs))
         else:
             wanted = math.ceil(self.token_fraction * num_tokens)
@@ -45,16 +45,16 @@ class CapacityRule:
 UNLIMITED = CapacityRule()
 
 
-def limit(
+def apply_capacity(
     plan: RoutingPlan, capacity: int, *, renormalize: bool = False
 ) -> tuple[RoutingPlan, Tensor]:
-    """Keep at most `capacity` pairs of each expert: those of the largest priority, then the first.
+    """Keep at most `capacity` pairs per expert: those of largest priority, then the first.
 
     Args:
-        renormalize: scale a token's remaining weights to the sum they had; a token that keeps
-            nothing gets nothing.
+        renormalize: scale a token's remaining weights to their sum before; a token without
+            remaining pairs gets nothing.
     Returns:
-        the plan of what is kept, and the number dropped of each expert, int64 [E].
+        the plan of the kept pairs, and the number of dropped pairs per expert, int64 [E].
     """
     counts_E = plan.tokens_per_expert_E
     kept_E = counts_E.clamp(max=capacity)
@@ -64,7 +64,7 @@ def limit(
     if plan.priority_N is not None:
         order_N = plan.priority_N.argsort(descending=True, stable=True)
         order_N = order_N[plan.expert_ids_N[order_N].argsort(stable=True)]
-    start_N = (counts_E.cumsum(0) - counts_E)[plan.expert_ids_N]  # experts stay where they are
+    start_N = (counts_E.cumsum(0) - counts_E)[plan.expert_ids_N]
     place_N = torch.arange(plan.num_pairs, device=counts_E.device) - start_N
     keep_N = torch.empty_like(order_N, dtype=torch.bool)
     keep_N[order_N] = place_N < capacity

@@ -1,4 +1,4 @@
-"""Routing without a gate: every token to the first expert, as in a model that is dense still."""
+"""Routing without a gate: every token to expert 0, as in a dense model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def first_expert_plan(
     x_TD: Tensor, token_mask_T: Tensor | None, num_experts: int, *, aux_names: Iterable[str] = (),
     zero_stats: Iterable[str] = (),
 ) -> RoutingPlan:
-    """The plan that gives each token the whole answer of expert 0.
+    """The plan that routes each token to expert 0 with weight 1.
 
-    Its statistics tell of one expert. Auxiliary losses are 0, without gradient.
+    Its statistics are those of one expert. Auxiliary losses are 0, without gradient.
 
     Args:
         x_TD: the tokens.
-        token_mask_T: bool, False for padding, which goes nowhere; None: no padding.
+        token_mask_T: bool, False for padding, which is not routed; None: no padding.
         num_experts: E.
         aux_names: names of the losses.
         zero_stats: names of further statistics, all 0.
@@ -34,7 +34,7 @@ def first_expert_plan(
     pairs = token_ids_N.numel()
     load_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
     load_E[0] = pairs
-    tokens, none = load_E[0].double(), torch.zeros((), dtype=torch.float64, device=device)
+    tokens, zero = load_E[0].double(), torch.zeros((), dtype=torch.float64, device=device)
     return RoutingPlan(
         token_ids_N=token_ids_N,
         expert_ids_N=torch.zeros_like(token_ids_N),
@@ -44,6 +44,6 @@ def first_expert_plan(
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
             st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E.double(),
-            **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], none),
+            **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], zero),
         },
     )

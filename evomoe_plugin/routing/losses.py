@@ -1,7 +1,7 @@
 """Auxiliary losses: pure functions of tensors.
 
-All take `weight_T`, the weight of each token in every mean: 0 for padding, which therefore counts
-nowhere, 1 for other tokens unless the task weighs them; None: 1 for all. All return a scalar.
+All take `weight_T`, the weight of each token in every mean: 0 for padding, which is ignored, 1 for
+other tokens unless the task sets weights; None: 1 for all. All return a scalar.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from torch import Tensor
 
 
 def weighted_mean(x_TC: Tensor, weight_T: Tensor | None) -> Tensor:
-    """Mean over tokens, [C]; 0 where no token has any weight."""
+    """Weighted mean over tokens, [C]; 0 if all weights are 0."""
     if weight_T is None:
         return x_TC.sum(0) / max(x_TC.size(0), 1)
     weight_T = weight_T.to(x_TC.dtype)
-    # Rows without weight may hold anything: 0 * inf would be NaN.
+    # Rows of weight 0 may hold NaN/Inf: 0 * Inf is NaN.
     x_TC = x_TC.masked_fill(weight_T.eq(0).unsqueeze(1), 0.0)
     total = weight_T.sum()
     return weight_T @ x_TC / torch.where(total > 0, total, torch.ones_like(total))
 
 
 def balance_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """C * sum_c mean_t(p_c) * mean_t(1[c chosen]): 1 for even top-1, k for even top-k routing.
+    """C * sum_c mean_t(p_c) * mean_t(1[c selected]): 1 for even top-1, k for even top-k routing.
 
     Source: GShard (arXiv 2006.16668, 3.2), Switch Transformers (arXiv 2101.03961, 2.2); over all
-    picks, as in Mixtral. EvoMoE (arXiv 2112.14397) gives it the chosen gates as `probs_TC`.
+    k selections, as in Mixtral. EvoMoE (arXiv 2112.14397) uses the selected gates as `probs_TC`.
     """
     load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
     return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) * load_C).sum()
 
 
 def switch_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """The balance loss of shares: C * <p / sum p, n / sum n>; 1 when even, however many are picked.
+    """The balance loss of shares: C * <p / sum p, n / sum n>; 1 for an even load of any k.
 
     Source: Dense2MoE's `switch`, without the z-loss it adds; with token weights, DCMoE's balance
     loss (Uni-MoE 2.0, arXiv 2511.12609), over the full softmax.
@@ -45,7 +45,7 @@ def switch_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = 
 
 
 def mutual_information_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """-(H(mean p) - mean H(p)), in [-ln C, 0]: experts used evenly, each token sure of its own.
+    """-(H(mean p) - mean H(p)), in [-ln C, 0]: even load, confident routing of each token.
 
     Source: Mod-Squad (arXiv 2212.08066), as Dense2MoE's `mi`.
     """
@@ -54,12 +54,12 @@ def mutual_information_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None)
 
 
 def entropy_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """Mean entropy of a token's distribution, in nats."""
+    """Mean entropy of the tokens' distributions, in nats."""
     return weighted_mean(_entropy(probs_TC).unsqueeze(1), weight_T).squeeze(0)
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    # Without a gradient at 0, where it is infinite.
+    # No gradient at 0, where it is infinite.
     positive = probs > 0
     logs = torch.where(positive, probs, 1.0).log()
     return -torch.where(positive, probs * logs, 0.0).sum(-1)
@@ -79,25 +79,25 @@ def importance_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tens
 def load_loss(
     *, logits_TC: Tensor, mask_TC: Tensor, noise: float, weight_T: Tensor | None = None
 ) -> Tensor:
-    """CV^2 of the smooth load: the chance that each candidate were picked under fresh noise.
+    """CV^2 of the smooth load: the probability of each candidate's selection under fresh noise.
 
-    With normal noise of deviation `noise` on its own logit, candidate c is among the k picks of a
-    token with probability Phi((z_c - tau_c) / noise), tau_c the k-th largest of the other logits.
+    With normal noise of standard deviation `noise` on its own logit, candidate c is among the top k
+    of a token with probability Phi((z_c - tau_c) / noise), tau_c the k-th largest other logit.
 
     Args:
-        mask_TC: the picks; a token's k is its number of them.
-        noise: the deviation; V-MoE (arXiv 2106.05974, A.2) takes 1 / C.
+        mask_TC: the selection, whose row sums are the k of the tokens.
+        noise: standard deviation; 1 / C in V-MoE (arXiv 2106.05974, A.2).
     Source: Shazeer et al. (arXiv 1701.06538, appendix A).
     """
     sorted_TC = logits_TC.detach().sort(1, descending=True).values
     ends_T1 = sorted_TC.new_full((sorted_TC.size(0), 1), float("inf"))
-    # Around them, what no logit exceeds (k = 0) and what every logit exceeds (k = C).
+    # Bounds for k = 0, which no logit exceeds, and k = C, which every logit exceeds.
     sorted_TC = torch.cat([ends_T1, sorted_TC, -ends_T1], 1)
-    picks_T1 = mask_TC.sum(1, keepdim=True)
-    kth_T1, next_T1 = sorted_TC.gather(1, picks_T1), sorted_TC.gather(1, picks_T1 + 1)
+    k_T1 = mask_TC.sum(1, keepdim=True)
+    kth_T1, next_T1 = sorted_TC.gather(1, k_T1), sorted_TC.gather(1, k_T1 + 1)
     threshold_TC = torch.where(logits_TC >= kth_T1, next_T1, kth_T1)
-    chance_TC = torch.special.ndtr((logits_TC - threshold_TC) / noise)
-    return cv_squared(weighted_mean(chance_TC, weight_T))
+    selected_TC = torch.special.ndtr((logits_TC - threshold_TC) / noise)
+    return cv_squared(weighted_mean(selected_TC, weight_T))
 
 
 def z_loss(*, logits_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
@@ -115,7 +115,7 @@ def diversity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Ten
     gram_CC = rows_CD @ rows_CD.t() - torch.eye(rows_CD.size(0), dtype=rows_CD.dtype,
                                                 device=rows_CD.device)
     square = gram_CC.square().sum()
-    # The root has no gradient at 0, which is where one expert alone, or orthogonal ones, stand.
+    # No gradient of the root at 0, the value for one expert or orthogonal ones.
     return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)
 
 

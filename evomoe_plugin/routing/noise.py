@@ -1,9 +1,9 @@
-"""Noise without a generator: a pure function of what it belongs to.
+"""Counter-based noise: a pure function of keys, without a random generator.
 
-The noise of a token is computed by hashing (seed, update, layer, the token's sequence, its
-position, expert). It is therefore the same whichever rank or micro-batch holds the sequence, when
-activation checkpointing runs the forward pass again, and after a restart; and it does not touch
-torch's generator, so that dropout stays the same with noise or without.
+The noise of a token is a hash of (seed, update, layer, the token's sequence, its position, expert).
+It does not depend on the rank or micro-batch of the sequence, is the same when activation
+checkpointing repeats the forward pass and after a restart, and does not use torch's generator, so
+that dropout is the same with and without noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on an int64 tensor: one flipped bit flips half of the result's."""
+    """The finaliser of splitmix64 on int64: one flipped input bit flips half of the output bits."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
@@ -32,19 +32,18 @@ def mix(x: Tensor) -> Tensor:
 
 def fold(key: Tensor, value: Tensor | int) -> Tensor:
     """The key of `value` under `key`; int64 tensors broadcast."""
-    if isinstance(value, int):
-        product = (value * _MIX_1 + 2**63) % 2**64 - 2**63  # wrap as int64 tensors do
-    else:
-        product = value * _MIX_1
-    return mix(key + _GOLDEN + product)
+    mixed = value * _MIX_1
+    if isinstance(mixed, int):
+        mixed = (mixed + 2**63) % 2**64 - 2**63  # wraps like int64 tensors
+    return mix(key + _GOLDEN + mixed)
 
 
 def sequence_keys(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """One key a position, from that position and the whole sequence it stands in.
+    """A key for each position, from the position and the whole sequence.
 
     Args:
-        tokens_BT: int64 token ids, a row a sequence.
-        mask_BT: bool, False for padding, which then does not count; None: no padding.
+        tokens_BT: int64 token ids, one sequence per row.
+        mask_BT: bool, False for padding, which is ignored; None: no padding.
     Returns:
         int64 of the same shape. Equal sequences get equal keys.
     """
@@ -56,9 +55,9 @@ def sequence_keys(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
 
 
 def uniform(keys_T: Tensor, columns: int) -> Tensor:
-    """fp32 numbers strictly inside (0, 1), [T, columns], a row for each key."""
+    """fp32 numbers in the open interval (0, 1), [T, columns], a row per key."""
     column = torch.arange(columns, dtype=torch.int64, device=keys_T.device)
-    bits = _shift_right(fold(keys_T.unsqueeze(1), column), 41)  # 23 bits: the half added is exact
+    bits = _shift_right(fold(keys_T.unsqueeze(1), column), 41)  # 23 bits: adding 0.5 is exact
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
 
 

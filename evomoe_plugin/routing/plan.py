@@ -1,10 +1,10 @@
-"""The routing plan: what a gate decided, as a value.
+"""The routing plan: a gate's decision as a value.
 
 Shape suffixes, here and everywhere in the package:
 
     T  tokens               E  routed experts        N  routed (token, expert) pairs
     D  model width          F  expert hidden width   S  shared experts
-    K  picks of a token     L  MoE layers            V  symbols of the vocabulary
+    K  experts of a token   L  MoE layers            V  token ids of the vocabulary
     C  candidates of the gate: the E routed experts, then the null experts
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Which token goes to which expert with which weight.
+    """The routed (token, expert) pairs and their weights.
 
-    A token may have any number of pairs, from none to E. Every field but `weights_N`,
+    A token has any number of pairs from 0 to E. Every field but `weights_N`,
     `shared_weights_TS` and the values of `aux` is detached.
     """
 
@@ -29,17 +29,17 @@ class RoutingPlan:
     expert_ids_N: Tensor
     """int64: the expert of each pair, ascending."""
     weights_N: Tensor
-    """What the expert's output is multiplied by, with gradient."""
+    """Combine weights of the experts' outputs, with gradient."""
     tokens_per_expert_E: Tensor
     """int64: number of pairs of each expert."""
     num_tokens: int
     """T."""
     priority_N: Tensor | None = None
-    """What a capacity policy orders by, larger first; None: no preference but position."""
+    """Priority under a capacity, larger first; None: by position."""
     shared_weights_TS: Tensor | None = None
-    """Weights of the experts that are always on; None means 1."""
+    """Weights of the shared experts; None: 1."""
     null_mass_T: Tensor | None = None
-    """Weight each token gave to null experts."""
+    """Weight of the null experts of each token."""
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name: unweighted scalars with gradient."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
@@ -52,14 +52,14 @@ class RoutingPlan:
 
 
 def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan:
-    """The plan that routes token t to expert e where `mask_TE`, weighted by `weights_TE`.
+    """The plan of the pairs in `mask_TE`, with the weights `weights_TE`.
 
     Args:
         mask_TE: bool.
-        weights_TE: combine weights; those outside the mask are ignored and get no gradient.
-        fields: the plan's further fields.
+        weights_TE: combine weights; values outside the mask are ignored and get no gradient.
+        fields: further fields of the plan.
     """
-    # Row-major nonzero of the transpose is the order the plan promises: expert, then token.
+    # nonzero of the transpose is in the order of the plan: by expert, then by token.
     expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)
     return RoutingPlan(
         token_ids_N=token_ids_N,

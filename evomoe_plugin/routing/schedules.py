@@ -16,8 +16,8 @@ def temperature(
         num_updates: completed updates, from 0.
         start: temperature at update 0.
         end: temperature from update `updates` on, except for the constant schedule.
-        updates: length of the annealing, in updates.
-        schedule: linear; exp (equal ratios); cosine (half a period); constant (`start` for ever).
+        updates: length of the annealing in updates.
+        schedule: linear; exp (equal ratios); cosine (half a period); constant (always `start`).
     """
     if schedule == "constant":
         return start

@@ -1,4 +1,4 @@
-"""The smooth step: a sigmoid that reaches 0 and 1."""
+"""The smooth step: a sigmoid-like function that reaches 0 and 1."""
 
 from __future__ import annotations
 

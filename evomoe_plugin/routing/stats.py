@@ -1,7 +1,7 @@
-"""Routing statistics: sums while they travel, ratios when they are read.
+"""Routing statistics: sums over tokens, and the numbers that are logged.
 
-A gate fills a plan's `stats` with sums over tokens. Sums may be added over micro-batches and
-ranks; `summarize` turns them into what a person reads.
+A plan's `stats` are sums over tokens, which may be added over micro-batches and ranks; `summarize`
+turns them into means and ratios.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from torch import Tensor
 
 from evomoe_plugin.routing.choice import Choice
 
-# Every layer fills these; scalars unless a trailing letter names their shape.
+# Of every layer; scalars unless the name ends in a shape suffix.
 TOKENS = "tokens"  # tokens that are not padding
-PAIRS = "pairs"  # routed pairs that experts work on
+PAIRS = "pairs"  # routed pairs after capacity
 LOAD_E = "tokens_per_expert"  # the same, of each expert, [E]
-EXPERTS = "experts"  # experts that can be chosen, summed over tokens
+EXPERTS = "experts"  # experts that can be selected, summed over tokens
 ENTROPY = "entropy"  # sum over tokens of the gate's entropy, in nats
-NONFINITE = "nonfinite"  # tokens whose gate logits are NaN or infinite
-ASKED_C = "asked"  # picks of each candidate before any is dropped, [C]
-# These where the layer has what they speak of.
+NONFINITE = "nonfinite"  # tokens whose gate logits are NaN/Inf
+REQUESTED_C = "requested"  # pairs of each candidate before capacity, [C]
+# Of layers with the respective feature.
 DROPPED = "dropped"  # pairs dropped by the capacity
-NULL_PAIRS = "null_pairs"  # picks of null experts
+NULL_PAIRS = "null_pairs"  # pairs of null experts
 NULL_MASS = "null_mass"  # weight given to null experts, summed over tokens
 TEMPERATURE = "temperature"  # temperature, summed over tokens
-SENT_R = "sent"  # pairs that each of the processes that divide the experts sent to others, [R]
-RECEIVED_R = "received"  # pairs that each of them got from others, [R]
+SENT_R = "sent"  # pairs sent by each expert-parallel rank to others, [R]
+RECEIVED_R = "received"  # pairs received by each of them, [R]
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 
 
 def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int) -> dict[
         str, Tensor]:
-    """The statistics that every gate owes, detached, in fp64.
+    """The statistics of every gate, detached, fp64.
 
     Args:
-        choice: what the gate chose, no padding in its mask.
+        choice: of the gate, without padding in its mask.
         token_mask_T: bool, False for padding.
         num_experts: E; candidates beyond them are null experts.
     """
     probs_TC, logits_TC = choice.probs_TC.detach(), choice.logits_TC
-    # Several times faster on a CPU than `special.entr` and `isfinite` of all of them.
+    # Several times faster on a CPU than `special.entr` and `isfinite` of all values.
     logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
     entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
-    looked_at_TC = probs_TC if logits_TC is None else logits_TC.detach()
-    bad_T = ~torch.isfinite(looked_at_TC.abs().amax(1))
+    checked_TC = probs_TC if logits_TC is None else logits_TC.detach()
+    bad_T = ~torch.isfinite(checked_TC.abs().amax(1))
     tokens = torch.tensor(probs_TC.size(0), device=probs_TC.device)
     if token_mask_T is not None:
         entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)
@@ -56,14 +56,14 @@ def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int)
         TOKENS: tokens.double(),
         PAIRS: load_C[:num_experts].sum(),
         LOAD_E: load_C[:num_experts],
-        ASKED_C: load_C,
+        REQUESTED_C: load_C,
         EXPERTS: tokens.double() * num_experts,
         ENTROPY: entropy_T.sum(dtype=torch.float64),
         NONFINITE: bad_T.sum().double(),
     }
     if load_C.size(0) > num_experts:
         stats[NULL_PAIRS] = load_C[num_experts:].sum()
-    # A gate may know better, of experts say.
+    # A gate may replace some, for example EXPERTS.
     return stats | {name: value.detach().double() for name, value in choice.stats.items()}
 
 
@@ -73,22 +73,22 @@ def is_logged(name: str, value: Tensor) -> bool:
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
-    """Readable numbers from summed statistics of L layers.
+    """The numbers to log, from summed statistics of L layers.
 
     Args:
-        stats: name -> [L], and `tokens_per_expert` -> [L, E], where a layer with fewer experts
-            than E is filled with NaN.
+        stats: name -> [L], and `tokens_per_expert` -> [L, E], padded with NaN for
+            layers with fewer than E experts.
     Returns:
         experts_per_token, dead_experts (share of experts without a token), load_max (largest
         load over the mean load, averaged over layers), load_cv2 (squared coefficient of variation
-        of the load), gate_entropy (nats), and, where the layers have what it speaks of:
-        temperature, coefficient, null_rate and null_mass (picks of null experts and their weight,
-        a token), overflow (share of pairs dropped) and overflow_N for the N-th MoE layer,
-        active_experts; where experts are divided over processes: ep_sent (pairs that travel, a
-        token), ep_sent_max and ep_received_max (most of a process over the mean of them), and
-        ep_load_max (pairs that the busiest process works on over the mean).
+        of the load), gate_entropy (nats), and if available: temperature, coefficient, null_rate
+        and null_mass (pairs of null experts and their weight, per token), overflow (share of
+        dropped pairs) and overflow_N for the N-th MoE layer, active_experts; with expert
+        parallelism: ep_sent (pairs sent to other ranks, per token), ep_sent_max and
+        ep_received_max (maximum over ranks divided by the mean), and ep_load_max (pairs of the
+        busiest rank divided by the mean).
     """
-    # LayerDrop leaves layers out; they have nothing to say of this batch.
+    # Layers skipped by LayerDrop have no statistics of this batch.
     present_L = stats[TOKENS] > 0
     stats = {name: value[present_L] for name, value in stats.items()}
     ids = present_L.nonzero().flatten().tolist()
@@ -97,7 +97,7 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
     slots_L = load_LE.isfinite().sum(1)
     load_LE = torch.nan_to_num(load_LE, nan=0.0)
     used_L = (load_LE > 0).sum(1)
-    # What the mean load is over: experts that can be chosen, also where slots stand empty.
+    # Mean over experts that can be selected, without empty slots.
     mean_L = stats[PAIRS] / experts_L.clamp(min=1)
     square_L = mean_L.square().clamp(min=1e-24)
     numbers = {
@@ -119,12 +119,12 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
         numbers |= {f"overflow_{n}": value for n, value in zip(ids, overflow_L, strict=True)}
     if SENT_R in stats:
         numbers["ep_sent"] = (stats[SENT_R].sum(1) / tokens_L).mean()
-        places = stats[SENT_R].size(1)
+        ranks = stats[SENT_R].size(1)
         loads = {
             "ep_sent_max": stats[SENT_R],
             "ep_received_max": stats[RECEIVED_R],
-            "ep_load_max": torch.stack([  # layers differ in their number of experts
-                load_E[:slots].view(places, -1).sum(1)
+            "ep_load_max": torch.stack([  # layers may differ in E
+                load_E[:slots].view(ranks, -1).sum(1)
                 for load_E, slots in zip(load_LE, slots_L.tolist(), strict=True)]),
         }
         for name, load_LR in loads.items():

@@ -82,7 +82,7 @@ def test_another_dictionary(checkpoint, tmp_path, capsys):
     (tmp_path / "other/dict.txt").write_text("w1 1\nw2 1\n")
     assert main(["generate", "--path", str(checkpoint), "--prompt", "w1", "--data",
                  str(tmp_path / "other")]) == 2
-    assert "has 6 symbols, the checkpoint was trained with 40" in capsys.readouterr().err
+    assert "has 6 token ids, the checkpoint has 40" in capsys.readouterr().err
 
 
 def test_a_file_cut_short(checkpoint, capsys):

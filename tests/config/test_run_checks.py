@@ -25,7 +25,7 @@ def divided():
 
 BAD = [
     ({"distributed_training.distributed_world_size": 3},
-     "--moe-expert-parallel-size 2: does not divide the 3 processes"),
+     "--moe-expert-parallel-size 2: does not divide the 3 ranks"),
     ({"distributed_training.ddp_backend": "pytorch_ddp"},
      "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fully_sharded or legacy_ddp"),
     ({"distributed_training.zero_sharding": "os"},
@@ -33,10 +33,10 @@ BAD = [
     ({"distributed_training.ddp_backend": "fully_sharded",
       "distributed_training.use_sharded_state": True},
      "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint"),
-    ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it knows nothing"),
+    ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it does not include"),
     ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
     ({"optimizer._name": "adafactor"},
-     "--optimizer adafactor with --moe-expert-parallel-size: its steps follow from means"),
+     "--optimizer adafactor with --moe-expert-parallel-size: its steps depend on means"),
     ({"optimizer._name": "composite"}, "--optimizer composite with --moe-expert-parallel-size: "),
     ({"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
      "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta"),
@@ -62,7 +62,7 @@ def test_amp_is_refused(divided, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     cfg = copy.deepcopy(divided)
     cfg.common.amp = True
-    assert refused(cfg).startswith("--amp with --moe-expert-parallel-size: it looks for overflow")
+    assert refused(cfg).startswith("--amp with --moe-expert-parallel-size: overflow is checked")
 
 
 def test_adagrad_is_none_of_them(divided):
@@ -72,8 +72,8 @@ def test_adagrad_is_none_of_them(divided):
 
 
 @pytest.mark.parametrize("environment, refused_for", [
-    ({"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the 5 processes"),
-    ({"SLURM_NTASKS": "7"}, "the 7 processes"),
+    ({"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the 5 ranks"),
+    ({"SLURM_NTASKS": "7"}, "the 7 ranks"),
     ({"SLURM_NTASKS": "8"}, "no such folder"),  # which is what is looked at next
 ], ids=["torchrun", "slurm", "slurm with as many as needed"])
 def test_processes_are_counted_whoever_starts_them(divided, monkeypatch, environment, refused_for):

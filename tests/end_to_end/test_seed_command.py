@@ -37,7 +37,7 @@ def finished(data_bin, tmp_path_factory):
 
 def test_it_trains_an_moe_model_to_the_end(finished):
     _, run = finished
-    assert "1 of 2 layers, gate dense_to_sparse, experts a layer 16" in run.output
+    assert "1 of 2 layers, gate dense_to_sparse, experts per layer 16" in run.output
     assert [record["num_updates"] for record in run.logged("train_inner")] == list(range(1, 9))
     assert run.logged("valid")[-1]["valid_num_updates"] == 8
     assert "gate losses are not added" in run.output  # its criterion is plain cross_entropy

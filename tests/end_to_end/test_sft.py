@@ -199,4 +199,4 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint(
         stream.write("".join(f"new{n} 1\n" for n in range(8)))
     line = fails(monkeypatch, capsys, *options(
         data, tmp_path / "save", "--finetune-from-model", one_process[0] / "checkpoint_last.pt"))
-    assert re.search(r"DATA dict.txt: has \d+ symbols, the checkpoint was trained with", line)
+    assert re.search(r"DATA dict.txt: has \d+ token ids, the checkpoint has", line)

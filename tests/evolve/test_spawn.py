@@ -146,9 +146,9 @@ def test_schedules_count_from_the_spawn_and_noise_from_the_start(make_layer):  #
 def test_the_phase_is_in_the_state(make_layer):  # noqa: F811
     layer, other = (make_layer(moe_spawn_updates=N) for _ in range(2))
     layer.set_num_updates(N)
-    assert other.is_single
+    assert other.in_dense_phase
     other.load_state_dict(layer.state_dict())
-    assert not other.is_single
+    assert not other.in_dense_phase
 
 
 # Before the spawn: models.

@@ -5,7 +5,7 @@ import torch
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.gates.base_layers import BaseGate
+from evomoe_plugin.gates.base_layers import BASELayersGate
 from evomoe_plugin.gates.gate import GateContext, LayerInfo
 
 T, D, E = 30, 8, 4
@@ -14,7 +14,7 @@ T, D, E = 30, 8, 4
 @pytest.fixture
 def make_gate(moe_options):
     def make(experts=E, dim=D, **given):
-        return BaseGate(LayerInfo(dim, experts), moe_options(moe_gate="base", **given))
+        return BASELayersGate(LayerInfo(dim, experts), moe_options(moe_gate="base", **given))
 
     return make
 
@@ -121,7 +121,7 @@ def test_training_is_said_not_to_be_causal(moe_options, caplog):
 @pytest.mark.parametrize("given, message", [
     ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate base sets the load"),
     ({"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor 2.0"),
-    ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot choose null experts"),
+    ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot select null experts"),
     ({"moe_top_k": 1}, "--moe-top-k 1: the gate base does not use it"),
 ])
 def test_bad_values(moe_options, given, message):

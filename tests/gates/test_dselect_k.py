@@ -206,7 +206,7 @@ def test_half_precision_models_have_an_fp32_gate(make_gate, dtype):
     ({"moe_smooth_step_width": 0.0}, "--moe-smooth-step-width 0.0: give a width above 0"),
     ({"moe_smooth_step_width": -1.0}, "--moe-smooth-step-width -1.0"),
     ({"moe_smooth_step_width": float("inf")}, "--moe-smooth-step-width inf"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate dselect_k cannot choose"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate dselect_k cannot select"),
     ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate dselect_k does not use it"),
     ({"moe_aux": "z=1"}, "the gate dselect_k has no logits"),
 ])

@@ -101,7 +101,7 @@ def test_gradcheck(make_gate):
 
 @pytest.mark.parametrize("given, message", [
     ({"moe_allow_noncausal": False},
-     "--moe-gate expert_choice: .*later ones, which a causal model must not.*"
+     "--moe-gate expert_choice: .*later tokens, which a causal model must not.*"
      "--moe-allow-noncausal"),
     ({"moe_expert_choice_factor": 0.0}, "--moe-expert-choice-factor 0.0: "),
     ({"moe_expert_choice_factor": -1.0}, "--moe-expert-choice-factor -1.0: "),

@@ -31,13 +31,13 @@ def test_a_symbol_goes_to_its_expert_with_weight_1_wherever_it_stands(make_gate,
         for training in (True, False):
             plan = gate.train(training)(x, GateContext(token_ids_T=ids))
             assert plan.expert_ids_N[plan.token_ids_N.argsort()].tolist() == [
-                gate.table_V[symbol] for symbol in ids.tolist()]
+                gate.table_V[token_id] for token_id in ids.tolist()]
             assert plan.weights_N.tolist() == [1.0] * 30
             assert not plan.aux
 
 
 def test_balanced_by_hand():
-    # 9 -> 0; 5 -> 1; 4 -> 1 (5 < 9); 3 -> 0 (9 = 9, and one symbol against two); 2 -> 1; 1 -> 1
+    # 9 -> 0; 5 -> 1; 4 -> 1 (5 < 9); 3 -> 0 (9 = 9, and one id against two); 2 -> 1; 1 -> 1
     assert balanced_table([1, 9, 5, 4, 3, 2], 2).tolist() == [1, 0, 1, 1, 0, 1]
 
 
@@ -47,7 +47,7 @@ def test_clustered_by_hand():
 
 
 def test_balanced_balances_what_can_be(make_gate):
-    counts = [100 + symbol % 7 for symbol in range(400)]
+    counts = [100 + token_id % 7 for token_id in range(400)]
     load = masses(balanced_table(counts, E), counts)
     assert load.max() / load.mean() < 1.001
     load = masses(balanced_table(ZIPF, E), ZIPF)
@@ -57,8 +57,8 @@ def test_balanced_balances_what_can_be(make_gate):
 @pytest.mark.parametrize("counts", [ZIPF, tuple(reversed(ZIPF)), (3,) * V], ids=str)
 def test_clustered_runs_are_of_neighbours_in_frequency(counts):
     table = clustered_table(counts, E)
-    order = sorted(range(V), key=lambda symbol: -counts[symbol])
-    experts = [int(table[symbol]) for symbol in order]
+    order = sorted(range(V), key=lambda token_id: -counts[token_id])
+    experts = [int(table[token_id]) for token_id in order]
     assert experts == sorted(experts)
     assert set(experts) == set(range(E))
     load = masses(table, counts)
@@ -128,13 +128,13 @@ def test_padding_goes_nowhere(make_gate):
 def test_what_is_missing_is_named(make_gate):
     with pytest.raises(OptionError, match="--moe-gate hash: .*no vocabulary is known"):
         make_gate(counts=())
-    with pytest.raises(ValueError, match="hash routes by the tokens' symbols: give token_ids_T"):
+    with pytest.raises(ValueError, match="hash routes by token ids: give token_ids_T"):
         make_gate()(torch.randn(3, D), GateContext())
 
 
 @pytest.mark.parametrize("given, message", [
     ({"moe_hash": "md5"}, "--moe-hash md5: one of: balanced, random, clustered"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot choose null experts"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot select null experts"),
     ({"moe_aux": "z=1"}, "the gate hash has no logits"),
     ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate hash does not use it"),
     ({"moe_shared_experts": 1, "moe_shared_combine": "softmax"}, "--moe-shared-combine softmax"),

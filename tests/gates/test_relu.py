@@ -264,7 +264,7 @@ def test_half_precision_models_have_an_fp32_gate(make_gate, dtype):
     ({"moe_l1_start": float("nan")}, "--moe-l1-start nan"),
     ({"moe_l1_factor": 1.0}, "--moe-l1-factor 1.0: give a factor above 1"),
     ({"moe_l1_factor": 100.0}, "--moe-l1-factor 100.0"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate relu cannot choose"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate relu cannot select"),
     ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate relu one of: linear"),
 ])
 def test_bad_values(moe_options, given, message):

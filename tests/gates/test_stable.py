@@ -8,7 +8,7 @@ from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.gates.gate import GateContext, LayerInfo
-from evomoe_plugin.gates.gradients import with_gradients
+from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.gates.stable import StableGate, greedy_balance_loss, stable_updates
 from evomoe_plugin.layer import MoELayer
 
@@ -17,8 +17,8 @@ T, D, E, V, SWITCH = 40, 8, 4, 30, 10
 
 @pytest.fixture
 def make_gate(moe_options):
-    def make(experts=E, symbols=V, **given):
-        info = LayerInfo(D, experts, token_counts_V=(1,) * symbols)
+    def make(experts=E, vocabulary=V, **given):
+        info = LayerInfo(D, experts, token_counts_V=(1,) * vocabulary)
         options = moe_options(moe_gate="stable", **{"moe_stable_updates": SWITCH, **given})
         gate = StableGate(info, options)
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_optimizer_cannot_move_the_routing(make_gate):
     for num_updates in range(SWITCH + 10):
         plan = gate(x, context(num_updates))
         loss = plan.weights_N.square().sum() + sum(plan.aux.values())
-        loss = with_gradients(loss, gate)  # as the layer does
+        loss = attach_zero_grads(loss, gate)  # as the layer does
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if num_updates >= SWITCH:
@@ -149,18 +149,18 @@ def test_the_optimizer_cannot_move_the_routing(make_gate):
 
 
 def test_distillation_is_learned_and_kept(make_gate):
-    """Symbols that the gate always sends to one expert go there in stage 2 as well."""
+    """Token ids that the gate always sends to one expert go there in stage 2 as well."""
     gate = make_gate()
-    symbols = torch.randn(V, D)
+    words = torch.randn(V, D)
     optimizer = torch.optim.Adam([gate.word_embedding, gate.word_centroids], lr=0.1)
     for _ in range(60):
         ids = torch.randint(0, V, (200,))
         optimizer.zero_grad()
-        gate(symbols[ids], GateContext(0, token_ids_T=ids)).aux["distill"].backward()
+        gate(words[ids], GateContext(0, token_ids_T=ids)).aux["distill"].backward()
         optimizer.step()
     ids = torch.arange(V)
-    learned = experts(gate(symbols, GateContext(SWITCH - 1, token_ids_T=ids)))
-    frozen = experts(gate(symbols, GateContext(SWITCH, token_ids_T=ids)))
+    learned = experts(gate(words, GateContext(SWITCH - 1, token_ids_T=ids)))
+    frozen = experts(gate(words, GateContext(SWITCH, token_ids_T=ids)))
     assert torch.equal(learned, frozen)
 
 
@@ -255,9 +255,9 @@ def test_its_numbers(make_gate):
 
 
 def test_what_is_missing_is_named(make_gate):
-    with pytest.raises(OptionError, match="--moe-gate stable: .*none is known"):
-        make_gate(symbols=0)
-    with pytest.raises(ValueError, match="stable routes by the tokens' symbols: give token_ids_T"):
+    with pytest.raises(OptionError, match="--moe-gate stable: .*no vocabulary is known"):
+        make_gate(vocabulary=0)
+    with pytest.raises(ValueError, match="stable routes by token ids: give token_ids_T"):
         make_gate()(torch.randn(3, D), GateContext())
 
 
@@ -265,7 +265,7 @@ def test_what_is_missing_is_named(make_gate):
     ({"moe_stable_updates": -1}, "--moe-stable-updates -1: give 0 or more"),
     ({"max_update": 0}, "--moe-stable-updates (not given): give it, or --max-update"),
     ({"moe_stable_dim": 0}, "--moe-stable-dim 0: give a width of at least 1"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot choose"),
+    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot select"),
     ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate stable does not use it"),
     ({"moe_aux": "l1=1"}, "no loss named 'l1' for the gate stable"),
 ])

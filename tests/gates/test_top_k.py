@@ -161,7 +161,7 @@ def test_nothing_is_drawn_in_evaluation_or_without_keys(make_gate):
 
 
 def update(gate, load):
-    own = {st.ASKED_C: torch.tensor(load, dtype=torch.float64)}
+    own = {st.REQUESTED_C: torch.tensor(load, dtype=torch.float64)}
     gate.after_update(1, own, {})
 
 
@@ -202,11 +202,11 @@ def test_the_bias_evens_out_the_load(make_layer):
     layer.gate.scorer.weight.data[2, 0] += 3
 
     def load():
-        return layer(x)[2][st.ASKED_C]
+        return layer(x)[2][st.REQUESTED_C]
 
     assert load()[2] > 400 / 2
     for n in range(200):
-        layer.gate.after_update(n, {st.ASKED_C: load()}, {})
+        layer.gate.after_update(n, {st.REQUESTED_C: load()}, {})
     assert load().max() < 1.3 * 400 / 5
     assert -1 < layer.gate.bias_C[2] < -0.2
 
@@ -295,9 +295,9 @@ def test_batch_prioritized_routing_lets_the_surest_tokens_go_first(make_layer):
     ({"moe_bias_update_rate": -0.1}, "--moe-bias-update-rate -0.1: scores are at most 1"),
     ({"moe_bias_update_rate": float("inf")}, "--moe-bias-update-rate inf: "),
     ({"moe_batch_prioritized_routing": True},
-     "--moe-batch-prioritized-routing True: no expert has a capacity in training"),
+     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
     ({"moe_batch_prioritized_routing": True, "moe_eval_capacity_factor": 1.0},
-     "--moe-batch-prioritized-routing True: no expert has a capacity in training"),
+     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
     ({"moe_batch_prioritized_routing": True, "moe_capacity_factor": 1.0,
       "moe_drop_policy": "random"}, "--moe-drop-policy random: "),
     ({"moe_scorer": "quadratic"}, "--moe-scorer quadratic: .*unknown scorer"),

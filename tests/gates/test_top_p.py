@@ -92,7 +92,7 @@ def test_equal_and_huge_logits(make_gate, weights, top_p, scale, training):
     gate = make_gate(1, moe_top_p=top_p, moe_top_p_weights=weights).float().train(training)
     x = torch.full((T, D), scale, requires_grad=True)
     plan = gate(x, GateContext(noise_keys_T=keys()))
-    picks = plan.stats["asked"].sum() / T
+    picks = plan.stats["requested"].sum() / T
     assert 1 <= picks <= E + 1
     if top_p == 1 or (scale == 0 and top_p > 0.9):
         assert picks == E + 1

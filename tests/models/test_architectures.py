@@ -59,4 +59,4 @@ def test_sizes_are_logged(make_model, caplog):
     model = make_model()
     total = sum(p.numel() for p in model.parameters())
     assert f"parameters: {total:,} in total" in caplog.text
-    assert "2 of 4 layers, gate dense_to_sparse, experts a layer 4" in caplog.text
+    assert "2 of 4 layers, gate dense_to_sparse, experts per layer 4" in caplog.text

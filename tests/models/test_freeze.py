@@ -1,4 +1,4 @@
-"""Frozen parameters: which they are, and how they are told apart for FSDP."""
+"""Frozen parameters: which they are, and how they are separated for FSDP."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_words_and_expressions(make_model):
     ({"moe_train_only": "exprts"}, "--moe-train-only exprts: exprts matches no parameter; one of "
                                    "experts, shared"),
     ({"moe_train_only": "experts,("}, r"\( is neither one of experts"),
-    ({"moe_train_only": " , "}, "names nothing to train"),
+    ({"moe_train_only": " , "}, "matches no parameter"),
     ({"moe_train_only": "shared"}, "shared matches no parameter"),
     ({"moe_train_only": "gate", "moe_spawn_updates": 3},
      "--moe-spawn-updates 3: --moe-train-only gate freezes the experts, which it changes"),
@@ -122,7 +122,7 @@ def test_parts_are_wrapped_apart(make_model, train_only):
     ("embeddings", "decoder.embed_tokens, whose weights may be tied, .*: leave embeddings out, or"),
     ("gate.scorer", "the gate decoder.layers.1.moe.gate apart from its experts"),
     ("experts.fc1", "a part of decoder.layers.1.moe.experts .*: match all of its parameters, not "
-                    "fc1_weight alone, or take another --ddp-backend"),
+                    "fc1_weight alone, or use another --ddp-backend"),
 ])
 def test_what_cannot_be_wrapped_apart(make_model, train_only, message):
     model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)

@@ -109,11 +109,11 @@ def test_an_update_is_the_mean_over_response_tokens_however_it_is_divided(
 def test_flops_are_told_per_token_that_is_computed(make_model, task, examples):
     model = make_model().eval()
     criterion = MoECrossEntropyCriterion(task, False).eval()
-    told = []
+    logged = []
     for whole in (False, True):
         _, size, log = criterion(model, batch(examples, task, train_on_prompt=whole))
         with metrics.aggregate(new_root=True) as aggregator:
             criterion.reduce_metrics([log])
-        told.append((size, aggregator.get_smoothed_values()["mflops_per_token"]))
-    assert told[0][0] < told[1][0]
-    assert told[0][1] == told[1][1]
+        logged.append((size, aggregator.get_smoothed_values()["mflops_per_token"]))
+    assert logged[0][0] < logged[1][0]
+    assert logged[0][1] == logged[1][1]

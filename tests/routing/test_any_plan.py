@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evomoe_plugin.experts.activations import find_activation
 from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
-from evomoe_plugin.routing.capacity import limit
+from evomoe_plugin.routing.capacity import apply_capacity
 from evomoe_plugin.routing.plan import plan_from_mask
 
 
@@ -36,12 +36,12 @@ def check(case):
     tokens, experts = mask_TE.shape
     assert set(pairs_of(plan)) == {tuple(pair) for pair in mask_TE.nonzero().tolist()}
 
-    kept, dropped_E = limit(plan, capacity, renormalize=renormalize)
+    kept, dropped_E = apply_capacity(plan, capacity, renormalize=renormalize)
     assert set(pairs_of(kept)) <= set(pairs_of(plan))
     assert kept.num_pairs + int(dropped_E.sum()) == plan.num_pairs
     assert (kept.tokens_per_expert_E <= capacity).all()
     full_E = dropped_E > 0
-    assert (kept.tokens_per_expert_E[full_E] == capacity).all()  # no room is left unused
+    assert (kept.tokens_per_expert_E[full_E] == capacity).all()  # no slot is left unused
     assert kept.expert_ids_N.bincount(minlength=experts).tolist() == (
         kept.tokens_per_expert_E.tolist())
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evomoe_plugin.routing.capacity import CapacityRule, limit
+from evomoe_plugin.routing.capacity import CapacityRule, apply_capacity
 from evomoe_plugin.routing.plan import plan_from_mask
 
 T, E = 23, 5
@@ -38,7 +38,7 @@ def fill(plan, capacity):
 @pytest.mark.parametrize("capacity", [0, 1, 4, 10, 1000])
 def test_who_is_kept(capacity, priority):
     plan = make_plan(priority=priority)
-    kept, dropped = limit(plan, capacity)
+    kept, dropped = apply_capacity(plan, capacity)
     pairs = list(zip(kept.token_ids_N.tolist(), kept.expert_ids_N.tolist(), strict=True))
     assert set(pairs) == fill(plan, capacity)
     assert pairs == sorted(pairs, key=lambda pair: (pair[1], pair[0]))  # the plan's promise
@@ -52,7 +52,7 @@ def test_who_is_kept(capacity, priority):
 
 def test_renormalized_tokens_get_back_the_weight_they_had():
     plan = make_plan(0.8)
-    kept, _ = limit(plan, 6, renormalize=True)
+    kept, _ = apply_capacity(plan, 6, renormalize=True)
     before = torch.zeros(T, dtype=torch.float64).index_add(0, plan.token_ids_N, plan.weights_N)
     after = torch.zeros(T, dtype=torch.float64).index_add(0, kept.token_ids_N, kept.weights_N)
     survivors = torch.zeros(T, dtype=torch.bool)
@@ -67,15 +67,15 @@ def test_gradients_of_the_weights(renormalize):
     mask = torch.rand(T, E) < 0.7
     weights = (torch.rand(T, E, dtype=torch.float64) + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda w: limit(plan_from_mask(mask, w), 5, renormalize=renormalize)[0].weights_N,
+        lambda w: apply_capacity(plan_from_mask(mask, w), 5, renormalize=renormalize)[0].weights_N,
         weights, fast_mode=True)
 
 
 def test_nothing_to_drop_is_the_same_plan():
     plan = make_plan()
-    assert limit(plan, T)[0] is plan
+    assert apply_capacity(plan, T)[0] is plan
     empty = make_plan(0.0)
-    assert limit(empty, 3)[0] is empty
+    assert apply_capacity(empty, 3)[0] is empty
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_null_picks_are_no_pairs_and_no_load():
     assert stats[st.PAIRS] == 1
     assert stats[st.LOAD_E].tolist() == [1, 0]
     assert stats[st.NULL_PAIRS] == 2
-    assert stats[st.ASKED_C].tolist() == [1, 0, 2]
+    assert stats[st.REQUESTED_C].tolist() == [1, 0, 2]
     stats[st.NULL_MASS] = torch.tensor(0.5)  # over both tokens
     summary = st.summarize({name: value.unsqueeze(0) for name, value in stats.items()})
     assert summary["null_rate"] == 1
