@@ -1,7 +1,17 @@
 """Warnings of fairscale and Hydra that every command of fairseq prints."""
 
+import warnings
+
 from evomoe_plugin.patches.patch import Patch, always
 from evomoe_plugin.quiet_imports import ignore_warnings
+
+
+def apply() -> None:
+    ignore_warnings()
+    # Not in `IGNORED`, which holds for every program with torch: fairseq always pins memory.
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator",
+                            module=r"torch\.utils\.data\.", append=True)
+
 
 PATCH = Patch(
     name="quiet-imports",
@@ -10,5 +20,5 @@ PATCH = Patch(
     upstream="fairscale/experimental/nn/offload.py; fairseq_cli/hydra_train.py and fairseq/config",
     remove_when="fairscale uses torch.amp, and fairseq follows Hydra 1.1",
     needed=always("warnings that no user can do anything about"),
-    apply=ignore_warnings,
+    apply=apply,
 )

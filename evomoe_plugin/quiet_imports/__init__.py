@@ -1,4 +1,4 @@
-"""Ignore the warnings that every import of fairseq brings: those of fairscale, and of Hydra.
+"""Ignore warnings of fairseq, fairscale and Hydra that their users cannot do anything about.
 
 This file is also installed as the top-level package `evomoe_quiet_imports`, an entry point of
 `torch.backends`: torch calls those at the end of its own import. `fairseq-train` imports fairscale
@@ -10,8 +10,11 @@ import warnings
 
 # Beginning of the message, and the module that is blamed; as regular expressions.
 IGNORED = (
-    (r"`torch\.cuda\.amp\.custom_(fwd|bwd)\(args\.\.\.\)` is deprecated", r"fairscale\."),
-    (r"\s*The version_base parameter is not specified", r"fairseq_cli\.hydra_train"),
+    (r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated", r"(fairscale|fairseq)\."),
+    (r"`broadcast_buffers` is deprecated", r"(fairseq|evomoe_plugin\.patches)\."),
+    (r"\s*The version_base parameter is not specified", r"fairseq_cli\.|hydra\.experimental\."),
+    (r"hydra\.experimental\.(initialize|compose)\(\) is no longer", r"hydra\.experimental\."),
+    (r"\s*The strict flag in the compose API is deprecated", r"hydra\.compose"),
     (r"In 'config': Usage of deprecated keyword in package header", r"hydra\."),
     (r"\s*'config' is validated against ConfigStore schema with the same name", ""),
 )
