@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.file_io import PathManager
 from fairseq.logging import meters, metrics
 from fairseq.nan_detector import NanDetector
@@ -455,7 +456,11 @@ class MoETrainer(Trainer):
             if (self.cfg.common.fp16 or self.cfg.common.bf16) and not self.is_fsdp:
                 exact = {name: weights[name] for name, p in self.get_model().named_parameters()
                          if name in weights and weights[name].dtype == torch.float32 != p.dtype}
-            self.model.load_state_dict(weights, strict=True, model_cfg=self.cfg.model)
+            if self.is_fsdp and not resume.reads_own_shard(self):
+                # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
+                super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
+            else:
+                self.model.load_state_dict(weights, strict=True, model_cfg=self.cfg.model)
             if utils.has_parameters(self.get_criterion()):
                 self.get_criterion().load_state_dict(state.pop("criterion"), strict=True)
         except OptionError:
