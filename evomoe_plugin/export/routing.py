@@ -31,7 +31,8 @@ def export_gate(layer: MoELayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.in_dense_phase:
         return {"fp32": gate.use_fp32, "scorer": "none", "select": "first"}, {}
     num_updates = layer.gate_updates(int(layer.get_buffer("num_updates")))
-    given = {"fp32": gate.use_fp32, **_scorer(gate.scorer), **_EXPORTERS[name](gate, num_updates)}
+    given = {"fp32": gate.use_fp32, **_scorer(getattr(gate, "scorer", None)),
+             **_EXPORTERS[name](gate, num_updates)}
     if gate.shared_weights is not None:
         given["shared_weight"] = gate.shared_weights.weight
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
