@@ -244,13 +244,13 @@ def gpus(torch: ModuleType) -> Iterator[Row]:
 def backends(torch: ModuleType) -> Iterator[Row]:
     has, on_gpu = torch.distributed.is_available(), torch.cuda.is_available()
     if has and torch.distributed.is_gloo_available():
-        yield _backend("gloo", "yes", OK, "several processes on the CPU")
+        yield _backend("gloo", "yes", OK, "several ranks on the CPU")
     else:
-        yield _backend("gloo", "no", FIX, "this torch cannot train in several processes on the "
+        yield _backend("gloo", "no", FIX, "this torch cannot train with several ranks on the "
                                           "CPU; take another build")
     nccl = has and torch.distributed.is_nccl_available()
     yield _backend("nccl", "yes" if nccl else "no", OK if nccl else FIX if on_gpu else OFF,
-                   "several processes on GPUs")
+                   "several ranks on GPUs")
 
 
 def fast_paths(torch: ModuleType) -> Iterator[Row]:

@@ -391,14 +391,15 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
         device, M = input_ids.device, past + L
-        places_L, places_M = torch.arange(past, M, device=device), torch.arange(M, device=device)
-        allowed = (places_M <= places_L.unsqueeze(1))[None, None]
+        positions_M = torch.arange(M, device=device)
+        positions_L = positions_M[past:]
+        allowed = (positions_M <= positions_L.unsqueeze(1))[None, None]
         if attention_mask is None:
             keep_BM = torch.ones(B, M, dtype=torch.bool, device=device)
         else:
             keep_BM = attention_mask.bool()
             # Padding attends to itself: a fully masked row would be NaN.
-            itself = (places_M == places_L.unsqueeze(1))[None, None]
+            itself = (positions_M == positions_L.unsqueeze(1))[None, None]
             allowed = allowed & (keep_BM[:, None, None, :] | itself)
         if position_ids is None:
             position_ids = (keep_BM.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -431,8 +432,8 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             step = -math.log(10000) / (half - 1)
             rates = torch.exp(torch.arange(half, dtype=torch.float, device=ids_BL.device) * step)
             # fairseq's positions start after the padding index.
-            places = positions_BL + self.config.pad_token_id + 1
-            angles = places.float().unsqueeze(-1) * rates
+            indices = positions_BL + self.config.pad_token_id + 1
+            angles = indices.float().unsqueeze(-1) * rates
             waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
             x_BLD = x_BLD + F.pad(waves, (0, D % 2)).to(x_BLD.dtype)
         return self.layernorm_embedding(x_BLD)

@@ -95,8 +95,8 @@ class KeyedSampling(Search):
         keys_B = fold(fold(key, numbers_B), step - self.prompts.lengths_P[numbers_B])
         sums = probs.cumsum(1)
         drawn = uniform(keys_B, 1).double() * sums[:, -1:]
-        place = (sums <= drawn).sum(1, keepdim=True).clamp(max=probs.size(1) - 1)
-        score = ranked.gather(1, place)
+        index = (sums <= drawn).sum(1, keepdim=True).clamp(max=probs.size(1) - 1)
+        score = ranked.gather(1, index)
         if step > 0:
             score = score + scores[:, :, step - 1]
-        return score, tokens.gather(1, place), torch.zeros_like(place)
+        return score, tokens.gather(1, index), torch.zeros_like(index)
