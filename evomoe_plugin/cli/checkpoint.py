@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from evomoe_plugin.checkpoint.checkpoint_file import MainFile
+from evomoe_plugin.cli.flags import flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = action("consolidate", "write a checkpoint as one file")
     for parser in (sharded, one):
         parser.add_argument("out", metavar="OUT", help="the main file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    sharded.add_argument("--size", type=int, required=True, metavar="R",
-                         help="number of expert files: the --moe-expert-parallel-size to come; "
-                              "runs of other sizes read them too")
+        flag(parser, "--overwrite", False, "replace OUT if it exists")
+    flag(sharded, "--size R", int, "number of expert files: the --moe-expert-parallel-size to "
+                                   "come; runs of other sizes read them too", required=True)
 
 
 def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
+    from evomoe_plugin.checkpoint.inspect import summary
     from evomoe_plugin.checkpoint.reshard import check_checkpoint_output, consolidate, reshard
+    from evomoe_plugin.checkpoint.verify import faults
     from evomoe_plugin.config.errors import OptionError
 
     if args.action in ("reshard", "consolidate"):
@@ -48,40 +50,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.checkpoint}: {error.arguments[2]}")
         return 1
     if args.action == "inspect":
-        return _inspect(main)
-    if args.action == "verify":
-        return _verify(main)
-    if args.action == "reshard":
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in summary(main):
+            table.add_row(*row)
+        Console(highlight=False, markup=False, emoji=False).print(table)
+    elif args.action == "verify":
+        found = list(faults(main))
+        for line in found or (f"no faults (update {main.update})",):
+            print(f"{main.path}: {line}")
+        return 1 if found else 0
+    elif args.action == "reshard":
         reshard(main, args.out, args.size)
         print(f"{args.out}: update {main.update}, experts in {args.size} files beside it")
     else:
         consolidate(main, args.out)
         print(f"{args.out}: update {main.update}, one file")
     return 0
-
-
-def _inspect(main: MainFile) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from evomoe_plugin.checkpoint.inspect import summary
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, found in summary(main):
-        table.add_row(Text(name), Text(found))
-    Console(highlight=False).print(table)
-    return 0
-
-
-def _verify(main: MainFile) -> int:
-    from evomoe_plugin.checkpoint.verify import faults
-
-    found = list(faults(main))
-    for fault in found:
-        print(f"{main.path}: {fault}")
-    if not found:
-        print(f"{main.path}: no faults (update {main.update})")
-    return 1 if found else 0

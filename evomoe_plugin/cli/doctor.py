@@ -13,9 +13,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module, metadata
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import evomoe_plugin
 
@@ -27,6 +30,7 @@ FAIRSEQS = ("ve-fairseq", "fairseq-fixed", "fairseq", "fairseq-light", "fairseq-
 TRAINING_NEEDS = {"torch": "torch", "fairscale": "fairscale", "hydra-core": "hydra",
                   "omegaconf": "omegaconf", "numpy": "numpy"}
 DATA_NEEDS = {"pyarrow": "pyarrow", "iopath": "iopath", "sentencepiece": "sentencepiece"}
+VECTOR_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Row:
     found: str
     state: str = OK
     remark: str = ""
+
+
+_version, _device, _backend, _fast_path, _patch = (
+    partial(Row, group)
+    for group in ("versions", "devices", "backends", "fast paths", "patches"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,29 +93,23 @@ def as_table(rows: list[Row]) -> str:
     table.add_column()
     table.add_column("why, or what to do", overflow="fold")
     for group, members in groupby(rows, key=lambda row: row.group):
-        table.add_row(Text(group, "bold"))
+        table.add_row(group, style="bold")
         for row in members:
-            table.add_row(Text("  " + row.name), Text(row.found),
-                          Text(row.state, colours[row.state]), Text(row.remark))
+            state = Text(row.state, colours[row.state])
+            table.add_row(f"  {row.name}", row.found, state, row.remark)
         table.add_row()
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
 
 
-# versions
-
-
 def versions() -> Iterator[Row]:
     required = requirements()
-    yield Row("versions", "Python", platform.python_version(), OK, sys.executable)
-    where = Path(evomoe_plugin.__file__).parent
-    if required:
-        yield Row("versions", "evomoe_plugin", evomoe_plugin.__version__, OK, str(where))
-    else:
-        yield Row("versions", "evomoe_plugin", evomoe_plugin.__version__, OFF,
-                  f"{where}; not installed: its requirements are unknown")
+    yield _version("Python", platform.python_version(), OK, sys.executable)
+    remark = "" if required else "; not installed: its requirements are unknown"
+    yield _version("evomoe_plugin", evomoe_plugin.__version__, OK if required else OFF,
+                   f"{Path(evomoe_plugin.__file__).parent}{remark}")
     yield fairseq_row(required)
     for needs, if_wrong in ((TRAINING_NEEDS, STOP), (DATA_NEEDS, FIX)):
         for name, module in needs.items():
@@ -143,200 +146,166 @@ def package_row(name: str, module: str, specifier: str, if_wrong: str) -> Row:
     from packaging.version import Version
 
     version = version_of(name)
-    install = f"pip install '{name}{specifier}'"
-    if version is None:
-        return Row("versions", name, "missing", if_wrong, install)
-    if not SpecifierSet(specifier).contains(version, prereleases=True):
-        return Row("versions", name, version, if_wrong, install)
+    if version is None or not SpecifierSet(specifier).contains(version, prereleases=True):
+        return _version(name, version or "missing", if_wrong, f"pip install '{name}{specifier}'")
     try:
         import_module(module)
     except Exception as error:
         again = f"pip install --force-reinstall '{name}=={Version(version).public}'"
-        return Row("versions", name, version, if_wrong, f"{_one_line(error)}; {again}")
-    return Row("versions", name, version)
+        return _version(name, version, if_wrong, f"{_one_line(error)}; {again}")
+    return _version(name, version)
 
 
 def transformers_row() -> Row:
     """Whether the models of transformers can be imported, which the package itself loads lazily."""
     version = version_of("transformers")
     if version is None:
-        return Row("versions", "transformers", "missing", OFF,
-                   "optional, for exported models; pip install transformers")
+        remark = "optional, for exported models; pip install transformers"
+        return _version("transformers", "missing", OFF, remark)
     try:
         from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
     except Exception as error:
-        fix = "pip uninstall -y torchaudio, whose build does not fit this torch; fairseq needs " \
-              "it for speech alone" if "torchaudio" in str(error) else \
-              "pip install --force-reinstall transformers"
-        return Row("versions", "transformers", version, FIX, f"{_one_line(error)}; {fix}")
-    return Row("versions", "transformers", version, OK, "its models can be imported")
+        fix = "pip install --force-reinstall transformers"
+        if "torchaudio" in str(error):
+            fix = "pip uninstall -y torchaudio, whose build does not fit this torch; fairseq " \
+                  "needs it for speech alone"
+        return _version("transformers", version, FIX, f"{_one_line(error)}; {fix}")
+    return _version("transformers", version, OK, "its models can be imported")
 
 
 def fairseq_row(required: dict[str, str]) -> Row:
     """Which fairseq is installed, whether it can be imported, and which one fits this Python."""
     right = next((name for name in FAIRSEQS if name in required), FAIRSEQS[0])
-    installed = {name: version_of(name) for name in FAIRSEQS}
-    installed = {name: version for name, version in installed.items() if version}
-    found = ", ".join(f"{name} {version}" for name, version in installed.items())
-    others = [name for name in installed if name != right]
-    install = (f"pip uninstall -y {' '.join(others)}; " if others else "") + \
-              f"pip install --force-reinstall --no-deps '{right}{required.get(right, '')}'"
-
+    installed = [name for name in FAIRSEQS if version_of(name)]
+    found = ", ".join(f"{name} {version_of(name)}" for name in installed)
+    fix = f"pip install --force-reinstall --no-deps '{right}{required.get(right, '')}'"
+    if others := " ".join(name for name in installed if name != right):
+        fix = f"pip uninstall -y {others}; {fix}"
     error = evomoe_plugin.fairseq_error
     if error is not None:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
         if installed and absent not in (False, "fairseq"):
-            install = "a dependency of fairseq is missing; make venv builds a complete environment"
-        return Row("versions", "fairseq", found or "missing", STOP,
-                   f"{_one_line(error)}; {install}")
+            fix = "a dependency of fairseq is missing; make venv builds a complete environment"
+        return _version("fairseq", found or "missing", STOP, f"{_one_line(error)}; {fix}")
     if len(installed) > 1:
-        return Row("versions", "fairseq", found, FIX,
-                   f"they overwrite each other's files; {install}")
-    return Row("versions", "fairseq", found or "of no known distribution")
+        return _version("fairseq", found, FIX, f"they overwrite each other's files; {fix}")
+    return _version("fairseq", found or "of no known distribution")
 
 
-# devices and backends
-
-
-def devices(torch) -> Iterator[Row]:
+def devices(torch: ModuleType) -> Iterator[Row]:
     cpu = cpu_info()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Row("devices", "CPU", cpu["model"], OK,
-              f"{usable} usable of {os.cpu_count()} processors, {cpu['cores']} cores")
+    yield _device("CPU", cpu["model"], OK,
+                  f"{usable} usable of {os.cpu_count()} processors, {cpu['cores']} cores")
     threads = os.environ.get("OMP_NUM_THREADS")
-    yield Row("devices", "threads", str(torch.get_num_threads()), OK,
-              f"OMP_NUM_THREADS={threads}" if threads else
-              "OMP_NUM_THREADS is not set; ranks on the CPU will share the processors")
+    remark = "OMP_NUM_THREADS is not set; ranks on the CPU will share the processors"
+    yield _device("threads", str(torch.get_num_threads()), OK,
+                  f"OMP_NUM_THREADS={threads}" if threads else remark)
     units = sorted(flag for flag in cpu["flags"] if re.fullmatch("amx_.*|sme2?", flag))
-    yield Row("devices", "matrix units", " ".join(units) or "none", OK if units else OFF)
-    vectors = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "sve",
-                                 "bf16") if flag in cpu["flags"]]
-    yield Row("devices", "vector units", " ".join(vectors) or "unknown", OK,
-              f"torch uses {torch.backends.cpu.get_cpu_capability()}")
+    yield _device("matrix units", " ".join(units) or "none", OK if units else OFF)
+    vectors = " ".join(flag for flag in VECTOR_UNITS if flag in cpu["flags"])
+    yield _device("vector units", vectors or "unknown", OK,
+                  f"torch uses {torch.backends.cpu.get_cpu_capability()}")
     yield from gpus(torch)
 
 
-def cpu_info() -> dict:
+def cpu_info() -> dict[str, Any]:
     """`model`, `cores` (physical, or "?") and `flags` of the processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {"model": platform.processor() or platform.machine(), "cores": "?", "flags": set()}
-    pairs = [[part.strip() for part in line.split(":", 1)] for line in text.splitlines()
-             if ":" in line]
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
     values = dict(reversed(pairs))  # of the first processor
-    sockets = [value for key, value in pairs if key == "physical id"]
-    cores = [value for key, value in pairs if key == "core id"]
+    sockets, cores = ([value for key, value in pairs if key == name]
+                      for name in ("physical id", "core id"))
     return {
-        "model": values.get("model name", platform.machine()),
+        "model": values.get("model name") or platform.processor() or platform.machine(),
         "cores": len(set(zip(sockets, cores, strict=True))) or "?",
         "flags": set(values.get("flags", values.get("Features", "")).split()),
     }
 
 
-def gpus(torch) -> Iterator[Row]:
-    there = Path("/dev/nvidiactl").exists()
+def gpus(torch: ModuleType) -> Iterator[Row]:
     build = torch.version.cuda or getattr(torch.version, "hip", None)
+    kind = f"built for CUDA {build}" if build else "a CPU build"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            yield Row("devices", f"GPU {index}", gpu.name, OK,
-                      f"{gpu.total_memory / 2**30:.0f} GiB, SM {gpu.major}{gpu.minor}, "
-                      f"{gpu.multi_processor_count} multiprocessors")
-    elif there and not build:
-        yield Row("devices", "GPU", "NVIDIA's driver", FIX,
-                  "this torch is a CPU build; make venv TORCH=cuda installs the CUDA build")
-    elif there:
-        yield Row("devices", "GPU", "NVIDIA's driver", FIX,
-                  f"torch is built for CUDA {build} and cannot use it: is the driver too old, or "
-                  "CUDA_VISIBLE_DEVICES empty?")
+            yield _device(f"GPU {index}", gpu.name, OK,
+                          f"{gpu.total_memory / 2**30:.0f} GiB, SM {gpu.major}{gpu.minor}, "
+                          f"{gpu.multi_processor_count} multiprocessors")
+    elif Path("/dev/nvidiactl").exists():
+        fix = " and cannot use it: is the driver too old, or CUDA_VISIBLE_DEVICES empty?" if build \
+            else "; make venv TORCH=cuda installs the CUDA build"
+        yield _device("GPU", "NVIDIA's driver", FIX, f"this torch is {kind}{fix}")
     else:
-        yield Row("devices", "GPU", "none", OFF, "training runs on the CPU; torch is "
-                  + (f"built for CUDA {build}" if build else "a CPU build"))
+        yield _device("GPU", "none", OFF, f"training runs on the CPU; torch is {kind}")
 
 
-def backends(torch) -> Iterator[Row]:
-    has = torch.distributed.is_available()
-    gloo = has and torch.distributed.is_gloo_available()
+def backends(torch: ModuleType) -> Iterator[Row]:
+    has, on_gpu = torch.distributed.is_available(), torch.cuda.is_available()
+    if has and torch.distributed.is_gloo_available():
+        yield _backend("gloo", "yes", OK, "several ranks on the CPU")
+    else:
+        yield _backend("gloo", "no", FIX, "this torch cannot train with several ranks on the "
+                                          "CPU; take another build")
     nccl = has and torch.distributed.is_nccl_available()
-    yield Row("backends", "gloo", "yes" if gloo else "no", OK if gloo else FIX,
-              "several processes on the CPU" if gloo else
-              "this torch cannot train in several processes on the CPU; take another build")
-    on_gpu = torch.cuda.is_available()
-    yield Row("backends", "nccl", "yes" if nccl else "no",
-              OK if nccl else FIX if on_gpu else OFF, "several processes on GPUs")
+    yield _backend("nccl", "yes" if nccl else "no", OK if nccl else FIX if on_gpu else OFF,
+                   "several ranks on GPUs")
 
 
-# fast paths
-
-
-def fast_paths(torch) -> Iterator[Row]:
+def fast_paths(torch: ModuleType) -> Iterator[Row]:
     from evomoe_plugin.experts.kernels.cuda.grouped_mm import why_not
     from evomoe_plugin.experts.precision import INSTRUCTIONS
 
-    flags = cpu_info()["flags"]
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    flags = cpu_info()["flags"]
     units = [flag for flag in INSTRUCTIONS[torch.bfloat16] if flag in flags]
     if capability:
         units = [f"SM {capability[0]}{capability[1]}"] if capability >= (8, 0) else []
-    yield Row("fast paths", "bf16 matmul", units[0] if units else "in fp32, rounded",
-              OK if units else OFF,
-              "--moe-matmul-dtype bf16" if units else "fp32 is faster here")
-
+    if units:
+        yield _fast_path("bf16 matmul", units[0], OK, "--moe-matmul-dtype bf16")
+    else:
+        yield _fast_path("bf16 matmul", "in fp32, rounded", OFF, "fp32 is faster here")
     if capability:
         # Widths are a model's own: some that fit.
         reason = why_not(torch.device("cuda"), torch.bfloat16, 512, 2048)
-        yield Row("fast paths", "grouped_mm", "no" if reason else "experts in bf16",
-                  OFF if reason else OK, reason)
-    else:
-        yield Row("fast paths", "grouped_mm", "no", OFF,
-                  "for GPUs; here experts are computed in chunks of tokens")
-
-    if capability:
+        yield _fast_path("grouped_mm", "no" if reason else "experts in bf16",
+                         OFF if reason else OK, reason)
         cuda = torch.backends.cuda
-        kernels = [name for name, on in (
-            ("flash", cuda.flash_sdp_enabled()), ("cuDNN", cuda.cudnn_sdp_enabled()),
-            ("memory-efficient", cuda.mem_efficient_sdp_enabled())) if on]
-        yield Row("fast paths", "attention", ", ".join(kernels) or "plain", OK if kernels else OFF)
+        on = {"flash": cuda.flash_sdp_enabled(), "cuDNN": cuda.cudnn_sdp_enabled(),
+              "memory-efficient": cuda.mem_efficient_sdp_enabled()}
+        kernels = ", ".join(name for name in on if on[name])
+        yield _fast_path("attention", kernels or "plain", OK if kernels else OFF)
+        yield _fast_path("torch.compile", "between experts' matmuls")
     else:
-        yield Row("fast paths", "attention", "flash", OK, "block by block, in evomoe_plugin, while "
-                                                          "attention dropout is on")
-    yield from vocabulary_rows()
-    yield Row("fast paths", "torch.compile", "between experts' matmuls" if capability else "no",
-              OK if capability else OFF,
-              "" if capability else "it speeds up no part of a step on a CPU")
-    yield from adam_rows(torch)
-
-
-def vocabulary_rows() -> Iterator[Row]:
-    if evomoe_plugin.fairseq_error is None:
-        from evomoe_plugin.models.vocabulary_loss import CHUNKS
-
-        yield Row("fast paths", "vocabulary loss", "in chunks", OK,
-                  "tokens whose logits are in memory at once: "
-                  + ", ".join(f"{size} on {device}" for device, size in CHUNKS.items())
-                  + "; --criterion moe_cross_entropy")
-
-
-def adam_rows(torch) -> Iterator[Row]:
+        yield _fast_path("grouped_mm", "no", OFF,
+                         "for GPUs; here experts are computed in chunks of tokens")
+        yield _fast_path("attention", "flash", OK,
+                         "block by block, in evomoe_plugin, while attention dropout is on")
+        yield _fast_path("torch.compile", "no", OFF, "it speeds up no part of a step on a CPU")
     kind, where = apex_kind()
     if kind == "unrelated":
-        yield Row("fast paths", "apex", where, FIX,
-                  "PyPI's apex is a toolkit for the Pyramid web framework, not NVIDIA's: pip "
-                  "uninstall apex. NVIDIA's is optional and built from source.")
+        yield _fast_path("apex", where, FIX,
+                         "PyPI's apex is a toolkit for the Pyramid web framework, not NVIDIA's: "
+                         "pip uninstall apex. NVIDIA's is optional and built from source.")
     elif kind is None:
-        yield Row("fast paths", "apex", "no", OFF,
-                  "NVIDIA's is optional and built from source")
+        yield _fast_path("apex", "no", OFF, "NVIDIA's is optional and built from source")
     else:
-        yield Row("fast paths", "apex", "NVIDIA's", OK, where)
+        yield _fast_path("apex", "NVIDIA's", OK, where)
     if evomoe_plugin.fairseq_error is not None:
         return
     from fairseq.optim.fused_adam import get_fused_adam_class
 
-    fused = torch.cuda.is_available() and get_fused_adam_class() is not None
-    yield Row("fast paths", "fused Adam", "apex's" if fused else "torch's", OK,
-              "--optimizer fused_adamw, and adam on GPUs" if fused else
-              "--optimizer fused_adamw; adam is fairseq's own, and several times slower")
+    from evomoe_plugin.models.vocabulary_loss import CHUNKS
+
+    sizes = ", ".join(f"{size} on {device}" for device, size in CHUNKS.items())
+    yield _fast_path("vocabulary loss", "in chunks", OK, "tokens whose logits are in memory at "
+                     f"once: {sizes}; --criterion moe_cross_entropy")
+    if capability and get_fused_adam_class() is not None:
+        yield _fast_path("fused Adam", "apex's", OK, "--optimizer fused_adamw, and adam on GPUs")
+    else:
+        yield _fast_path("fused Adam", "torch's", OK, "--optimizer fused_adamw; adam is "
+                         "fairseq's own, and several times slower")
 
 
 def apex_kind() -> tuple[str | None, str]:
@@ -352,18 +321,15 @@ def apex_kind() -> tuple[str | None, str]:
     return "nvidia" if nvidia else "unrelated", str(folders[0])
 
 
-# patches
-
-
 def patches() -> Iterator[Row]:
     if evomoe_plugin.fairseq_error is not None:
-        yield Row("patches", "all", "not applied", OFF, "there is no fairseq to patch")
+        yield _patch("all", "not applied", OFF, "there is no fairseq to patch")
         return
     from evomoe_plugin.patches import report
 
     for status in report():
-        yield Row("patches", status.name, "active" if status.active else "inactive",
-                  OK if status.active else OFF, status.reason)
+        yield _patch(status.name, *(("active", OK) if status.active else ("inactive", OFF)),
+                     status.reason)
 
 
 def _one_line(error: Exception) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from evomoe_plugin.cli.flags import add_data, flag
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT",
                         help="the checkpoint, of any layout that fairseq-eval-lm reads")
     parser.add_argument("out", metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--data", metavar="DATA",
-                        help="the folder that evomoe prepare wrote, with dict.txt and the "
-                             "tokenizer (default: the one that the checkpoint was trained with)")
-    parser.add_argument("--without-eval-capacity", action="store_true",
-                        help="leave out the experts' capacity in evaluation, which the exported "
-                             "model does not support")
+    add_data(parser)
+    flag(parser, "--without-eval-capacity", False, "leave out the experts' capacity in evaluation, "
+                                                   "which the exported model does not support")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
+
+from evomoe_plugin.cli.flags import add_data, defaults, flag, parsed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from evomoe_plugin.generation.options import GenerationOptions
 
-    default = {f.name: f.default for f in dataclasses.fields(GenerationOptions)}
-    parser.add_argument("--path", required=True, metavar="CKPT",
-                        help="the checkpoint, of any layout that fairseq-eval-lm reads")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
-                        help="text to continue; repeatable")
-    parser.add_argument("--prompts-file", metavar="FILE",
-                        help="one prompt per line, UTF-8; empty lines are skipped")
-    parser.add_argument("--data", metavar="DIR",
-                        help="the folder that evomoe prepare wrote, with dict.txt and the "
-                             "tokenizer (default: the one that the checkpoint was trained with)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N",
-                        default=default["max_new_tokens"],
-                        help="most tokens after each prompt (default: %(default)s)")
-    parser.add_argument("--beam", type=int, default=default["beam"], metavar="N",
-                        help="beam width; 1 takes the most probable token at each step "
-                             "(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, metavar="T",
-                        help="sample, from logits divided by this")
-    parser.add_argument("--top-k", type=int, metavar="K",
-                        help="sample among the K most probable tokens")
-    parser.add_argument("--top-p", type=float, metavar="P",
-                        help="sample among the fewest tokens whose probability reaches P")
-    parser.add_argument("--seed", type=int, default=default["seed"], metavar="N",
-                        help="seed of sampling; the batch size has no influence "
-                             "(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=default["batch_size"], metavar="N",
-                        help="prompts at a time; the tokens do not depend on it "
-                             "(default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
+    add, default = partial(flag, parser), defaults(GenerationOptions)
+    add("--path CKPT", str, "the checkpoint, of any layout that fairseq-eval-lm reads",
+        required=True)
+    add("--prompt TEXT", [], "text to continue; repeatable")
+    add("--prompts-file FILE", str, "one prompt per line, UTF-8; empty lines are skipped")
+    add_data(parser)
+    add("--max-new-tokens N", default["max_new_tokens"], "most tokens after each prompt")
+    add("--beam N", default["beam"], "beam width; 1 takes the most probable token at each step")
+    add("--temperature T", float, "sample, from logits divided by this")
+    add("--top-k K", int, "sample among the K most probable tokens")
+    add("--top-p P", float, "sample among the fewest tokens whose probability reaches P")
+    add("--seed N", default["seed"], "seed of sampling; the batch size has no influence")
+    add("--batch-size N", default["batch_size"],
+        "prompts at a time; the tokens do not depend on it")
+    add("--cpu", False, "use the CPU, even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,23 +38,22 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.generation.options import GenerationOptions
 
     texts = _prompts(args.prompt, args.prompts_file)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(GenerationOptions)}
-    options = GenerationOptions(**given)
     trained = load_trained_model("path", args.path, args.data)
     prompts = [trained.codec.encode(text) for text in texts]
     if unknown := sum(prompt.count(trained.dictionary.unk()) for prompt in prompts):
         print(f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
               file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    done = generate(trained, prompts, options, device)
+    done = generate(trained, prompts, parsed(GenerationOptions, args), device)
     for number, found in enumerate(done.continuations, 1):
         if len(prompts) > 1:
             print(f"--- {number}")
         print(trained.codec.decode(found.prompt + found.new))
     sys.stdout.flush()
-    print(f"{done.new_tokens:,} new tokens in {done.seconds:.2f} s: "
-          f"{done.new_tokens / done.seconds:,.1f} tokens per second; "
-          f"{done.tokens / done.seconds:,.1f} with the prompts", file=sys.stderr)
+    new = sum(len(found.new) for found in done.continuations)
+    print(f"{new:,} new tokens in {done.seconds:.2f} s: {new / done.seconds:,.1f} tokens per "
+          f"second; {(new + sum(map(len, prompts))) / done.seconds:,.1f} with the prompts",
+          file=sys.stderr)
     if done.routed_tokens:
         print(f"{done.pairs / done.routed_tokens:.2f} of {done.experts / done.routed_tokens:.4g} "
               "experts per token were used in each MoE layer, on average", file=sys.stderr)

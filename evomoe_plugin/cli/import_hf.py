@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 
+from evomoe_plugin.cli.flags import flag
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR",
                         help="config.json and model.safetensors; nothing in them is executed")
     parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
-    parser.add_argument("--dict", metavar="FILE",
-                        help="dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose "
-                             "order the embeddings get (default: the order of token ids)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace OUT's model.pt and dict.txt if they exist")
+    flag(parser, "--dict FILE", str,
+         "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
+         "get (default: the order of token ids)")
+    flag(parser, "--overwrite", False, "replace OUT's model.pt and dict.txt if they exist")
 
 
 def run(args: argparse.Namespace) -> int:
+    import io
     import os
 
     import torch
@@ -33,11 +35,9 @@ def run(args: argparse.Namespace) -> int:
     dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
     imported = import_gpt2(args.folder, dictionary)
     os.makedirs(args.out, exist_ok=True)
-    rows = "".join(f"{entry} {count}\n" for entry, count in zip(
-        imported.dictionary.symbols[imported.dictionary.nspecial:],
-        imported.dictionary.count[imported.dictionary.nspecial:], strict=True))
+    imported.dictionary.save(rows := io.StringIO())
     write_files({
-        dict_path: lambda file: file.write(rows.encode()),
+        dict_path: lambda file: file.write(rows.getvalue().encode()),
         model_path: lambda file: torch.save(imported.state, file),
     })
     model = imported.state["cfg"]["model"]

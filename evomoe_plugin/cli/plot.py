@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from evomoe_plugin.cli.flags import flag
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logs", nargs="+", metavar="LOG",
                         help="the output of fairseq-train --log-format json, saved to a file; "
                              "several are drawn into one picture")
-    parser.add_argument("--out", required=True, metavar="FILE.png",
-                        help="the picture to write; .svg and .pdf work too")
-    parser.add_argument("--smoothing", type=float, default=0.6, metavar="W",
-                        help="weight of the loss's moving average, 0 for none "
-                             "(default: %(default)s)")
+    flag(parser, "--out FILE.png", str, "the picture to write; .svg and .pdf work too",
+         required=True)
+    flag(parser, "--smoothing W", 0.6, "weight of the loss's moving average, 0 for none")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from evomoe_plugin.evolve.convert import Converted
+from functools import partial
 
 import evomoe_plugin
+from evomoe_plugin.cli.flags import flag
 
 _OWN = ("dense", "moe", "method", "rate", "rescale", "slices", "gate_init", "seed", "arch", "data",
         "subset", "tokens_per_sample", "max_update", "overwrite", "user_dir", "run", "verb")
@@ -26,34 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                     "[--moe-… options]")
     parser.add_argument("dense", metavar="DENSE", help="checkpoint of fairseq's transformer_lm")
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace MOE if it exists")
-    parser.add_argument("--method", default="copy", metavar="|".join(METHODS),
-                        help="how experts are initialised: copies of the feed-forward network, "
-                             "copies with random weights masked, with noise, or with hidden units "
-                             "drawn anew, slices of it, or at random (default: %(default)s)")
-    parser.add_argument("--rate", type=float, metavar="X",
-                        help="mask: fraction of the weights; noise: fraction of their standard "
-                             "deviation; reinit: fraction of the hidden units (default: 0.3, 0.1, "
-                             "0.5)")
-    parser.add_argument("--rescale", action="store_true",
-                        help="mask: divide the remaining weights by 1 - rate; slice: multiply an "
-                             "expert's output by the number of slices")
-    parser.add_argument("--slices", default="contiguous", metavar="|".join(SLICES),
-                        help="hidden units of a slice (default: %(default)s)")
-    parser.add_argument("--gate-init", default="default", metavar="default|zero|normal:STD",
-                        help="weights of the gates (default: the gate's own initialisation)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N",
-                        help="of all random numbers, and of the run to come (default: %(default)s)")
-    parser.add_argument("--data", metavar="DIR",
-                        help="data set to evaluate both models on; also gives the dictionary")
-    parser.add_argument("--subset", default="valid", metavar="NAME",
-                        help="which split of it (default: %(default)s)")
-    parser.add_argument("--tokens-per-sample", type=int, metavar="N",
-                        help="context in that evaluation (default: the dense run's)")
-    parser.add_argument("--arch", default=DEFAULT_ARCH, metavar="NAME",
-                        help="MoE architecture; sizes are the dense model's (default: %(default)s)")
-    parser.add_argument("--max-update", type=int, metavar="N",
-                        help="length of the run to come; schedules are fractions of it")
+    add = partial(flag, parser)
+    add("--overwrite", False, "replace MOE if it exists")
+    add(f"--method {'|'.join(METHODS)}", "copy",
+        "how experts are initialised: copies of the feed-forward network, copies with random "
+        "weights masked, with noise, or with hidden units drawn anew, slices of it, or at random")
+    add("--rate X", float,
+        "mask: fraction of the weights; noise: fraction of their standard deviation; reinit: "
+        "fraction of the hidden units (default: 0.3, 0.1, 0.5)")
+    add("--rescale", False, "mask: divide the remaining weights by 1 - rate; slice: multiply an "
+                            "expert's output by the number of slices")
+    add(f"--slices {'|'.join(SLICES)}", "contiguous", "hidden units of a slice")
+    add("--gate-init default|zero|normal:STD", "default",
+        "weights of the gates; default is their own initialisation")
+    add("--seed N", 1, "of all random numbers, and of the run to come")
+    add("--data DIR", str, "data set to evaluate both models on; also gives the dictionary")
+    add("--subset NAME", "valid", "which split of it")
+    add("--tokens-per-sample N", int, "context in that evaluation (default: the dense run's)")
+    add("--arch NAME", DEFAULT_ARCH, "MoE architecture; sizes are the dense model's")
+    add("--max-update N", int, "length of the run to come; schedules are fractions of it")
     options = parser.add_argument_group("options of the MoE model, as in fairseq-train")
     # Suppress defaults so that explicit flags can be detected.
     options.argument_default = argparse.SUPPRESS
@@ -66,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.output import check_output
-    from evomoe_plugin.config.options import check_number
+    from evomoe_plugin.config.options import check_number, expert_ffn_dim, expert_slots
     from evomoe_plugin.evolve.convert import convert, write
+    from evomoe_plugin.evolve.perplexity import perplexity
     from evomoe_plugin.evolve.upcycle import Recipe
 
     # fairseq seeds numpy too, which takes 32 bits.
@@ -79,35 +69,20 @@ def run(args: argparse.Namespace) -> int:
     check_output("MOE", args.moe, overwrite=args.overwrite)
     converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
                         max_update=args.max_update, user_dir=args.user_dir)
-    before = evaluate(args, args.dense) if args.data else None
+    measured = args.data, args.subset, args.tokens_per_sample
+    before = perplexity(args.dense, *measured) if args.data else None
     write(converted.state, args.moe, args.overwrite)
-    _report(args, converted)
-    if before is not None:
-        _report_perplexity(args, before, evaluate(args, args.moe))
-    return 0
 
-
-def evaluate(args: argparse.Namespace, path: str) -> float:
-    """The perplexity that fairseq-eval-lm gives for a checkpoint."""
-    from evomoe_plugin.evolve.perplexity import perplexity
-
-    return perplexity(path, args.data, args.subset, args.tokens_per_sample)
-
-
-def _report(args: argparse.Namespace, converted: Converted) -> None:
-    from evomoe_plugin.config.options import expert_ffn_dim, expert_slots
-
-    upcycling = converted.upcycling
-    options, layers = upcycling.options, upcycling.moe_layers
+    options, layers = converted.upcycling.options, converted.upcycling.moe_layers
     counts = sorted(set(expert_slots(options, len(layers))))
     experts = "-".join(map(str, (counts[0], counts[-1])[: len(counts)]))
     print(f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
           f"width {expert_ffn_dim(options)} each, by {args.method}")
     print(converted.logits)
-    if not args.data and not converted.logits.equal:
+    if before is not None:
+        after = perplexity(args.moe, *measured)
+        print(f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
+              f"({100 * (after / before - 1):+.2f} %)")
+    elif not converted.logits.equal:
         print("--data DIR evaluates both models, to show the effect on perplexity")
-
-
-def _report_perplexity(args: argparse.Namespace, before: float, after: float) -> None:
-    print(f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
-          f"({100 * (after / before - 1):+.2f} %)")
+    return 0

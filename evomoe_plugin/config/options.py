@@ -438,7 +438,7 @@ def check_choice(options: ModelOptions, option: str, allowed: Sequence[str]) -> 
 
 
 def check_number(
-    options: ModelOptions, option: str, remedy: str, *, least: float | None = None,
+    options: object, option: str, remedy: str, *, least: float | None = None,
     above: float | None = None, most: float | None = None, below: float | None = None,
 ) -> None:
     """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,9 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from evomoe_plugin.checkpoint.atomic_files import reason_of
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import RunFailed
-from evomoe_plugin.export.tokenizer import write_tokenizer
+from evomoe_plugin.export.tokenizer import write_json, write_tokenizer
 from evomoe_plugin.export.weights import exported_model
 from evomoe_plugin.generation.loading import TrainedModel
 
@@ -33,36 +32,24 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
     target = Path(out)
     check_output("DIR", out, makes_folders=True)
     config, tensors = exported_model(trained, without_eval_capacity)
-    work = None
+    parent = target.absolute().parent
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        work.chmod(0o777 & ~_umask())
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write(work / "config.json", {
-            "model_type": "evomoe", "architectures": ["EvoMoEForCausalLM"], "dtype": "float32",
-            "auto_map": {"AutoConfig": "modeling_evomoe.EvoMoEConfig",
-                         "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM"},
-            **config})
-        _write(work / "generation_config.json", ids)
-        shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
-        write_tokenizer(trained, work)
-        os.rename(work, target)
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as temporary:
+            work = Path(temporary, target.name)
+            work.mkdir()
+            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+            ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(work / "config.json", {
+                "model_type": "evomoe", "architectures": ["EvoMoEForCausalLM"], "dtype": "float32",
+                "auto_map": {"AutoConfig": "modeling_evomoe.EvoMoEConfig",
+                             "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM"},
+                **config})
+            write_json(work / "generation_config.json", ids)
+            shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
+            write_tokenizer(trained, work)
+            work.rename(target)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunFailed(f"cannot write {out}: {reason}; partial output is removed") from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        raise RunFailed(f"cannot write {out}: {reason_of(error)}; partial output is removed"
+                        ) from error
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -24,56 +24,22 @@ class EvoMoEConfig(PretrainedConfig):
     model_type = "evomoe"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(
-        self,
-        vocab_size=8,
-        hidden_size=8,
-        input_dim=8,
-        output_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        max_position_embeddings=8,
-        activation="gelu",
-        position_embedding="sinusoidal",
-        scale_embedding=True,
-        layernorm_embedding=False,
-        post_norm=False,
-        final_norm=True,
-        num_experts=(0,),
-        expert_ffn_dim=8,
-        expert_gated=False,
-        num_null_experts=0,
-        num_shared_experts=0,
-        shared_ffn_dim=8,
-        shared_combine="add",
-        routing=None,
-        tie_word_embeddings=True,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.input_dim = input_dim
-        self.output_dim = output_dim
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.max_position_embeddings = max_position_embeddings
-        self.activation = activation
-        self.position_embedding = position_embedding  # sinusoidal, learned or none
-        self.scale_embedding = scale_embedding
-        self.layernorm_embedding = layernorm_embedding
-        self.post_norm = post_norm  # norms after attention and FFN, instead of before
-        self.final_norm = final_norm
-        self.num_experts = list(num_experts)  # of each layer; 0: dense FFN
-        self.expert_ffn_dim = expert_ffn_dim
-        self.expert_gated = expert_gated
-        self.num_null_experts = num_null_experts
-        self.num_shared_experts = num_shared_experts
-        self.shared_ffn_dim = shared_ffn_dim
-        self.shared_combine = shared_combine  # add, softmax or mix
-        self.routing = dict(routing or {})
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    vocab_size = hidden_size = input_dim = output_dim = intermediate_size = 8
+    num_hidden_layers = num_attention_heads = 1
+    max_position_embeddings = 8
+    activation = "gelu"
+    position_embedding = "sinusoidal"  # or learned, none
+    scale_embedding = True
+    layernorm_embedding = False
+    post_norm = False  # norms after attention and FFN, instead of before
+    final_norm = True
+    num_experts = (0,)  # of each layer; 0: dense FFN
+    expert_ffn_dim = shared_ffn_dim = 8
+    expert_gated = False
+    num_null_experts = num_shared_experts = 0
+    shared_combine = "add"  # or softmax, mix
+    routing = None
+    tie_word_embeddings = True
 
 
 def _gelu_tanh(x):
@@ -381,23 +347,24 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model. Positions count from the first non-padding token."""
 
     config_class = EvoMoEConfig
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]
     _supports_sdpa = True
 
     def __init__(self, config):
         super().__init__(config)
         D, V = config.hidden_size, config.vocab_size
         self.embed_tokens = nn.Embedding(V, config.input_dim, config.pad_token_id)
-        self.project_in_dim = self.project_out_dim = self.output_projection = None
+        self.project_in_dim = self.project_out_dim = nn.Identity()
         if config.input_dim != D:
             self.project_in_dim = nn.Linear(config.input_dim, D, bias=False)
         if config.output_dim != D:
             self.project_out_dim = nn.Linear(D, config.output_dim, bias=False)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, D)
-        self.layernorm_embedding = nn.LayerNorm(D) if config.layernorm_embedding else None
+        self.layernorm_embedding = nn.LayerNorm(D) if config.layernorm_embedding else nn.Identity()
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.layer_norm = nn.LayerNorm(D) if config.final_norm else None
+        self.layer_norm = nn.LayerNorm(D) if config.final_norm else nn.Identity()
+        self.output_projection = None
         if not config.tie_word_embeddings:
             self.output_projection = nn.Linear(config.output_dim, V, bias=False)
         self.post_init()
@@ -424,14 +391,15 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
         device, M = input_ids.device, past + L
-        places_L, places_M = torch.arange(past, M, device=device), torch.arange(M, device=device)
-        allowed = (places_M <= places_L.unsqueeze(1))[None, None]
+        positions_M = torch.arange(M, device=device)
+        positions_L = positions_M[past:]
+        allowed = (positions_M <= positions_L.unsqueeze(1))[None, None]
         if attention_mask is None:
             keep_BM = torch.ones(B, M, dtype=torch.bool, device=device)
         else:
             keep_BM = attention_mask.bool()
             # Padding attends to itself: a fully masked row would be NaN.
-            itself = (places_M == places_L.unsqueeze(1))[None, None]
+            itself = (positions_M == positions_L.unsqueeze(1))[None, None]
             allowed = allowed & (keep_BM[:, None, None, :] | itself)
         if position_ids is None:
             position_ids = (keep_BM.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -439,13 +407,8 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         x_BLD = self._embed(input_ids, position_ids)
         for block in self.layers:
             x_BLD = block(x_BLD, input_ids, keep_BM[:, past:], allowed, past_key_values)
-        x_BLD = x_BLD[:, -logits_to_keep:]
-        if self.layer_norm is not None:
-            x_BLD = self.layer_norm(x_BLD)
-        if self.project_out_dim is not None:
-            x_BLD = self.project_out_dim(x_BLD)
-        output = self.output_projection or self.embed_tokens
-        logits = F.linear(x_BLD, output.weight)
+        x_BLD = self.project_out_dim(self.layer_norm(x_BLD[:, -logits_to_keep:]))
+        logits = F.linear(x_BLD, (self.output_projection or self.embed_tokens).weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(),
@@ -457,8 +420,7 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         x_BLD = self.embed_tokens(ids_BL)
         if self.config.scale_embedding:
             x_BLD = math.sqrt(D) * x_BLD
-        if self.project_in_dim is not None:
-            x_BLD = self.project_in_dim(x_BLD)
+        x_BLD = self.project_in_dim(x_BLD)
         if self.config.position_embedding == "learned":
             longest = int(positions_BL.max()) + 1 if positions_BL.numel() else 0
             if longest > self.config.max_position_embeddings:
@@ -470,8 +432,8 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             step = -math.log(10000) / (half - 1)
             rates = torch.exp(torch.arange(half, dtype=torch.float, device=ids_BL.device) * step)
             # fairseq's positions start after the padding index.
-            places = positions_BL + self.config.pad_token_id + 1
-            angles = places.float().unsqueeze(-1) * rates
+            indices = positions_BL + self.config.pad_token_id + 1
+            angles = indices.float().unsqueeze(-1) * rates
             waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
             x_BLD = x_BLD + F.pad(waves, (0, D % 2)).to(x_BLD.dtype)
-        return x_BLD if self.layernorm_embedding is None else self.layernorm_embedding(x_BLD)
+        return self.layernorm_embedding(x_BLD)

@@ -23,7 +23,7 @@ class EvoMoETokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "vocab.json", "model_file": "sentencepiece.model"}
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file, model_file, encoded_apart=None, **kwargs):
         import sentencepiece

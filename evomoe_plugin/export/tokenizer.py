@@ -17,7 +17,7 @@ from evomoe_plugin.data.tokenizers import (
 )
 from evomoe_plugin.generation.loading import TrainedModel
 
-_HERE = Path(__file__).parent
+_TOKENIZATION = "tokenization_evomoe.py"
 
 
 def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
@@ -38,8 +38,8 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(trained.folder / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
-        shutil.copyfile(_HERE / "tokenization_evomoe.py", folder / "tokenization_evomoe.py")
-        _write(folder / "vocab.json", {token: i for i, token in enumerate(dictionary.symbols)})
+        shutil.copyfile(Path(__file__).with_name(_TOKENIZATION), folder / _TOKENIZATION)
+        write_json(folder / "vocab.json", dictionary.indices)
         config |= {
             "tokenizer_class": "EvoMoETokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
@@ -47,8 +47,10 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
                               for character, ids in tokenizer.encoded_apart.items()},
         }
     else:
+        sequence = [{"SpecialToken": {"id": start, "type_id": 0}},
+                    *({"Sequence": {"id": part, "type_id": 0}} for part in "AB")]
         parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
-        _write(folder / "tokenizer.json", {
+        write_json(folder / "tokenizer.json", {
             "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
             "added_tokens": [
                 {"id": i, "content": dictionary[i], "single_word": False, "lstrip": False,
@@ -56,18 +58,15 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
                 for i in range(dictionary.nspecial)],
             "post_processor": {
                 "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": start, "type_id": 0}},
-                           {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [{"SpecialToken": {"id": start, "type_id": 0}},
-                         {"Sequence": {"id": "A", "type_id": 0}},
-                         {"Sequence": {"id": "B", "type_id": 0}}],
+                "single": sequence[:2],
+                "pair": sequence,
                 "special_tokens": {start: {"id": start, "ids": [trained.start],
                                            "tokens": [start]}},
             },
             **parts,
         })
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _gpt2(trained: TrainedModel) -> dict[str, Any]:
@@ -90,14 +89,14 @@ def _gpt2(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _words(dictionary: Dictionary) -> dict[str, Any]:
-    vocabulary = {token: i for i, token in enumerate(dictionary.symbols)}
     return {
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary,
+        "model": {"type": "WordLevel", "vocab": dictionary.indices,
                   "unk_token": dictionary[dictionary.unk()]},
     }
 
 
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` for a person to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

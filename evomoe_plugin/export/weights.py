@@ -32,66 +32,56 @@ def exported_model(
     if not isinstance(model, TransformerLanguageModel):
         raise OptionError("arch", type(model).__name__,
                           "cannot be exported: give a checkpoint of a transformer_lm")
-    args = model.decoder.args  # as built, with defaults filled in
+    decoder, args = model.decoder, model.decoder.args  # as built, with defaults filled in
     for option in UNSUPPORTED:
         if args.get(option):
             raise OptionError(option, args[option], "the exported model does not implement it")
     if args.activation_fn not in _ACTIVATIONS:
         raise OptionError("activation_fn", args.activation_fn,
                           f"the exported model implements {', '.join(_ACTIVATIONS)}")
-    decoder = model.decoder
-    config, tensors = _outside_of_layers(trained), {}
+    tensors: dict[str, Tensor] = {}
+
+    def add(prefix: str, module: nn.Module, *names: str) -> None:
+        for name in names:
+            part = getattr(module, name)
+            state = {} if part is None else part.state_dict()
+            tensors.update({f"{prefix}{name}.{key}": value for key, value in state.items()})
+
     if decoder.embed_positions is not None and args.decoder_learned_pos:
         # fairseq's positions start after the padding index.
         weight = decoder.embed_positions.weight
         tensors["embed_positions.weight"] = weight[trained.dictionary.pad() + 1:]
-    for name in ("embed_tokens", "project_in_dim", "project_out_dim", "layernorm_embedding",
-                 "layer_norm"):
-        _add(tensors, name, getattr(decoder, name))
+    add("", decoder, "embed_tokens", "project_in_dim", "project_out_dim", "layernorm_embedding",
+        "layer_norm")
     if not decoder.share_input_output_embed:
-        _add(tensors, "output_projection", decoder.output_projection)
-    of_all_layers: dict[str, Any] = {}
+        add("", decoder, "output_projection")
+    config = _outside_of_layers(trained)
+    of_moe_layers: dict[str, Any] = {}
     for index, layer in enumerate(decoder.layers):
         prefix = f"layers.{index}."
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            _add(tensors, f"{prefix}self_attn.{name}", getattr(layer.self_attn, name))
-        for name in ("self_attn_layer_norm", "final_layer_norm"):
-            _add(tensors, prefix + name, getattr(layer, name))
-        if isinstance(layer, MoEDecoderLayer):
-            given = _moe(layer.moe, f"{prefix}moe.", tensors, without_eval_capacity)
-            config["num_experts"].append(given.pop("num_experts"))
-            _check_same(of_all_layers, given, gate_name(layer.moe.gate), index)
-            of_all_layers = given
-        else:
-            _add(tensors, f"{prefix}fc1", layer.fc1)
-            _add(tensors, f"{prefix}fc2", layer.fc2)
+        add(f"{prefix}self_attn.", layer.self_attn, "q_proj", "k_proj", "v_proj", "out_proj")
+        add(prefix, layer, "self_attn_layer_norm", "final_layer_norm")
+        if not isinstance(layer, MoEDecoderLayer):
+            add(prefix, layer, "fc1", "fc2")
             config["num_experts"].append(0)
-    config.update(of_all_layers)
-    return config, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _check_same(before: dict[str, Any], given: dict[str, Any], gate: str, index: int) -> None:
-    """Raise `OptionError` if MoE layers differ in a value that the configuration stores once."""
-    for name in before:
-        if before[name] != given[name]:
-            raise OptionError("moe_gate", gate, f"layer {index} has {name} {given[name]}, an "
-                                                f"earlier one {before[name]}: the exported model "
-                                                "has one value for all layers")
-
-
-def _add(tensors: dict[str, Tensor], name: str, module: nn.Module | None) -> None:
-    if module is not None:
-        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+            continue
+        given, own = _moe(layer.moe, without_eval_capacity)
+        config["num_experts"].append(given.pop("num_experts"))
+        tensors |= {f"{prefix}moe.{name}": tensor for name, tensor in own.items()}
+        for name, before in of_moe_layers.items():
+            if before != given[name]:
+                raise OptionError("moe_gate", gate_name(layer.moe.gate),
+                                  f"layer {index} has {name} {given[name]}, an earlier one "
+                                  f"{before}: the exported model has one value for all layers")
+        of_moe_layers = given
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return config | of_moe_layers, tensors
 
 
 def _outside_of_layers(trained: TrainedModel) -> dict[str, Any]:
     decoder, dictionary = trained.model.decoder, trained.dictionary
     args = decoder.args
-    position = "sinusoidal"
-    if decoder.embed_positions is None:
-        position = "none"
-    elif args.decoder_learned_pos:
-        position = "learned"
+    position = "learned" if args.decoder_learned_pos else "sinusoidal"
     return {
         "vocab_size": len(dictionary),
         "hidden_size": decoder.embed_dim,
@@ -102,7 +92,7 @@ def _outside_of_layers(trained: TrainedModel) -> dict[str, Any]:
         "intermediate_size": args.decoder_ffn_embed_dim,
         "max_position_embeddings": decoder.max_positions(),
         "activation": str(args.activation_fn),
-        "position_embedding": position,
+        "position_embedding": "none" if decoder.embed_positions is None else position,
         "scale_embedding": not args.no_scale_embedding,
         "layernorm_embedding": decoder.layernorm_embedding is not None,
         "post_norm": not args.decoder_normalize_before,
@@ -115,36 +105,28 @@ def _outside_of_layers(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _moe(layer: MoELayer, prefix: str, tensors: dict[str, Tensor],
-         without_eval_capacity: bool) -> dict[str, Any]:
+def _moe(layer: MoELayer, without_eval_capacity: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.eval_capacity and not without_eval_capacity:
         raise OptionError("moe_eval_capacity_factor", "(or token fraction)",
                           "dropped pairs depend on the batch, and the exported model drops "
                           "none: give --without-eval-capacity to export without it")
-    gate = export_gate(layer)
-    used, E = slice(None), layer.num_experts
-    if layer.in_dense_phase:
-        used, E = slice(1), 1
-    active_C = layer.gate.active()
-    if active_C is not None and not layer.in_dense_phase:
-        used, E = active_C[:E], int(active_C[:E].sum())
-    for name, tensor in gate.tensors.items():
-        tensors[f"{prefix}gate.{name}"] = tensor
-    stacks = {"experts": (layer.experts, used)}
-    if layer.shared is not None:
-        stacks["shared"] = (layer.shared.experts, slice(None))
-    for stack, (experts, kept) in stacks.items():
-        for name, weight in experts.named_parameters():
-            tensors[f"{prefix}{stack}.{name}"] = weight[kept]
-    weighs = layer.gate.shared_weights is not None and not layer.in_dense_phase
-    shared = layer.shared.experts if layer.shared is not None else None
+    gate, single = layer.gate, layer.in_dense_phase
+    routing, gate_tensors = export_gate(layer)
+    tensors = {f"gate.{name}": tensor for name, tensor in gate_tensors.items()}
+    used: slice | Tensor = slice(1 if single else layer.num_experts)
+    if not single and (active_C := gate.active()) is not None:
+        used = active_C[:layer.num_experts]
+    tensors |= {f"experts.{n}": weight[used] for n, weight in layer.experts.named_parameters()}
+    shared = None if layer.shared is None else layer.shared.experts
+    if shared is not None:
+        tensors |= {f"shared.{n}": weight for n, weight in shared.named_parameters()}
     return {
-        "num_experts": E,
+        "num_experts": len(tensors["experts.fc1_weight"]),
         "expert_ffn_dim": layer.experts.fc1_weight.size(1),
         "expert_gated": layer.experts.gated,
-        "num_null_experts": 0 if layer.in_dense_phase else layer.gate.info.num_null,
+        "num_null_experts": 0 if single else gate.info.num_null,
         "num_shared_experts": shared.num_experts if shared else 0,
         "shared_ffn_dim": shared.fc1_weight.size(1) if shared else 0,
-        "shared_combine": layer.gate.shared_weights.kind if weighs else "add",
-        "routing": dict(gate.routing),
-    }
+        "shared_combine": gate.shared_weights.kind if gate.shared_weights and not single else "add",
+        "routing": routing,
+    }, tensors

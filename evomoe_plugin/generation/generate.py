@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from fairseq.search import Search
 from fairseq.sequence_generator import SequenceGenerator
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.generation.loading import TrainedModel
@@ -43,16 +45,6 @@ class Generation:
     experts: float = 0.0
     """Available experts, summed over those tokens."""
 
-    @property
-    def new_tokens(self) -> int:
-        """Number of generated tokens."""
-        return sum(len(c.new) for c in self.continuations)
-
-    @property
-    def tokens(self) -> int:
-        """Number of generated and prompt tokens."""
-        return self.new_tokens + sum(len(c.prompt) for c in self.continuations)
-
 
 def generate(
     trained: TrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions,
@@ -73,13 +65,11 @@ def generate(
     longest = model.max_decoder_positions() - 2  # the start and one new token
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > longest:
-            raise OptionError("prompt", f"(number {number})",
-                              f"has {len(prompt)} tokens: give at most {longest}, which leaves "
-                              "a position for one new token")
+            raise OptionError("prompt", f"(number {number})", f"has {len(prompt)} tokens: give at "
+                              f"most {longest}, which leaves a position for one new token")
         if dictionary.eos() in prompt:
-            raise OptionError("prompt", f"(number {number})",
-                              f"contains {dictionary[dictionary.eos()]}, which ends a text: "
-                              "split the prompt there")
+            raise OptionError("prompt", f"(number {number})", "contains "
+                              f"{dictionary[dictionary.eos()]}, which ends a text: split it there")
     lengths_P = torch.tensor([len(p) for p in prompts], device=device)
     limits_P = (lengths_P + options.max_new_tokens).clamp(max=longest + 1)
     allowed = Prompts(dictionary, lengths_P, limits_P, trained.codec.without_text())
@@ -88,53 +78,34 @@ def generate(
         search = KeyedSampling(dictionary, allowed, options.seed, options.top_k or 0,
                                options.top_p or 1.0)
     done = Generation()
-    began = time.perf_counter()
-    with _counting(model, done):
-        for start in range(0, len(prompts), options.batch_size):
-            numbers = range(start, min(start + options.batch_size, len(prompts)))
-            done.continuations += _batch(trained, prompts, numbers, search, options,
-                                         int(limits_P[list(numbers)].max()), device)
-    done.seconds = time.perf_counter() - began
-    return done
 
-
-def _batch(
-    trained: TrainedModel, prompts: Sequence[Sequence[int]], numbers: range, search: Search,
-    options: GenerationOptions, limit: int, device: torch.device | str,
-) -> Iterator[Continuation]:
-    dictionary = trained.dictionary
-    generator = SequenceGenerator(
-        [trained.model], dictionary, beam_size=options.beam, max_len_b=limit, min_len=0,
-        temperature=options.temperature or 1.0, search_strategy=search)
-    rows = [torch.tensor(prompts[n], dtype=torch.int64) for n in numbers]
-    prefix = torch.nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=dictionary.pad()).to(device)
-    sample = {
-        "id": torch.tensor(list(numbers), device=device),
-        "net_input": {"src_tokens": prefix,
-                      "src_lengths": torch.tensor([len(row) for row in rows], device=device)},
-    }
-    found = generator.generate([trained.model], sample, prefix_tokens=prefix,
-                               bos_token=trained.start)
-    for n, hypotheses in zip(numbers, found, strict=True):
-        tokens = hypotheses[0]["tokens"].tolist()
-        length = len(prompts[n])
-        yield Continuation(tokens[:length], tokens[length:-1], float(hypotheses[0]["score"]))
-
-
-@contextmanager
-def _counting(model: torch.nn.Module, done: Generation) -> Iterator[None]:
-    """Sum the routing statistics of the MoE layers."""
-    def add(layer: MoELayer, _inputs, output) -> None:
+    def count(layer: nn.Module, _inputs: object, output: tuple) -> None:
         stats = output[2]
         done.pairs += float(stats[st.PAIRS])
         done.routed_tokens += float(stats[st.TOKENS])
         done.experts += float(stats[st.EXPERTS])
 
-    hooks = [module.register_forward_hook(add) for module in model.modules()
-             if isinstance(module, MoELayer)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    began = time.perf_counter()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                hooks.enter_context(module.register_forward_hook(count))
+        for first in range(0, len(prompts), options.batch_size):
+            rows = prompts[first:first + options.batch_size]
+            numbers = torch.arange(first, first + len(rows), device=device)
+            generator = SequenceGenerator(
+                [model], dictionary, beam_size=options.beam, min_len=0,
+                max_len_b=int(limits_P[numbers].max()), temperature=options.temperature or 1.0,
+                search_strategy=search)
+            prefix = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows],
+                                  batch_first=True, padding_value=dictionary.pad()).to(device)
+            found = generator.generate(
+                [model], {"id": numbers, "net_input": {"src_tokens": prefix,
+                                                       "src_lengths": lengths_P[numbers]}},
+                prefix_tokens=prefix, bos_token=trained.start)
+            for row, (best, *_) in zip(rows, found, strict=True):
+                tokens, length = best["tokens"].tolist(), len(row)
+                done.continuations.append(
+                    Continuation(tokens[:length], tokens[length:-1], float(best["score"])))
+    done.seconds = time.perf_counter() - began
+    return done

@@ -9,7 +9,7 @@ from typing import Any
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
-from omegaconf import DictConfig, open_dict
+from omegaconf import open_dict
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import existing_file, read_checkpoint
@@ -17,8 +17,6 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.generation.text import TextCodec
-
-_DICTIONARY = "dict.txt"
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,24 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
         if not str(name).startswith("language_modeling"):
             raise OptionError(option, path, f"was trained with the task {name}: give a "
                                             "checkpoint of a language model")
-        folder = _data_folder(data, task.get("data"))
-        load_dictionary("data", folder / _DICTIONARY)
+        given = utils.split_paths(str(task.get("data") or ""))[0] if data is None else data
+        folder = Path(given)
+        if not (folder / "dict.txt").is_file():
+            whose = " (the folder it was trained with)" if data is None else ""
+            raise OptionError("data", f"{folder}{whose}", "has no dict.txt: give --data, the "
+                                                          "folder written by evomoe prepare")
+        load_dictionary("data", folder / "dict.txt")
         with open_dict(state["cfg"]):
-            task.data = str(folder)
-        _check_registered(option, path, state["cfg"].model)
+            task["data"] = str(folder)
+        # A user package that the checkpoint names is not reported: a file must not decide what a
+        # user imports and runs.
+        model = state["cfg"].model
+        arch, gate = model.get("_name") or model.get("arch"), model.get("moe_gate")
+        for kind, name, registered in (("architecture", arch, ARCH_MODEL_REGISTRY),
+                                       ("gate", gate, (None, *gate_names()))):
+            if name not in registered:
+                raise OptionError(option, path, f"has the {kind} {name}: give --user-dir, the "
+                                                "package that registers it")
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [existing_file(option, path)], state=state)
     dictionary = task.source_dictionary
@@ -71,30 +82,3 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
                           f"its input dictionary has another size ({len(dictionary)}): the "
                           "model cannot continue its own output")
     return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)
-
-
-def _check_registered(option: str, path: str, model: DictConfig) -> None:
-    """Raise `OptionError` if the model needs a user package that is not imported.
-
-    The package named in the checkpoint is not reported: a file must not decide what a user imports
-    and runs.
-    """
-    remedy = "give --user-dir, the package that registers it"
-    name = model.get("_name") or model.get("arch")
-    if name not in ARCH_MODEL_REGISTRY:
-        raise OptionError(option, path, f"has the architecture {name}: {remedy}")
-    gate = model.get("moe_gate")
-    if gate is not None and gate not in gate_names():
-        raise OptionError(option, path, f"has the gate {gate}: {remedy}")
-
-
-def _data_folder(given: str | None, trained_with: str | None) -> Path:
-    folder = Path(given) if given is not None else None
-    if folder is None:
-        paths = utils.split_paths(str(trained_with or ""))
-        folder = Path(paths[0]) if paths else Path()
-    if not (folder / _DICTIONARY).is_file():
-        whose = "" if given is not None else " (the folder it was trained with)"
-        raise OptionError("data", f"{folder}{whose}", "has no dict.txt: give --data, the folder "
-                                                      "written by evomoe prepare")
-    return folder

@@ -28,9 +28,10 @@ class Prompts:
 
     def __init__(self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor,
                  never: list[int]):
-        self.eos = dictionary.eos()
         self.lengths_P, self.limits_P = lengths_P, limits_P
-        self.never = torch.tensor(never, dtype=torch.int64, device=lengths_P.device)
+        tokens_V = torch.arange(len(dictionary), device=lengths_P.device)
+        self.never_V = torch.isin(tokens_V, torch.tensor(never, device=lengths_P.device))
+        self.text_V = tokens_V != dictionary.eos()
 
     def restrict(self, step: int, lprobs: Tensor, numbers_B: Tensor) -> Tensor:
         """Log-probabilities [B, beams, V], -inf for tokens that are not allowed.
@@ -43,15 +44,10 @@ class Prompts:
         """
         if (lprobs.amax(-1) == float("-inf")).any():
             raise RunFailed("the model's output is NaN/Inf: use an earlier checkpoint")
-        lprobs = lprobs.clone()
         free_B = step >= self.lengths_P[numbers_B]
-        lprobs[:, :, self.never] = lprobs[:, :, self.never].masked_fill(
-            free_B[:, None, None], float("-inf"))
         ends_B = step >= self.limits_P[numbers_B]
-        end = lprobs[:, :, self.eos].clone()
-        lprobs = lprobs.masked_fill(ends_B[:, None, None], float("-inf"))
-        lprobs[:, :, self.eos] = end
-        return lprobs
+        excluded_BV = (free_B[:, None] & self.never_V) | (ends_B[:, None] & self.text_V)
+        return lprobs.masked_fill(excluded_BV.unsqueeze(1), float("-inf"))
 
 
 class PromptedBeamSearch(BeamSearch):
@@ -99,8 +95,8 @@ class KeyedSampling(Search):
         keys_B = fold(fold(key, numbers_B), step - self.prompts.lengths_P[numbers_B])
         sums = probs.cumsum(1)
         drawn = uniform(keys_B, 1).double() * sums[:, -1:]
-        place = (sums <= drawn).sum(1, keepdim=True).clamp(max=probs.size(1) - 1)
-        score = ranked.gather(1, place)
+        index = (sums <= drawn).sum(1, keepdim=True).clamp(max=probs.size(1) - 1)
+        score = ranked.gather(1, index)
         if step > 0:
             score = score + scores[:, :, step - 1]
-        return score, tokens.gather(1, place), torch.zeros_like(place)
+        return score, tokens.gather(1, index), torch.zeros_like(index)

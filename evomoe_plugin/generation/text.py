@@ -35,14 +35,12 @@ class TextCodec:
         if any((folder / name).exists() for name in (SENTENCEPIECE_MODEL, GPT2_ENCODER)):
             self.tokenizer = load_tokenizer(folder)
             tokens = self.tokenizer.tokens
-            missing = [token for token in tokens if token is not None and token not in dictionary]
-            if missing:
-                raise OptionError("data", folder, f"its tokenizer and its dict.txt do not match: "
-                                  f"there is no {missing[0]!r} in dict.txt")
-            self._token_ids = [dictionary.unk() if t is None else dictionary.index(t)
-                               for t in tokens]
-            self._piece_ids = {self._token_ids[i]: i for i, t in enumerate(tokens)
-                               if t is not None}
+            for token in filter(None, tokens):
+                if token not in dictionary:
+                    raise OptionError("data", folder, "its tokenizer and its dict.txt do not "
+                                      f"match: there is no {token!r} in dict.txt")
+            self._token_ids = [dictionary.index(token or "<unk>") for token in tokens]
+            self._piece_ids = {self._token_ids[i]: i for i, token in enumerate(tokens) if token}
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without start and end tokens."""

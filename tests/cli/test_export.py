@@ -36,7 +36,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([str(path), str(there)], f"DIR {there}: exists already: give another path"),
         ([str(path), str(there / "out")], f"DIR {there}/out: {there} is no folder"),
         (["absent.pt", str(tmp_path / "out")], "CKPT absent.pt: there is no such file"),
-        ([str(path), str(tmp_path / "out"), "--data", "absent"], "--data absent: there is no"),
+        ([str(path), str(tmp_path / "out"), "--data", "absent"], "--data absent: has no dict.txt"),
         ([str(there), str(tmp_path / "out")], "cannot be read"),
     ):
         assert main(["export", *arguments]) == 2

@@ -52,7 +52,7 @@ def test_unknown_words_are_reported(checkpoint, capsys):
 BAD = [
     ([], "--prompt (not given): give --prompt TEXT, or --prompts-file FILE"),
     (["--prompts-file", "absent.txt"], "--prompts-file absent.txt: cannot be read: No such file"),
-    (["--prompt", "w1", "--data", "absent"], "--data absent: there is no dict.txt"),
+    (["--prompt", "w1", "--data", "absent"], "--data absent: has no dict.txt"),
     (["--prompt", "w1", "--beam", "0"], "--beam 0: give 1 or more"),
     (["--prompt", "w1", "--path", "absent.pt"], "--path absent.pt: there is no such file"),
 ]

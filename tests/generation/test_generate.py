@@ -16,7 +16,7 @@ EOS, PAD, UNK, BOS = 2, 1, 3, 0
 GATES = ["base", "dense", "dense_to_sparse", "dselect_k", "expert_choice", "gshard", "hash", "relu",
          "stable", "switch", "top_any", "top_k", "top_p"]
 NEEDED = {"expert_choice": {"moe_allow_noncausal": True}}
-WAYS = {
+STRATEGIES = {
     "greedy": {},
     "beam": {"beam": 3},
     "sampling": {"temperature": 1.3},
@@ -38,17 +38,17 @@ def tokens_of(trained, given, **options):
 
 
 QUICK = [("dense_to_sparse", "greedy"), ("dense_to_sparse", "sampling"), ("top_any", "greedy")]
-LONGER = {*((gate, "greedy") for gate in GATES), *(("dense_to_sparse", way) for way in WAYS),
+LONGER = {*((gate, "greedy") for gate in GATES), *(("dense_to_sparse", s) for s in STRATEGIES),
           ("top_k", "beam"), ("hash", "sampling")} - set(QUICK)
 
 
-@pytest.mark.parametrize("gate, way", [
+@pytest.mark.parametrize("gate, strategy", [
     *QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(LONGER))])
-def test_the_same_tokens_at_any_batch_size(make_trained, gate, way):  # noqa: F811
+def test_the_same_tokens_at_any_batch_size(make_trained, gate, strategy):  # noqa: F811
     trained = make_trained(20, moe_gate=gate, **NEEDED.get(gate, {}))
-    alone = tokens_of(trained, prompts(), batch_size=1, **WAYS[way])
+    alone = tokens_of(trained, prompts(), batch_size=1, **STRATEGIES[strategy])
     assert len(set(map(tuple, alone))) > 5
-    assert tokens_of(trained, prompts(), batch_size=8, **WAYS[way]) == alone
+    assert tokens_of(trained, prompts(), batch_size=8, **STRATEGIES[strategy]) == alone
 
 
 @torch.no_grad()
