@@ -2,11 +2,11 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number, gated_updates
+from evomoe_plugin.config.options import check_choice, check_number, flag, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
@@ -18,44 +18,33 @@ DEFAULT_ANNEALING_SHARE = 0.3
 class DenseToSparseOptions(ScorerOptions):
     """The main values of the published code are lost; these are our defaults (docs/options.md)."""
 
-    moe_temperature_start: float = field(
-        default=2.0, metadata={"help": "temperature of the gate at update 0"}
+    moe_temperature_start: float = flag(2.0, "temperature of the gate at update 0")
+    moe_temperature_end: float = flag(0.3, "temperature at the end of the annealing")
+    moe_temperature_updates: Optional[int] = flag(
+        None, "length of the annealing in updates (default: 30%% of --max-update)"
     )
-    moe_temperature_end: float = field(
-        default=0.3, metadata={"help": "temperature at the end of the annealing"}
+    moe_temperature_schedule: str = flag(
+        "linear", "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)
     )
-    moe_temperature_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "length of the annealing in updates (default: 30%% of --max-update)"},
+    moe_gate_threshold: float = flag(
+        0.001,
+        "a token goes to the experts whose gate value exceeds this, and always to its best expert",
     )
-    moe_temperature_schedule: str = field(
-        default="linear",
-        metadata={"help": "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)},
+    moe_hard_updates: Optional[int] = flag(
+        None,
+        "update from which routing is hard top-1; -1: never (default: when the annealing ends; "
+        "never with the constant schedule)",
     )
-    moe_gate_threshold: float = field(
-        default=0.001,
-        metadata={"help": "a token goes to the experts whose gate value exceeds this, and always "
-                          "to its best expert"},
+    moe_gate_noise: str = flag(
+        "gumbel", "noise on the gate's logits in training, until routing is hard: gumbel or none"
     )
-    moe_hard_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "update from which routing is hard top-1; -1: never (default: when the "
-                          "annealing ends; never with the constant schedule)"},
+    moe_combine_weights: str = flag(
+        "gate",
+        "weights of the experts' outputs: gate (the noisy, tempered softmax) or softmax (of the "
+        "logits without noise)",
     )
-    moe_gate_noise: str = field(
-        default="gumbel",
-        metadata={"help": "noise on the gate's logits in training, until routing is hard: "
-                          "gumbel or none"},
-    )
-    moe_combine_weights: str = field(
-        default="gate",
-        metadata={"help": "weights of the experts' outputs: gate (the noisy, tempered softmax) or "
-                          "softmax (of the logits without noise)"},
-    )
-    moe_eval_gate: str = field(
-        default="reached",
-        metadata={"help": "routing in evaluation: reached (as training does at that update), "
-                          "top1 or dense"},
+    moe_eval_gate: str = flag(
+        "reached", "routing in evaluation: reached (as training does at that update), top1 or dense"
     )
 
 

@@ -1,13 +1,13 @@
 """The DSelect-k gate: k selectors encode an expert's index in relaxed bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
@@ -23,10 +23,10 @@ LEAST_VALID_MASS = 0.01
 class DSelectKOptions(TopKCountOptions):
     """Options of the DSelect-k gate; `moe_top_k` is the number of selectors."""
 
-    moe_smooth_step_width: float = field(
-        default=1.0,
-        metadata={"help": "width of the smooth step: a selector's bit is fractional while the "
-                          "absolute value of its logit is less than half of this"},
+    moe_smooth_step_width: float = flag(
+        1.0,
+        "width of the smooth step: a selector's bit is fractional while the absolute value of its "
+        "logit is less than half of this",
     )
 
 

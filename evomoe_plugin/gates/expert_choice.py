@@ -1,13 +1,13 @@
 """The expert-choice gate: each expert selects its best tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -19,15 +19,13 @@ from evomoe_plugin.routing.choice import Choice
 class ExpertChoiceOptions(ScorerOptions):
     """Options of the expert-choice gate."""
 
-    moe_expert_choice_factor: float = field(
-        default=2.0,
-        metadata={"help": "mean number of experts per token: an expert selects ceil(factor * "
-                          "tokens / experts) tokens"},
+    moe_expert_choice_factor: float = flag(
+        2.0,
+        "mean number of experts per token: an expert selects ceil(factor * tokens / experts) "
+        "tokens",
     )
-    moe_allow_noncausal: bool = field(
-        default=False,
-        metadata={"help": "allow training with a gate in which a token's output depends on later "
-                          "tokens"},
+    moe_allow_noncausal: bool = flag(
+        False, "allow training with a gate in which a token's output depends on later tokens"
     )
 
 

@@ -2,14 +2,14 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice
+from evomoe_plugin.config.options import ModelOptions, check_choice, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.routing import noise
@@ -22,11 +22,10 @@ HASHES = ("balanced", "random", "clustered")
 class HashOptions(ModelOptions):
     """Options of the hash gate."""
 
-    moe_hash: str = field(
-        default="balanced",
-        metadata={"help": "how token ids are assigned to experts: balanced (equal numbers of "
-                          "training tokens), random, or clustered (balanced, with ids of similar "
-                          "frequency together)"},
+    moe_hash: str = flag(
+        "balanced",
+        "how token ids are assigned to experts: balanced (equal numbers of training tokens), "
+        "random, or clustered (balanced, with ids of similar frequency together)",
     )
 
 

@@ -1,12 +1,12 @@
 """The ReLU gate of ReMoE: an expert works on a token where its logit is positive."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -25,13 +25,11 @@ COEFFICIENT_RANGE = 1e12
 class ReluOptions(TopKCountOptions, ScorerOptions):
     """Options of the ReLU gate; `moe_top_k` is the target mean number of experts per token."""
 
-    moe_l1_start: float = field(
-        default=1e-8, metadata={"help": "coefficient of the L1 loss at update 0"}
-    )
-    moe_l1_factor: float = field(
-        default=1.2,
-        metadata={"help": "after each update the coefficient is multiplied by this if tokens had "
-                          "more than --moe-top-k experts on average, divided by it if fewer"},
+    moe_l1_start: float = flag(1e-8, "coefficient of the L1 loss at update 0")
+    moe_l1_factor: float = flag(
+        1.2,
+        "after each update the coefficient is multiplied by this if tokens had more than "
+        "--moe-top-k experts on average, divided by it if fewer",
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,26 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.config.options import ModelOptions, flag
 
 
 @dataclass
 class ScorerOptions(ModelOptions):
     """For gates that take any scorer."""
 
-    moe_scorer: str = field(
-        default="linear",
-        metadata={"help": "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine "
-                          "similarity to the experts' centres after a projection); cosine "
-                          "(without a projection); sigmoid (linear, with a sigmoid instead of a "
-                          "softmax; top_k only)"},
+    moe_scorer: str = flag(
+        "linear",
+        "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine similarity to the "
+        "experts' centres after a projection); cosine (without a projection); sigmoid (linear, "
+        "with a sigmoid instead of a softmax; top_k only)",
     )
-    moe_scorer_dim: int = field(
-        default=256, metadata={"help": "hidden width of the scorers mlp and gmm"}
-    )
-    moe_scorer_dropout: float = field(
-        default=0.0, metadata={"help": "dropout in the hidden layer of the scorer mlp"}
-    )
+    moe_scorer_dim: int = flag(256, "hidden width of the scorers mlp and gmm")
+    moe_scorer_dropout: float = flag(0.0, "dropout in the hidden layer of the scorer mlp")
 
 
 class Scorer(nn.Module):

@@ -1,7 +1,7 @@
 """The gate of StableMoE: it learns to route, then freezes the learned routing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, gated_updates
+from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated_updates
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -24,14 +24,10 @@ DEFAULT_STABLE_SHARE = 0.1
 class StableOptions(ModelOptions):
     """Options of the StableMoE gate."""
 
-    moe_stable_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "update from which routing is frozen (default: 10%% of --max-update)"},
+    moe_stable_updates: Optional[int] = flag(
+        None, "update from which routing is frozen (default: 10%% of --max-update)"
     )
-    moe_stable_dim: int = field(
-        default=50,
-        metadata={"help": "width of the word embeddings that determine the frozen routing"},
-    )
+    moe_stable_dim: int = flag(50, "width of the word embeddings that determine the frozen routing")
 
 
 def stable_updates(options: StableOptions) -> int:

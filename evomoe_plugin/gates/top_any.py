@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice, check_number
+from evomoe_plugin.config.options import ModelOptions, check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
@@ -23,45 +23,40 @@ from evomoe_plugin.routing.choice import Choice
 class TopAnyOptions(ModelOptions):
     """Options of the top-any gate and of the adaptive process that adds and removes experts."""
 
-    moe_top_any_ste: str = field(
-        default="full",
-        metadata={"help": "straight-through gradients of scores and thresholds: full (of all "
-                          "experts) or active (of selected experts only, as published)"},
+    moe_top_any_ste: str = flag(
+        "full",
+        "straight-through gradients of scores and thresholds: full (of all experts) or active (of "
+        "selected experts only, as published)",
     )
-    moe_top_any_weights: str = field(
-        default="uniform",
-        metadata={"help": "weights of a token's k experts: uniform (1/k) or score (normalised "
-                          "scores)"},
+    moe_top_any_weights: str = flag(
+        "uniform", "weights of a token's k experts: uniform (1/k) or score (normalised scores)"
     )
-    moe_top_any_scale: float = field(
-        default=1.0, metadata={"help": "scale of cosines and thresholds before the sigmoid"}
+    moe_top_any_scale: float = flag(1.0, "scale of cosines and thresholds before the sigmoid")
+    moe_top_any_learned_scale: bool = flag(
+        False, "learn the scale, starting at --moe-top-any-scale"
     )
-    moe_top_any_learned_scale: bool = field(
-        default=False, metadata={"help": "learn the scale, starting at --moe-top-any-scale"}
+    moe_max_experts: int = flag(
+        0,
+        "expert slots of an MoE layer, which starts with --moe-expert-count experts (0: no "
+        "further slots)",
     )
-    moe_max_experts: int = field(
-        default=0,
-        metadata={"help": "expert slots of an MoE layer, which starts with --moe-expert-count "
-                          "experts (0: no further slots)"},
+    moe_adapt_record_interval: int = flag(
+        0,
+        "interval in updates at which experts without tokens are removed and one is added for "
+        "tokens without experts (0: never)",
     )
-    moe_adapt_record_interval: int = field(
-        default=0,
-        metadata={"help": "interval in updates at which experts without tokens are removed and "
-                          "one is added for tokens without experts (0: never)"},
+    moe_adapt_window: int = flag(
+        0,
+        "experts are added and removed by the routing of the last so many updates of each "
+        "interval (0: the whole interval)",
     )
-    moe_adapt_window: int = field(
-        default=0,
-        metadata={"help": "experts are added and removed by the routing of the last so many "
-                          "updates of each interval (0: the whole interval)"},
+    moe_adapt_source: str = flag(
+        "most_used",
+        "weights of an added expert: most_used (a copy of the most used expert, with noise) or "
+        "keep (the present weights of its slot)",
     )
-    moe_adapt_source: str = field(
-        default="most_used",
-        metadata={"help": "weights of an added expert: most_used (a copy of the most used "
-                          "expert, with noise) or keep (the present weights of its slot)"},
-    )
-    moe_adapt_noise: float = field(
-        default=0.01,
-        metadata={"help": "standard deviation of that noise, relative to that of the weights"},
+    moe_adapt_noise: float = flag(
+        0.01, "standard deviation of that noise, relative to that of the weights"
     )
 
 

@@ -1,13 +1,13 @@
 """The top-k gate: each token goes to its k best candidates."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -28,19 +28,18 @@ from evomoe_plugin.routing.noise import gumbel
 class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
     """Options of the top-k gate."""
 
-    moe_top_k_weights: str = field(
-        default="raw",
-        metadata={"help": "weights of the k experts: raw (scores) or renormalized (to sum 1)"},
+    moe_top_k_weights: str = flag(
+        "raw", "weights of the k experts: raw (scores) or renormalized (to sum 1)"
     )
-    moe_sample_top_k: int = field(
-        default=0,
-        metadata={"help": "in training, so many of the k candidates are sampled by probability "
-                          "from those that are not among the best others"},
+    moe_sample_top_k: int = flag(
+        0,
+        "in training, so many of the k candidates are sampled by probability from those that are "
+        "not among the best others",
     )
-    moe_bias_update_rate: float = field(
-        default=0.0,
-        metadata={"help": "loss-free balancing: step per update of each expert's bias towards an "
-                          "even load; it is added to the score for selection only"},
+    moe_bias_update_rate: float = flag(
+        0.0,
+        "loss-free balancing: step per update of each expert's bias towards an even load; it is "
+        "added to the score for selection only",
     )
 
 

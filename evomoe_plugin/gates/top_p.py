@@ -1,12 +1,12 @@
 """The top-p gate: each token goes to the smallest set of candidates with enough probability."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -27,21 +27,21 @@ NEAR_TIE = 0.02  # relative gap to the best logit, as in DCMoE: twice its jitter
 class TopPOptions(TopKCountOptions, ScorerOptions):
     """Options of the top-p gate."""
 
-    moe_top_p: float = field(
-        default=0.7,
-        metadata={"help": "a token goes to its most probable candidates until their total "
-                          "probability reaches this; 0: to --moe-top-k candidates"},
+    moe_top_p: float = flag(
+        0.7,
+        "a token goes to its most probable candidates until their total probability reaches this; "
+        "0: to --moe-top-k candidates",
     )
-    moe_top_p_weights: str = field(
-        default="softmax",
-        metadata={"help": "weights of the selected candidates, null experts included, which sum "
-                          "to 1: softmax (their probabilities), uniform, or sparsemixer (sampled "
-                          "among near ties, with its gradient estimator)"},
+    moe_top_p_weights: str = flag(
+        "softmax",
+        "weights of the selected candidates, null experts included, which sum to 1: softmax "
+        "(their probabilities), uniform, or sparsemixer (sampled among near ties, with its "
+        "gradient estimator)",
     )
-    moe_jitter: float = field(
-        default=0.0,
-        metadata={"help": "in training the input of the gate is multiplied by uniform noise from "
-                          "1 - this to 1 + this"},
+    moe_jitter: float = flag(
+        0.0,
+        "in training the input of the gate is multiplied by uniform noise from 1 - this to 1 + "
+        "this",
     )
 
 

@@ -1,23 +1,23 @@
 """Shared by gates that select a fixed number of candidates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number
+from evomoe_plugin.config.options import ModelOptions, check_number, flag
 
 
 @dataclass
 class TopKCountOptions(ModelOptions):
     """For gates that select k candidates per token."""
 
-    moe_top_k: int = field(
-        default=2,
-        metadata={"help": "candidates per token (dselect_k: selectors per token; relu: mean "
-                          "number of experts per token that the L1 loss aims at)"},
+    moe_top_k: int = flag(
+        2,
+        "candidates per token (dselect_k: selectors per token; relu: mean number of experts per "
+        "token that the L1 loss aims at)",
     )
 
 
@@ -25,9 +25,8 @@ class TopKCountOptions(ModelOptions):
 class PriorityOptions(ModelOptions):
     """For gates that can order tokens by confidence under a capacity."""
 
-    moe_batch_prioritized_routing: bool = field(
-        default=False,
-        metadata={"help": "under a capacity, tokens with the largest top score have priority"},
+    moe_batch_prioritized_routing: bool = flag(
+        False, "under a capacity, tokens with the largest top score have priority"
     )
 
 

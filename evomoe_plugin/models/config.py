@@ -10,7 +10,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
 from evomoe_plugin.config.dataclass_fields import add_field
-from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions
+from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions, flag
 from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
 GateOptions = dataclasses.make_dataclass("GateOptions", [
@@ -24,16 +24,11 @@ class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelCo
     """Fields of every MoE architecture; architectures differ only in defaults."""
 
     # 0 follows the width of the model, also if overridden; fairseq's 512 would add a projection.
-    decoder_input_dim: int = field(
-        default=0, metadata={"help": "decoder input dimension; 0: --decoder-embed-dim"}
-    )
-    decoder_output_dim: int = field(
-        default=0, metadata={"help": "decoder output dimension; 0: --decoder-embed-dim"}
-    )
+    decoder_input_dim: int = flag(0, "decoder input dimension; 0: --decoder-embed-dim")
+    decoder_output_dim: int = flag(0, "decoder output dimension; 0: --decoder-embed-dim")
     # Any name that fairseq implements; its own list of choices lacks swish.
-    activation_fn: str = field(
-        default="relu",
-        metadata={"help": "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)},
+    activation_fn: str = flag(
+        "relu", "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)
     )
     # From other groups: gate noise depends on the seed, default schedules on the run's length.
     seed: int = II("common.seed")
