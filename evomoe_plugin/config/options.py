@@ -397,10 +397,11 @@ def gated_updates(options: ModelOptions) -> int:
     return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
 
 
-def check_choice(options: ModelOptions, option: str, allowed: Sequence[str]) -> None:
+def check_choice(options: ModelOptions, option: str, allowed: Sequence[str | None]) -> None:
     """Raise `OptionError` unless the option's value is one of `allowed`."""
     if getattr(options, option) not in allowed:
-        raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
+        names = ", ".join(filter(None, allowed))
+        raise OptionError(option, getattr(options, option), f"one of: {names}")
 
 
 def check_number(

@@ -66,12 +66,8 @@ class BASELayersGate(Gate[ModelOptions]):
             expert_T = self._balanced(logits_TE.detach(), context.token_mask_T)
         else:
             expert_T = logits_TE.argmax(1)
-        return Choice(
-            mask_TC=F.one_hot(expert_T, self.num_experts).bool(),
-            weights_TC=torch.sigmoid(logits_TE),
-            probs_TC=torch.softmax(logits_TE, dim=1),
-            logits_TC=logits_TE,
-        )
+        mask_TE = F.one_hot(expert_T, self.num_experts).bool()
+        return Choice(mask_TE, logits_TE.sigmoid(), logits_TE.softmax(dim=1), logits_TE)
 
     def _balanced(self, logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         if token_mask_T is None:

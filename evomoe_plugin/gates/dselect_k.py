@@ -89,9 +89,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
         weight_T = context.loss_weights_T
         invalid_TK = 1 / valid_TK.clamp(min=LEAST_VALID_MASS, max=1) - 1
         return Choice(
-            mask_TC=weights_TE > 0,
-            weights_TC=weights_TE,
-            probs_TC=weights_TE,
+            weights_TE > 0, weights_TE, weights_TE,
             aux={
                 "selector_entropy": torch.stack(
                     [entropy_loss(probs_TC=selected_TE, weight_T=weight_T)

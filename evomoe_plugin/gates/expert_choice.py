@@ -76,12 +76,7 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             mask_TE = self._selected(probs_TE.detach(), context)
         else:
             mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, self.num_experts)
-        return Choice(
-            mask_TC=mask_TE,
-            weights_TC=probs_TE,
-            probs_TC=probs_TE,
-            logits_TC=logits_TE,
-        )
+        return Choice(mask_TE, probs_TE, probs_TE, logits_TE)
 
     def _selected(self, probs_TE: Tensor, context: GateContext) -> Tensor:
         """bool [T, E]: the tokens that each expert selects; earlier ones on ties."""

@@ -112,10 +112,7 @@ class GShardGate(Gate[GShardOptions]):
         if self.prioritized:
             priority_TC = priority_TC + probs_TC.detach().amax(1, keepdim=True).double()
         return Choice(
-            mask_TC=mask_TC,
-            weights_TC=weights_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
+            mask_TC, weights_TC, probs_TC, logits_TC,
             priority_TC=priority_TC,
             balance_mask_TC=first_TC,
         )

@@ -130,4 +130,4 @@ class HashGate(Gate[HashOptions]):
             raise ValueError("the gate hash routes by token ids: give token_ids_T")
         chosen_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts)
         probs_TE = chosen_TE.to(x_TD.dtype)
-        return Choice(mask_TC=chosen_TE.bool(), weights_TC=probs_TE, probs_TC=probs_TE)
+        return Choice(chosen_TE.bool(), probs_TE, probs_TE)

@@ -93,10 +93,7 @@ class ReluGate(Gate[ReluOptions]):
         l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, top_k=self.top_k,
                               weight_T=context.loss_weights_T)
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=weights_TE,
-            probs_TC=_shares(weights_TE),
-            logits_TC=logits_TE,
+            mask_TE, weights_TE, _shares(weights_TE), logits_TE,
             aux={"l1": self.coefficient.to(l1.dtype, copy=True) * l1},
             stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
         )

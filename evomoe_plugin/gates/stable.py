@@ -149,10 +149,7 @@ class StableGate(Gate[StableOptions]):
         words_TE = self._word_logits(F.embedding(token_ids_T, self.word_embedding))
         loss_T = F.cross_entropy(words_TE, expert_T, reduction="none")
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=scores_TE,
-            probs_TC=torch.softmax(logits_TE, dim=1),
-            logits_TC=logits_TE,
+            mask_TE, scores_TE, torch.softmax(logits_TE, dim=1), logits_TE,
             aux={
                 "greedy_balance": greedy_balance_loss(
                     scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T),
@@ -164,10 +161,7 @@ class StableGate(Gate[StableOptions]):
         logits_TE = self.score(x_TD)
         mask_TE = F.one_hot(self.table_V[token_ids_T], self.num_experts).bool()
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=torch.sigmoid(logits_TE),
-            probs_TC=mask_TE.to(logits_TE.dtype),
-            logits_TC=logits_TE,
+            mask_TE, torch.sigmoid(logits_TE), mask_TE.to(logits_TE.dtype), logits_TE,
             aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 

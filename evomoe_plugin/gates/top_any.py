@@ -181,10 +181,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
             weights_TE = _shares(reached_TE * scores_TE, routed_T1)
         stats[st.EXPERTS] = self.active_E.sum().double() * context.num_tokens(x_TD)
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=weights_TE,
-            probs_TC=share_TE,
-            logits_TC=logits_TE,
+            mask_TE, weights_TE, share_TE, logits_TE,
             aux=self._losses(reached_TE, share_TE, mask_TE, context.loss_weights_T),
             stats=stats,
         )

@@ -110,10 +110,7 @@ class TopKGate(Gate[TopKOptions]):
         if self.prioritized:
             priority_TC = scores_TC.amax(1, keepdim=True).expand_as(scores_TC)
         return Choice(
-            mask_TC=mask_TC,
-            weights_TC=weights_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
+            mask_TC, weights_TC, probs_TC, logits_TC,
             priority_TC=priority_TC,
         )
 

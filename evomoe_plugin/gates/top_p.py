@@ -107,12 +107,7 @@ class TopPGate(Gate[TopPOptions]):
             mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter_(
                 1, order_TC, rank_C < count_T1)
             values_TC = probs_TC if self.weights == "softmax" else torch.ones_like(probs_TC)
-        return Choice(
-            mask_TC=mask_TC,
-            weights_TC=normalized(values_TC, mask_TC),
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
-        )
+        return Choice(mask_TC, normalized(values_TC, mask_TC), probs_TC, logits_TC)
 
     def _num_selected(self, sorted_TC: Tensor) -> Tensor:
         """Number of candidates of each token, int64 [T, 1], from its sorted probabilities."""

@@ -189,7 +189,7 @@ class MoEDecoder(TransformerDecoder):
             token_keys = keys_BT.t()
         positions = None
         if self.embed_positions is not None and packed:
-            positions = packed.embed_positions(self.embed_positions)
+            positions = packed.embed_positions(self.embed_positions, self.padding_idx)
         elif self.embed_positions is not None:
             positions = self.embed_positions(
                 prev_output_tokens, incremental_state=incremental_state
