@@ -25,15 +25,14 @@ from evomoe_plugin.config.options import (
     check_rate,
     expert_counts,
     expert_slots,
-    moe_layer_indices,
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
-_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
-                  "decoder_layerdrop", "moe_null_rate_target")
+_PROBABILITIES = ("dropout attention_dropout activation_dropout relu_dropout decoder_layerdrop "
+                  "moe_null_rate_target").split()
 _CHOICES = {
     "activation_fn": ACTIVATIONS,
     "moe_attention": ATTENTIONS,
@@ -79,7 +78,7 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
         raise OptionError("decoder_output_dim", output_dim,
                           f"with --share-decoder-input-output-embed it must be {input_dim}, the "
                           "decoder's input dimension")
-    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
+    counts = expert_counts(options)
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
     for option, allowed in _CHOICES.items():
@@ -154,7 +153,7 @@ def _named(prefix: str) -> list[str]:
 
 def _check_expert_parallel(options: ModelOptions) -> None:
     size = options.moe_expert_parallel_size
-    slots = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
+    slots = expert_slots(options)
     for count in slots:
         if count % size:
             raise OptionError("moe_expert_parallel_size", size,

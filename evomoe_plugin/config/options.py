@@ -280,12 +280,14 @@ def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     return indices
 
 
-def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
-    """Routed experts of each MoE layer, `num_moe_layers` numbers.
+def expert_counts(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
+    """Routed experts of each MoE layer, `num_moe_layers` numbers; None: of the whole model.
 
     Raises:
         OptionError: not a number, list or range of counts, or one that does not fit the layers.
     """
+    if num_moe_layers is None:
+        num_moe_layers = len(moe_layer_indices(options, options.decoder_layers))
     text = str(options.moe_expert_count).replace(" ", "")
     wanted = "give one number of at least 1, one per MoE layer (4,4,8,16), or FIRST:LAST"
     try:
@@ -309,7 +311,7 @@ def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
     return numbers
 
 
-def expert_slots(options: ModelOptions, num_moe_layers: int) -> list[int]:
+def expert_slots(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
     """E of each MoE layer: its expert slots, not all of which may be used at the start.
 
     Raises:
@@ -333,15 +335,13 @@ def shared_ffn_dim(options: ModelOptions) -> int:
 
 
 # Names of fairseq's activations.
-ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
-               "swish")
+ACTIVATIONS = tuple("relu relu_squared gelu gelu_fast gelu_accurate tanh linear swish".split())
 # Options of fairseq's transformer_lm that change FFNs or the vocabulary, and NormFormer's scales,
 # which fairseq accepts and then ignores in its decoder.
-UNSUPPORTED = (
-    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
-    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
-    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
-)
+UNSUPPORTED = tuple(
+    "character_embeddings adaptive_input adaptive_softmax_cutoff quant_noise_pq quant_noise_scalar "
+    "base_layers decoder_layers_to_keep decoder_xformers_att_config scale_fc scale_attn "
+    "scale_heads scale_resids".split())
 MATMUL_DTYPES = ("same", "bf16")
 SHARED_COMBINE = ("add", "softmax", "mix")
 ATTENTIONS = ("sdpa", "stock")

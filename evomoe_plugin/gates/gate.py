@@ -27,16 +27,11 @@ from evomoe_plugin.routing.stats import routing_stats
 class LayerInfo:
     """The layer that a gate is for."""
 
-    model_dim: int
-    """D."""
-    num_experts: int
-    """E, routed experts."""
-    num_null: int = 0
-    """Null experts: candidates whose output is zero, without computation."""
-    layer_id: int = 0
-    """Index of the MoE layer in the model, from 0."""
-    seed: int = 1
-    """Of the run."""
+    model_dim: int  # D
+    num_experts: int  # E, routed experts
+    num_null: int = 0  # Null experts: candidates whose output is zero, without computation
+    layer_id: int = 0  # Index of the MoE layer in the model, from 0
+    seed: int = 1  # Of the run
     token_counts_V: tuple[int, ...] = ()
     """Frequency of each token id in the training data, from the dictionary; empty if there is no
     vocabulary."""
@@ -53,16 +48,12 @@ class LayerInfo:
 class GateContext:
     """Inputs of a gate besides the tokens."""
 
-    num_updates: int = 0
-    """Completed updates with gates: of the run, or since the spawn."""
-    token_mask_T: Tensor | None = None
-    """bool, False for padding; None: no padding."""
+    num_updates: int = 0  # Completed updates with gates: of the run, or since the spawn
+    token_mask_T: Tensor | None = None  # bool, False for padding; None: no padding
     noise_keys_T: Tensor | None = None
     """int64 noise keys of the tokens (`routing.noise`); None: no randomness."""
-    token_ids_T: Tensor | None = None
-    """int64 token ids."""
-    token_weights_T: Tensor | None = None
-    """Weight of each token in the auxiliary losses; None: 1."""
+    token_ids_T: Tensor | None = None  # int64 token ids
+    token_weights_T: Tensor | None = None  # Weight of each token in the auxiliary losses; None: 1
 
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""
@@ -267,8 +258,8 @@ _GATES: dict[str, type[Gate]] = {}
 _listeners: list[Callable[[type[Gate]], None]] = []
 
 
-_FORMER_FLAGS = ("SCORERS", "LOSSES", "DEFAULT_AUX", "STATS", "HAS_LOGITS", "TAKES_NULL",
-                 "TAKES_CAPACITY", "HAS_WEIGHTS", "LEARNS_FROM_ZERO", "KEEPS_ALIKE")
+_FORMER_FLAGS = ("SCORERS LOSSES DEFAULT_AUX STATS HAS_LOGITS TAKES_NULL TAKES_CAPACITY "
+                 "HAS_WEIGHTS LEARNS_FROM_ZERO KEEPS_ALIKE").split()
 
 
 def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, flag
+from evomoe_plugin.config.options import ModelOptions, check_number, flag
 
 
 @dataclass
@@ -34,9 +34,6 @@ class Scorer(nn.Module):
     """Whether each candidate has a vector, as the losses `diversity` and `simplicity` need."""
     SUMS_TO_ONE: ClassVar[bool] = True
     """Whether the scores of a token sum to 1, that is, are its distribution."""
-
-    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
-        super().__init__()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits [T, C]."""
@@ -68,7 +65,7 @@ class LinearScorer(Scorer):
     """z = W x, without bias."""
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         self.weight = _uniform(num_candidates, model_dim, fan_in=model_dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -96,7 +93,7 @@ class MLPScorer(Scorer):
     HAS_VECTORS = False
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         hidden = options.moe_scorer_dim
         self.hidden_weight = _uniform(hidden, model_dim, fan_in=model_dim)
         self.hidden_bias = _uniform(hidden, fan_in=model_dim)
@@ -117,7 +114,7 @@ class CosineScorer(Scorer):
     """
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         self.centres = nn.Parameter(torch.randn(num_candidates, model_dim))
         self.log_scale = nn.Parameter(torch.zeros(1))
 
@@ -155,15 +152,13 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
         known = "; unknown scorer" if scorer not in SCORERS else ""
         raise OptionError("moe_scorer", scorer,
                           f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}")
-    if options.moe_scorer_dim < 1:
-        raise OptionError("moe_scorer_dim", options.moe_scorer_dim, "give a width of at least 1")
+    check_number(options, "moe_scorer_dim", least=1, remedy="give a width of at least 1")
+    check_number(options, "moe_scorer_dropout", least=0, below=1,
+                 remedy="give 0 or more and less than 1")
     if scorer not in ("mlp", "gmm") and options.moe_scorer_dim != ScorerOptions.moe_scorer_dim:
         raise OptionError("moe_scorer_dim", options.moe_scorer_dim,
                           f"the scorer {scorer} has no hidden width: leave it out, or "
                           "give --moe-scorer mlp or gmm")
-    if not 0 <= options.moe_scorer_dropout < 1:
-        raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
-                          "give 0 or more and less than 1")
     if options.moe_scorer_dropout and scorer != "mlp":
         raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
                           f"the scorer {scorer} has no hidden layer: leave it out, or give "

@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 class Mask(enum.Enum):
     """Attention masks that need no tensor."""
 
-    CAUSAL = enum.auto()
-    """A token attends to those before it and to itself."""
+    CAUSAL = enum.auto()  # A token attends to those before it and to itself
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing.plan import RoutingPlan
+from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 
 
 def first_expert_plan(
@@ -26,24 +26,16 @@ def first_expert_plan(
         aux_names: names of the losses.
         zero_stats: names of further statistics, all 0.
     """
-    device = x_TD.device
-    if token_mask_T is None:
-        token_ids_N = torch.arange(x_TD.size(0), device=device)
-    else:
-        token_ids_N = token_mask_T.nonzero().squeeze(1)
-    pairs = token_ids_N.numel()
-    load_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    load_E[0] = pairs
-    tokens, zero = load_E[0].double(), torch.zeros((), dtype=torch.float64, device=device)
-    return RoutingPlan(
-        token_ids_N=token_ids_N,
-        expert_ids_N=torch.zeros_like(token_ids_N),
-        weights_N=x_TD.new_ones(pairs),
-        tokens_per_expert_E=load_E,
-        num_tokens=x_TD.size(0),
+    mask_TE = torch.zeros(len(x_TD), num_experts, dtype=torch.bool, device=x_TD.device)
+    mask_TE[:, 0] = True if token_mask_T is None else token_mask_T
+    load_E = mask_TE.sum(0).double()
+    tokens, zero = load_E[0], torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    return plan_from_mask(
+        mask_TE,
+        x_TD.new_ones(()).expand(mask_TE.shape),
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
-            st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E.double(),
+            st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E,
             **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], zero),
         },
     )

@@ -26,20 +26,13 @@ class RoutingPlan:
 
     token_ids_N: Tensor
     """int64: the token of each pair; pairs are sorted by expert, stable in token order."""
-    expert_ids_N: Tensor
-    """int64: the expert of each pair, ascending."""
-    weights_N: Tensor
-    """Combine weights of the experts' outputs, with gradient."""
-    tokens_per_expert_E: Tensor
-    """int64: number of pairs of each expert."""
-    num_tokens: int
-    """T."""
-    priority_N: Tensor | None = None
-    """Priority under a capacity, larger first; None: by position."""
-    shared_weights_TS: Tensor | None = None
-    """Weights of the shared experts; None: 1."""
-    null_mass_T: Tensor | None = None
-    """Weight of the null experts of each token."""
+    expert_ids_N: Tensor  # int64: the expert of each pair, ascending
+    weights_N: Tensor  # Combine weights of the experts' outputs, with gradient
+    tokens_per_expert_E: Tensor  # int64: number of pairs of each expert
+    num_tokens: int  # T
+    priority_N: Tensor | None = None  # Priority under a capacity, larger first; None: by position
+    shared_weights_TS: Tensor | None = None  # Weights of the shared experts; None: 1
+    null_mass_T: Tensor | None = None  # Weight of the null experts of each token
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name: unweighted scalars with gradient."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
