@@ -84,11 +84,12 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
     for option, allowed in _CHOICES.items():
         check_choice(options, option, allowed)
     for option, least, remedy in _MINIMA:
-        check_number(options, option, least=least, remedy=remedy)
+        check_number(options, option, f"[{least}, inf)", remedy)
     for option in _PROBABILITIES:
         if hasattr(options, option):
-            check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
-                                                                  "number from 0 to 1")
+            check_number(
+                options, option, "[0, 1]", "it is a probability: give a number from 0 to 1"
+            )
     _check_experts(options)
     _check_expert_parallel(options)
     _check_capacity(options, gate)
@@ -159,8 +160,12 @@ def _check_expert_parallel(options: ModelOptions) -> None:
             raise OptionError("moe_expert_parallel_size", size,
                               f"does not divide the {count} experts of a layer")
     least = min(slots) // size
-    check_number(options, "moe_ep_chunks", least=1, most=least,
-                 remedy=f"give 1 to {least}, the number of experts of a layer on each rank")
+    check_number(
+        options,
+        "moe_ep_chunks",
+        f"[1, {least}]",
+        f"give 1 to {least}, the number of experts of a layer on each rank",
+    )
     if size == 1:
         _refuse_given(options, _named("moe_ep_"), "every rank has all experts",
                       "--moe-expert-parallel-size")
@@ -183,12 +188,17 @@ def _check_null(options: ModelOptions) -> None:
 
 def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
     for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
-        check_number(options, option, above=0,
-                     remedy="give a number above 0, or leave it out for no limit")
+        check_number(
+            options, option, "(0, inf)", "give a number above 0, or leave it out for no limit"
+        )
     fraction = options.moe_eval_capacity_token_fraction
     if fraction != -1:
-        check_number(options, "moe_eval_capacity_token_fraction", above=0, most=1,
-                     remedy="give a fraction above 0 and at most 1, or -1 for no limit")
+        check_number(
+            options,
+            "moe_eval_capacity_token_fraction",
+            "(0, 1]",
+            "give a fraction above 0 and at most 1, or -1 for no limit",
+        )
         if options.moe_eval_capacity_factor is not None:
             raise OptionError("moe_eval_capacity_token_fraction", fraction,
                               "--moe-eval-capacity-factor already sets the capacity: leave one "

@@ -404,19 +404,18 @@ def check_choice(options: ModelOptions, option: str, allowed: Sequence[str | Non
         raise OptionError(option, getattr(options, option), f"one of: {names}")
 
 
-def check_number(
-    options: object, option: str, remedy: str, *, least: float | None = None,
-    above: float | None = None, most: float | None = None, below: float | None = None,
-) -> None:
-    """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.
+def check_number(options: object, option: str, interval: str, remedy: str) -> None:
+    """Raise `OptionError` with `remedy` unless the option's value is finite and in `interval`.
 
     None, the value of an option that was not given, passes.
+
+    Args:
+        interval: such as "[0, 1)" for at least 0 and less than 1, or "(0, inf)".
     """
     value = getattr(options, option)
     if value is None:
         return
-    fits = math.isfinite(value) and (least is None or value >= least) and (
-        above is None or value > above) and (most is None or value <= most) and (
-        below is None or value < below)
-    if not fits:
+    low, high = map(float, interval[1:-1].split(","))
+    bounds = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+    if not math.isfinite(value) or not (low < value < high or bounds):
         raise OptionError(option, value, remedy)

@@ -75,14 +75,22 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     for option, allowed in choices.items():
         check_choice(options, option, allowed)
     for option in ("moe_temperature_start", "moe_temperature_end"):
-        check_number(options, option, above=0, remedy="give a temperature above 0")
+        check_number(options, option, "(0, inf)", "give a temperature above 0")
     if start < end and not constant:
         raise OptionError("moe_temperature_start", start,
                           f"the temperature decreases: give at least --moe-temperature-end ({end})")
-    check_number(options, "moe_gate_threshold", least=0, below=1,
-                 remedy="gate values are probabilities: give 0 or more and less than 1")
-    check_number(options, "moe_temperature_updates", least=0,
-                 remedy="give the length of the annealing in updates, 0 or more")
+    check_number(
+        options,
+        "moe_gate_threshold",
+        "[0, 1)",
+        "gate values are probabilities: give 0 or more and less than 1",
+    )
+    check_number(
+        options,
+        "moe_temperature_updates",
+        "[0, inf)",
+        "give the length of the annealing in updates, 0 or more",
+    )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError("moe_temperature_updates", "(not given)",
                           "give it, or --max-update, of which the annealing is 30 % by default")

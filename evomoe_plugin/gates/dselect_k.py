@@ -71,7 +71,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
     @classmethod
     def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
-        check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
+        check_number(options, "moe_smooth_step_width", "(0, inf)", "give a width above 0")
         return []
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:

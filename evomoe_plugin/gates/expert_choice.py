@@ -53,10 +53,14 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
     @classmethod
     def validate(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int]) -> list[str]:
         experts = min(expert_counts)
-        check_number(options, "moe_expert_choice_factor", above=0, most=experts,
-                     remedy=f"an MoE layer has {experts} experts, each of which selects a "
-                            "token at most once: give a number above 0 and at most that, or a "
-                            "larger --moe-expert-count")
+        check_number(
+            options,
+            "moe_expert_choice_factor",
+            f"(0, {experts}]",
+            f"an MoE layer has {experts} experts, each of which selects a "
+            "token at most once: give a number above 0 and at most that, or a "
+            "larger --moe-expert-count",
+        )
         if not options.moe_allow_noncausal:
             raise OptionError("moe_gate", "expert_choice",
                               "experts choose among all tokens of a batch, so outputs depend on "

@@ -72,10 +72,12 @@ class ReluGate(Gate[ReluOptions]):
     @classmethod
     def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
-        check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
-                                                                      "at most 1, such as 1e-8")
-        check_number(options, "moe_l1_factor", above=1, most=10,
-                     remedy="give a factor above 1 and at most 10, such as 1.2")
+        check_number(
+            options, "moe_l1_start", "(0, 1]", "give a number above 0 and at most 1, such as 1e-8"
+        )
+        check_number(
+            options, "moe_l1_factor", "(1, 10]", "give a factor above 1 and at most 10, such as 1.2"
+        )
         if cls.aux_coefficients(options).get("l1"):
             return []
         return ["--moe-aux without l1: nothing drives the number of experts per token towards "

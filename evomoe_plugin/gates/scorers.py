@@ -152,9 +152,8 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
         known = "; unknown scorer" if scorer not in SCORERS else ""
         raise OptionError("moe_scorer", scorer,
                           f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}")
-    check_number(options, "moe_scorer_dim", least=1, remedy="give a width of at least 1")
-    check_number(options, "moe_scorer_dropout", least=0, below=1,
-                 remedy="give 0 or more and less than 1")
+    check_number(options, "moe_scorer_dim", "[1, inf)", "give a width of at least 1")
+    check_number(options, "moe_scorer_dropout", "[0, 1)", "give 0 or more and less than 1")
     if scorer not in ("mlp", "gmm") and options.moe_scorer_dim != ScorerOptions.moe_scorer_dim:
         raise OptionError("moe_scorer_dim", options.moe_scorer_dim,
                           f"the scorer {scorer} has no hidden width: leave it out, or "

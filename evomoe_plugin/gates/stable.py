@@ -98,8 +98,8 @@ class StableGate(Gate[StableOptions]):
 
     @classmethod
     def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:
-        check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
-        check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
+        check_number(options, "moe_stable_updates", "[0, inf)", "give 0 or more")
+        check_number(options, "moe_stable_dim", "[1, inf)", "give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
             raise OptionError("moe_stable_updates", "(not given)",
                               "give it, or --max-update, of which stage 1 is 10 % by default")

@@ -105,10 +105,11 @@ class TopAnyGate(Gate[TopAnyOptions]):
     def validate(cls, options: TopAnyOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_top_any_ste", ("full", "active"))
         check_choice(options, "moe_top_any_weights", ("uniform", "score"))
-        check_number(options, "moe_top_any_scale", above=0, most=100,
-                     remedy="give a number above 0 and at most 100")
+        check_number(
+            options, "moe_top_any_scale", "(0, 100]", "give a number above 0 and at most 100"
+        )
         start, most = max(expert_counts), options.moe_max_experts
-        check_number(options, "moe_max_experts", least=0, remedy="give 0 or more")
+        check_number(options, "moe_max_experts", "[0, inf)", "give 0 or more")
         if 0 < most < start:
             raise OptionError("moe_max_experts", most,
                               f"a layer starts with {start} experts: give at least that, or a "
@@ -119,7 +120,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
     def _validate_adaptation(cls, options: TopAnyOptions, start: int) -> list[str]:
         interval = options.moe_adapt_record_interval
         for option in ("moe_adapt_record_interval", "moe_adapt_window"):
-            check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
+            check_number(options, option, "[0, inf)", "give a number of updates, 0 or more")
         window = options.moe_adapt_window
         if window and not interval:
             raise OptionError("moe_adapt_window", window,
@@ -133,7 +134,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
                               "there is no slot for another expert: give --moe-max-experts above "
                               f"{start}, or a smaller --moe-expert-count")
         check_choice(options, "moe_adapt_source", ("most_used", "keep"))
-        check_number(options, "moe_adapt_noise", least=0, remedy="give 0 or more")
+        check_number(options, "moe_adapt_noise", "[0, inf)", "give 0 or more")
         if options.moe_adapt_source == "keep" and (
                 options.moe_adapt_noise != TopAnyOptions.moe_adapt_noise):
             raise OptionError("moe_adapt_noise", options.moe_adapt_noise,

@@ -75,10 +75,18 @@ class TopKGate(Gate[TopKOptions]):
     def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
-        check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
-                     remedy=f"give 0 to --moe-top-k ({options.moe_top_k})")
-        check_number(options, "moe_bias_update_rate", least=0, most=1,
-                     remedy="scores are at most 1: give a number from 0 to 1, such as 0.001")
+        check_number(
+            options,
+            "moe_sample_top_k",
+            f"[0, {options.moe_top_k}]",
+            f"give 0 to --moe-top-k ({options.moe_top_k})",
+        )
+        check_number(
+            options,
+            "moe_bias_update_rate",
+            "[0, 1]",
+            "scores are at most 1: give a number from 0 to 1, such as 0.001",
+        )
         if options.moe_sample_top_k and options.moe_bias_update_rate:
             raise OptionError("moe_sample_top_k", options.moe_sample_top_k,
                               "sampling ignores the bias, which would grow without bound: leave "

@@ -68,11 +68,16 @@ class TopPGate(Gate[TopPOptions]):
 
     @classmethod
     def validate(cls, options: TopPOptions, expert_counts: Sequence[int]) -> list[str]:
-        check_number(options, "moe_top_p", least=0, most=1,
-                     remedy="it is a probability: give a number from 0 to 1; 0 uses --moe-top-k")
+        check_number(
+            options,
+            "moe_top_p",
+            "[0, 1]",
+            "it is a probability: give a number from 0 to 1; 0 uses --moe-top-k",
+        )
         check_choice(options, "moe_top_p_weights", WEIGHTS)
-        check_number(options, "moe_jitter", least=0, below=1,
-                     remedy="give 0 or more and less than 1; 0.01 is usual")
+        check_number(
+            options, "moe_jitter", "[0, 1)", "give 0 or more and less than 1; 0.01 is usual"
+        )
         only = "learns only from auxiliary losses and softmax weights of shared experts"
         warnings = []
         if options.moe_top_p == 0:

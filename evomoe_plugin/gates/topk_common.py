@@ -32,7 +32,7 @@ class PriorityOptions(ModelOptions):
 
 def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has at least `moe_top_k` candidates."""
-    check_number(options, "moe_top_k", least=1, remedy="give 1 or more")
+    check_number(options, "moe_top_k", "[1, inf)", "give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts
     if options.moe_top_k > candidates:
         raise OptionError("moe_top_k", options.moe_top_k,
