@@ -20,8 +20,7 @@ from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
-from evomoe_plugin.routing.first_expert import first_expert_plan
-from evomoe_plugin.routing.plan import RoutingPlan
+from evomoe_plugin.routing.plan import RoutingPlan, first_expert_plan
 
 
 class MoELayer(nn.Module):

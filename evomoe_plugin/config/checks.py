@@ -93,7 +93,11 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
     _check_experts(options)
     _check_expert_parallel(options)
     _check_capacity(options, gate)
-    _check_init(options)
+    if options.moe_init_from_dense is not None:
+        check_spawned_from(options, "moe_init_method", options.moe_init_method)
+    else:
+        _refuse_given(options, _named("moe_init_"), "there is no dense model",
+                      "--moe-init-from-dense")
     _check_spawn(options)
     warnings = [*_capacity_warnings(options, gate), *_spawn_warnings(options, counts),
                 *validate_gate(options, counts)]
@@ -233,14 +237,6 @@ def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
             f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can displace "
             "earlier ones, which is not causal; evaluation has no capacity by default")
     return warnings
-
-
-def _check_init(options: ModelOptions) -> None:
-    if options.moe_init_from_dense is not None:
-        check_spawned_from(options, "moe_init_method", options.moe_init_method)
-    else:
-        _refuse_given(options, _named("moe_init_"), "there is no dense model",
-                      "--moe-init-from-dense")
 
 
 def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:

@@ -28,7 +28,7 @@ def add_field(
     """
     if name in options.__dataclass_fields__:
         return
-    extra = dataclasses.make_dataclass(
+    extra: Any = dataclasses.make_dataclass(
         "Extra", [(name, kind, dataclasses.field(default=default, metadata={"help": help}))]
     )
     # The generated __init__ does not take the new field; a class attribute gives it its default.

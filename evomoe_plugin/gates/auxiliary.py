@@ -44,7 +44,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 """Losses that any gate can have, functions of the values that `compute` is given."""
 
 _ARGUMENTS = {name: set(inspect.signature(loss).parameters) for name, loss in LOSSES.items()}
-_NEEDS = {"logits_TC": "logits", "vectors_CD": "vectors", "num_null": "null"}
 
 
 def takes(name: str, argument: str) -> bool:
@@ -98,24 +97,20 @@ def coefficients(
 def _check_name(
     options: MoEOptions, capabilities: Capabilities, has_vectors: bool, name: str
 ) -> None:
-    has = {
-        "logits": capabilities.logits, "vectors": has_vectors, "null": options.moe_null_experts > 0
-    }
-    missing = {
-        known: [need for argument, need in _NEEDS.items()
-                if takes(known, argument) and not has[need]] for known in LOSSES
-    }
-    usable = [*capabilities.losses, *(known for known in LOSSES if not missing[known])]
-    if name in usable:
-        return
     gate = f"the gate {options.moe_gate}"
     no_null = "give --moe-null-experts" if capabilities.null_experts else (
         f"and {gate} cannot have any")
-    reasons = {
-        "logits": f"{name}: {gate} has no logits",
-        "vectors": f"{name}: {gate} has no vectors of experts here",
-        "null": f"{name}: there are no null experts; {no_null}",
+    lacks = {
+        "logits_TC": "" if capabilities.logits else f"{gate} has no logits",
+        "vectors_CD": "" if has_vectors else f"{gate} has no vectors of experts here",
+        "num_null": "" if options.moe_null_experts else f"there are no null experts; {no_null}",
     }
-    lacks = missing.get(name)
-    reason = reasons[lacks[0]] if lacks else f"no loss named {name!r} for {gate}"
-    raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")
+
+    def reasons(loss: str) -> list[str]:
+        return [reason for argument, reason in lacks.items() if reason and takes(loss, argument)]
+
+    usable = [*capabilities.losses, *(loss for loss in LOSSES if not reasons(loss))]
+    if name not in usable:
+        reason = f"{name}: {reasons(name)[0]}" if name in LOSSES else (
+            f"no loss named {name!r} for {gate}")
+        raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")

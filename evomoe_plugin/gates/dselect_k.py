@@ -13,7 +13,6 @@ from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
-from evomoe_plugin.routing.smooth_step import smooth_step
 
 # Lower bound of the divisor in `selector_validity`, which is therefore at most 99.
 LEAST_VALID_MASS = 0.01
@@ -28,6 +27,20 @@ class DSelectKOptions(TopKCountOptions):
         "width of the smooth step: a selector's bit is fractional while the absolute value of its "
         "logit is less than half of this",
     )
+
+
+def smooth_step(x: Tensor, width: float) -> Tensor:
+    """S(x) = -2 (x/g)^3 + 3/2 x/g + 1/2 for |x| <= g/2, exactly 0 below and exactly 1 above.
+
+    Its derivative is continuous, and 0 from ±g/2 on.
+
+    Args:
+        width: g > 0.
+    Source: Hazimeh et al., "The tree ensemble layer" (arXiv 2002.07772); DSelect-k (arXiv
+    2106.03760, 3.1).
+    """
+    share = (x / width).clamp(-0.5, 0.5)
+    return (1.5 - 2 * share * share) * share + 0.5
 
 
 @register_gate("dselect_k")

@@ -9,7 +9,7 @@ from fairseq.models import register_model
 from evomoe_plugin.models import config
 from evomoe_plugin.models.language_model import MoELanguageModel
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, type[config.MoELanguageModelConfig]] = {
     "transformer_lm_moe": config.MoELanguageModelConfig,
     "transformer_lm_gpttiny_moe": config.GPTTinyMoEConfig,
     "transformer_lm_gptsmall_moe": config.GPTSmallMoEConfig,
