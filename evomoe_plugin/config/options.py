@@ -8,9 +8,9 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from evomoe_plugin.config.errors import OptionError
 
@@ -349,23 +349,21 @@ DROP_POLICIES = ("position", "probs", "random")
 SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """Valid rates of a method that changes experts; 0 would equal `copy`."""
 
     default: float
-    fits: Callable[[float], bool]
+    interval: str
     remedy: str
 
 
 # The defaults of mask and noise are ours; that of reinit is Drop-Upcycling's (arXiv 2502.19261).
 SPAWN_RATES = {
-    "mask": Rate(0.3, lambda rate: 0 < rate < 1,
-                 "it is a share of the weights: give more than 0 and less than 1"),
-    "noise": Rate(0.1, lambda rate: 0 < rate < math.inf,
-                  "give a number above 0, relative to the weights' standard deviation"),
-    "reinit": Rate(0.5, lambda rate: 0 < rate <= 1,
-                   "it is a share of the hidden units: give more than 0 and at most 1"),
+    "mask": Rate(0.3, "(0, 1)", "it is a share of the weights: give more than 0 and less than 1"),
+    "noise": Rate(
+        0.1, "(0, inf)", "give a number above 0, relative to the weights' standard deviation"),
+    "reinit": Rate(
+        0.5, "(0, 1]", "it is a share of the hidden units: give more than 0 and at most 1"),
 }
 
 
@@ -383,7 +381,7 @@ def check_rate(option: str, method: str, rate: float | None) -> None:
     if method not in SPAWN_RATES:
         raise OptionError(option, rate, f"the method {method} has no rate: leave it out, or give "
                                         f"one of the methods {', '.join(SPAWN_RATES)}")
-    if not SPAWN_RATES[method].fits(rate):
+    if not in_interval(rate, SPAWN_RATES[method].interval):
         raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 
 
@@ -413,9 +411,12 @@ def check_number(options: object, option: str, interval: str, remedy: str) -> No
         interval: such as "[0, 1)" for at least 0 and less than 1, or "(0, inf)".
     """
     value = getattr(options, option)
-    if value is None:
-        return
+    if value is not None and not in_interval(value, interval):
+        raise OptionError(option, value, remedy)
+
+
+def in_interval(value: float, interval: str) -> bool:
+    """Whether a number is finite and in an interval such as "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
     bounds = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-    if not math.isfinite(value) or not (low < value < high or bounds):
-        raise OptionError(option, value, remedy)
+    return math.isfinite(value) and (low < value < high or bounds)

@@ -40,7 +40,8 @@ class BASELayersGate(Gate[ModelOptions]):
     Source: BASE layers (arXiv 2103.16716).
     """
 
-    capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False)
+    capabilities = Capabilities(
+        default_aux="none", null_experts=False, capacity=False, vectors=True)
 
     def __init__(self, info: LayerInfo, options: ModelOptions):
         super().__init__(info, options)
@@ -55,10 +56,6 @@ class BASELayersGate(Gate[ModelOptions]):
                 f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to more "
                 f"than {MANY_EXPERTS} experts takes seconds per layer and step on a CPU")
         return warnings
-
-    @classmethod
-    def has_vectors(cls, options: ModelOptions) -> bool:
-        return True
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)

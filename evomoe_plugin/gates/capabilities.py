@@ -15,6 +15,7 @@ class Capabilities:
     logits: bool = True
     """Its `Choice` has logits, as the losses `load` and `z` and `--moe-shared-combine softmax`
     need."""
+    vectors: bool = False  # It has a vector for each expert (`Gate.vectors`) of its own
     null_experts: bool = True  # Null experts can be candidates
     capacity: bool = True  # Experts can have a capacity; False if the gate sets their load itself
     losses: tuple[str, ...] = ()

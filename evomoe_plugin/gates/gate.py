@@ -124,13 +124,10 @@ class Gate(nn.Module, Generic[OptionsT]):
         Raises:
             OptionError: as `gates.auxiliary.coefficients`.
         """
-        return auxiliary.coefficients(options, cls.capabilities, cls.has_vectors(options))
-
-    @classmethod
-    def has_vectors(cls, options: OptionsT) -> bool:
-        """Whether `vectors` returns a vector for each candidate."""
-        return hasattr(cls.Options, "moe_scorer") and (
-            SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
+        has_vectors = cls.capabilities.vectors or (
+            hasattr(cls.Options, "moe_scorer")
+            and SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
+        return auxiliary.coefficients(options, cls.capabilities, has_vectors)
 
     @classmethod
     def renormalizes_after_drop(cls, options: OptionsT) -> bool:

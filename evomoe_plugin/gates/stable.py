@@ -72,7 +72,7 @@ class StableGate(Gate[StableOptions]):
     Options = StableOptions
     capabilities = Capabilities(
         losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
-        null_experts=False, zero_init=False)
+        null_experts=False, zero_init=False, vectors=True)
 
     table_V: Tensor
     frozen_at: Tensor
@@ -113,10 +113,6 @@ class StableGate(Gate[StableOptions]):
             warnings.append(f"--max-update {options.max_update}: the run ends before routing is "
                             f"frozen at update {frozen}")
         return warnings
-
-    @classmethod
-    def has_vectors(cls, options: StableOptions) -> bool:
-        return True
 
     def flops_per_token(self) -> int:
         embedding = 2 * self.word_embedding.numel()  # a lookup, not a matmul

@@ -79,7 +79,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
     # may have no expert anyway.
     capabilities = Capabilities(
         losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
-        null_experts=False, zero_init=False)
+        null_experts=False, zero_init=False, vectors=True)
 
     active_E: Tensor
     record: RoutingRecord
@@ -145,10 +145,6 @@ class TopAnyGate(Gate[TopAnyOptions]):
         return [f"--moe-max-experts {options.moe_max_experts} without --moe-adapt-record-interval: "
                 "experts are added only if the model's begin_record_routing() and "
                 "end_record_routing() are called"]
-
-    @classmethod
-    def has_vectors(cls, options: TopAnyOptions) -> bool:
-        return True
 
     def vectors(self) -> Tensor:
         return self.weight
