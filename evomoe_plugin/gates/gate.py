@@ -115,7 +115,7 @@ class Gate(nn.Module, Generic[OptionsT]):
     def has_fixed_k(cls, options: OptionsT) -> bool:
         """Whether every token goes to the same number of candidates, so that a capacity depends
         only on the number of tokens and not on later tokens."""
-        return False
+        return cls.capabilities.fixed_k
 
     @classmethod
     def aux_coefficients(cls, options: OptionsT) -> Mapping[str, float]:

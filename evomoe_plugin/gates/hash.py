@@ -97,7 +97,7 @@ class HashGate(Gate[HashOptions]):
 
     Options = HashOptions
     capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
-                                gate_init=False)
+                                gate_init=False, fixed_k=True)
 
     table_V: Tensor
 
@@ -115,10 +115,6 @@ class HashGate(Gate[HashOptions]):
             table_V = clustered_table(counts_V, E)
         # In the checkpoint: another dictionary's counts must not change it.
         self.register_buffer("table_V", table_V)
-
-    @classmethod
-    def has_fixed_k(cls, options: HashOptions) -> bool:
-        return True
 
     @classmethod
     def validate(cls, options: HashOptions, expert_counts: Sequence[int]) -> list[str]:

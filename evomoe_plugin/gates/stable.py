@@ -72,7 +72,7 @@ class StableGate(Gate[StableOptions]):
     Options = StableOptions
     capabilities = Capabilities(
         losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
-        null_experts=False, zero_init=False, vectors=True)
+        null_experts=False, zero_init=False, vectors=True, fixed_k=True)
 
     table_V: Tensor
     frozen_at: Tensor
@@ -91,10 +91,6 @@ class StableGate(Gate[StableOptions]):
         self.register_buffer("table_V", torch.zeros(vocabulary, dtype=torch.int64))
         # The update at which the table was written; -1: not yet.
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
-
-    @classmethod
-    def has_fixed_k(cls, options: StableOptions) -> bool:
-        return True
 
     @classmethod
     def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:

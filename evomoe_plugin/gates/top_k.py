@@ -56,7 +56,7 @@ class TopKGate(Gate[TopKOptions]):
     """
 
     Options = TopKOptions
-    capabilities = Capabilities(scorers=tuple(SCORERS))
+    capabilities = Capabilities(scorers=tuple(SCORERS), fixed_k=True)
 
     def __init__(self, info: LayerInfo, options: TopKOptions):
         super().__init__(info, options)
@@ -66,10 +66,6 @@ class TopKGate(Gate[TopKOptions]):
         self.bias_update_rate = options.moe_bias_update_rate
         self.prioritized = options.moe_batch_prioritized_routing
         register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
-
-    @classmethod
-    def has_fixed_k(cls, options: TopKOptions) -> bool:
-        return True
 
     @classmethod
     def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
