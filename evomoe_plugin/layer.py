@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
-from evomoe_plugin.routing.first_expert import first_expert_plan
-from evomoe_plugin.routing.plan import RoutingPlan
-
-StackT = TypeVar("StackT")
+from evomoe_plugin.routing.plan import RoutingPlan, first_expert_plan
 
 
 class MoELayer(nn.Module):
@@ -143,9 +140,7 @@ class MoELayer(nn.Module):
         else:
             context = self.context(token_mask_T, token_keys_T, token_ids_T, token_weights_T)
             plan = self._within_capacity(self.gate(x_TD, context))
-        y_TD, shared_TD = self._outputs(x_TD, plan)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
+        y_TD = self._outputs(x_TD, plan)
         # For parameters that the gate does not use in this update or with these losses.
         y_TD = attach_zero_grads(y_TD, self.gate)
         aux = x_TD.new_zeros(0, dtype=torch.float32)
@@ -177,24 +172,23 @@ class MoELayer(nn.Module):
         sent_R[self.groups.rank] = to_R.sum()
         return {st.SENT_R: sent_R, st.RECEIVED_R: to_R}
 
-    def _outputs(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor | None]:
-        """The outputs of routed and of shared experts."""
+    def _outputs(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         if self.shared is None:
-            return self.experts(x_TD, plan), None
+            return self.experts(x_TD, plan)
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)
-        if self.groups is not None:  # overlaps the exchange
-            return self.experts(x_TD, plan, overlap_fn=shared)
-        return self.experts(x_TD, plan), shared()
+        if self.groups is None:
+            return self.experts(x_TD, plan) + shared()
+        y_TD, shared_TD = self.experts(x_TD, plan, overlap_fn=shared)  # overlaps the exchange
+        return y_TD + shared_TD
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         rule = self.capacity if self.training else self.eval_capacity
         dropped = torch.zeros((), dtype=torch.float64, device=plan.token_ids_N.device)
         if rule:
+            active_C, experts = self.gate.active(), self.num_experts
             capacity = rule.capacity(
-                num_pairs=plan.num_pairs,
-                num_tokens=int(plan.stats[st.TOKENS]),
-                num_experts=self._num_active,
-            )
+                num_pairs=plan.num_pairs, num_tokens=int(plan.stats[st.TOKENS]),
+                num_experts=experts if active_C is None else int(active_C[:experts].sum()))
             plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
         if not self._has_capacity:
@@ -202,11 +196,6 @@ class MoELayer(nn.Module):
         load_E = plan.tokens_per_expert_E.double()
         stats = {**plan.stats, st.LOAD_E: load_E, st.PAIRS: load_E.sum(), st.DROPPED: dropped}
         return dataclasses.replace(plan, stats=stats)
-
-    @property
-    def _num_active(self) -> int:
-        active_C = self.gate.active()
-        return self.num_experts if active_C is None else int(active_C[: self.num_experts].sum())
 
     @property
     def _has_capacity(self) -> bool:
@@ -223,10 +212,7 @@ def _leave_experts_out(_layer: MoELayer, state: dict[str, Any], prefix: str, _me
         del state[name]
 
 
-def _take_own_experts(
-    layer: MoELayer, state: dict[str, Any], prefix: str, _metadata, _strict, _missing, _unexpected,
-    _errors,
-) -> None:
+def _take_own_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Keep this rank's experts of a state dict that has all of them."""
     for name in layer.expert_names:
         key = f"{prefix}experts.{name}"
@@ -250,44 +236,30 @@ def build_layer(
     """
     groups = expert_groups(options.moe_expert_parallel_size)
     meter = None if groups is None else Meter()
-
-    def stack(make: Callable[..., StackT], count: int, ffn_dim: int, **given) -> StackT:
-        return make(count, info.model_dim, ffn_dim, activation, dropout,
-                    gated=options.moe_expert_gated, **given)
-
-    def rule(factor: float | None, token_fraction: float = -1.0) -> CapacityRule:
-        return CapacityRule(
-            factor=factor or 0.0,
-            token_fraction=max(token_fraction, 0.0),
-            minimum=options.moe_min_capacity or 0,
-            renormalize=gate.renormalizes_after_drop(options),
-        )
-
+    ffn = partial(
+        ExpertFFN, model_dim=info.model_dim, activation=activation, dropout=dropout,
+        gated=options.moe_expert_gated)
     gate = gate_class(options.moe_gate)(info, options)
     shared = None
     if options.moe_shared_experts:
-        shared = SharedExperts(
-            stack(ExpertFFN, options.moe_shared_experts, shared_ffn_dim(options)))
-    make: Callable[..., ExpertStack] = ExpertFFN
+        shared = SharedExperts(ffn(options.moe_shared_experts, ffn_dim=shared_ffn_dim(options)))
+    make: Callable[..., ExpertStack] = ffn
     if groups is not None and meter is not None:
+        transport = TRANSPORT_DTYPES[options.moe_ep_wire_dtype]
         make = partial(
-            ParallelExpertFFN,
-            groups=groups,
-            exchange=partial(Exchange, groups.exchange, meter=meter,
-                             transport_dtype=TRANSPORT_DTYPES[options.moe_ep_wire_dtype]),
-            exchange_counts=exchange_counts,
-            chunks=options.moe_ep_chunks,
-        )
+            ParallelExpertFFN, **ffn.keywords, groups=groups, chunks=options.moe_ep_chunks,
+            exchange=partial(Exchange, groups.exchange, meter=meter, transport_dtype=transport),
+            exchange_counts=exchange_counts)
+    trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
+    capacity = partial(CapacityRule, minimum=options.moe_min_capacity or 0,
+                       renormalize=gate.renormalizes_after_drop(options))
     return MoELayer(
         gate=gate,
-        experts=stack(
-            make, info.num_experts, expert_ffn_dim(options),
-            freezes=not parse_bool("moe_spawn_trainable_masked",
-                                   options.moe_spawn_trainable_masked)),
+        experts=make(info.num_experts, ffn_dim=expert_ffn_dim(options), freezes=not trainable),
         shared=shared,
-        capacity=rule(options.moe_capacity_factor),
-        eval_capacity=rule(options.moe_eval_capacity_factor,
-                           options.moe_eval_capacity_token_fraction),
+        capacity=capacity(options.moe_capacity_factor or 0.0),
+        eval_capacity=capacity(options.moe_eval_capacity_factor or 0.0,
+                               max(options.moe_eval_capacity_token_fraction, 0.0)),
         spawn_updates=options.moe_spawn_updates or 0,
         groups=groups,
         meter=meter,

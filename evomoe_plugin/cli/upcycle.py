@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.evolve.upcycle import Recipe
 
     # fairseq seeds numpy too, which takes 32 bits.
-    check_number(args, "seed", least=0, most=2**32 - 1, remedy="give 0 to 4294967295")
-    check_number(args, "max_update", least=1, remedy="give 1 or more, or leave it out")
-    check_number(args, "tokens_per_sample", least=1, remedy="give 1 or more")
+    check_number(args, "seed", "[0, 4294967295]", "give 0 to 4294967295")
+    check_number(args, "max_update", "[1, inf)", "give 1 or more, or leave it out")
+    check_number(args, "tokens_per_sample", "[1, inf)", "give 1 or more")
     given = {name: value for name, value in vars(args).items() if name not in _OWN}
     recipe = Recipe(args.method, args.rate, args.rescale, args.slices, args.gate_init, args.seed)
     check_output("MOE", args.moe, overwrite=args.overwrite)

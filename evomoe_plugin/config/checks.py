@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,15 +25,36 @@ from evomoe_plugin.config.options import (
     check_rate,
     expert_counts,
     expert_slots,
-    moe_layer_indices,
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
-_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout",
-                  "decoder_layerdrop")
+_PROBABILITIES = ("dropout attention_dropout activation_dropout relu_dropout decoder_layerdrop "
+                  "moe_null_rate_target").split()
+_CHOICES = {
+    "activation_fn": ACTIVATIONS,
+    "moe_attention": ATTENTIONS,
+    "moe_matmul_dtype": MATMUL_DTYPES,
+    "moe_shared_combine": SHARED_COMBINE,
+    "moe_ep_wire_dtype": tuple(TRANSPORT_DTYPES),
+    "moe_ep_checkpoint": ("auto", "consolidated", "sharded"),
+    "moe_drop_policy": (None, *DROP_POLICIES),
+}
+_MINIMA = (
+    ("moe_expert_ffn_dim", 0, "give a width of at least 1, or 0 for --decoder-ffn-embed-dim"),
+    ("moe_expert_size_factor", 1, "give 1 or more"),
+    ("moe_shared_size_factor", 0, "give 1 or more, or 0"),
+    ("moe_shared_experts", 0, "give 0 or more"),
+    ("moe_shared_ffn_dim", 0, "give a width of at least 1, or 0 for that of the routed experts"),
+    ("moe_expert_parallel_size", 1, "give 1 or more"),
+    ("moe_ep_consolidate_below", 0, "give a number of GiB, 0 or more"),
+    ("moe_null_experts", 0, "give 0 or more"),
+    ("moe_min_capacity", 0, "give 0 or more"),
+    ("moe_spawn_updates", 1, "give the number of updates before the spawn, 1 or more; leave it out "
+                             "for none"),
+)
 
 
 def validate(options: ModelOptions, warn: bool = True) -> None:
@@ -57,21 +78,26 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
         raise OptionError("decoder_output_dim", output_dim,
                           f"with --share-decoder-input-output-embed it must be {input_dim}, the "
                           "decoder's input dimension")
-    counts = expert_counts(options, len(moe_layer_indices(options, options.decoder_layers)))
+    counts = expert_counts(options)
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
-    check_choice(options, "activation_fn", ACTIVATIONS)
-    check_choice(options, "moe_attention", ATTENTIONS)
-    check_choice(options, "moe_matmul_dtype", MATMUL_DTYPES)
+    for option, allowed in _CHOICES.items():
+        check_choice(options, option, allowed)
+    for option, least, remedy in _MINIMA:
+        check_number(options, option, f"[{least}, inf)", remedy)
     for option in _PROBABILITIES:
         if hasattr(options, option):
-            check_number(options, option, least=0, most=1, remedy="it is a probability: give a "
-                                                                  "number from 0 to 1")
+            check_number(
+                options, option, "[0, 1]", "it is a probability: give a number from 0 to 1"
+            )
     _check_experts(options)
     _check_expert_parallel(options)
-    check_number(options, "moe_null_experts", least=0, remedy="give 0 or more")
     _check_capacity(options, gate)
-    _check_init(options)
+    if options.moe_init_from_dense is not None:
+        check_spawned_from(options, "moe_init_method", options.moe_init_method)
+    else:
+        _refuse_given(options, _named("moe_init_"), "there is no dense model",
+                      "--moe-init-from-dense")
     _check_spawn(options)
     warnings = [*_capacity_warnings(options, gate), *_spawn_warnings(options, counts),
                 *validate_gate(options, counts)]
@@ -103,10 +129,6 @@ def resolve_renamed(options: Any, warn: bool) -> None:
 
 
 def _check_experts(options: ModelOptions) -> None:
-    check_number(options, "moe_expert_ffn_dim", least=0,
-                 remedy="give a width of at least 1, or 0 for --decoder-ffn-embed-dim")
-    check_number(options, "moe_expert_size_factor", least=1, remedy="give 1 or more")
-    check_number(options, "moe_shared_size_factor", least=0, remedy="give 1 or more, or 0")
     for kind in ("expert", "shared"):
         factor = getattr(options, f"moe_{kind}_size_factor")
         if factor > 1 and getattr(options, f"moe_{kind}_ffn_dim"):
@@ -117,38 +139,41 @@ def _check_experts(options: ModelOptions) -> None:
             raise OptionError(f"moe_{kind}_size_factor", factor,
                               "give a divisor of --decoder-ffn-embed-dim "
                               f"({options.decoder_ffn_embed_dim})")
-    check_number(options, "moe_shared_experts", least=0, remedy="give 0 or more")
-    check_number(options, "moe_shared_ffn_dim", least=0,
-                 remedy="give a width of at least 1, or 0 for that of the routed experts")
-    check_choice(options, "moe_shared_combine", SHARED_COMBINE)
-    for option in ("moe_shared_ffn_dim", "moe_shared_size_factor", "moe_shared_combine"):
-        value = getattr(options, option)
-        if not options.moe_shared_experts and value != getattr(MoEOptions, option):
-            raise OptionError(option, value, "there are no shared experts: leave it out, or give "
-                                             "--moe-shared-experts")
+    if not options.moe_shared_experts:
+        _refuse_given(options, ("moe_shared_ffn_dim", "moe_shared_size_factor",
+                                "moe_shared_combine"),
+                      "there are no shared experts", "--moe-shared-experts")
+
+
+def _refuse_given(options: ModelOptions, unused: Iterable[str], reason: str, needed: str) -> None:
+    for option in unused:
+        value, default = getattr(options, option), getattr(MoEOptions, option)
+        if value != default and str(value).lower() != str(default).lower():
+            raise OptionError(option, value, f"{reason}: leave it out, or give {needed}")
+
+
+def _named(prefix: str) -> list[str]:
+    return [field.name for field in fields(MoEOptions) if field.name.startswith(prefix)]
 
 
 def _check_expert_parallel(options: ModelOptions) -> None:
     size = options.moe_expert_parallel_size
-    check_number(options, "moe_expert_parallel_size", least=1, remedy="give 1 or more")
-    check_choice(options, "moe_ep_wire_dtype", tuple(TRANSPORT_DTYPES))
-    check_choice(options, "moe_ep_checkpoint", ("auto", "consolidated", "sharded"))
-    check_number(options, "moe_ep_consolidate_below", least=0,
-                 remedy="give a number of GiB, 0 or more")
-    slots = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
+    slots = expert_slots(options)
     for count in slots:
         if count % size:
             raise OptionError("moe_expert_parallel_size", size,
                               f"does not divide the {count} experts of a layer")
     least = min(slots) // size
-    check_number(options, "moe_ep_chunks", least=1, most=least,
-                 remedy=f"give 1 to {least}, the number of experts of a layer on each rank")
-    for option in (f.name for f in fields(MoEOptions) if f.name.startswith("moe_ep_")):
-        value = getattr(options, option)
-        if size == 1 and value != getattr(MoEOptions, option):
-            raise OptionError(option, value, "every rank has all experts: leave it out, or give "
-                                             "--moe-expert-parallel-size")
-    if size > 1 and getattr(options, "decoder_layerdrop", 0.0) > 0:
+    check_number(
+        options,
+        "moe_ep_chunks",
+        f"[1, {least}]",
+        f"give 1 to {least}, the number of experts of a layer on each rank",
+    )
+    if size == 1:
+        _refuse_given(options, _named("moe_ep_"), "every rank has all experts",
+                      "--moe-expert-parallel-size")
+    elif getattr(options, "decoder_layerdrop", 0.0) > 0:
         raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
                           "ranks would skip different layers and deadlock: leave it out, or "
                           "--moe-expert-parallel-size")
@@ -156,8 +181,6 @@ def _check_expert_parallel(options: ModelOptions) -> None:
 
 def _check_null(options: ModelOptions) -> None:
     target = options.moe_null_rate_target
-    check_number(options, "moe_null_rate_target", least=0, most=1,
-                 remedy="it is a probability: give a number from 0 to 1")
     wanted = "null" in gate_class(options.moe_gate).aux_coefficients(options)
     if wanted and target is None:
         raise OptionError("moe_aux", options.moe_aux,
@@ -169,19 +192,21 @@ def _check_null(options: ModelOptions) -> None:
 
 def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
     for option in ("moe_capacity_factor", "moe_eval_capacity_factor"):
-        check_number(options, option, above=0,
-                     remedy="give a number above 0, or leave it out for no limit")
+        check_number(
+            options, option, "(0, inf)", "give a number above 0, or leave it out for no limit"
+        )
     fraction = options.moe_eval_capacity_token_fraction
     if fraction != -1:
-        check_number(options, "moe_eval_capacity_token_fraction", above=0, most=1,
-                     remedy="give a fraction above 0 and at most 1, or -1 for no limit")
+        check_number(
+            options,
+            "moe_eval_capacity_token_fraction",
+            "(0, 1]",
+            "give a fraction above 0 and at most 1, or -1 for no limit",
+        )
         if options.moe_eval_capacity_factor is not None:
             raise OptionError("moe_eval_capacity_token_fraction", fraction,
                               "--moe-eval-capacity-factor already sets the capacity: leave one "
                               "of them out")
-    check_number(options, "moe_min_capacity", least=0, remedy="give 0 or more")
-    if options.moe_drop_policy is not None:
-        check_choice(options, "moe_drop_policy", DROP_POLICIES)
     limits = [option for option in ("moe_capacity_factor", "moe_eval_capacity_factor",
                                     "moe_eval_capacity_token_fraction")
               if getattr(options, option) != getattr(MoEOptions, option)]
@@ -189,11 +214,10 @@ def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
         raise OptionError(limits[0], getattr(options, limits[0]),
                           f"the gate {options.moe_gate} sets the load of experts itself: leave "
                           "it out")
-    for option in ("moe_min_capacity", "moe_drop_policy", "moe_renormalize_after_drop"):
-        value = getattr(options, option)
-        if not limits and value != getattr(MoEOptions, option):
-            raise OptionError(option, value, "experts have no capacity: leave it out, or give "
-                                             "--moe-capacity-factor")
+    if not limits:
+        _refuse_given(options, ("moe_min_capacity", "moe_drop_policy",
+                                "moe_renormalize_after_drop"),
+                      "experts have no capacity", "--moe-capacity-factor")
 
 
 def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
@@ -215,17 +239,6 @@ def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
     return warnings
 
 
-def _check_init(options: ModelOptions) -> None:
-    if options.moe_init_from_dense is not None:
-        check_spawned_from(options, "moe_init_method", options.moe_init_method)
-        return
-    for option in fields(MoEOptions):
-        value = getattr(options, option.name)
-        if option.name.startswith("moe_init_") and value != option.default:
-            raise OptionError(option.name, value, "there is no dense model: leave it out, or give "
-                                                  "--moe-init-from-dense")
-
-
 def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:
     """Raise `OptionError` if a spawn would overwrite what `method` made from a dense model.
 
@@ -241,17 +254,10 @@ def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:
 
 def _check_spawn(options: ModelOptions) -> None:
     updates, method = options.moe_spawn_updates, options.moe_spawn_method
-    given = [f.name for f in fields(MoEOptions) if f.name.startswith("moe_spawn_")
-             and str(getattr(options, f.name)).lower() != str(f.default).lower()]
     if updates is None:
-        if given:
-            raise OptionError(given[0], getattr(options, given[0]),
-                              "experts are not spawned: leave it out, or give "
-                              "--moe-spawn-updates")
+        _refuse_given(options, _named("moe_spawn_"), "experts are not spawned",
+                      "--moe-spawn-updates")
         return
-    check_number(options, "moe_spawn_updates", least=1,
-                 remedy="give the number of updates before the spawn, 1 or more; leave it out for "
-                        "none")
     if options.max_update and updates >= options.max_update:
         raise OptionError("moe_spawn_updates", updates,
                           f"the run ends at update {options.max_update}: give less than "

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def add_field(options: type, name: str, kind: type, default: Any, help: str) -> None:
+
+def add_field(
+    options: type[DataclassInstance], name: str, kind: Any, default: Any, help: str
+) -> None:
     """Add a field to the dataclass `options`, unless it has it.
 
     Parsers made afterwards have the flag, and Hydra configurations composed afterwards the
@@ -23,32 +28,28 @@ def add_field(options: type, name: str, kind: type, default: Any, help: str) -> 
     """
     if name in options.__dataclass_fields__:
         return
-    extra = dataclasses.make_dataclass(
+    extra: Any = dataclasses.make_dataclass(
         "Extra", [(name, kind, dataclasses.field(default=default, metadata={"help": help}))]
     )
     # The generated __init__ does not take the new field; a class attribute gives it its default.
     options.__dataclass_fields__[name] = extra.__dataclass_fields__[name]
     options.__annotations__[name] = kind
     setattr(options, name, default)
-    store_schemas()
-
-
-def store_schemas() -> None:
-    """Store fairseq's Hydra schemas again, with the new fields."""
+    # Store fairseq's Hydra schemas again, with the new field.
     store = ConfigStore.instance()
     # fairseq stores the whole as "config", and again under the name that --config-name gives.
     whole = [
-        name for name, kept in store.repo.items()
+        stored for stored, kept in store.repo.items()
         if isinstance(kept, ConfigNode) and OmegaConf.get_type(kept.node) is FairseqConfig
     ]
-    for name in whole:
-        store.store(name=name, node=FairseqConfig)
+    for stored in whole:
+        store.store(name=stored, node=FairseqConfig)
     for group, field in FairseqConfig.__dataclass_fields__.items():
         store.store(name=group, node=field.default)
-    for name, options in MODEL_DATACLASS_REGISTRY.items():
-        node = options()
-        node._name = name
-        store.store(name=name, group="model", node=node, provider="fairseq")
+    for arch, model_options in MODEL_DATACLASS_REGISTRY.items():
+        node = model_options()
+        node._name = arch
+        store.store(name=arch, group="model", node=node, provider="fairseq")
 
 
 def add_checkpoint_fields() -> None:

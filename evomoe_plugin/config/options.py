@@ -8,231 +8,197 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from evomoe_plugin.config.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
 
+def flag(default: Any, help: str, **metadata: str) -> Any:
+    """A dataclass field that fairseq makes a flag and Hydra a field, with its help text."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class MoEOptions:
     """Positions and contents of MoE layers, for every gate."""
 
-    moe_freq: int = field(
-        default=2,
-        metadata={"help": "every N-th decoder layer is an MoE layer; 1: every layer"},
+    moe_freq: int = flag(2, "every N-th decoder layer is an MoE layer; 1: every layer")
+    moe_start_layer: Optional[int] = flag(
+        None, "the first MoE layer, from 0 (default: layer N-1 of --moe-freq N)"
     )
-    moe_start_layer: Optional[int] = field(
-        default=None,
-        metadata={"help": "the first MoE layer, from 0 (default: layer N-1 of --moe-freq N)"},
+    moe_layers: Optional[str] = flag(
+        None,
+        "indices of the MoE layers, from 0 (5,8,11), instead of --moe-freq and --moe-start-layer",
     )
-    moe_layers: Optional[str] = field(
-        default=None,
-        metadata={"help": "indices of the MoE layers, from 0 (5,8,11), instead of --moe-freq and "
-                          "--moe-start-layer"},
+    moe_expert_count: str = flag(
+        "16",
+        "routed experts of each MoE layer: one number, one per MoE layer (4,4,8,16), or "
+        "FIRST:LAST to grow linearly with depth",
     )
-    moe_expert_count: str = field(
-        default="16",
-        metadata={"help": "routed experts of each MoE layer: one number, one per MoE layer "
-                          "(4,4,8,16), or FIRST:LAST to grow linearly with depth"},
+    moe_expert_ffn_dim: int = flag(0, "hidden width of an expert; 0: --decoder-ffn-embed-dim")
+    moe_expert_size_factor: int = flag(
+        1, "an expert's hidden width is --decoder-ffn-embed-dim divided by this"
     )
-    moe_expert_ffn_dim: int = field(
-        default=0,
-        metadata={"help": "hidden width of an expert; 0: --decoder-ffn-embed-dim"},
+    moe_expert_gated: bool = flag(
+        False,
+        "experts are gated: W2 (act(W1 x) * W3 x), without biases; SwiGLU with --activation-fn "
+        "swish, GEGLU with gelu",
     )
-    moe_expert_size_factor: int = field(
-        default=1,
-        metadata={"help": "an expert's hidden width is --decoder-ffn-embed-dim divided by this"},
-    )
-    moe_expert_gated: bool = field(
-        default=False,
-        metadata={"help": "experts are gated: W2 (act(W1 x) * W3 x), without biases; SwiGLU with "
-                          "--activation-fn swish, GEGLU with gelu"},
-    )
-    moe_gate: str = field(
-        default="dense_to_sparse",
-        metadata={"help": "the gate that routes tokens to experts, by its registered name"},
+    moe_gate: str = flag(
+        "dense_to_sparse", "the gate that routes tokens to experts, by its registered name"
     )
     # A string, because fairseq makes a boolean whose default is True a flag that turns it off.
-    moe_gating_use_fp32: str = field(
-        default="true",
-        metadata={"help": "compute gates in fp32 in models of lower precision (true|false)",
-                  "argparse_const": "true"},
+    moe_gating_use_fp32: str = flag(
+        "true",
+        "compute gates in fp32 in models of lower precision (true|false)",
+        argparse_const="true",
     )
-    moe_matmul_dtype: str = field(
-        default="same",
-        metadata={"help": "dtype of matmuls: same (as the weights) or bf16 (with weights, gates, "
-                          "norms and losses in fp32)"},
+    moe_matmul_dtype: str = flag(
+        "same",
+        "dtype of matmuls: same (as the weights) or bf16 (with weights, gates, norms and losses "
+        "in fp32)",
     )
     # The old name, still accepted on command lines, in Hydra and in stored configurations.
-    moe_products_dtype: Optional[str] = field(
-        default=None, metadata={"help": argparse.SUPPRESS}
+    moe_products_dtype: Optional[str] = flag(None, argparse.SUPPRESS)
+    moe_aux: Optional[str] = flag(
+        None,
+        "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none (default: depends "
+        "on the gate); all are multiplied by --moe-gate-loss-wt",
     )
-    moe_aux: Optional[str] = field(
-        default=None,
-        metadata={"help": "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none "
-                          "(default: depends on the gate); all are multiplied by "
-                          "--moe-gate-loss-wt"},
+    moe_shared_experts: int = flag(
+        0, "experts that every token goes to, in addition to the routed ones"
     )
-    moe_shared_experts: int = field(
-        default=0,
-        metadata={"help": "experts that every token goes to, in addition to the routed ones"},
+    moe_shared_ffn_dim: int = flag(0, "hidden width of a shared expert; 0: that of the routed ones")
+    moe_shared_size_factor: int = flag(
+        0,
+        "a shared expert's hidden width is --decoder-ffn-embed-dim divided by this; 0: that of "
+        "the routed ones",
     )
-    moe_shared_ffn_dim: int = field(
-        default=0,
-        metadata={"help": "hidden width of a shared expert; 0: that of the routed ones"},
+    moe_shared_combine: str = flag(
+        "add",
+        "weights of shared experts: add (1), softmax (over the selected routed and the shared "
+        "experts, as DCMoE), mix (one learned share for all of them, as residual MoE)",
     )
-    moe_shared_size_factor: int = field(
-        default=0,
-        metadata={"help": "a shared expert's hidden width is --decoder-ffn-embed-dim divided by "
-                          "this; 0: that of the routed ones"},
+    moe_null_experts: int = flag(0, "candidates of the gate without computation, whose output is 0")
+    moe_null_rate_target: Optional[float] = flag(
+        None, "mean probability of null experts that the loss `null` aims at"
     )
-    moe_shared_combine: str = field(
-        default="add",
-        metadata={"help": "weights of shared experts: add (1), softmax (over the selected routed "
-                          "and the shared experts, as DCMoE), mix (one learned share for all of "
-                          "them, as residual MoE)"},
+    moe_capacity_factor: Optional[float] = flag(
+        None,
+        "in training an expert gets at most ceil(factor * pairs / experts) tokens (default: no "
+        "limit)",
     )
-    moe_null_experts: int = field(
-        default=0,
-        metadata={"help": "candidates of the gate without computation, whose output is 0"},
+    moe_eval_capacity_factor: Optional[float] = flag(
+        None, "the same in evaluation (default: no limit)"
     )
-    moe_null_rate_target: Optional[float] = field(
-        default=None,
-        metadata={"help": "mean probability of null experts that the loss `null` aims at"},
+    moe_eval_capacity_token_fraction: float = flag(
+        -1.0,
+        "in evaluation an expert gets at most this fraction of the tokens of the batch; -1: no "
+        "limit",
     )
-    moe_capacity_factor: Optional[float] = field(
-        default=None,
-        metadata={"help": "in training an expert gets at most ceil(factor * pairs / experts) "
-                          "tokens (default: no limit)"},
+    moe_min_capacity: Optional[int] = flag(None, "lower bound of capacities in tokens (default: 0)")
+    moe_drop_policy: Optional[str] = flag(
+        None,
+        "which tokens an expert at its capacity keeps: position (the first; the default), probs "
+        "(the most probable) or random",
     )
-    moe_eval_capacity_factor: Optional[float] = field(
-        default=None, metadata={"help": "the same in evaluation (default: no limit)"}
+    moe_renormalize_after_drop: bool = flag(
+        False, "scale the weights that a token keeps after dropping to their sum before"
     )
-    moe_eval_capacity_token_fraction: float = field(
-        default=-1.0,
-        metadata={"help": "in evaluation an expert gets at most this fraction of the tokens of "
-                          "the batch; -1: no limit"},
+    moe_post_norm: bool = flag(
+        False,
+        "post-norm layers as in fairseq's default transformer_lm, for models converted from one; "
+        "otherwise pre-norm",
     )
-    moe_min_capacity: Optional[int] = field(
-        default=None, metadata={"help": "lower bound of capacities in tokens (default: 0)"}
+    moe_attention: str = flag(
+        "sdpa",
+        "self-attention of all layers: sdpa (torch's scaled_dot_product_attention) or stock "
+        "(fairseq's own); equal up to rounding",
     )
-    moe_drop_policy: Optional[str] = field(
-        default=None,
-        metadata={"help": "which tokens an expert at its capacity keeps: position (the first; the "
-                          "default), probs (the most probable) or random"},
+    moe_init_from_dense: Optional[str] = flag(
+        None,
+        "dense transformer_lm checkpoint to initialise a run without a checkpoint of its own: its "
+        "FFNs become the experts",
     )
-    moe_renormalize_after_drop: bool = field(
-        default=False,
-        metadata={"help": "scale the weights that a token keeps after dropping to their sum "
-                          "before"},
+    moe_init_method: str = flag(
+        "copy",
+        "how experts are made from a dense FFN: copy, mask, noise, reinit (each from the whole "
+        "FFN), slice (smaller experts, each from a part), none (random initialisation)",
     )
-    moe_post_norm: bool = field(
-        default=False,
-        metadata={"help": "post-norm layers as in fairseq's default transformer_lm, for models "
-                          "converted from one; otherwise pre-norm"},
+    moe_init_rate: Optional[float] = flag(
+        None,
+        "rate of --moe-init-method: mask (share of the weights), noise (relative to their "
+        "standard deviation), reinit (share of the hidden units); default: 0.3, 0.1, 0.5",
     )
-    moe_attention: str = field(
-        default="sdpa",
-        metadata={"help": "self-attention of all layers: sdpa (torch's "
-                          "scaled_dot_product_attention) or stock (fairseq's own); equal up to "
-                          "rounding"},
+    moe_init_rescale: bool = flag(
+        False,
+        "mask: divide the remaining weights by 1 - rate; slice: multiply an expert's output by "
+        "the number of slices",
     )
-    moe_init_from_dense: Optional[str] = field(
-        default=None,
-        metadata={"help": "dense transformer_lm checkpoint to initialise a run without a "
-                          "checkpoint of its own: its FFNs become the experts"},
+    moe_init_slices: str = flag("contiguous", "hidden units of a slice: contiguous or shuffled")
+    moe_init_gate: str = flag(
+        "default", "initial weights of the gates: default, zero, or normal:STD"
     )
-    moe_init_method: str = field(
-        default="copy",
-        metadata={"help": "how experts are made from a dense FFN: copy, mask, noise, reinit (each "
-                          "from the whole FFN), slice (smaller experts, each from a part), none "
-                          "(random initialisation)"},
+    moe_train_only: Optional[str] = flag(
+        None,
+        "train only these parameters and freeze the others: comma-separated words (experts, "
+        "shared, gate, attention, ffn, embeddings, norms) or regular expressions over parameter "
+        "names",
     )
-    moe_init_rate: Optional[float] = field(
-        default=None,
-        metadata={"help": "rate of --moe-init-method: mask (share of the weights), noise "
-                          "(relative to their standard deviation), reinit (share of the hidden "
-                          "units); default: 0.3, 0.1, 0.5"},
+    moe_expert_parallel_size: int = flag(
+        1,
+        "number of ranks that the experts of each layer are sharded over, with all-to-all "
+        "exchange of tokens; 1: every rank has all experts",
     )
-    moe_init_rescale: bool = field(
-        default=False,
-        metadata={"help": "mask: divide the remaining weights by 1 - rate; slice: multiply an "
-                          "expert's output by the number of slices"},
+    moe_ep_chunks: int = flag(
+        1,
+        "with --moe-expert-parallel-size, number of chunks of the exchange, which overlap with "
+        "computation",
     )
-    moe_init_slices: str = field(
-        default="contiguous",
-        metadata={"help": "hidden units of a slice: contiguous or shuffled"},
+    moe_ep_wire_dtype: str = flag(
+        "same", "transport dtype of exchanged tokens: same (no cast), fp32, fp16, bf16"
     )
-    moe_init_gate: str = field(
-        default="default",
-        metadata={"help": "initial weights of the gates: default, zero, or normal:STD"},
+    moe_ep_checkpoint: str = flag(
+        "auto",
+        "with --moe-expert-parallel-size, checkpoints are one file (consolidated), or have the "
+        "experts in one further file per rank (sharded); auto: by --moe-ep-consolidate-below",
     )
-    moe_train_only: Optional[str] = field(
-        default=None,
-        metadata={"help": "train only these parameters and freeze the others: comma-separated "
-                          "words (experts, shared, gate, attention, ffn, embeddings, norms) or "
-                          "regular expressions over parameter names"},
+    moe_ep_consolidate_below: float = flag(
+        4.0,
+        "maximum GiB of all experts and their optimizer state for which --moe-ep-checkpoint auto "
+        "writes one file",
     )
-    moe_expert_parallel_size: int = field(
-        default=1,
-        metadata={"help": "number of ranks that the experts of each layer are sharded over, with "
-                          "all-to-all exchange of tokens; 1: every rank has all experts"},
+    moe_spawn_updates: Optional[int] = flag(
+        None,
+        "updates of the dense phase (EvoMoE's expert-diversify), in which only the first expert "
+        "of each layer is used, without a gate; then all experts are spawned from it (default: no "
+        "such phase)",
     )
-    moe_ep_chunks: int = field(
-        default=1,
-        metadata={"help": "with --moe-expert-parallel-size, number of chunks of the exchange, "
-                          "which overlap with computation"},
+    moe_spawn_method: str = flag(
+        "mask",
+        "how experts are spawned: mask (a share of the weights is set to 0), noise (is added), "
+        "reinit (a share of the hidden units is reinitialised), copy",
     )
-    moe_ep_wire_dtype: str = field(
-        default="same",
-        metadata={"help": "transport dtype of exchanged tokens: same (no cast), fp32, fp16, bf16"},
+    moe_spawn_rate: Optional[float] = flag(
+        None,
+        "share of weights or hidden units, or noise relative to the weights' standard deviation "
+        "(default: mask 0.3, reinit 0.5, noise 0.1)",
     )
-    moe_ep_checkpoint: str = field(
-        default="auto",
-        metadata={"help": "with --moe-expert-parallel-size, checkpoints are one file "
-                          "(consolidated), or have the experts in one further file per rank "
-                          "(sharded); auto: by --moe-ep-consolidate-below"},
-    )
-    moe_ep_consolidate_below: float = field(
-        default=4.0,
-        metadata={"help": "maximum GiB of all experts and their optimizer state for which "
-                          "--moe-ep-checkpoint auto writes one file"},
-    )
-    moe_spawn_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "updates of the dense phase (EvoMoE's expert-diversify), in which only "
-                          "the first expert of each layer is used, without a gate; then all "
-                          "experts are spawned from it (default: no such phase)"},
-    )
-    moe_spawn_method: str = field(
-        default="mask",
-        metadata={"help": "how experts are spawned: mask (a share of the weights is set to 0), "
-                          "noise (is added), reinit (a share of the hidden units is "
-                          "reinitialised), copy"},
-    )
-    moe_spawn_rate: Optional[float] = field(
-        default=None,
-        metadata={"help": "share of weights or hidden units, or noise relative to the weights' "
-                          "standard deviation (default: mask 0.3, reinit 0.5, noise 0.1)"},
-    )
-    moe_spawn_rescale: bool = field(
-        default=False,
-        metadata={"help": "divide the weights that mask keeps by the share of kept weights"},
+    moe_spawn_rescale: bool = flag(
+        False, "divide the weights that mask keeps by the share of kept weights"
     )
     # A string like moe_gating_use_fp32.
-    moe_spawn_trainable_masked: str = field(
-        default="true",
-        metadata={"help": "train the weights that mask set to 0; false keeps them at 0 "
-                          "(true|false)"},
+    moe_spawn_trainable_masked: str = flag(
+        "true", "train the weights that mask set to 0; false keeps them at 0 (true|false)"
     )
-    moe_spawn_moments: str = field(
-        default="copy",
-        metadata={"help": "optimizer moments of spawned experts: copy (of the first expert; 0 for "
-                          "masked or reinitialised weights) or reset (0)"},
+    moe_spawn_moments: str = flag(
+        "copy",
+        "optimizer moments of spawned experts: copy (of the first expert; 0 for masked or "
+        "reinitialised weights) or reset (0)",
     )
 
 
@@ -314,12 +280,14 @@ def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     return indices
 
 
-def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
-    """Routed experts of each MoE layer, `num_moe_layers` numbers.
+def expert_counts(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
+    """Routed experts of each MoE layer, `num_moe_layers` numbers; None: of the whole model.
 
     Raises:
         OptionError: not a number, list or range of counts, or one that does not fit the layers.
     """
+    if num_moe_layers is None:
+        num_moe_layers = len(moe_layer_indices(options, options.decoder_layers))
     text = str(options.moe_expert_count).replace(" ", "")
     wanted = "give one number of at least 1, one per MoE layer (4,4,8,16), or FIRST:LAST"
     try:
@@ -343,7 +311,7 @@ def expert_counts(options: ModelOptions, num_moe_layers: int) -> list[int]:
     return numbers
 
 
-def expert_slots(options: ModelOptions, num_moe_layers: int) -> list[int]:
+def expert_slots(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
     """E of each MoE layer: its expert slots, not all of which may be used at the start.
 
     Raises:
@@ -367,15 +335,13 @@ def shared_ffn_dim(options: ModelOptions) -> int:
 
 
 # Names of fairseq's activations.
-ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear",
-               "swish")
+ACTIVATIONS = tuple("relu relu_squared gelu gelu_fast gelu_accurate tanh linear swish".split())
 # Options of fairseq's transformer_lm that change FFNs or the vocabulary, and NormFormer's scales,
 # which fairseq accepts and then ignores in its decoder.
-UNSUPPORTED = (
-    "character_embeddings", "adaptive_input", "adaptive_softmax_cutoff", "quant_noise_pq",
-    "quant_noise_scalar", "base_layers", "decoder_layers_to_keep", "decoder_xformers_att_config",
-    "scale_fc", "scale_attn", "scale_heads", "scale_resids",
-)
+UNSUPPORTED = tuple(
+    "character_embeddings adaptive_input adaptive_softmax_cutoff quant_noise_pq quant_noise_scalar "
+    "base_layers decoder_layers_to_keep decoder_xformers_att_config scale_fc scale_attn "
+    "scale_heads scale_resids".split())
 MATMUL_DTYPES = ("same", "bf16")
 SHARED_COMBINE = ("add", "softmax", "mix")
 ATTENTIONS = ("sdpa", "stock")
@@ -383,23 +349,21 @@ DROP_POLICIES = ("position", "probs", "random")
 SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """Valid rates of a method that changes experts; 0 would equal `copy`."""
 
     default: float
-    fits: Callable[[float], bool]
+    interval: str
     remedy: str
 
 
 # The defaults of mask and noise are ours; that of reinit is Drop-Upcycling's (arXiv 2502.19261).
 SPAWN_RATES = {
-    "mask": Rate(0.3, lambda rate: 0 < rate < 1,
-                 "it is a share of the weights: give more than 0 and less than 1"),
-    "noise": Rate(0.1, lambda rate: 0 < rate < math.inf,
-                  "give a number above 0, relative to the weights' standard deviation"),
-    "reinit": Rate(0.5, lambda rate: 0 < rate <= 1,
-                   "it is a share of the hidden units: give more than 0 and at most 1"),
+    "mask": Rate(0.3, "(0, 1)", "it is a share of the weights: give more than 0 and less than 1"),
+    "noise": Rate(
+        0.1, "(0, inf)", "give a number above 0, relative to the weights' standard deviation"),
+    "reinit": Rate(
+        0.5, "(0, 1]", "it is a share of the hidden units: give more than 0 and at most 1"),
 }
 
 
@@ -417,7 +381,7 @@ def check_rate(option: str, method: str, rate: float | None) -> None:
     if method not in SPAWN_RATES:
         raise OptionError(option, rate, f"the method {method} has no rate: leave it out, or give "
                                         f"one of the methods {', '.join(SPAWN_RATES)}")
-    if not SPAWN_RATES[method].fits(rate):
+    if not in_interval(rate, SPAWN_RATES[method].interval):
         raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 
 
@@ -431,25 +395,28 @@ def gated_updates(options: ModelOptions) -> int:
     return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
 
 
-def check_choice(options: ModelOptions, option: str, allowed: Sequence[str]) -> None:
+def check_choice(options: ModelOptions, option: str, allowed: Sequence[str | None]) -> None:
     """Raise `OptionError` unless the option's value is one of `allowed`."""
     if getattr(options, option) not in allowed:
-        raise OptionError(option, getattr(options, option), f"one of: {', '.join(allowed)}")
+        names = ", ".join(filter(None, allowed))
+        raise OptionError(option, getattr(options, option), f"one of: {names}")
 
 
-def check_number(
-    options: object, option: str, remedy: str, *, least: float | None = None,
-    above: float | None = None, most: float | None = None, below: float | None = None,
-) -> None:
-    """Raise `OptionError` with `remedy` unless the option's value is finite and within the bounds.
+def check_number(options: object, option: str, interval: str, remedy: str) -> None:
+    """Raise `OptionError` with `remedy` unless the option's value is finite and in `interval`.
 
     None, the value of an option that was not given, passes.
+
+    Args:
+        interval: such as "[0, 1)" for at least 0 and less than 1, or "(0, inf)".
     """
     value = getattr(options, option)
-    if value is None:
-        return
-    fits = math.isfinite(value) and (least is None or value >= least) and (
-        above is None or value > above) and (most is None or value <= most) and (
-        below is None or value < below)
-    if not fits:
+    if value is not None and not in_interval(value, interval):
         raise OptionError(option, value, remedy)
+
+
+def in_interval(value: float, interval: str) -> bool:
+    """Whether a number is finite and in an interval such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    bounds = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+    return math.isfinite(value) and (low < value < high or bounds)

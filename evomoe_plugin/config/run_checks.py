@@ -66,8 +66,7 @@ def validate_run(cfg: Any) -> None:
     if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
         logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
                        "logged; --criterion moe_cross_entropy does both")
-    for warning in _strong_losses(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)):
-        logger.warning(warning)
+    _warn_of_large_loss(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0))
 
 
 def _check_changes(cfg: Any) -> None:
@@ -93,8 +92,7 @@ def _check_changes(cfg: Any) -> None:
     if change is not None:
         _check_copies_of_weights(cfg, f"--{change.replace('_', '-')}")
     if spawn is not None:
-        for warning in _moments_warnings(cfg.optimizer, spawn):
-            logger.warning(warning)
+        _warn_of_moments(cfg.optimizer, spawn)
 
 
 def _check_copies_of_weights(cfg: Any, change: str) -> None:
@@ -128,27 +126,28 @@ def largest_step(betas: Sequence[float], updates: int) -> float:
     return max(map(step, range(1, 1 + int(5 / max(1 - beta1, 1 - beta2, 1e-3)))))
 
 
-def _moments_warnings(optimizer: Any, updates: int) -> list[str]:
+def _warn_of_moments(optimizer: Any, updates: int) -> None:
     betas = getattr(optimizer, "adam_betas", None)
     if isinstance(betas, str):
         betas = ast.literal_eval(betas)
-    if not betas or betas[1] <= _MOST_BETA2:
-        return []
-    return [f"--adam-betas {tuple(betas)} with --moe-spawn-updates {updates}: after the spawn, the "
-            "weights of the gate and new weights start without moments in the middle of the run: "
-            f"their first steps are up to {largest_step(betas, updates):.1f} times --lr; with "
-            f"(0.9, 0.98) {largest_step((0.9, 0.98), updates):.1f} times"]
+    if betas and betas[1] > _MOST_BETA2:
+        logger.warning(
+            "--adam-betas %s with --moe-spawn-updates %s: after the spawn, the weights of the gate "
+            "and new weights start without moments in the middle of the run: their first steps are "
+            "up to %.1f times --lr; with (0.9, 0.98) %.1f times", tuple(betas), updates,
+            largest_step(betas, updates), largest_step((0.9, 0.98), updates))
 
 
 # Losses with values of about 1 or more in a good run; published coefficients are 0.001 to 0.03.
 _LARGE_LOSSES = ("balance", "switch", "diversity", "simplicity", "efficiency")
 
 
-def _strong_losses(model: Any, weight: float) -> list[str]:
+def _warn_of_large_loss(model: Any, weight: float) -> None:
     chosen = gate_class(model.moe_gate).aux_coefficients(model)
-    strong = [name for name in _LARGE_LOSSES if chosen.get(name, 0.0) * weight > 0.1]
-    return [f"--moe-gate-loss-wt {weight}: the auxiliary loss {name} is added with weight "
-            f"{chosen[name] * weight:g}; 0.01 is usual" for name in strong[:1]]
+    large = next((loss for loss in _LARGE_LOSSES if chosen.get(loss, 0.0) * weight > 0.1), None)
+    if large:
+        logger.warning("--moe-gate-loss-wt %s: the auxiliary loss %s is added with weight %g; 0.01 "
+                       "is usual", weight, large, chosen[large] * weight)
 
 
 def _check_data(cfg: Any) -> None:
@@ -172,7 +171,11 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
     if common.fp16 and common.bf16:
         raise OptionError("fp16", "with --bf16", "give one of them")
-    _check_matmul_dtype(cfg)
+    dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
+    for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
+        if dtype != "same" and getattr(common, option):
+            raise OptionError("moe_matmul_dtype", f"{dtype} with --{option.replace('_', '-')}",
+                              "its weights are in fp32: leave one of them out")
     if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
         raise OptionError("write_checkpoints_asynchronously", "without iopath",
                           "fairseq needs it: pip install iopath")
@@ -185,14 +188,6 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
     if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
         _check_expert_parallel(cfg, num_ranks)
-
-
-def _check_matmul_dtype(cfg: Any) -> None:
-    dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
-    for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
-        if dtype != "same" and getattr(cfg.common, option):
-            raise OptionError("moe_matmul_dtype", f"{dtype} with --{option.replace('_', '-')}",
-                              "its weights are in fp32: leave one of them out")
 
 
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:

@@ -5,7 +5,7 @@
 import functools
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -16,6 +16,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import flag
 from evomoe_plugin.routing import stats as st
 
 logger = logging.getLogger(__name__)
@@ -28,17 +29,14 @@ _AUX = "moe_aux_"
 class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
     """Options with the names and meanings of fairseq's moe branch."""
 
-    moe_gate_loss_wt: float = field(
-        default=1.0, metadata={"help": "weight of the gates' auxiliary losses in the loss"}
+    moe_gate_loss_wt: float = flag(1.0, "weight of the gates' auxiliary losses in the loss")
+    moe_gate_loss_combine_method: str = flag(
+        "average", "how the auxiliary losses of MoE layers are combined: average or sum"
     )
-    moe_gate_loss_combine_method: str = field(
-        default="average",
-        metadata={"help": "how the auxiliary losses of MoE layers are combined: average or sum"},
-    )
-    moe_vocab_chunk: Optional[int] = field(
-        default=None,
-        metadata={"help": "number of tokens whose logits are computed at a time (default: 512 "
-                          "on a CPU, 4096 on a GPU); 0: all, as in fairseq"},
+    moe_vocab_chunk: Optional[int] = flag(
+        None,
+        "number of tokens whose logits are computed at a time (default: 512 on a CPU, 4096 on a "
+        "GPU); 0: all, as in fairseq",
     )
 
 

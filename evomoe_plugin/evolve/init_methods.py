@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import SPAWN_METHODS, SPAWN_RATES
+from evomoe_plugin.config.options import SPAWN_METHODS, SPAWN_RATES, in_interval
 from evomoe_plugin.routing.noise import fold
 
 METHODS = SPAWN_METHODS
@@ -119,5 +119,5 @@ def _generator(key: int, name: str) -> torch.Generator:
 def _check(method: str, rate: float) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method}: one of: {', '.join(METHODS)}")
-    if method in SPAWN_RATES and not SPAWN_RATES[method].fits(rate):
+    if method in SPAWN_RATES and not in_interval(rate, SPAWN_RATES[method].interval):
         raise ValueError(f"rate {rate}: not one for the method {method}")

@@ -1,20 +1,8 @@
 """Gates: one a file, registered by name. A gate turns tokens into a `RoutingPlan`."""
 
-from evomoe_plugin.gates import (  # noqa: F401 - importing registers them
-    base_layers,
-    dense,
-    dense_to_sparse,
-    dselect_k,
-    expert_choice,
-    gshard,
-    hash,
-    relu,
-    stable,
-    switch,
-    top_any,
-    top_k,
-    top_p,
-)
+import importlib
+import pkgutil
+
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import (
     Gate,
@@ -31,3 +19,6 @@ __all__ = [
     "Capabilities", "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions",
     "gate_class", "gate_names", "register_gate",
 ]
+
+for _module in pkgutil.iter_modules(__path__):  # importing a gate's module registers it
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -13,86 +13,58 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.routing import losses
-from evomoe_plugin.routing.choice import Choice
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What a loss is computed from."""
-
-    choice: Choice
-    """Of the gate, without padding in its mask."""
-    weight_T: Tensor | None
-    """Weight of each token; None: 1."""
-    active_C: Tensor | None
-    """bool, the candidates that can be selected; None: all."""
-    vectors_CD: Tensor | None
-    """A vector for each candidate; None if no loss needs them."""
-    num_null: int
-    """Number of null experts, the last candidates."""
-    null_rate_target: float | None
-    """Mean probability of null experts that the loss `null` aims at."""
-
-    def of_active(self, x_TC: Tensor) -> Tensor:
-        """The columns of active candidates: empty slots are not an uneven load."""
-        return x_TC if self.active_C is None else x_TC[:, self.active_C]
-
-
-T = TypeVar("T")
-
-
-def _needed(value: T | None) -> T:
-    assert value is not None, "_check_name refuses losses without what they need"
-    return value
-
-
-@dataclass(frozen=True)
-class AuxLoss:
-    """A loss that any gate can have."""
-
-    compute: Callable[[LossInputs], Tensor]
-    needs: str = ""
-    """What a gate must have: logits, vectors, null, or nothing if empty."""
-
-
-def _balance(given: LossInputs) -> Tensor:
-    choice = given.choice
-    probs_TC, mask_TC = choice.balance_probs_TC, choice.balance_mask_TC
+def _balance(
+    probs_TC: Tensor,
+    mask_TC: Tensor,
+    balance_probs_TC: Tensor | None,
+    balance_mask_TC: Tensor | None,
+    weight_T: Tensor | None,
+) -> Tensor:
     return losses.balance_loss(
-        probs_TC=choice.probs_TC if probs_TC is None else probs_TC,
-        mask_TC=choice.mask_TC if mask_TC is None else mask_TC,
-        weight_T=given.weight_T,
+        probs_TC=probs_TC if balance_probs_TC is None else balance_probs_TC,
+        mask_TC=mask_TC if balance_mask_TC is None else balance_mask_TC,
+        weight_T=weight_T,
     )
 
 
-LOSSES: dict[str, AuxLoss] = {
-    "balance": AuxLoss(_balance),
-    "switch": AuxLoss(lambda given: losses.switch_loss(
-        probs_TC=given.of_active(given.choice.probs_TC),
-        mask_TC=given.of_active(given.choice.mask_TC), weight_T=given.weight_T)),
-    "mi": AuxLoss(lambda given: losses.mutual_information_loss(
-        probs_TC=given.choice.probs_TC, weight_T=given.weight_T)),
-    "importance": AuxLoss(lambda given: losses.importance_loss(
-        probs_TC=given.of_active(given.choice.probs_TC), weight_T=given.weight_T)),
-    "load": AuxLoss(lambda given: losses.load_loss(
-        logits_TC=_needed(given.choice.logits_TC), mask_TC=given.choice.mask_TC,
-        noise=1 / given.choice.mask_TC.size(1), weight_T=given.weight_T), needs="logits"),
-    "z": AuxLoss(lambda given: losses.z_loss(
-        logits_TC=_needed(given.choice.logits_TC), weight_T=given.weight_T), needs="logits"),
-    "entropy": AuxLoss(lambda given: losses.entropy_loss(
-        probs_TC=given.choice.probs_TC, weight_T=given.weight_T)),
-    "diversity": AuxLoss(lambda given: losses.diversity_loss(
-        vectors_CD=_needed(given.vectors_CD), active_C=given.active_C), needs="vectors"),
-    "simplicity": AuxLoss(lambda given: losses.simplicity_loss(
-        vectors_CD=_needed(given.vectors_CD), active_C=given.active_C), needs="vectors"),
-    "null": AuxLoss(lambda given: losses.null_rate_loss(
-        probs_TC=given.choice.probs_TC, num_null=given.num_null,
-        target=_needed(given.null_rate_target), weight_T=given.weight_T), needs="null"),
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "balance": _balance,
+    "switch": losses.switch_loss,
+    "mi": losses.mutual_information_loss,
+    "importance": losses.importance_loss,
+    "load": losses.load_loss,
+    "z": losses.z_loss,
+    "entropy": losses.entropy_loss,
+    "diversity": losses.diversity_loss,
+    "simplicity": losses.simplicity_loss,
+    "null": losses.null_rate_loss,
 }
+"""Losses that any gate can have, functions of the values that `compute` is given."""
+
+_ARGUMENTS = {name: set(inspect.signature(loss).parameters) for name, loss in LOSSES.items()}
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether the loss `name` is one of `LOSSES` that is computed from `argument`."""
+    return argument in _ARGUMENTS.get(name, ())
+
+
+def compute(name: str, given: Mapping[str, Any]) -> Tensor:
+    """The loss `name` of `LOSSES` from those of the values `given` that it takes.
+
+    Args:
+        given: the fields of a `Choice` without padding in its mask; `weight_T`, the weights of the
+            tokens, `active_C`, the candidates that can be selected (bool), and `vectors_CD`, a
+            vector for each, or None; `num_null`, the number of null experts, the last candidates,
+            and `target`, the mean of their probability that the loss `null` aims at.
+    """
+    return LOSSES[name](**{key: given[key] for key in _ARGUMENTS[name] & given.keys()})
 
 
 def coefficients(
-    options: MoEOptions, capabilities: Capabilities, *, has_vectors: bool
+    options: MoEOptions, capabilities: Capabilities, has_vectors: bool
 ) -> Mapping[str, float]:
     """The losses that `--moe-aux` selects and their coefficients, in the order given.
 
@@ -125,18 +97,20 @@ def coefficients(
 def _check_name(
     options: MoEOptions, capabilities: Capabilities, has_vectors: bool, name: str
 ) -> None:
-    has = {"logits": capabilities.logits, "vectors": has_vectors,
-           "null": options.moe_null_experts > 0, "": True}
-    usable = [*capabilities.losses,
-              *(known for known, loss in LOSSES.items() if has[loss.needs])]
-    if name in usable:
-        return
-    missing = LOSSES[name].needs if name in LOSSES else ""
+    gate = f"the gate {options.moe_gate}"
     no_null = "give --moe-null-experts" if capabilities.null_experts else (
-        f"and the gate {options.moe_gate} cannot have any")
-    reason = {
-        "logits": f"{name}: the gate {options.moe_gate} has no logits",
-        "vectors": f"{name}: the gate {options.moe_gate} has no vectors of experts here",
-        "null": f"{name}: there are no null experts; {no_null}",
-    }.get(missing, f"no loss named {name!r} for the gate {options.moe_gate}")
-    raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")
+        f"and {gate} cannot have any")
+    lacks = {
+        "logits_TC": "" if capabilities.logits else f"{gate} has no logits",
+        "vectors_CD": "" if has_vectors else f"{gate} has no vectors of experts here",
+        "num_null": "" if options.moe_null_experts else f"there are no null experts; {no_null}",
+    }
+
+    def reasons(loss: str) -> list[str]:
+        return [reason for argument, reason in lacks.items() if reason and takes(loss, argument)]
+
+    usable = [*capabilities.losses, *(loss for loss in LOSSES if not reasons(loss))]
+    if name not in usable:
+        reason = f"{name}: {reasons(name)[0]}" if name in LOSSES else (
+            f"no loss named {name!r} for {gate}")
+        raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")

@@ -40,7 +40,8 @@ class BASELayersGate(Gate[ModelOptions]):
     Source: BASE layers (arXiv 2103.16716).
     """
 
-    capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False)
+    capabilities = Capabilities(
+        default_aux="none", null_experts=False, capacity=False, vectors=True)
 
     def __init__(self, info: LayerInfo, options: ModelOptions):
         super().__init__(info, options)
@@ -56,22 +57,14 @@ class BASELayersGate(Gate[ModelOptions]):
                 f"than {MANY_EXPERTS} experts takes seconds per layer and step on a CPU")
         return warnings
 
-    @classmethod
-    def has_vectors(cls, options: ModelOptions) -> bool:
-        return True
-
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
         if self.training:
             expert_T = self._balanced(logits_TE.detach(), context.token_mask_T)
         else:
             expert_T = logits_TE.argmax(1)
-        return Choice(
-            mask_TC=F.one_hot(expert_T, self.num_experts).bool(),
-            weights_TC=torch.sigmoid(logits_TE),
-            probs_TC=torch.softmax(logits_TE, dim=1),
-            logits_TC=logits_TE,
-        )
+        mask_TE = F.one_hot(expert_T, self.num_experts).bool()
+        return Choice(mask_TE, logits_TE.sigmoid(), logits_TE.softmax(dim=1), logits_TE)
 
     def _balanced(self, logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         if token_mask_T is None:

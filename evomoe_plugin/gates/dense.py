@@ -30,9 +30,4 @@ class DenseGate(Gate[ScorerOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)
         probs_TC = self.scorer.scores(logits_TC)
-        return Choice(
-            mask_TC=torch.ones_like(probs_TC, dtype=torch.bool),
-            weights_TC=probs_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
-        )
+        return Choice(torch.ones_like(probs_TC, dtype=torch.bool), probs_TC, probs_TC, logits_TC)

@@ -87,10 +87,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         else:
             weights_TC = torch.softmax(logits_TC, dim=1)
         return Choice(
-            mask_TC=mask_TC,
-            weights_TC=weights_TC,
-            probs_TC=gates_TC,
-            logits_TC=logits_TC,
+            mask_TC, weights_TC, gates_TC, logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
             stats={st.TEMPERATURE: tau * context.num_tokens(x_TD)},
         )

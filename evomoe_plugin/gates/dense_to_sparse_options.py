@@ -2,11 +2,11 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number, gated_updates
+from evomoe_plugin.config.options import check_choice, check_number, flag, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
@@ -18,44 +18,33 @@ DEFAULT_ANNEALING_SHARE = 0.3
 class DenseToSparseOptions(ScorerOptions):
     """The main values of the published code are lost; these are our defaults (docs/options.md)."""
 
-    moe_temperature_start: float = field(
-        default=2.0, metadata={"help": "temperature of the gate at update 0"}
+    moe_temperature_start: float = flag(2.0, "temperature of the gate at update 0")
+    moe_temperature_end: float = flag(0.3, "temperature at the end of the annealing")
+    moe_temperature_updates: Optional[int] = flag(
+        None, "length of the annealing in updates (default: 30%% of --max-update)"
     )
-    moe_temperature_end: float = field(
-        default=0.3, metadata={"help": "temperature at the end of the annealing"}
+    moe_temperature_schedule: str = flag(
+        "linear", "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)
     )
-    moe_temperature_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "length of the annealing in updates (default: 30%% of --max-update)"},
+    moe_gate_threshold: float = flag(
+        0.001,
+        "a token goes to the experts whose gate value exceeds this, and always to its best expert",
     )
-    moe_temperature_schedule: str = field(
-        default="linear",
-        metadata={"help": "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)},
+    moe_hard_updates: Optional[int] = flag(
+        None,
+        "update from which routing is hard top-1; -1: never (default: when the annealing ends; "
+        "never with the constant schedule)",
     )
-    moe_gate_threshold: float = field(
-        default=0.001,
-        metadata={"help": "a token goes to the experts whose gate value exceeds this, and always "
-                          "to its best expert"},
+    moe_gate_noise: str = flag(
+        "gumbel", "noise on the gate's logits in training, until routing is hard: gumbel or none"
     )
-    moe_hard_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "update from which routing is hard top-1; -1: never (default: when the "
-                          "annealing ends; never with the constant schedule)"},
+    moe_combine_weights: str = flag(
+        "gate",
+        "weights of the experts' outputs: gate (the noisy, tempered softmax) or softmax (of the "
+        "logits without noise)",
     )
-    moe_gate_noise: str = field(
-        default="gumbel",
-        metadata={"help": "noise on the gate's logits in training, until routing is hard: "
-                          "gumbel or none"},
-    )
-    moe_combine_weights: str = field(
-        default="gate",
-        metadata={"help": "weights of the experts' outputs: gate (the noisy, tempered softmax) or "
-                          "softmax (of the logits without noise)"},
-    )
-    moe_eval_gate: str = field(
-        default="reached",
-        metadata={"help": "routing in evaluation: reached (as training does at that update), "
-                          "top1 or dense"},
+    moe_eval_gate: str = flag(
+        "reached", "routing in evaluation: reached (as training does at that update), top1 or dense"
     )
 
 
@@ -86,14 +75,22 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     for option, allowed in choices.items():
         check_choice(options, option, allowed)
     for option in ("moe_temperature_start", "moe_temperature_end"):
-        check_number(options, option, above=0, remedy="give a temperature above 0")
+        check_number(options, option, "(0, inf)", "give a temperature above 0")
     if start < end and not constant:
         raise OptionError("moe_temperature_start", start,
                           f"the temperature decreases: give at least --moe-temperature-end ({end})")
-    check_number(options, "moe_gate_threshold", least=0, below=1,
-                 remedy="gate values are probabilities: give 0 or more and less than 1")
-    check_number(options, "moe_temperature_updates", least=0,
-                 remedy="give the length of the annealing in updates, 0 or more")
+    check_number(
+        options,
+        "moe_gate_threshold",
+        "[0, 1)",
+        "gate values are probabilities: give 0 or more and less than 1",
+    )
+    check_number(
+        options,
+        "moe_temperature_updates",
+        "[0, inf)",
+        "give the length of the annealing in updates, 0 or more",
+    )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError("moe_temperature_updates", "(not given)",
                           "give it, or --max-update, of which the annealing is 30 % by default")

@@ -1,19 +1,18 @@
 """The DSelect-k gate: k selectors encode an expert's index in relaxed bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean
-from evomoe_plugin.routing.smooth_step import smooth_step
 
 # Lower bound of the divisor in `selector_validity`, which is therefore at most 99.
 LEAST_VALID_MASS = 0.01
@@ -23,11 +22,25 @@ LEAST_VALID_MASS = 0.01
 class DSelectKOptions(TopKCountOptions):
     """Options of the DSelect-k gate; `moe_top_k` is the number of selectors."""
 
-    moe_smooth_step_width: float = field(
-        default=1.0,
-        metadata={"help": "width of the smooth step: a selector's bit is fractional while the "
-                          "absolute value of its logit is less than half of this"},
+    moe_smooth_step_width: float = flag(
+        1.0,
+        "width of the smooth step: a selector's bit is fractional while the absolute value of its "
+        "logit is less than half of this",
     )
+
+
+def smooth_step(x: Tensor, width: float) -> Tensor:
+    """S(x) = -2 (x/g)^3 + 3/2 x/g + 1/2 for |x| <= g/2, exactly 0 below and exactly 1 above.
+
+    Its derivative is continuous, and 0 from ±g/2 on.
+
+    Args:
+        width: g > 0.
+    Source: Hazimeh et al., "The tree ensemble layer" (arXiv 2002.07772); DSelect-k (arXiv
+    2106.03760, 3.1).
+    """
+    share = (x / width).clamp(-0.5, 0.5)
+    return (1.5 - 2 * share * share) * share + 0.5
 
 
 @register_gate("dselect_k")
@@ -71,7 +84,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
     @classmethod
     def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
-        check_number(options, "moe_smooth_step_width", above=0, remedy="give a width above 0")
+        check_number(options, "moe_smooth_step_width", "(0, inf)", "give a width above 0")
         return []
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
@@ -89,9 +102,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
         weight_T = context.loss_weights_T
         invalid_TK = 1 / valid_TK.clamp(min=LEAST_VALID_MASS, max=1) - 1
         return Choice(
-            mask_TC=weights_TE > 0,
-            weights_TC=weights_TE,
-            probs_TC=weights_TE,
+            weights_TE > 0, weights_TE, weights_TE,
             aux={
                 "selector_entropy": torch.stack(
                     [entropy_loss(probs_TC=selected_TE, weight_T=weight_T)

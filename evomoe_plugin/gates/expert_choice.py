@@ -1,13 +1,13 @@
 """The expert-choice gate: each expert selects its best tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -19,15 +19,13 @@ from evomoe_plugin.routing.choice import Choice
 class ExpertChoiceOptions(ScorerOptions):
     """Options of the expert-choice gate."""
 
-    moe_expert_choice_factor: float = field(
-        default=2.0,
-        metadata={"help": "mean number of experts per token: an expert selects ceil(factor * "
-                          "tokens / experts) tokens"},
+    moe_expert_choice_factor: float = flag(
+        2.0,
+        "mean number of experts per token: an expert selects ceil(factor * tokens / experts) "
+        "tokens",
     )
-    moe_allow_noncausal: bool = field(
-        default=False,
-        metadata={"help": "allow training with a gate in which a token's output depends on later "
-                          "tokens"},
+    moe_allow_noncausal: bool = flag(
+        False, "allow training with a gate in which a token's output depends on later tokens"
     )
 
 
@@ -55,10 +53,14 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
     @classmethod
     def validate(cls, options: ExpertChoiceOptions, expert_counts: Sequence[int]) -> list[str]:
         experts = min(expert_counts)
-        check_number(options, "moe_expert_choice_factor", above=0, most=experts,
-                     remedy=f"an MoE layer has {experts} experts, each of which selects a "
-                            "token at most once: give a number above 0 and at most that, or a "
-                            "larger --moe-expert-count")
+        check_number(
+            options,
+            "moe_expert_choice_factor",
+            f"(0, {experts}]",
+            f"an MoE layer has {experts} experts, each of which selects a "
+            "token at most once: give a number above 0 and at most that, or a "
+            "larger --moe-expert-count",
+        )
         if not options.moe_allow_noncausal:
             raise OptionError("moe_gate", "expert_choice",
                               "experts choose among all tokens of a batch, so outputs depend on "
@@ -78,12 +80,7 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             mask_TE = self._selected(probs_TE.detach(), context)
         else:
             mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, self.num_experts)
-        return Choice(
-            mask_TC=mask_TE,
-            weights_TC=probs_TE,
-            probs_TC=probs_TE,
-            logits_TC=logits_TE,
-        )
+        return Choice(mask_TE, probs_TE, probs_TE, logits_TE)
 
     def _selected(self, probs_TE: Tensor, context: GateContext) -> Tensor:
         """bool [T, E]: the tokens that each expert selects; earlier ones on ties."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, parse_bool
-from evomoe_plugin.gates.auxiliary import LOSSES, LossInputs, coefficients
+from evomoe_plugin.gates import auxiliary
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
@@ -27,16 +27,11 @@ from evomoe_plugin.routing.stats import routing_stats
 class LayerInfo:
     """The layer that a gate is for."""
 
-    model_dim: int
-    """D."""
-    num_experts: int
-    """E, routed experts."""
-    num_null: int = 0
-    """Null experts: candidates whose output is zero, without computation."""
-    layer_id: int = 0
-    """Index of the MoE layer in the model, from 0."""
-    seed: int = 1
-    """Of the run."""
+    model_dim: int  # D
+    num_experts: int  # E, routed experts
+    num_null: int = 0  # Null experts: candidates whose output is zero, without computation
+    layer_id: int = 0  # Index of the MoE layer in the model, from 0
+    seed: int = 1  # Of the run
     token_counts_V: tuple[int, ...] = ()
     """Frequency of each token id in the training data, from the dictionary; empty if there is no
     vocabulary."""
@@ -53,16 +48,12 @@ class LayerInfo:
 class GateContext:
     """Inputs of a gate besides the tokens."""
 
-    num_updates: int = 0
-    """Completed updates with gates: of the run, or since the spawn."""
-    token_mask_T: Tensor | None = None
-    """bool, False for padding; None: no padding."""
+    num_updates: int = 0  # Completed updates with gates: of the run, or since the spawn
+    token_mask_T: Tensor | None = None  # bool, False for padding; None: no padding
     noise_keys_T: Tensor | None = None
     """int64 noise keys of the tokens (`routing.noise`); None: no randomness."""
-    token_ids_T: Tensor | None = None
-    """int64 token ids."""
-    token_weights_T: Tensor | None = None
-    """Weight of each token in the auxiliary losses; None: 1."""
+    token_ids_T: Tensor | None = None  # int64 token ids
+    token_weights_T: Tensor | None = None  # Weight of each token in the auxiliary losses; None: 1
 
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""
@@ -124,7 +115,7 @@ class Gate(nn.Module, Generic[OptionsT]):
     def has_fixed_k(cls, options: OptionsT) -> bool:
         """Whether every token goes to the same number of candidates, so that a capacity depends
         only on the number of tokens and not on later tokens."""
-        return False
+        return cls.capabilities.fixed_k
 
     @classmethod
     def aux_coefficients(cls, options: OptionsT) -> Mapping[str, float]:
@@ -133,13 +124,10 @@ class Gate(nn.Module, Generic[OptionsT]):
         Raises:
             OptionError: as `gates.auxiliary.coefficients`.
         """
-        return coefficients(options, cls.capabilities, has_vectors=cls.has_vectors(options))
-
-    @classmethod
-    def has_vectors(cls, options: OptionsT) -> bool:
-        """Whether `vectors` returns a vector for each candidate."""
-        return hasattr(cls.Options, "moe_scorer") and (
-            SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
+        has_vectors = cls.capabilities.vectors or (
+            hasattr(cls.Options, "moe_scorer")
+            and SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
+        return auxiliary.coefficients(options, cls.capabilities, has_vectors)
 
     @classmethod
     def renormalizes_after_drop(cls, options: OptionsT) -> bool:
@@ -221,12 +209,15 @@ class Gate(nn.Module, Generic[OptionsT]):
 
     def _aux(self, choice: Choice, weight_T: Tensor | None) -> dict[str, Tensor]:
         vectors_CD = None
-        if any(name in LOSSES and LOSSES[name].needs == "vectors" for name in self.aux_names):
+        if any(auxiliary.takes(name, "vectors_CD") for name in self.aux_names):
             # As precise as the gate computes, whatever the dtype of the parameters.
             vectors_CD = self.vectors().to(choice.probs_TC.dtype)
-        given = LossInputs(choice, weight_T, self.active(), vectors_CD, self.info.num_null,
-                           self.null_rate_target)
-        return {name: choice.aux[name] if name in choice.aux else LOSSES[name].compute(given)
+        given = {
+            **vars(choice), "weight_T": weight_T, "active_C": self.active(),
+            "vectors_CD": vectors_CD, "num_null": self.info.num_null,
+            "target": self.null_rate_target,
+        }
+        return {name: choice.aux[name] if name in choice.aux else auxiliary.compute(name, given)
                 for name in self.aux_names}
 
     def _plan(
@@ -264,16 +255,24 @@ _GATES: dict[str, type[Gate]] = {}
 _listeners: list[Callable[[type[Gate]], None]] = []
 
 
+_FORMER_FLAGS = ("SCORERS LOSSES DEFAULT_AUX STATS HAS_LOGITS TAKES_NULL TAKES_CAPACITY "
+                 "HAS_WEIGHTS LEARNS_FROM_ZERO KEEPS_ALIKE").split()
+
+
 def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
     """Class decorator: register a gate as `--moe-gate NAME`, and its options as flags.
 
     Raises:
-        ValueError: the name is taken, or an option cannot become a flag.
+        ValueError: the name is taken, an option cannot become a flag, or the class declares what
+            it supports by the class attributes of before `Capabilities`.
     """
 
     def register(cls: type[Gate]) -> type[Gate]:
         if _GATES.get(name, cls) is not cls:
             raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
+        if flags := [name for name in _FORMER_FLAGS if hasattr(cls, name)]:
+            raise ValueError(f"{cls.__name__}: {', '.join(flags)} have no effect any more: give "
+                             "capabilities = Capabilities(…)")
         for option in own_options(cls):
             _check_option(cls, option)
         for listener in _listeners:
@@ -285,15 +284,14 @@ def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
 
 
 def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
-    if not option.name.startswith("moe_"):
-        raise ValueError(f"{cls.__name__}: the option {option.name} must be named moe_…, like all "
-                         "options of gates")
-    if option.default is dataclasses.MISSING:
-        raise ValueError(f"{cls.__name__}: the option {option.name} needs a default value (no "
-                         "default_factory)")
-    if "help" not in option.metadata:
-        raise ValueError(f"{cls.__name__}: the option {option.name} needs a help text: "
-                         'field(default=…, metadata={"help": "…"})')
+    wanted = {
+        "must be named moe_…, like all options of gates": option.name.startswith("moe_"),
+        "needs a default value (no default_factory)": option.default is not dataclasses.MISSING,
+        'needs a help text: field(default=…, metadata={"help": "…"})': "help" in option.metadata,
+    }
+    for rule, holds in wanted.items():
+        if not holds:
+            raise ValueError(f"{cls.__name__}: the option {option.name} {rule}")
 
 
 def on_registration(listener: Callable[[type[Gate]], None]) -> None:

@@ -1,12 +1,12 @@
 """The GShard gate: each token goes to its best candidate and a second one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice
+from evomoe_plugin.config.options import check_choice, flag
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import PriorityOptions, best, normalized, validate_priority
@@ -20,15 +20,14 @@ POLICIES = ("sampling", "random", "all")
 class GShardOptions(PriorityOptions, ScorerOptions):
     """fairseq's option names."""
 
-    moe_second_expert_policy: str = field(
-        default="sampling",
-        metadata={"help": "the second expert in training: all (the second best), sampling "
-                          "(sampled by probability from all but the best) or random (the second "
-                          "best, kept with a probability of twice its weight); evaluation: all"},
+    moe_second_expert_policy: str = flag(
+        "sampling",
+        "the second expert in training: all (the second best), sampling (sampled by probability "
+        "from all but the best) or random (the second best, kept with a probability of twice its "
+        "weight); evaluation: all",
     )
-    moe_normalize_gate_prob_before_dropping: bool = field(
-        default=False,
-        metadata={"help": "normalise the two weights before tokens are dropped instead of after"},
+    moe_normalize_gate_prob_before_dropping: bool = flag(
+        False, "normalise the two weights before tokens are dropped instead of after"
     )
 
 
@@ -113,10 +112,7 @@ class GShardGate(Gate[GShardOptions]):
         if self.prioritized:
             priority_TC = priority_TC + probs_TC.detach().amax(1, keepdim=True).double()
         return Choice(
-            mask_TC=mask_TC,
-            weights_TC=weights_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
+            mask_TC, weights_TC, probs_TC, logits_TC,
             priority_TC=priority_TC,
             balance_mask_TC=first_TC,
         )

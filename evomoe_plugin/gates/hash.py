@@ -2,14 +2,14 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice
+from evomoe_plugin.config.options import ModelOptions, check_choice, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.routing import noise
@@ -22,11 +22,10 @@ HASHES = ("balanced", "random", "clustered")
 class HashOptions(ModelOptions):
     """Options of the hash gate."""
 
-    moe_hash: str = field(
-        default="balanced",
-        metadata={"help": "how token ids are assigned to experts: balanced (equal numbers of "
-                          "training tokens), random, or clustered (balanced, with ids of similar "
-                          "frequency together)"},
+    moe_hash: str = flag(
+        "balanced",
+        "how token ids are assigned to experts: balanced (equal numbers of training tokens), "
+        "random, or clustered (balanced, with ids of similar frequency together)",
     )
 
 
@@ -98,7 +97,7 @@ class HashGate(Gate[HashOptions]):
 
     Options = HashOptions
     capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
-                                gate_init=False)
+                                gate_init=False, fixed_k=True)
 
     table_V: Tensor
 
@@ -118,10 +117,6 @@ class HashGate(Gate[HashOptions]):
         self.register_buffer("table_V", table_V)
 
     @classmethod
-    def has_fixed_k(cls, options: HashOptions) -> bool:
-        return True
-
-    @classmethod
     def validate(cls, options: HashOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_hash", HASHES)
         return []
@@ -131,4 +126,4 @@ class HashGate(Gate[HashOptions]):
             raise ValueError("the gate hash routes by token ids: give token_ids_T")
         chosen_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts)
         probs_TE = chosen_TE.to(x_TD.dtype)
-        return Choice(mask_TC=chosen_TE.bool(), weights_TC=probs_TE, probs_TC=probs_TE)
+        return Choice(chosen_TE.bool(), probs_TE, probs_TE)

@@ -1,12 +1,12 @@
 """The ReLU gate of ReMoE: an expert works on a token where its logit is positive."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -25,13 +25,11 @@ COEFFICIENT_RANGE = 1e12
 class ReluOptions(TopKCountOptions, ScorerOptions):
     """Options of the ReLU gate; `moe_top_k` is the target mean number of experts per token."""
 
-    moe_l1_start: float = field(
-        default=1e-8, metadata={"help": "coefficient of the L1 loss at update 0"}
-    )
-    moe_l1_factor: float = field(
-        default=1.2,
-        metadata={"help": "after each update the coefficient is multiplied by this if tokens had "
-                          "more than --moe-top-k experts on average, divided by it if fewer"},
+    moe_l1_start: float = flag(1e-8, "coefficient of the L1 loss at update 0")
+    moe_l1_factor: float = flag(
+        1.2,
+        "after each update the coefficient is multiplied by this if tokens had more than "
+        "--moe-top-k experts on average, divided by it if fewer",
     )
 
 
@@ -74,10 +72,12 @@ class ReluGate(Gate[ReluOptions]):
     @classmethod
     def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
-        check_number(options, "moe_l1_start", above=0, most=1, remedy="give a number above 0 and "
-                                                                      "at most 1, such as 1e-8")
-        check_number(options, "moe_l1_factor", above=1, most=10,
-                     remedy="give a factor above 1 and at most 10, such as 1.2")
+        check_number(
+            options, "moe_l1_start", "(0, 1]", "give a number above 0 and at most 1, such as 1e-8"
+        )
+        check_number(
+            options, "moe_l1_factor", "(1, 10]", "give a factor above 1 and at most 10, such as 1.2"
+        )
         if cls.aux_coefficients(options).get("l1"):
             return []
         return ["--moe-aux without l1: nothing drives the number of experts per token towards "
@@ -95,10 +95,7 @@ class ReluGate(Gate[ReluOptions]):
         l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, top_k=self.top_k,
                               weight_T=context.loss_weights_T)
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=weights_TE,
-            probs_TC=_shares(weights_TE),
-            logits_TC=logits_TE,
+            mask_TE, weights_TE, _shares(weights_TE), logits_TE,
             aux={"l1": self.coefficient.to(l1.dtype, copy=True) * l1},
             stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
         )

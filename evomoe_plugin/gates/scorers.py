@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,26 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.config.options import ModelOptions, check_number, flag
 
 
 @dataclass
 class ScorerOptions(ModelOptions):
     """For gates that take any scorer."""
 
-    moe_scorer: str = field(
-        default="linear",
-        metadata={"help": "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine "
-                          "similarity to the experts' centres after a projection); cosine "
-                          "(without a projection); sigmoid (linear, with a sigmoid instead of a "
-                          "softmax; top_k only)"},
+    moe_scorer: str = flag(
+        "linear",
+        "how a gate scores experts: linear; mlp (one hidden layer); gmm (cosine similarity to the "
+        "experts' centres after a projection); cosine (without a projection); sigmoid (linear, "
+        "with a sigmoid instead of a softmax; top_k only)",
     )
-    moe_scorer_dim: int = field(
-        default=256, metadata={"help": "hidden width of the scorers mlp and gmm"}
-    )
-    moe_scorer_dropout: float = field(
-        default=0.0, metadata={"help": "dropout in the hidden layer of the scorer mlp"}
-    )
+    moe_scorer_dim: int = flag(256, "hidden width of the scorers mlp and gmm")
+    moe_scorer_dropout: float = flag(0.0, "dropout in the hidden layer of the scorer mlp")
 
 
 class Scorer(nn.Module):
@@ -39,9 +34,6 @@ class Scorer(nn.Module):
     """Whether each candidate has a vector, as the losses `diversity` and `simplicity` need."""
     SUMS_TO_ONE: ClassVar[bool] = True
     """Whether the scores of a token sum to 1, that is, are its distribution."""
-
-    def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
-        super().__init__()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits [T, C]."""
@@ -73,7 +65,7 @@ class LinearScorer(Scorer):
     """z = W x, without bias."""
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions | None = None):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         self.weight = _uniform(num_candidates, model_dim, fan_in=model_dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -101,7 +93,7 @@ class MLPScorer(Scorer):
     HAS_VECTORS = False
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         hidden = options.moe_scorer_dim
         self.hidden_weight = _uniform(hidden, model_dim, fan_in=model_dim)
         self.hidden_bias = _uniform(hidden, fan_in=model_dim)
@@ -122,7 +114,7 @@ class CosineScorer(Scorer):
     """
 
     def __init__(self, model_dim: int, num_candidates: int, options: ScorerOptions):
-        super().__init__(model_dim, num_candidates, options)
+        super().__init__()
         self.centres = nn.Parameter(torch.randn(num_candidates, model_dim))
         self.log_scale = nn.Parameter(torch.zeros(1))
 
@@ -160,15 +152,12 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
         known = "; unknown scorer" if scorer not in SCORERS else ""
         raise OptionError("moe_scorer", scorer,
                           f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}")
-    if options.moe_scorer_dim < 1:
-        raise OptionError("moe_scorer_dim", options.moe_scorer_dim, "give a width of at least 1")
+    check_number(options, "moe_scorer_dim", "[1, inf)", "give a width of at least 1")
+    check_number(options, "moe_scorer_dropout", "[0, 1)", "give 0 or more and less than 1")
     if scorer not in ("mlp", "gmm") and options.moe_scorer_dim != ScorerOptions.moe_scorer_dim:
         raise OptionError("moe_scorer_dim", options.moe_scorer_dim,
                           f"the scorer {scorer} has no hidden width: leave it out, or "
                           "give --moe-scorer mlp or gmm")
-    if not 0 <= options.moe_scorer_dropout < 1:
-        raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
-                          "give 0 or more and less than 1")
     if options.moe_scorer_dropout and scorer != "mlp":
         raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
                           f"the scorer {scorer} has no hidden layer: leave it out, or give "

@@ -1,7 +1,7 @@
 """The gate of StableMoE: it learns to route, then freezes the learned routing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, gated_updates
+from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated_updates
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -24,14 +24,10 @@ DEFAULT_STABLE_SHARE = 0.1
 class StableOptions(ModelOptions):
     """Options of the StableMoE gate."""
 
-    moe_stable_updates: Optional[int] = field(
-        default=None,
-        metadata={"help": "update from which routing is frozen (default: 10%% of --max-update)"},
+    moe_stable_updates: Optional[int] = flag(
+        None, "update from which routing is frozen (default: 10%% of --max-update)"
     )
-    moe_stable_dim: int = field(
-        default=50,
-        metadata={"help": "width of the word embeddings that determine the frozen routing"},
-    )
+    moe_stable_dim: int = flag(50, "width of the word embeddings that determine the frozen routing")
 
 
 def stable_updates(options: StableOptions) -> int:
@@ -76,7 +72,7 @@ class StableGate(Gate[StableOptions]):
     Options = StableOptions
     capabilities = Capabilities(
         losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
-        null_experts=False, zero_init=False)
+        null_experts=False, zero_init=False, vectors=True, fixed_k=True)
 
     table_V: Tensor
     frozen_at: Tensor
@@ -97,13 +93,9 @@ class StableGate(Gate[StableOptions]):
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
 
     @classmethod
-    def has_fixed_k(cls, options: StableOptions) -> bool:
-        return True
-
-    @classmethod
     def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:
-        check_number(options, "moe_stable_updates", least=0, remedy="give 0 or more")
-        check_number(options, "moe_stable_dim", least=1, remedy="give a width of at least 1")
+        check_number(options, "moe_stable_updates", "[0, inf)", "give 0 or more")
+        check_number(options, "moe_stable_dim", "[1, inf)", "give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
             raise OptionError("moe_stable_updates", "(not given)",
                               "give it, or --max-update, of which stage 1 is 10 % by default")
@@ -117,10 +109,6 @@ class StableGate(Gate[StableOptions]):
             warnings.append(f"--max-update {options.max_update}: the run ends before routing is "
                             f"frozen at update {frozen}")
         return warnings
-
-    @classmethod
-    def has_vectors(cls, options: StableOptions) -> bool:
-        return True
 
     def flops_per_token(self) -> int:
         embedding = 2 * self.word_embedding.numel()  # a lookup, not a matmul
@@ -153,10 +141,7 @@ class StableGate(Gate[StableOptions]):
         words_TE = self._word_logits(F.embedding(token_ids_T, self.word_embedding))
         loss_T = F.cross_entropy(words_TE, expert_T, reduction="none")
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=scores_TE,
-            probs_TC=torch.softmax(logits_TE, dim=1),
-            logits_TC=logits_TE,
+            mask_TE, scores_TE, torch.softmax(logits_TE, dim=1), logits_TE,
             aux={
                 "greedy_balance": greedy_balance_loss(
                     scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T),
@@ -168,10 +153,7 @@ class StableGate(Gate[StableOptions]):
         logits_TE = self.score(x_TD)
         mask_TE = F.one_hot(self.table_V[token_ids_T], self.num_experts).bool()
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=torch.sigmoid(logits_TE),
-            probs_TC=mask_TE.to(logits_TE.dtype),
-            logits_TC=logits_TE,
+            mask_TE, torch.sigmoid(logits_TE), mask_TE.to(logits_TE.dtype), logits_TE,
             aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 

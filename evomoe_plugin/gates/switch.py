@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import best
@@ -19,10 +20,7 @@ class SwitchGate(Gate[ScorerOptions]):
     """
 
     Options = ScorerOptions
-
-    @classmethod
-    def has_fixed_k(cls, options: ScorerOptions) -> bool:
-        return True
+    capabilities = Capabilities(fixed_k=True)
 
     @classmethod
     def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -34,9 +32,4 @@ class SwitchGate(Gate[ScorerOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)
         probs_TC = self.scorer.scores(logits_TC)
-        return Choice(
-            mask_TC=best(logits_TC),
-            weights_TC=probs_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
-        )
+        return Choice(best(logits_TC), probs_TC, probs_TC, logits_TC)

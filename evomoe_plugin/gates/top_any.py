@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice, check_number
+from evomoe_plugin.config.options import ModelOptions, check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.record import RoutingRecord
@@ -23,45 +23,40 @@ from evomoe_plugin.routing.choice import Choice
 class TopAnyOptions(ModelOptions):
     """Options of the top-any gate and of the adaptive process that adds and removes experts."""
 
-    moe_top_any_ste: str = field(
-        default="full",
-        metadata={"help": "straight-through gradients of scores and thresholds: full (of all "
-                          "experts) or active (of selected experts only, as published)"},
+    moe_top_any_ste: str = flag(
+        "full",
+        "straight-through gradients of scores and thresholds: full (of all experts) or active (of "
+        "selected experts only, as published)",
     )
-    moe_top_any_weights: str = field(
-        default="uniform",
-        metadata={"help": "weights of a token's k experts: uniform (1/k) or score (normalised "
-                          "scores)"},
+    moe_top_any_weights: str = flag(
+        "uniform", "weights of a token's k experts: uniform (1/k) or score (normalised scores)"
     )
-    moe_top_any_scale: float = field(
-        default=1.0, metadata={"help": "scale of cosines and thresholds before the sigmoid"}
+    moe_top_any_scale: float = flag(1.0, "scale of cosines and thresholds before the sigmoid")
+    moe_top_any_learned_scale: bool = flag(
+        False, "learn the scale, starting at --moe-top-any-scale"
     )
-    moe_top_any_learned_scale: bool = field(
-        default=False, metadata={"help": "learn the scale, starting at --moe-top-any-scale"}
+    moe_max_experts: int = flag(
+        0,
+        "expert slots of an MoE layer, which starts with --moe-expert-count experts (0: no "
+        "further slots)",
     )
-    moe_max_experts: int = field(
-        default=0,
-        metadata={"help": "expert slots of an MoE layer, which starts with --moe-expert-count "
-                          "experts (0: no further slots)"},
+    moe_adapt_record_interval: int = flag(
+        0,
+        "interval in updates at which experts without tokens are removed and one is added for "
+        "tokens without experts (0: never)",
     )
-    moe_adapt_record_interval: int = field(
-        default=0,
-        metadata={"help": "interval in updates at which experts without tokens are removed and "
-                          "one is added for tokens without experts (0: never)"},
+    moe_adapt_window: int = flag(
+        0,
+        "experts are added and removed by the routing of the last so many updates of each "
+        "interval (0: the whole interval)",
     )
-    moe_adapt_window: int = field(
-        default=0,
-        metadata={"help": "experts are added and removed by the routing of the last so many "
-                          "updates of each interval (0: the whole interval)"},
+    moe_adapt_source: str = flag(
+        "most_used",
+        "weights of an added expert: most_used (a copy of the most used expert, with noise) or "
+        "keep (the present weights of its slot)",
     )
-    moe_adapt_source: str = field(
-        default="most_used",
-        metadata={"help": "weights of an added expert: most_used (a copy of the most used "
-                          "expert, with noise) or keep (the present weights of its slot)"},
-    )
-    moe_adapt_noise: float = field(
-        default=0.01,
-        metadata={"help": "standard deviation of that noise, relative to that of the weights"},
+    moe_adapt_noise: float = flag(
+        0.01, "standard deviation of that noise, relative to that of the weights"
     )
 
 
@@ -84,7 +79,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
     # may have no expert anyway.
     capabilities = Capabilities(
         losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
-        null_experts=False, zero_init=False)
+        null_experts=False, zero_init=False, vectors=True)
 
     active_E: Tensor
     record: RoutingRecord
@@ -110,10 +105,11 @@ class TopAnyGate(Gate[TopAnyOptions]):
     def validate(cls, options: TopAnyOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_top_any_ste", ("full", "active"))
         check_choice(options, "moe_top_any_weights", ("uniform", "score"))
-        check_number(options, "moe_top_any_scale", above=0, most=100,
-                     remedy="give a number above 0 and at most 100")
+        check_number(
+            options, "moe_top_any_scale", "(0, 100]", "give a number above 0 and at most 100"
+        )
         start, most = max(expert_counts), options.moe_max_experts
-        check_number(options, "moe_max_experts", least=0, remedy="give 0 or more")
+        check_number(options, "moe_max_experts", "[0, inf)", "give 0 or more")
         if 0 < most < start:
             raise OptionError("moe_max_experts", most,
                               f"a layer starts with {start} experts: give at least that, or a "
@@ -124,7 +120,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
     def _validate_adaptation(cls, options: TopAnyOptions, start: int) -> list[str]:
         interval = options.moe_adapt_record_interval
         for option in ("moe_adapt_record_interval", "moe_adapt_window"):
-            check_number(options, option, least=0, remedy="give a number of updates, 0 or more")
+            check_number(options, option, "[0, inf)", "give a number of updates, 0 or more")
         window = options.moe_adapt_window
         if window and not interval:
             raise OptionError("moe_adapt_window", window,
@@ -138,7 +134,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
                               "there is no slot for another expert: give --moe-max-experts above "
                               f"{start}, or a smaller --moe-expert-count")
         check_choice(options, "moe_adapt_source", ("most_used", "keep"))
-        check_number(options, "moe_adapt_noise", least=0, remedy="give 0 or more")
+        check_number(options, "moe_adapt_noise", "[0, inf)", "give 0 or more")
         if options.moe_adapt_source == "keep" and (
                 options.moe_adapt_noise != TopAnyOptions.moe_adapt_noise):
             raise OptionError("moe_adapt_noise", options.moe_adapt_noise,
@@ -149,10 +145,6 @@ class TopAnyGate(Gate[TopAnyOptions]):
         return [f"--moe-max-experts {options.moe_max_experts} without --moe-adapt-record-interval: "
                 "experts are added only if the model's begin_record_routing() and "
                 "end_record_routing() are called"]
-
-    @classmethod
-    def has_vectors(cls, options: TopAnyOptions) -> bool:
-        return True
 
     def vectors(self) -> Tensor:
         return self.weight
@@ -186,10 +178,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
             weights_TE = _shares(reached_TE * scores_TE, routed_T1)
         stats[st.EXPERTS] = self.active_E.sum().double() * context.num_tokens(x_TD)
         return Choice(
-            mask_TC=mask_TE,
-            weights_TC=weights_TE,
-            probs_TC=share_TE,
-            logits_TC=logits_TE,
+            mask_TE, weights_TE, share_TE, logits_TE,
             aux=self._losses(reached_TE, share_TE, mask_TE, context.loss_weights_T),
             stats=stats,
         )

@@ -1,13 +1,13 @@
 """The top-k gate: each token goes to its k best candidates."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
@@ -28,19 +28,18 @@ from evomoe_plugin.routing.noise import gumbel
 class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
     """Options of the top-k gate."""
 
-    moe_top_k_weights: str = field(
-        default="raw",
-        metadata={"help": "weights of the k experts: raw (scores) or renormalized (to sum 1)"},
+    moe_top_k_weights: str = flag(
+        "raw", "weights of the k experts: raw (scores) or renormalized (to sum 1)"
     )
-    moe_sample_top_k: int = field(
-        default=0,
-        metadata={"help": "in training, so many of the k candidates are sampled by probability "
-                          "from those that are not among the best others"},
+    moe_sample_top_k: int = flag(
+        0,
+        "in training, so many of the k candidates are sampled by probability from those that are "
+        "not among the best others",
     )
-    moe_bias_update_rate: float = field(
-        default=0.0,
-        metadata={"help": "loss-free balancing: step per update of each expert's bias towards an "
-                          "even load; it is added to the score for selection only"},
+    moe_bias_update_rate: float = flag(
+        0.0,
+        "loss-free balancing: step per update of each expert's bias towards an even load; it is "
+        "added to the score for selection only",
     )
 
 
@@ -57,7 +56,7 @@ class TopKGate(Gate[TopKOptions]):
     """
 
     Options = TopKOptions
-    capabilities = Capabilities(scorers=tuple(SCORERS))
+    capabilities = Capabilities(scorers=tuple(SCORERS), fixed_k=True)
 
     def __init__(self, info: LayerInfo, options: TopKOptions):
         super().__init__(info, options)
@@ -69,17 +68,21 @@ class TopKGate(Gate[TopKOptions]):
         register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
 
     @classmethod
-    def has_fixed_k(cls, options: TopKOptions) -> bool:
-        return True
-
-    @classmethod
     def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
         validate_top_k(options, expert_counts)
         check_choice(options, "moe_top_k_weights", ("raw", "renormalized"))
-        check_number(options, "moe_sample_top_k", least=0, most=options.moe_top_k,
-                     remedy=f"give 0 to --moe-top-k ({options.moe_top_k})")
-        check_number(options, "moe_bias_update_rate", least=0, most=1,
-                     remedy="scores are at most 1: give a number from 0 to 1, such as 0.001")
+        check_number(
+            options,
+            "moe_sample_top_k",
+            f"[0, {options.moe_top_k}]",
+            f"give 0 to --moe-top-k ({options.moe_top_k})",
+        )
+        check_number(
+            options,
+            "moe_bias_update_rate",
+            "[0, 1]",
+            "scores are at most 1: give a number from 0 to 1, such as 0.001",
+        )
         if options.moe_sample_top_k and options.moe_bias_update_rate:
             raise OptionError("moe_sample_top_k", options.moe_sample_top_k,
                               "sampling ignores the bias, which would grow without bound: leave "
@@ -111,10 +114,7 @@ class TopKGate(Gate[TopKOptions]):
         if self.prioritized:
             priority_TC = scores_TC.amax(1, keepdim=True).expand_as(scores_TC)
         return Choice(
-            mask_TC=mask_TC,
-            weights_TC=weights_TC,
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
+            mask_TC, weights_TC, probs_TC, logits_TC,
             priority_TC=priority_TC,
         )
 

@@ -1,12 +1,12 @@
 """The top-p gate: each token goes to the smallest set of candidates with enough probability."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import check_choice, check_number
+from evomoe_plugin.config.options import check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -27,21 +27,21 @@ NEAR_TIE = 0.02  # relative gap to the best logit, as in DCMoE: twice its jitter
 class TopPOptions(TopKCountOptions, ScorerOptions):
     """Options of the top-p gate."""
 
-    moe_top_p: float = field(
-        default=0.7,
-        metadata={"help": "a token goes to its most probable candidates until their total "
-                          "probability reaches this; 0: to --moe-top-k candidates"},
+    moe_top_p: float = flag(
+        0.7,
+        "a token goes to its most probable candidates until their total probability reaches this; "
+        "0: to --moe-top-k candidates",
     )
-    moe_top_p_weights: str = field(
-        default="softmax",
-        metadata={"help": "weights of the selected candidates, null experts included, which sum "
-                          "to 1: softmax (their probabilities), uniform, or sparsemixer (sampled "
-                          "among near ties, with its gradient estimator)"},
+    moe_top_p_weights: str = flag(
+        "softmax",
+        "weights of the selected candidates, null experts included, which sum to 1: softmax "
+        "(their probabilities), uniform, or sparsemixer (sampled among near ties, with its "
+        "gradient estimator)",
     )
-    moe_jitter: float = field(
-        default=0.0,
-        metadata={"help": "in training the input of the gate is multiplied by uniform noise from "
-                          "1 - this to 1 + this"},
+    moe_jitter: float = flag(
+        0.0,
+        "in training the input of the gate is multiplied by uniform noise from 1 - this to 1 + "
+        "this",
     )
 
 
@@ -68,11 +68,16 @@ class TopPGate(Gate[TopPOptions]):
 
     @classmethod
     def validate(cls, options: TopPOptions, expert_counts: Sequence[int]) -> list[str]:
-        check_number(options, "moe_top_p", least=0, most=1,
-                     remedy="it is a probability: give a number from 0 to 1; 0 uses --moe-top-k")
+        check_number(
+            options,
+            "moe_top_p",
+            "[0, 1]",
+            "it is a probability: give a number from 0 to 1; 0 uses --moe-top-k",
+        )
         check_choice(options, "moe_top_p_weights", WEIGHTS)
-        check_number(options, "moe_jitter", least=0, below=1,
-                     remedy="give 0 or more and less than 1; 0.01 is usual")
+        check_number(
+            options, "moe_jitter", "[0, 1)", "give 0 or more and less than 1; 0.01 is usual"
+        )
         only = "learns only from auxiliary losses and softmax weights of shared experts"
         warnings = []
         if options.moe_top_p == 0:
@@ -107,12 +112,7 @@ class TopPGate(Gate[TopPOptions]):
             mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter_(
                 1, order_TC, rank_C < count_T1)
             values_TC = probs_TC if self.weights == "softmax" else torch.ones_like(probs_TC)
-        return Choice(
-            mask_TC=mask_TC,
-            weights_TC=normalized(values_TC, mask_TC),
-            probs_TC=probs_TC,
-            logits_TC=logits_TC,
-        )
+        return Choice(mask_TC, normalized(values_TC, mask_TC), probs_TC, logits_TC)
 
     def _num_selected(self, sorted_TC: Tensor) -> Tensor:
         """Number of candidates of each token, int64 [T, 1], from its sorted probabilities."""

@@ -1,23 +1,23 @@
 """Shared by gates that select a fixed number of candidates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number
+from evomoe_plugin.config.options import ModelOptions, check_number, flag
 
 
 @dataclass
 class TopKCountOptions(ModelOptions):
     """For gates that select k candidates per token."""
 
-    moe_top_k: int = field(
-        default=2,
-        metadata={"help": "candidates per token (dselect_k: selectors per token; relu: mean "
-                          "number of experts per token that the L1 loss aims at)"},
+    moe_top_k: int = flag(
+        2,
+        "candidates per token (dselect_k: selectors per token; relu: mean number of experts per "
+        "token that the L1 loss aims at)",
     )
 
 
@@ -25,15 +25,14 @@ class TopKCountOptions(ModelOptions):
 class PriorityOptions(ModelOptions):
     """For gates that can order tokens by confidence under a capacity."""
 
-    moe_batch_prioritized_routing: bool = field(
-        default=False,
-        metadata={"help": "under a capacity, tokens with the largest top score have priority"},
+    moe_batch_prioritized_routing: bool = flag(
+        False, "under a capacity, tokens with the largest top score have priority"
     )
 
 
 def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has at least `moe_top_k` candidates."""
-    check_number(options, "moe_top_k", least=1, remedy="give 1 or more")
+    check_number(options, "moe_top_k", "[1, inf)", "give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts
     if options.moe_top_k > candidates:
         raise OptionError("moe_top_k", options.moe_top_k,

@@ -30,12 +30,12 @@ class GenerationOptions:
         from evomoe_plugin.config.options import check_number
 
         for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
-            check_number(self, option, least=1, remedy="give 1 or more")
-        check_number(self, "temperature", above=0,
-                     remedy="give a number above 0; omit it for greedy decoding")
-        check_number(self, "top_p", above=0, most=1,
-                     remedy="it is a probability: give a number above 0 and at most 1")
-        check_number(self, "seed", least=0, below=2**63, remedy="give a number from 0")
+            check_number(self, option, "[1, inf)", "give 1 or more")
+        check_number(self, "temperature", "(0, inf)",
+                     "give a number above 0; omit it for greedy decoding")
+        check_number(self, "top_p", "(0, 1]",
+                     "it is a probability: give a number above 0 and at most 1")
+        check_number(self, "seed", f"[0, {2**63})", "give a number from 0")
         if self.beam > 1 and self.samples:
             raise OptionError("beam", self.beam, "beam search does not sample: omit it, or omit "
                                                  "--temperature, --top-k and --top-p")

@@ -25,15 +25,13 @@ class ParameterCount:
     """Numbers of parameters; shared ones count once."""
 
     total: int
-    experts: int
-    """In all routed and shared experts."""
-    active_top1: int
-    """Used for a token that goes to one routed expert in every MoE layer."""
+    experts: int  # In all routed and shared experts
+    active_top1: int  # Used for a token that goes to one routed expert in every MoE layer
 
 
 def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
     """A gate for each MoE layer; layers with equal numbers of experts share one."""
-    counts = expert_slots(options, len(moe_layer_indices(options, options.decoder_layers)))
+    counts = expert_slots(options)
     made: dict[int, Gate] = {}
     with torch.random.fork_rng(devices=[]):
         for count in counts:
@@ -50,7 +48,7 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     input_dim = options.decoder_input_dim or width
     output_dim = options.decoder_output_dim or width
     moe_layers = moe_layer_indices(options, options.decoder_layers)
-    counts = expert_slots(options, len(moe_layers))
+    counts = expert_slots(options)
 
     attention_and_norms = 4 * (width * width + width) + 2 * 2 * width
     dense_ffn = 2 * width * ffn_dim + ffn_dim + width
@@ -61,13 +59,9 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     routed = sum(counts) * one_expert
     gates = sum(p.numel() for gate in _gates(options, vocabulary) for p in gate.parameters())
 
-    embeddings = vocabulary * input_dim
-    if not options.share_decoder_input_output_embed:
-        embeddings += vocabulary * output_dim
-    if input_dim != width:
-        embeddings += input_dim * width
-    if output_dim != width:
-        embeddings += width * output_dim
+    separate = 0 if options.share_decoder_input_output_embed else vocabulary * output_dim
+    embeddings = vocabulary * input_dim + separate
+    embeddings += sum(dim * width for dim in (input_dim, output_dim) if dim != width)
     if options.decoder_learned_pos and not options.no_token_positional_embeddings:
         # fairseq has two more rows, for the padding index and its offset.
         embeddings += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
@@ -89,10 +83,8 @@ class ForwardFlops:
     per_token: int
     """Everything but the routed experts: attention over a full context, dense FFNs, gates, shared
     experts, vocabulary."""
-    per_pair: int
-    """One routed pair in one MoE layer."""
-    gates: int = 0
-    """Part of `per_token` that is due to gates."""
+    per_pair: int  # One routed pair in one MoE layer
+    gates: int = 0  # Part of `per_token` that is due to gates
 
     @property
     def without_gates(self) -> ForwardFlops:

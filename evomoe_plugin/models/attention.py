@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 class Mask(enum.Enum):
     """Attention masks that need no tensor."""
 
-    CAUSAL = enum.auto()
-    """A token attends to those before it and to itself."""
+    CAUSAL = enum.auto()  # A token attends to those before it and to itself
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
@@ -86,16 +85,20 @@ class SelfAttention(MultiheadAttention):
         ours = attn_mask if isinstance(attn_mask, Mask) or (
             attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4
         ) else None
-        unknown = self._unknown(
-            (need_weights or need_head_weights, "attention weights are asked for"),
-            (before_softmax or static_kv, "more than the output is asked for"),
-            (key is not query or value is not query, "keys or values are of another sequence"),
-            (attn_mask is not ours, "the mask is of another kind"),
-            (incremental_state is not None and ours is not None,
-             "a mask is given in incremental decoding"),
-        )
-        if unknown:
-            _say_stock(unknown)
+        both = incremental_state is not None and ours is not None
+        reasons = {
+            "xFormers is used": self.use_xformers,
+            "it is not self-attention": not self.self_attention,
+            "keys are added": self.bias_k is not None or self.add_zero_attn,
+            "the module is traced or pruned": self.onnx_trace or self.skip_embed_dim_check,
+            "attention weights are asked for": need_weights or need_head_weights,
+            "more than the output is asked for": before_softmax or static_kv,
+            "keys or values are of another sequence": key is not query or value is not query,
+            "the mask is of another kind": attn_mask is not ours,
+            "a mask is given in incremental decoding": both,
+        }
+        if any(reasons.values()):
+            _log_stock(next(reason for reason, holds in reasons.items() if holds))
             if ours is not None:
                 attn_mask = self._additive(ours, query)
             return super().forward(
@@ -142,16 +145,6 @@ class SelfAttention(MultiheadAttention):
         self._set_input_buffer(incremental_state, saved)
         return k, v, key_padding_mask
 
-    def _unknown(self, *reasons: tuple[bool, str]) -> str | None:
-        """Why fairseq's forward pass is needed; None if it is not."""
-        own = (
-            (self.use_xformers, "xFormers is used"),
-            (not self.self_attention, "it is not self-attention"),
-            (self.bias_k is not None or self.add_zero_attn, "keys are added"),
-            (self.onnx_trace or self.skip_embed_dim_check, "the module is traced or pruned"),
-        )
-        return next((reason for holds, reason in (*own, *reasons) if holds), None)
-
     def _additive(self, mask: Mask | Tensor, x: Tensor) -> Tensor:
         """The additive mask of fairseq: [T, T], or [B * heads, T, T]."""
         if isinstance(mask, Mask):
@@ -161,5 +154,5 @@ class SelfAttention(MultiheadAttention):
 
 
 @functools.cache
-def _say_stock(reason: str) -> None:
+def _log_stock(reason: str) -> None:
     logger.info("attention is computed by fairseq's own forward pass: %s", reason)

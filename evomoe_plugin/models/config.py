@@ -4,16 +4,16 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
 from evomoe_plugin.config.dataclass_fields import add_field
-from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions
+from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions, flag
 from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
-GateOptions = dataclasses.make_dataclass("GateOptions", [
+GateOptions: Any = dataclasses.make_dataclass("GateOptions", [
     (option.name, option.type, field(default=option.default, metadata=option.metadata))
     for option in option_fields().values()
 ])
@@ -24,16 +24,11 @@ class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelCo
     """Fields of every MoE architecture; architectures differ only in defaults."""
 
     # 0 follows the width of the model, also if overridden; fairseq's 512 would add a projection.
-    decoder_input_dim: int = field(
-        default=0, metadata={"help": "decoder input dimension; 0: --decoder-embed-dim"}
-    )
-    decoder_output_dim: int = field(
-        default=0, metadata={"help": "decoder output dimension; 0: --decoder-embed-dim"}
-    )
+    decoder_input_dim: int = flag(0, "decoder input dimension; 0: --decoder-embed-dim")
+    decoder_output_dim: int = flag(0, "decoder output dimension; 0: --decoder-embed-dim")
     # Any name that fairseq implements; its own list of choices lacks swish.
-    activation_fn: str = field(
-        default="relu",
-        metadata={"help": "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)},
+    activation_fn: str = flag(
+        "relu", "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)
     )
     # From other groups: gate noise depends on the seed, default schedules on the run's length.
     seed: int = II("common.seed")
@@ -42,7 +37,7 @@ class MoELanguageModelConfig(GateOptions, MoEOptions, TransformerLanguageModelCo
 
 @dataclass
 class GPTTinyMoEConfig(MoELanguageModelConfig):
-    """For laptops: 4 layers, width 128."""
+    """For laptops: 4 layers, width 128, 4 heads."""
 
     decoder_layers: int = 4
     decoder_embed_dim: int = 128
@@ -53,36 +48,19 @@ class GPTTinyMoEConfig(MoELanguageModelConfig):
     activation_fn: str = "gelu"
 
 
-@dataclass
-class GPTSmallMoEConfig(GPTTinyMoEConfig):
-    """12 layers, width 768 (EvoMoE's code)."""
-
-    decoder_layers: int = 12
-    decoder_embed_dim: int = 768
-    decoder_ffn_embed_dim: int = 3072
-    decoder_attention_heads: int = 12
-
-
-@dataclass
-class GPTMediumMoEConfig(GPTTinyMoEConfig):
-    """24 layers, width 1024 (EvoMoE's code)."""
-
-    decoder_layers: int = 24
-    decoder_embed_dim: int = 1024
-    decoder_ffn_embed_dim: int = 4096
-    decoder_attention_heads: int = 16
+def _sized(cls_name: str, layers: int, width: int, heads: int) -> type[GPTTinyMoEConfig]:
+    """The options of a larger model of EvoMoE's code."""
+    sizes = {"decoder_layers": layers, "decoder_embed_dim": width,
+             "decoder_ffn_embed_dim": 4 * width, "decoder_attention_heads": heads}
+    doc = f"{layers} layers, width {width}, {heads} heads (EvoMoE's code)."
+    fields = [(name, int, size) for name, size in sizes.items()]
+    return dataclasses.make_dataclass(cls_name, fields, bases=(GPTTinyMoEConfig,), namespace={
+        "__doc__": doc, "__module__": __name__})
 
 
-@dataclass
-class GPTXLMoEConfig(GPTTinyMoEConfig):
-    """48 layers, width 1600 (EvoMoE's code)."""
-
-    decoder_layers: int = 48
-    decoder_embed_dim: int = 1600
-    decoder_ffn_embed_dim: int = 6400
-    decoder_attention_heads: int = 25
-
-
+GPTSmallMoEConfig = _sized("GPTSmallMoEConfig", 12, 768, 12)
+GPTMediumMoEConfig = _sized("GPTMediumMoEConfig", 24, 1024, 16)
+GPTXLMoEConfig = _sized("GPTXLMoEConfig", 48, 1600, 25)
 CONFIGS = (MoELanguageModelConfig, GPTTinyMoEConfig, GPTSmallMoEConfig, GPTMediumMoEConfig,
            GPTXLMoEConfig)
 

@@ -43,9 +43,8 @@ class MoEDecoder(TransformerDecoder):
 
     def __init__(self, args: ModelOptions, dictionary, embed_tokens: nn.Module):
         moe_layers = moe_layer_indices(args, args.decoder_layers)
-        self._expert_count = dict(
-            zip(moe_layers, expert_slots(args, len(moe_layers)), strict=True))
-        self._start_experts = expert_counts(args, len(moe_layers))
+        self._expert_count = dict(zip(moe_layers, expert_slots(args), strict=True))
+        self._start_experts = expert_counts(args)
         self._layers_built = 0
         self._token_counts = tuple(getattr(dictionary, "count", ()))
         self._aux_coefficients = gate_class(args.moe_gate).aux_coefficients(args)
@@ -76,7 +75,18 @@ class MoEDecoder(TransformerDecoder):
         index, self._layers_built = self._layers_built, self._layers_built + 1
         cfg = TransformerConfig.from_namespace(args)
         if index in self._expert_count:
-            layer = self._build_moe_layer(cfg, index)
+            layer_id = list(self._expert_count).index(index)
+            info = LayerInfo(
+                model_dim=cfg.decoder.embed_dim,
+                num_experts=self._expert_count[index],
+                start_experts=self._start_experts[layer_id],
+                num_null=self.args.moe_null_experts,
+                layer_id=layer_id,
+                seed=self.args.seed,
+                token_counts_V=self._token_counts,
+            )
+            layer = MoEDecoderLayer(cfg, self.args, info)
+            wrap_experts(layer.moe)
         else:
             layer = DecoderLayer(cfg, self.args.moe_attention)
         if cfg.checkpoint_activations:
@@ -84,21 +94,6 @@ class MoEDecoder(TransformerDecoder):
         return fsdp_wrap(
             layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         )
-
-    def _build_moe_layer(self, cfg: TransformerConfig, index: int) -> MoEDecoderLayer:
-        layer_id = list(self._expert_count).index(index)
-        info = LayerInfo(
-            model_dim=cfg.decoder.embed_dim,
-            num_experts=self._expert_count[index],
-            start_experts=self._start_experts[layer_id],
-            num_null=self.args.moe_null_experts,
-            layer_id=layer_id,
-            seed=self.args.seed,
-            token_counts_V=self._token_counts,
-        )
-        layer = MoEDecoderLayer(cfg, self.args, info)
-        wrap_experts(layer.moe)
-        return layer
 
     @property
     def in_dense_phase(self) -> bool:
@@ -189,7 +184,7 @@ class MoEDecoder(TransformerDecoder):
             token_keys = keys_BT.t()
         positions = None
         if self.embed_positions is not None and packed:
-            positions = packed.embed_positions(self.embed_positions)
+            positions = packed.embed_positions(self.embed_positions, self.padding_idx)
         elif self.embed_positions is not None:
             positions = self.embed_positions(
                 prev_output_tokens, incremental_state=incremental_state

@@ -103,36 +103,24 @@ def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn
     Raises:
         OptionError: the trained parameters cannot be wrapped separately.
     """
-    try:
-        cuts = list(_cut(model, ""))
-    except _Inseparable as error:
-        raise OptionError("moe_train_only", train_only,
-                          f"--ddp-backend fully_sharded cannot shard {error}, or use another "
-                          "--ddp-backend") from None
-    for parent, name in cuts:
+    for parent, name in list(_cut(model, "", train_only)):
         setattr(parent, name, wrap(getattr(parent, name)))
 
 
-class _Inseparable(Exception):
-    """What cannot be wrapped separately, and what could be trained instead."""
+def _cut(module: nn.Module, path: str, train_only: str) -> Iterator[tuple[nn.Module, str]]:
+    """Submodules of `module` (parent and name) outside of which all parameters are frozen."""
+    def inseparable(what: str) -> OptionError:
+        reason = f"--ddp-backend fully_sharded cannot shard {what}, or use another --ddp-backend"
+        return OptionError("moe_train_only", train_only, reason)
 
-
-def _cut(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """Submodules of `module` (parent and name) outside of which all parameters are frozen.
-
-    Args:
-        path: of the module in the model.
-    Raises:
-        _Inseparable: there are none.
-    """
     if _holds_tied_weights(module):
-        raise _Inseparable(f"{path}, whose weights may be tied, separately from frozen ones: leave "
-                           "embeddings out")
+        raise inseparable(f"{path}, whose weights may be tied, separately from frozen ones: leave "
+                          "embeddings out")
     own = dict(module.named_parameters(recurse=False))
     trained = [name for name, parameter in own.items() if parameter.requires_grad]
     if trained:
-        raise _Inseparable(f"a part of {path} apart from the rest: match all of its parameters, "
-                           f"not {trained[0]} alone")
+        raise inseparable(f"a part of {path} apart from the rest: match all of its parameters, "
+                          f"not {trained[0]} alone")
     for name, child in module.named_children():
         kinds = {p.requires_grad for p in child.parameters()}
         if True not in kinds or is_wrapped(child):
@@ -140,18 +128,14 @@ def _cut(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
         inside = f"{path}.{name}".lstrip(".")
         if isinstance(child, Gate):  # returns a plan, in which FSDP cannot see gradients
             words = ["experts", "gate", *(["shared"] if getattr(module, "shared", None) else [])]
-            raise _Inseparable(f"the gate {inside} apart from its experts: train "
-                               f"{','.join(words)}")
-        if False not in kinds and _can_be_wrapped(child):
+            raise inseparable(f"the gate {inside} apart from its experts: train {','.join(words)}")
+        if False not in kinds and not (
+                isinstance(child, nn.ModuleList) or _holds_tied_weights(child)):
             yield module, name
         else:
-            yield from _cut(child, inside)
+            yield from _cut(child, inside, train_only)
 
 
 def _holds_tied_weights(module: nn.Module) -> bool:
     is_projection = isinstance(module, nn.Linear) and module.bias is None
     return isinstance(module, nn.Embedding) or is_projection
-
-
-def _can_be_wrapped(module: nn.Module) -> bool:
-    return not (isinstance(module, nn.ModuleList) or _holds_tied_weights(module))

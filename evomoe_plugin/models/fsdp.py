@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 from fairseq.distributed import fsdp_wrap
+from fairseq.distributed.fully_sharded_data_parallel import FSDP, has_FSDP
 from torch import nn
-
-
-def _has_fairscale() -> bool:
-    return importlib.util.find_spec("fairscale") is not None
 
 
 def wrap_experts(layer: Any) -> None:
@@ -27,22 +23,21 @@ def wrap_experts(layer: Any) -> None:
 def built_unwrapped(wanted: bool) -> Iterator[None]:
     """A context in which, if `wanted`, `fsdp_wrap` wraps nothing: parameters can be frozen by name
     only before they are flattened into one."""
-    if not wanted or not _has_fairscale():
+    if not (wanted and is_wrapping()):
         yield
         return
     from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 
-    before = ConfigAutoWrap.in_autowrap_context
     ConfigAutoWrap.in_autowrap_context = False
     try:
         yield
     finally:
-        ConfigAutoWrap.in_autowrap_context = before
+        ConfigAutoWrap.in_autowrap_context = True
 
 
 def is_wrapping() -> bool:
     """Whether `fsdp_wrap` wraps modules now."""
-    if not _has_fairscale():
+    if not has_FSDP:
         return False
     from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 
@@ -51,8 +46,4 @@ def is_wrapping() -> bool:
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether `module` is an FSDP instance."""
-    if not _has_fairscale():
-        return False
-    from fairscale.nn.data_parallel import FullyShardedDataParallel
-
-    return isinstance(module, FullyShardedDataParallel)
+    return has_FSDP and isinstance(module, FSDP)

@@ -6,20 +6,12 @@ import logging
 from contextlib import AbstractContextManager
 from typing import Any
 
-from fairseq.models.transformer_lm import (
-    DEFAULT_MAX_TARGET_POSITIONS,
-    TransformerLanguageModel,
-)
+from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS, TransformerLanguageModel
 from omegaconf import open_dict
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import (
-    ModelOptions,
-    expert_counts,
-    expert_slots,
-    moe_layer_indices,
-)
+from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
@@ -115,11 +107,10 @@ class MoELanguageModel(TransformerLanguageModel):
 
 
 def _log_sizes(args: ModelOptions, vocabulary: int) -> None:
-    layers = moe_layer_indices(args, args.decoder_layers)
-    counts, slots = expert_counts(args, len(layers)), expert_slots(args, len(layers))
+    counts, slots = expert_counts(args), expert_slots(args)
     sizes = count_parameters(args, vocabulary)
     logger.info(
-        "MoE: %d of %d layers, gate %s, experts per layer %s%s", len(layers), args.decoder_layers,
+        "MoE: %d of %d layers, gate %s, experts per layer %s%s", len(counts), args.decoder_layers,
         args.moe_gate, counts[0] if len(set(counts)) == 1 else counts,
         "" if slots == counts else f", {max(slots)} slots",
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evomoe_plugin.routing import noise
 
@@ -34,15 +36,15 @@ class Segments:
         sums_BT = torch.zeros_like(hashed_BT).scatter_add_(1, self._index_BT, hashed_BT)
         return noise.fold(sums_BT.gather(1, self._index_BT), self.positions_BT)
 
-    def embed_positions(self, embedding: nn.Module) -> Tensor:
+    def embed_positions(
+        self, embedding: Callable[[Tensor], Tensor], padding_idx: int
+    ) -> Tensor:
         """[B, T, D]: fairseq's learned or sinusoidal positions, which restart in each example.
 
         Args:
             embedding: maps token ids [1, T] to position embeddings; padding gets zeros.
         """
-        no_padding = self.positions_BT.new_full((1, self.positions_BT.size(1)),
-                                                embedding.padding_idx + 1)
-        table_TD = embedding(no_padding)[0]
+        table_TD = embedding(torch.full_like(self.positions_BT[:1], padding_idx + 1))[0]
         x_BTD = torch.nn.functional.embedding(self.positions_BT, table_TD)
         return x_BTD.masked_fill(self._padding_mask_BT.unsqueeze(2), 0.0)
 

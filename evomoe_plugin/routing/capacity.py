@@ -17,12 +17,9 @@ class CapacityRule:
 
     factor: float = 0.0
     """C = ceil(factor * pairs / experts): 1 is exactly enough for an even load; 0: not used."""
-    token_fraction: float = 0.0
-    """C = ceil(fraction * tokens); 0: not used."""
-    minimum: int = 0
-    """Lower bound of C."""
-    renormalize: bool = False
-    """Scale the remaining weights of a token to their sum before dropping."""
+    token_fraction: float = 0.0  # C = ceil(fraction * tokens); 0: not used
+    minimum: int = 0  # Lower bound of C
+    renormalize: bool = False  # Scale the remaining weights of a token to their sum before dropping
 
     def __bool__(self) -> bool:
         return self.factor > 0 or self.token_fraction > 0

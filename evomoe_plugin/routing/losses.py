@@ -31,12 +31,21 @@ def balance_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None =
     return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) * load_C).sum()
 
 
-def switch_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+def _active(x_TC: Tensor, active_C: Tensor | None) -> Tensor:
+    """The columns of active candidates: empty slots are not an uneven load."""
+    return x_TC if active_C is None else x_TC[:, active_C]
+
+
+def switch_loss(
+    *, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None,
+    active_C: Tensor | None = None,
+) -> Tensor:
     """The balance loss of shares: C * <p / sum p, n / sum n>; 1 for an even load of any k.
 
     Source: Dense2MoE's `switch`, without the z-loss it adds; with token weights, DCMoE's balance
     loss (Uni-MoE 2.0, arXiv 2511.12609), over the full softmax.
     """
+    probs_TC, mask_TC = _active(probs_TC, active_C), _active(mask_TC, active_C)
     probs_C = weighted_mean(probs_TC, weight_T)
     load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
     tiny = torch.finfo(probs_TC.dtype).tiny
@@ -71,13 +80,16 @@ def cv_squared(x_C: Tensor) -> Tensor:
     return x_C.var(correction=0) / (mean * mean).clamp(min=torch.finfo(x_C.dtype).tiny)
 
 
-def importance_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
+def importance_loss(
+    *, probs_TC: Tensor, weight_T: Tensor | None = None, active_C: Tensor | None = None
+) -> Tensor:
     """CV^2 of the summed gate values (Shazeer et al., arXiv 1701.06538, 4)."""
-    return cv_squared(weighted_mean(probs_TC, weight_T))
+    return cv_squared(weighted_mean(_active(probs_TC, active_C), weight_T))
 
 
 def load_loss(
-    *, logits_TC: Tensor, mask_TC: Tensor, noise: float, weight_T: Tensor | None = None
+    *, logits_TC: Tensor, mask_TC: Tensor, noise: float | None = None,
+    weight_T: Tensor | None = None,
 ) -> Tensor:
     """CV^2 of the smooth load: the probability of each candidate's selection under fresh noise.
 
@@ -86,7 +98,7 @@ def load_loss(
 
     Args:
         mask_TC: the selection, whose row sums are the k of the tokens.
-        noise: standard deviation; 1 / C in V-MoE (arXiv 2106.05974, A.2).
+        noise: standard deviation; None: 1 / C, as in V-MoE (arXiv 2106.05974, A.2).
     Source: Shazeer et al. (arXiv 1701.06538, appendix A).
     """
     sorted_TC = logits_TC.detach().sort(1, descending=True).values
@@ -96,7 +108,7 @@ def load_loss(
     k_T1 = mask_TC.sum(1, keepdim=True)
     kth_T1, next_T1 = sorted_TC.gather(1, k_T1), sorted_TC.gather(1, k_T1 + 1)
     threshold_TC = torch.where(logits_TC >= kth_T1, next_T1, kth_T1)
-    selected_TC = torch.special.ndtr((logits_TC - threshold_TC) / noise)
+    selected_TC = torch.special.ndtr((logits_TC - threshold_TC) / (noise or 1 / mask_TC.size(1)))
     return cv_squared(weighted_mean(selected_TC, weight_T))
 
 

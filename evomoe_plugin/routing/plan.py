@@ -10,10 +10,13 @@ Shape suffixes, here and everywhere in the package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from evomoe_plugin.routing import stats as st
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,13 @@ class RoutingPlan:
 
     token_ids_N: Tensor
     """int64: the token of each pair; pairs are sorted by expert, stable in token order."""
-    expert_ids_N: Tensor
-    """int64: the expert of each pair, ascending."""
-    weights_N: Tensor
-    """Combine weights of the experts' outputs, with gradient."""
-    tokens_per_expert_E: Tensor
-    """int64: number of pairs of each expert."""
-    num_tokens: int
-    """T."""
-    priority_N: Tensor | None = None
-    """Priority under a capacity, larger first; None: by position."""
-    shared_weights_TS: Tensor | None = None
-    """Weights of the shared experts; None: 1."""
-    null_mass_T: Tensor | None = None
-    """Weight of the null experts of each token."""
+    expert_ids_N: Tensor  # int64: the expert of each pair, ascending
+    weights_N: Tensor  # Combine weights of the experts' outputs, with gradient
+    tokens_per_expert_E: Tensor  # int64: number of pairs of each expert
+    num_tokens: int  # T
+    priority_N: Tensor | None = None  # Priority under a capacity, larger first; None: by position
+    shared_weights_TS: Tensor | None = None  # Weights of the shared experts; None: 1
+    null_mass_T: Tensor | None = None  # Weight of the null experts of each token
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name: unweighted scalars with gradient."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
@@ -68,4 +64,34 @@ def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan
         tokens_per_expert_E=mask_TE.sum(0),
         num_tokens=mask_TE.size(0),
         **fields,
+    )
+
+
+def first_expert_plan(
+    x_TD: Tensor, token_mask_T: Tensor | None, num_experts: int, *, aux_names: Iterable[str] = (),
+    zero_stats: Iterable[str] = (),
+) -> RoutingPlan:
+    """The plan that routes each token to expert 0 with weight 1.
+
+    Its statistics are those of one expert. Auxiliary losses are 0, without gradient.
+
+    Args:
+        x_TD: the tokens.
+        token_mask_T: bool, False for padding, which is not routed; None: no padding.
+        num_experts: E.
+        aux_names: names of the losses.
+        zero_stats: names of further statistics, all 0.
+    """
+    mask_TE = torch.zeros(len(x_TD), num_experts, dtype=torch.bool, device=x_TD.device)
+    mask_TE[:, 0] = True if token_mask_T is None else token_mask_T
+    load_E = mask_TE.sum(0).double()
+    tokens, zero = load_E[0], torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    return plan_from_mask(
+        mask_TE,
+        x_TD.new_ones(()).expand(mask_TE.shape),
+        aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
+        stats={
+            st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E,
+            **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], zero),
+        },
     )

@@ -94,8 +94,8 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         Raises:
             OptionError: an option is invalid, or a file is missing or does not fit.
         """
-        check_number(args, "tokens_per_sample", least=1, remedy="give 1 or more")
-        check_number(args, "moe_aux_balance_weight", least=0, remedy="give a weight of 0 or more")
+        check_number(args, "tokens_per_sample", "[1, inf)", "give 1 or more")
+        check_number(args, "moe_aux_balance_weight", "[0, inf)", "give a weight of 0 or more")
         positions = args.max_target_positions
         if positions is not None and args.tokens_per_sample > positions:
             raise OptionError("tokens_per_sample", args.tokens_per_sample,

@@ -48,3 +48,13 @@ def test_a_name_that_is_taken():
         @register_gate("top_k")
         class Other(Gate):
             pass
+
+
+@pytest.mark.parametrize("flags", [
+    {"TAKES_NULL": False}, {"DEFAULT_AUX": "none", "HAS_LOGITS": False}])
+def test_class_flags_of_before_capabilities(flags):
+    former = type("Former", (Gate,), flags)
+    with pytest.raises(ValueError, match=f"^Former: {', '.join(flags)} have no effect any more: "
+                                         r"give capabilities = Capabilities\(…\)$"):
+        register_gate("refused")(type("Former", (former,), {}))
+    assert "refused" not in gate_names()

@@ -145,7 +145,7 @@ def test_prompts_with_padding_before_them_are_decoded_as_alone(make_model):
 
 def test_what_it_does_not_know_is_fairseqs_and_said_once(caplog):
     ours, stock = pair()
-    attention_file._say_stock.cache_clear()
+    attention_file._log_stock.cache_clear()
     x = torch.randn(7, 3, 16).double()
     masks = causal_mask(padding("left")) | torch.eye(7, dtype=torch.bool)
     with caplog.at_level(logging.INFO):

@@ -131,5 +131,5 @@ def test_positions_keys_and_mask_by_hand():
 def test_segments_are_for_whole_rows(make_model):
     model = make_model().eval()
     tokens, segments, _ = packed(examples())
-    with pytest.raises(ValueError, match="neither decoded incrementally"):
+    with pytest.raises(ValueError, match="support neither incremental decoding"):
         model.decoder(tokens, incremental_state={}, segments=segments)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from evomoe_plugin.routing.smooth_step import smooth_step
+from evomoe_plugin.gates.dselect_k import smooth_step
 
 
 @pytest.mark.parametrize("width", [0.3, 1.0, 4.0])
