@@ -10,7 +10,6 @@ from fairseq import options
 
 from evomoe_plugin.patches.patch import Patch, always, wrapping
 
-
 _FLAGS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 for _flag in ("fp16", "memory-efficient-fp16", "bf16", "memory-efficient-bf16", "tpu"):
     _FLAGS.add_argument(f"--{_flag}", action="store_true")
