@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,35 +20,29 @@ def padded(rows: int) -> int:
     return -(-rows // ROWS) * ROWS
 
 
+@dataclass(frozen=True)
 class Activation:
     """An elementwise function.
 
     All tensors are [rows, F] with a multiple of `ROWS` rows; outputs of padding are undefined.
-
-    Args:
-        function: f, on tensors of any shape.
-        into: called with x and the tensor to write f(x) into.
-        derive: called with the gradient of f(x), to be overwritten by that of x, and with x.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        into: Callable[[Tensor, Tensor], object],
-        derive: Callable[[Tensor, Tensor], object],
-    ):
-        self.function = function
-        self._into, self._derive = into, derive
+    function: Callable[[Tensor], Tensor]
+    """f, on tensors of any shape."""
+    into: Callable[[Tensor, Tensor], object]
+    """Called with x and the tensor to write f(x) into."""
+    derive: Callable[[Tensor, Tensor], object]
+    """Called with the gradient of f(x), to be overwritten by that of x, and with x."""
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """out = f(x)."""
         for rows in _blocks(x):
-            self._into(x[rows], out[rows])
+            self.into(x[rows], out[rows])
 
     def backward(self, grad: Tensor, x: Tensor) -> None:
         """grad *= f'(x)."""
         for rows in _blocks(x):
-            self._derive(grad[rows], x[rows])
+            self.derive(grad[rows], x[rows])
 
 
 def _blocks(x: Tensor) -> list[slice]:

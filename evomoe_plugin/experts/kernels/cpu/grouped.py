@@ -10,13 +10,13 @@ rows are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evomoe_plugin.experts.activations import ROWS, Activation, padded
+from evomoe_plugin.experts.kernels import Call
 from evomoe_plugin.experts.kernels.cpu.chunks import Chunk, chunks_of
 from evomoe_plugin.experts.kernels.cpu.memory_pool import POOL
 from evomoe_plugin.experts.kernels.cpu.segment_matmul import Gradient, Matrices, multiply
@@ -30,31 +30,13 @@ _ON_DEVICES = 16384
 """In place of `CHUNK_ROWS` and `_DOT_ROWS` on other devices, which have no cache to stay in."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of the function other than tensors."""
-
-    counts: Sequence[int]
-    """Rows of each expert; they sum to N."""
-    activation: Activation
-    dropout: float
-    """Probability that a hidden value is dropped."""
-    grad_scale: float
-    """Factor of the gradients of weights and biases."""
-    dtype: torch.dtype
-    """Dtype of rows and matmuls."""
-    keeps: bool
-    """Whether a backward pass may follow."""
-
-
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias):
-        work = _Work(call, token_ids, fc1)
-        matrix1, matrix3, matrix2, bias1, bias2 = map(
-            work.matrices, (fc1, fc3, fc2, fc1_bias, fc2_bias))
+    def forward(ctx, call, counts, token_ids, x, row_weights, *stacks):
+        work = _Work(call, counts, token_ids, stacks[0])
+        matrix1, bias1, matrix3, matrix2, bias2 = map(work.matrices, stacks)
         hidden = work.hidden(work.to_keep())
-        linear = None if fc3 is None else work.hidden(work.to_keep())
+        linear = None if matrix3 is None else work.hidden(work.to_keep())
         dropped = work.to_keep(torch.bool) if call.dropout else None
         rows_buffer, active_buffer = work.buffer(x.size(1)), work.buffer()
         sums = work.sums(x)
@@ -80,26 +62,25 @@ class _GroupedFFN(torch.autograd.Function):
                 rows *= row_weights[chunk.start : chunk.stop, None]
             work.add(rows, chunk, sums)
 
-        ctx.save_for_backward(
-            token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
-            hidden.kept, None if linear is None else linear.kept, dropped)
-        ctx.call = call
+        ctx.save_for_backward(token_ids, x, row_weights, *stacks, hidden.kept,
+                              None if linear is None else linear.kept, dropped)
+        ctx.call, ctx.counts = call, counts
         return sums.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
-         kept_hidden, kept_linear, dropped) = ctx.saved_tensors
+        (token_ids, x, row_weights, *stacks, kept_hidden, kept_linear,
+         dropped) = ctx.saved_tensors
         call = ctx.call
-        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[2:]
-        work = _Work(call, token_ids, fc1)
-        matrix1, matrix3, matrix2, bias2 = map(work.matrices, (fc1, fc3, fc2, fc2_bias))
+        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
+        work = _Work(call, ctx.counts, token_ids, stacks[0])
+        matrix1, _, matrix3, matrix2, bias2 = map(work.matrices, stacks)
         hidden = work.hidden(kept_hidden)
-        linear = None if fc3 is None else work.hidden(kept_linear)
-        grad1, grad_bias1, grad3, grad2, grad_bias2 = (
-            Gradient(stack, call.counts, call.grad_scale) if need else None
-            for stack, need in zip((fc1, fc1_bias, fc3, fc2, fc2_bias), need_stacks, strict=True))
+        linear = None if matrix3 is None else work.hidden(kept_linear)
+        gradients = [Gradient(stack, ctx.counts, call.grad_scale) if need else None
+                     for stack, need in zip(stacks, need_stacks, strict=True)]
+        grad1, grad_bias1, grad3, grad2, grad_bias2 = gradients
         rows_buffer, active_buffer, grad_buffer = (
             work.buffer(x.size(1)), work.buffer(), work.buffer())
         grad_x = work.sums(x) if need_x else None
@@ -152,9 +133,8 @@ class _GroupedFFN(torch.autograd.Function):
                     multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
                 work.add(rows, chunk, grad_x)
 
-        stacks = (None if g is None else g.whole() for g in
-                  (grad1, grad_bias1, grad3, grad2, grad_bias2))
-        return None, None, None if grad_x is None else grad_x.to(x.dtype), grad_row_weights, *stacks
+        return (None, None, None, None if grad_x is None else grad_x.to(x.dtype), grad_row_weights,
+                *(None if gradient is None else gradient.whole() for gradient in gradients))
 
 
 def grouped_ffn(
@@ -187,40 +167,30 @@ def grouped_ffn(
         The sum of each token's output rows [T, D], or without `token_ids_N` the output rows [N, D],
         in the dtype of x. First derivatives only.
     """
-    device = x.device.type
-    dtype = operand_dtype(x)
     arguments = [x, weights_N, *map(
         weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias"))]
-    if device == "cuda":
-        reason = grouped_mm.why_not(x.device, dtype, x.size(1), weights["fc1_weight"].size(1))
+    keeps = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
+    call = Call((x if token_ids_N is None else token_ids_N).size(0), activation, dropout,
+                grad_scale, operand_dtype(x), keeps)
+    if x.device.type == "cuda":
+        reason = grouped_mm.why_not(x.device, call.dtype, x.size(1), weights["fc1_weight"].size(1))
         if not reason:
-            num_rows = (x if token_ids_N is None else token_ids_N).size(0)
             return grouped_mm.GroupedMMFFN.apply(
-                grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype),
-                torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
+                call, torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
         grouped_mm.say_once(reason)
-    call = _Call(
-        counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
-        activation=activation,
-        dropout=dropout,
-        grad_scale=grad_scale,
-        dtype=dtype,
-        keeps=torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments),
-    )
-    return _GroupedFFN.apply(call, token_ids_N, *arguments)
+    counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    return _GroupedFFN.apply(call, counts, token_ids_N, *arguments)
 
 
 class _Work:
     """Chunks, buffers and dtypes of one forward or backward pass."""
 
-    def __init__(self, call: _Call, token_ids: Tensor | None, fc1: Tensor):
-        num_rows = sum(call.counts)
+    def __init__(self, call: Call, counts: Sequence[int], token_ids: Tensor | None, fc1: Tensor):
         self.call, self.token_ids = call, token_ids
         self.device, self.width = fc1.device, fc1.size(1)
         self.dtype = native_matmul_dtype(call.dtype, fc1.device.type)
-        self.num_rows = num_rows
         least = CHUNK_ROWS if fc1.device.type == "cpu" else _ON_DEVICES
-        self.chunks = chunks_of(call.counts, max(least, -(-num_rows // CHUNKS)))
+        self.chunks = chunks_of(counts, max(least, -(-call.num_rows // CHUNKS)))
         self.longest = max((chunk.size for chunk in self.chunks), default=0)
 
     def buffer(self, width: int | None = None) -> Tensor:
@@ -232,7 +202,8 @@ class _Work:
         """Hidden rows of all pairs, to keep for the backward pass."""
         if not self.call.keeps:
             return None
-        return POOL.empty((self.num_rows + ROWS, self.width), dtype or self.call.dtype, self.device)
+        shape = self.call.num_rows + ROWS, self.width
+        return POOL.empty(shape, dtype or self.call.dtype, self.device)
 
     def hidden(self, kept: Tensor | None) -> _Hidden:
         """`kept` hidden rows, to compute with."""
