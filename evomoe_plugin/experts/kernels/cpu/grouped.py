@@ -85,7 +85,8 @@ class _GroupedFFN(torch.autograd.Function):
             work.buffer(x.size(1)), work.buffer(), work.buffer())
         grad_x = work.sums(x) if need_x else None
         grad_row_weights = torch.empty_like(row_weights) if need_row_weights else None
-        scales = None if row_weights is None else _Scales(row_weights, work.dtype)
+        factors, small = (None, None) if row_weights is None else (
+            _split_small(row_weights, work.dtype))
 
         for chunk in work.chunks:
             h = hidden.load(chunk)
@@ -96,8 +97,8 @@ class _GroupedFFN(torch.autograd.Function):
 
             rows, grad = rows_buffer[: chunk.size], grad_buffer[: padded(chunk.size)]
             work.fetch(grad_out, chunk, rows)
-            if scales is not None:
-                scales.multiply(rows, chunk)
+            if factors is not None:
+                rows *= factors[chunk.start : chunk.stop, None]
             multiply(chunk, rows, matrix2.transposed(chunk), grad)
             if need_row_weights:
                 dots = grad_row_weights[chunk.start : chunk.stop]
@@ -105,10 +106,10 @@ class _GroupedFFN(torch.autograd.Function):
                 if bias2 is not None:
                     dots += torch.cat([part @ bias for part, bias in zip(
                         rows.split(chunk.sizes), bias2.of(chunk), strict=True)])
-                dots /= scales.divisors[chunk.start : chunk.stop]
-            if scales is not None:
-                scales.multiply_rest(rows, chunk)
-                scales.multiply_rest(grad, chunk)
+                dots /= factors[chunk.start : chunk.stop]
+            if small is not None:
+                for scaled in (rows, grad):
+                    scaled[: chunk.size].mul_(small[chunk.start : chunk.stop, None])
             if grad2 is not None:
                 grad2.add_matmul(chunk, active, rows)
             if grad_bias2 is not None:
@@ -275,28 +276,16 @@ class _Hidden:
         return rows
 
 
-class _Scales:
-    """The weights of pairs, as factors of the gradients of their output rows.
+def _split_small(weights_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Two factors of `weights_N`: without the small ones, and those alone, if there are any.
 
     Gradients are multiplied by the weights first, D numbers a pair in place of F, and the dot
     products that give the weights' own gradients are divided by them again. Weights too small to
     divide by are applied after the dot products.
     """
-
-    def __init__(self, weights_N: Tensor, dtype: torch.dtype):
-        is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
-        self.divisors = weights_N.masked_fill(is_small_N, 1.0)
-        self._rest = weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None
-
-    def multiply(self, rows: Tensor, chunk: Chunk) -> None:
-        """Multiply by all weights but the small ones."""
-        rows *= self.divisors[chunk.start : chunk.stop, None]
-
-    def multiply_rest(self, rows: Tensor, chunk: Chunk) -> None:
-        """Multiply by the small weights."""
-        if self._rest is not None:
-            rows = rows[: chunk.size]
-            rows *= self._rest[chunk.start : chunk.stop, None]
+    is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
+    return (weights_N.masked_fill(is_small_N, 1.0),
+            weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None)
 
 
 def _activate(activation: Activation, h: Tensor, h3: Tensor | None, out: Tensor) -> Tensor:
@@ -320,7 +309,4 @@ def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     for start in range(0, out.size(0), step):
         stop = min(start + step, out.size(0))
         block = torch.mul(a[start:stop], b[start:stop], out=products[: stop - start])
-        if out.dtype == block.dtype:
-            torch.sum(block, 1, out=out[start:stop])
-        else:
-            out[start:stop] = block.sum(1)
+        out[start:stop] = block.sum(1)
