@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, parse_bool, shared_ffn_dim
-from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
@@ -275,7 +275,6 @@ def build_layer(
             groups=groups,
             exchange=partial(Exchange, groups.exchange, meter=meter,
                              transport_dtype=TRANSPORT_DTYPES[options.moe_ep_wire_dtype]),
-            exchange_counts=exchange_counts,
             chunks=options.moe_ep_chunks,
         )
     return MoELayer(
