@@ -61,22 +61,21 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
 
 
 aten, F = torch.ops.aten, torch.nn.functional
-_KNOWN = {known.function: known for known in (
-    Activation(
-        F.gelu,  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
+_KNOWN: dict[Callable, tuple[Callable, Callable]] = {
+    F.gelu: (  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
         lambda x, out: aten.gelu.out(x, out=out),
         lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad)),
-    Activation(
-        F.relu,
+    F.relu: (
         lambda x, out: torch.clamp_min(x, 0, out=out),
         lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)),
-    Activation(
-        F.silu,
+    F.silu: (
         lambda x, out: aten.silu.out(x, out=out),
         lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad)),
-)}
+}
 
 
 def find_activation(function: Callable[[Tensor], Tensor]) -> Activation:
     """The `Activation` of `function`; an unknown one is differentiated by autograd."""
-    return _KNOWN.get(function) or _by_autograd(function)
+    if function in _KNOWN:
+        return Activation(function, *_KNOWN[function])
+    return _by_autograd(function)

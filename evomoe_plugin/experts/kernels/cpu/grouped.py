@@ -35,8 +35,8 @@ class _GroupedFFN(torch.autograd.Function):
     def forward(ctx, call, counts, token_ids, x, row_weights, *stacks):
         work = _Work(call, counts, token_ids, stacks[0])
         matrix1, bias1, matrix3, matrix2, bias2 = map(work.matrices, stacks)
-        hidden = work.hidden(work.to_keep())
-        linear = None if matrix3 is None else work.hidden(work.to_keep())
+        hidden = _Hidden(work, work.to_keep())
+        linear = None if matrix3 is None else _Hidden(work, work.to_keep())
         dropped = work.to_keep(torch.bool) if call.dropout else None
         rows_buffer, active_buffer = work.buffer(x.size(1)), work.buffer()
         sums = work.sums(x)
@@ -44,13 +44,8 @@ class _GroupedFFN(torch.autograd.Function):
         for chunk in work.chunks:
             rows = rows_buffer[: chunk.size]
             work.fetch(x, chunk, rows)
-            h = hidden.place(chunk)
-            h3 = None if linear is None else linear.place(chunk)
-            multiply(chunk, rows, matrix1.transposed(chunk), h, bias1)
-            hidden.store(chunk)
-            if linear is not None:
-                multiply(chunk, rows, matrix3.transposed(chunk), h3)
-                linear.store(chunk)
+            h = hidden.compute(chunk, rows, matrix1, bias1)
+            h3 = None if linear is None else linear.compute(chunk, rows, matrix3)
             active = _activate(call.activation, h, h3, active_buffer[: padded(chunk.size)])
             if call.dropout:
                 drop = torch.rand(active.shape, device=x.device) < call.dropout
@@ -62,31 +57,31 @@ class _GroupedFFN(torch.autograd.Function):
                 rows *= row_weights[chunk.start : chunk.stop, None]
             work.add(rows, chunk, sums)
 
-        ctx.save_for_backward(token_ids, x, row_weights, *stacks, hidden.kept,
-                              None if linear is None else linear.kept, dropped)
+        kept = hidden.kept, None if linear is None else linear.kept, dropped
+        ctx.save_for_backward(token_ids, x, row_weights, *stacks, *kept)
         ctx.call, ctx.counts = call, counts
         return sums.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (token_ids, x, row_weights, *stacks, kept_hidden, kept_linear,
-         dropped) = ctx.saved_tensors
+        token_ids, x, row_weights, *stacks, kept_hidden, kept_linear, dropped = ctx.saved_tensors
         call = ctx.call
         need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
         work = _Work(call, ctx.counts, token_ids, stacks[0])
         matrix1, _, matrix3, matrix2, bias2 = map(work.matrices, stacks)
-        hidden = work.hidden(kept_hidden)
-        linear = None if matrix3 is None else work.hidden(kept_linear)
+        hidden = _Hidden(work, kept_hidden)
+        linear = None if matrix3 is None else _Hidden(work, kept_linear)
         gradients = [Gradient(stack, ctx.counts, call.grad_scale) if need else None
                      for stack, need in zip(stacks, need_stacks, strict=True)]
         grad1, grad_bias1, grad3, grad2, grad_bias2 = gradients
-        rows_buffer, active_buffer, grad_buffer = (
-            work.buffer(x.size(1)), work.buffer(), work.buffer())
+        rows_buffer = work.buffer(x.size(1))
+        active_buffer, grad_buffer = work.buffer(), work.buffer()
         grad_x = work.sums(x) if need_x else None
         grad_row_weights = torch.empty_like(row_weights) if need_row_weights else None
-        factors, small = (None, None) if row_weights is None else (
-            _split_small(row_weights, work.dtype))
+        factors = small = None
+        if row_weights is not None:
+            factors, small = _split_small(row_weights, work.dtype)
 
         for chunk in work.chunks:
             h = hidden.load(chunk)
@@ -104,8 +99,8 @@ class _GroupedFFN(torch.autograd.Function):
                 dots = grad_row_weights[chunk.start : chunk.stop]
                 _dot(active, grad, dots)
                 if bias2 is not None:
-                    dots += torch.cat([part @ bias for part, bias in zip(
-                        rows.split(chunk.sizes), bias2.of(chunk), strict=True)])
+                    parts = zip(rows.split(chunk.sizes), bias2.of(chunk), strict=True)
+                    dots += torch.cat([part @ bias for part, bias in parts])
                 dots /= factors[chunk.start : chunk.stop]
             if small is not None:
                 for scaled in (rows, grad):
@@ -134,8 +129,10 @@ class _GroupedFFN(torch.autograd.Function):
                     multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
                 work.add(rows, chunk, grad_x)
 
-        return (None, None, None, None if grad_x is None else grad_x.to(x.dtype), grad_row_weights,
-                *(None if gradient is None else gradient.whole() for gradient in gradients))
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype)
+        grads = [None if gradient is None else gradient.whole() for gradient in gradients]
+        return None, None, None, grad_x, grad_row_weights, *grads
 
 
 def grouped_ffn(
@@ -206,11 +203,6 @@ class _Work:
         shape = self.call.num_rows + ROWS, self.width
         return POOL.empty(shape, dtype or self.call.dtype, self.device)
 
-    def hidden(self, kept: Tensor | None) -> _Hidden:
-        """`kept` hidden rows, to compute with."""
-        is_direct = kept is not None and kept.dtype == self.dtype
-        return _Hidden(kept, None if is_direct else self.buffer(), self.call.dtype)
-
     def matrices(self, stack: Tensor | None) -> Matrices | None:
         """Matrices or biases of the experts, to compute with."""
         return None if stack is None else Matrices(stack, self.call.dtype, self.dtype)
@@ -247,33 +239,41 @@ class _Work:
 
 
 class _Hidden:
-    """Hidden rows before the activation: kept for all pairs, computed chunk by chunk."""
+    """Hidden rows before the activation: kept for all pairs, computed chunk by chunk.
 
-    def __init__(self, kept: Tensor | None, buffer: Tensor | None, dtype: torch.dtype):
-        self.kept, self._buffer, self._dtype = kept, buffer, dtype
+    They are computed in place where `kept` has the dtype of the matmuls, elsewhere in a buffer.
+    """
 
-    def place(self, chunk: Chunk) -> Tensor:
-        """The tensor that the chunk's rows are computed in, padded."""
+    def __init__(self, work: _Work, kept: Tensor | None):
+        self.kept, self._dtype = kept, work.call.dtype
+        is_direct = kept is not None and kept.dtype == work.dtype
+        self._buffer = None if is_direct else work.buffer()
+
+    def compute(
+        self, chunk: Chunk, rows: Tensor, matrices: Matrices, bias: Matrices | None = None
+    ) -> Tensor:
+        """The chunk's hidden rows, padded, kept and rounded alike."""
+        hidden = self._place(chunk)
+        multiply(chunk, rows, matrices.transposed(chunk), hidden, bias)
+        if hidden.dtype != self._dtype:
+            rounded = hidden[: chunk.size].to(self._dtype)
+            hidden[: chunk.size] = rounded
+            if self.kept is not None:
+                self.kept[chunk.start : chunk.stop] = rounded
+        return hidden
+
+    def load(self, chunk: Chunk) -> Tensor:
+        """The chunk's kept rows, padded."""
+        hidden = self._place(chunk)
+        if self._buffer is not None and self.kept is not None:
+            hidden[: chunk.size] = self.kept[chunk.start : chunk.stop]
+        return hidden
+
+    def _place(self, chunk: Chunk) -> Tensor:
         if self._buffer is not None:
             return self._buffer[: padded(chunk.size)]
         assert self.kept is not None  # one of the two is given
         return self.kept[chunk.start : chunk.start + padded(chunk.size)]
-
-    def store(self, chunk: Chunk) -> None:
-        """Keep the computed rows, rounded; the rest of the forward pass uses the same values."""
-        if self._buffer is None or self._buffer.dtype == self._dtype:
-            return
-        rounded = self._buffer[: chunk.size].to(self._dtype)
-        self._buffer[: chunk.size] = rounded
-        if self.kept is not None:
-            self.kept[chunk.start : chunk.stop] = rounded
-
-    def load(self, chunk: Chunk) -> Tensor:
-        """The chunk's kept rows, padded."""
-        rows = self.place(chunk)
-        if self._buffer is not None and self.kept is not None:
-            rows[: chunk.size] = self.kept[chunk.start : chunk.stop]
-        return rows
 
 
 def _split_small(weights_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -62,8 +62,9 @@ class GroupedMMFFN(torch.autograd.Function):
         order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
         matrix1, bias1, matrix3, matrix2, bias2 = (
             None if s is None else s.to(call.dtype) for s in stacks)
-        experts = None if bias1 is None else (
-            torch.repeat_interleave(counts_E, output_size=call.num_rows))
+        experts = None
+        if bias1 is not None:
+            experts = torch.repeat_interleave(counts_E, output_size=call.num_rows)
 
         rows = _fetch(x, token_ids, call)
         h = grouped_mm(rows, matrix1.transpose(1, 2), offs=ends_E)
@@ -84,8 +85,8 @@ class GroupedMMFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order,
-         starts) = ctx.saved_tensors
+        ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts = (
+            ctx.saved_tensors)
         call, (fc1, fc1_bias, fc3, fc2, fc2_bias) = ctx.call, stacks
         need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
         need1, need_bias1, need3, need2, need_bias2 = need_stacks
@@ -120,14 +121,14 @@ class GroupedMMFFN(torch.autograd.Function):
         grad_bias1 = bias_gradient(fc1_bias, grad_h) if need_bias1 else None
         grad_x = None
         if need_x:
-            grad_rows = grouped_mm(grad_h, matrix1, offs=ends_E)
+            grad_x = grouped_mm(grad_h, matrix1, offs=ends_E)
             if fc3 is not None:
-                grad_rows += grouped_mm(grad_h3, matrix3, offs=ends_E)
-            grad_x = grad_rows.to(x.dtype) if token_ids is None else (
-                combine(grad_rows, None, order, starts, x.dtype))
-        return (None, None, None, grad_x,
-                dots.to(row_weights.dtype) if need_row_weights else None,
-                grad1, grad_bias1, grad3, grad2, grad_bias2)
+                grad_x += grouped_mm(grad_h3, matrix3, offs=ends_E)
+            if token_ids is not None:
+                grad_x = combine(grad_x, None, order, starts, x.dtype)
+            grad_x = grad_x.to(x.dtype)
+        dots = dots.to(row_weights.dtype) if need_row_weights else None
+        return None, None, None, grad_x, dots, grad1, grad_bias1, grad3, grad2, grad_bias2
 
 
 def _fetch(x: Tensor, token_ids: Tensor | None, call: Call) -> Tensor:
