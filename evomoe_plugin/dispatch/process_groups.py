@@ -51,7 +51,6 @@ def _make(size: int, _world: dist.ProcessGroup | None) -> ExpertGroups:
     if world % size:
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     # Every rank takes part in making every group, and all in the same order.
-    exchanges = [dist.new_group(list(range(start, start + size)))
-                 for start in range(0, world, size)]
-    replicas = [dist.new_group(list(range(place, world, size))) for place in range(size)]
+    exchanges = [dist.new_group(list(range(i, i + size))) for i in range(0, world, size)]
+    replicas = [dist.new_group(list(range(i, world, size))) for i in range(size)]
     return ExpertGroups(size, rank % size, exchanges[rank // size], replicas[rank % size])

@@ -50,7 +50,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
             os.environ["OMP_NUM_THREADS"] = str(threads)
         for rank in ranks:
             rank.start()
-        running = {rank.sentinel: rank for rank in ranks}
+        running: dict[Any, Any] = {rank.sentinel: rank for rank in ranks}
         while running:
             for sentinel in connection.wait(list(running)):
                 running.pop(sentinel).join()
