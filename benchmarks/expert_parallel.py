@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from evomoe_plugin.dispatch.all_to_all import Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
@@ -90,7 +90,7 @@ def expert_parallel(args: argparse.Namespace, meter: Meter) -> nn.Module:
     groups = expert_groups(args.ranks)
     return ParallelExpertFFN(
         args.experts, args.width, args.ffn, nn.functional.gelu, groups=groups,
-        exchange=partial(Exchange, groups.exchange, meter=meter), exchange_counts=exchange_counts,
+        exchange=partial(Exchange, groups.exchange, meter=meter),
         chunks=args.chunks)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, parse_bool, shared_ffn_dim
-from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
@@ -248,8 +248,7 @@ def build_layer(
         transport = TRANSPORT_DTYPES[options.moe_ep_wire_dtype]
         make = partial(
             ParallelExpertFFN, **ffn.keywords, groups=groups, chunks=options.moe_ep_chunks,
-            exchange=partial(Exchange, groups.exchange, meter=meter, transport_dtype=transport),
-            exchange_counts=exchange_counts)
+            exchange=partial(Exchange, groups.exchange, meter=meter, transport_dtype=transport))
     trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
     capacity = partial(CapacityRule, minimum=options.moe_min_capacity or 0,
                        renormalize=gate.renormalizes_after_drop(options))

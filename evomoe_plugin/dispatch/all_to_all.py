@@ -14,9 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
 
-TRANSPORT_DTYPES = {
-    "same": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}
+TRANSPORT_DTYPES = dict(same=None, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
 @dataclass
@@ -110,8 +108,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        exchange = ctx.exchange
-        exchange._grad = exchange._start(grad, exchange.receive, exchange.send)
+        ctx.exchange._grad = ctx.exchange._start(grad, ctx.exchange.receive, ctx.exchange.send)
         # Autograd wants a gradient of `begun` here; `_Begin` returns the exchanged one.
         return grad, None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.dispatch.all_to_all import Exchange
+from evomoe_plugin.dispatch.all_to_all import Exchange, exchange_counts
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
 from evomoe_plugin.experts.ffn import ExpertStack
 from evomoe_plugin.routing.plan import RoutingPlan
@@ -29,7 +29,6 @@ class ParallelExpertFFN(ExpertStack):
         groups: the ranks that shard the experts.
         exchange: makes an `Exchange` from the numbers of rows to send to and to receive from each
             rank.
-        exchange_counts: `dispatch.all_to_all.exchange_counts`.
         chunks: number of exchanges, each in flight while the experts of another are computed.
         others: as `ExpertFFN`.
     """
@@ -40,7 +39,6 @@ class ParallelExpertFFN(ExpertStack):
         *args: Any,
         groups: ExpertGroups,
         exchange: Callable[[Sequence[int], Sequence[int]], Exchange],
-        exchange_counts: Callable[[Sequence[int], ExpertGroups, torch.device], list[list[int]]],
         chunks: int = 1,
         **kwargs: Any,
     ):
@@ -48,10 +46,9 @@ class ParallelExpertFFN(ExpertStack):
         super().__init__(num_experts, *args, **kwargs)
         self.groups = groups
         self.grad_scale = 1.0 / groups.size
-        self._exchange, self._exchange_counts = exchange, exchange_counts
-        held = num_experts // groups.size
-        self._chunks = [range(held)[i * held // chunks : (i + 1) * held // chunks]
-                        for i in range(chunks)]
+        self._exchange = exchange
+        self._held = held = num_experts // groups.size
+        self._chunks = [range(i * held // chunks, (i + 1) * held // chunks) for i in range(chunks)]
         # Experts sorted by chunk, then rank; and the inverse permutation.
         self._order = [r * held + e for chunk in self._chunks for r in range(groups.size)
                        for e in chunk]
@@ -60,11 +57,10 @@ class ParallelExpertFFN(ExpertStack):
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         """This rank's rows of what a single rank would draw for all experts. Rows of the others are
         drawn and dropped, so that generators stay in step."""
-        held = torch.empty(self._own.stop - self._own.start, *shape[1:])
-        other = torch.empty(shape[1:])
+        first, stop = self._own.start, self._own.stop
+        held, other = torch.empty(stop - first, *shape[1:]), torch.empty(shape[1:])
         for expert in range(shape[0]):
-            mine = self._own.start <= expert < self._own.stop
-            (held[expert - self._own.start] if mine else other).uniform_(-bound, bound)
+            (held[expert - first] if first <= expert < stop else other).uniform_(-bound, bound)
         return nn.Parameter(held)
 
     def forward(
@@ -79,51 +75,38 @@ class ParallelExpertFFN(ExpertStack):
         Returns:
             [T, D]; with `overlap_fn`, a pair of that and its result.
         """
-        rows_ND = x_TD.index_select(0, plan.token_ids_N)
-        rows_ND, overlap_out = self._forward_rows(
-            rows_ND, plan.tokens_per_expert_E.tolist(), overlap_fn)
+        counts = plan.tokens_per_expert_E.tolist()
+        incoming = exchange_counts(counts, self.groups, x_TD.device)
+        outgoing = [counts[i : i + self._held] for i in range(0, len(counts), self._held)]
+        rows_ND = _reorder(x_TD.index_select(0, plan.token_ids_N), counts, self._order)
+        exchanges = [self._exchange([sum(row[e] for e in chunk) for row in outgoing],
+                                    [sum(row[e] for e in chunk) for row in incoming])
+                     for chunk in self._chunks]
+        parts = rows_ND.split([sum(exchange.send) for exchange in exchanges])
+        in_flight = [exchange.begin(rows) for exchange, rows in zip(exchanges, parts, strict=True)]
+        overlap_out = overlap_fn() if overlap_fn else None
+        returning = []
+        for chunk, exchange, begun, weights in zip(
+                self._chunks, exchanges, in_flight, self._weights_by_chunk(), strict=True):
+            output = self._forward_received(exchange.finish(begun), incoming, chunk, weights)
+            back = self._exchange(exchange.receive, exchange.send)
+            returning.append((back, back.begin(output)))
+        received = [back.finish(begun) for back, begun in returning]
+        rows_ND = torch.cat(received) if len(received) > 1 else received[0]
+        rows_ND = _reorder(rows_ND, [counts[e] for e in self._order], self._inverse)
+
         wide = torch.promote_types(rows_ND.dtype, torch.float32)  # as the whole stack sums
         weighted_ND = rows_ND.to(wide) * plan.weights_N.to(wide).unsqueeze(1)
         y_TD = weighted_ND.new_zeros(x_TD.shape).index_add(0, plan.token_ids_N, weighted_ND)
         y_TD = y_TD.to(x_TD.dtype)
         return (y_TD, overlap_out) if overlap_fn else y_TD
 
-    def _forward_rows(
-        self, rows_ND: Tensor, counts: Sequence[int], overlap_fn: Callable[[], Any] | None
-    ) -> tuple[Tensor, Any]:
-        """Outputs [N, D] of the experts of all ranks for rows sorted by expert, and the result of
-        `overlap_fn`."""
-        size = self.groups.size
-        held = self.num_experts // size
-        incoming = self._exchange_counts(counts, self.groups, rows_ND.device)
-        outgoing = [list(counts[r * held : (r + 1) * held]) for r in range(size)]
-        rows_ND = _reorder(rows_ND, counts, self._order)
-        sizes = [sum(row[e] for row in outgoing for e in chunk) for chunk in self._chunks]
-
-        exchanges, in_flight = [], []
-        for chunk, rows in zip(self._chunks, rows_ND.split(sizes), strict=True):
-            exchanges.append(self._exchange([sum(row[e] for e in chunk) for row in outgoing],
-                                            [sum(row[e] for e in chunk) for row in incoming]))
-            in_flight.append(exchanges[-1].begin(rows))
-        overlap_out = overlap_fn() if overlap_fn else None
-        returns, outputs = [], []
-        for chunk, exchange, begun, weights in zip(
-                self._chunks, exchanges, in_flight, self._weights_by_chunk(), strict=True):
-            output = self._forward_received(exchange.finish(begun), incoming, chunk, weights)
-            returns.append(self._exchange(exchange.receive, exchange.send))
-            outputs.append(returns[-1].begin(output))
-        received = [exchange.finish(begun)
-                    for exchange, begun in zip(returns, outputs, strict=True)]
-        rows_ND = torch.cat(received) if len(received) > 1 else received[0]
-        return _reorder(rows_ND, [counts[e] for e in self._order], self._inverse), overlap_out
-
     def _weights_by_chunk(self) -> list[dict[str, Tensor]]:
         weights = self._weights()
         if len(self._chunks) == 1:
             return [weights]
-        sizes = [len(chunk) for chunk in self._chunks]
-        return [dict(zip(weights, part, strict=True))
-                for part in zip(*(w.split(sizes) for w in weights.values()), strict=True)]
+        parts = (w.split([len(chunk) for chunk in self._chunks]) for w in weights.values())
+        return [dict(zip(weights, part, strict=True)) for part in zip(*parts, strict=True)]
 
     def _forward_received(
         self, rows: Tensor, incoming: list[list[int]], chunk: range, weights: dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -30,9 +31,6 @@ class ExpertGroups:
         return slice(self.rank * count, (self.rank + 1) * count)
 
 
-_made: dict[tuple[dist.ProcessGroup | None, int], ExpertGroups] = {}
-
-
 def expert_groups(size: int) -> ExpertGroups | None:
     """The groups for experts sharded over `size` ranks; None where every rank has all.
 
@@ -44,19 +42,15 @@ def expert_groups(size: int) -> ExpertGroups | None:
     """
     if size == 1 or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    key = dist.group.WORLD, size
-    if key not in _made:
-        _made.clear()  # groups of a world that was left, as between the runs of a sweep
-        _made[key] = _make(size)
-    return _made[key]
+    return _make(size, dist.group.WORLD)
 
 
-def _make(size: int) -> ExpertGroups:
+@functools.lru_cache(maxsize=1)  # per world: each run of a sweep has its own
+def _make(size: int, _world: dist.ProcessGroup | None) -> ExpertGroups:
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     # Every rank takes part in making every group, and all in the same order.
-    exchanges = [dist.new_group(list(range(start, start + size)))
-                 for start in range(0, world, size)]
-    replicas = [dist.new_group(list(range(place, world, size))) for place in range(size)]
+    exchanges = [dist.new_group(list(range(i, i + size))) for i in range(0, world, size)]
+    replicas = [dist.new_group(list(range(i, world, size))) for i in range(size)]
     return ExpertGroups(size, rank % size, exchanges[rank // size], replicas[rank % size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,35 +20,29 @@ def padded(rows: int) -> int:
     return -(-rows // ROWS) * ROWS
 
 
+@dataclass(frozen=True)
 class Activation:
     """An elementwise function.
 
     All tensors are [rows, F] with a multiple of `ROWS` rows; outputs of padding are undefined.
-
-    Args:
-        function: f, on tensors of any shape.
-        into: called with x and the tensor to write f(x) into.
-        derive: called with the gradient of f(x), to be overwritten by that of x, and with x.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        into: Callable[[Tensor, Tensor], object],
-        derive: Callable[[Tensor, Tensor], object],
-    ):
-        self.function = function
-        self._into, self._derive = into, derive
+    function: Callable[[Tensor], Tensor]
+    """f, on tensors of any shape."""
+    into: Callable[[Tensor, Tensor], object]
+    """Called with x and the tensor to write f(x) into."""
+    derive: Callable[[Tensor, Tensor], object]
+    """Called with the gradient of f(x), to be overwritten by that of x, and with x."""
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """out = f(x)."""
         for rows in _blocks(x):
-            self._into(x[rows], out[rows])
+            self.into(x[rows], out[rows])
 
     def backward(self, grad: Tensor, x: Tensor) -> None:
         """grad *= f'(x)."""
         for rows in _blocks(x):
-            self._derive(grad[rows], x[rows])
+            self.derive(grad[rows], x[rows])
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -66,22 +61,21 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
 
 
 aten, F = torch.ops.aten, torch.nn.functional
-_KNOWN = {known.function: known for known in (
-    Activation(
-        F.gelu,  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
+_KNOWN: dict[Callable, tuple[Callable, Callable]] = {
+    F.gelu: (  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
         lambda x, out: aten.gelu.out(x, out=out),
         lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad)),
-    Activation(
-        F.relu,
+    F.relu: (
         lambda x, out: torch.clamp_min(x, 0, out=out),
         lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)),
-    Activation(
-        F.silu,
+    F.silu: (
         lambda x, out: aten.silu.out(x, out=out),
         lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad)),
-)}
+}
 
 
 def find_activation(function: Callable[[Tensor], Tensor]) -> Activation:
     """The `Activation` of `function`; an unknown one is differentiated by autograd."""
-    return _KNOWN.get(function) or _by_autograd(function)
+    if function in _KNOWN:
+        return Activation(function, *_KNOWN[function])
+    return _by_autograd(function)

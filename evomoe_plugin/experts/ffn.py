@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from evomoe_plugin.experts.activations import find_activation
-from evomoe_plugin.experts.frozen import without_gradient
 from evomoe_plugin.experts.kernels.cpu.grouped import grouped_ffn
 from evomoe_plugin.routing.plan import RoutingPlan
 
@@ -57,8 +57,10 @@ class ExpertStack(nn.Module):
         self.activation = activation
         self.dropout = dropout or nn.Identity()
         self.grad_scale = 1.0  # factor of the parameters' gradients
+        shapes = self._shapes(num_experts, model_dim, ffn_dim, gated)
+        self._names = [name for name, _, _ in shapes]
         # The bounds of nn.Linear, as in the dense FFN of fairseq's decoder layers.
-        for name, shape, fan_in in self._shapes(num_experts, model_dim, ffn_dim, gated):
+        for name, shape, fan_in in shapes:
             parameter = self._new_parameter(shape, fan_in**-0.5)
             self.register_parameter(name, parameter)
             if freezes and name.endswith("_weight"):
@@ -93,33 +95,29 @@ class ExpertStack(nn.Module):
         """Matrices of an expert."""
         return 3 if gated else 2
 
-    def _matrix(self, name: str) -> Tensor:
-        weight = getattr(self, name)
-        if not self.freezes:
-            return weight
-        return without_gradient(weight, getattr(self, frozen_name(name)))
-
     def _weights(self) -> dict[str, Tensor]:
-        """Matrices and biases by name."""
-        names = ["fc1_weight", "fc3_weight", "fc2_weight"] if self.gated else [
-            "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
-        return {name: self._matrix(name) if name.endswith("_weight") else getattr(self, name)
-                for name in names}
+        """Matrices and biases by name; frozen elements get a gradient of zero."""
+        weights: dict[str, Tensor] = {name: getattr(self, name) for name in self._names}
+        for name, weight in weights.items():
+            if self.freezes and name.endswith("_weight"):
+                weights[name] = weight = weight.view_as(weight)
+                if weight.requires_grad:
+                    # A weight of zero then stays exactly zero under any optimizer whose moments of
+                    # it are zero, since weight decay is a factor.
+                    frozen = getattr(self, frozen_name(name))
+                    weight.register_hook(partial(Tensor.masked_fill, mask=frozen, value=0.0))
+        return weights
 
     def _grouped(
         self, x: Tensor, counts: Sequence[int] | Tensor, weights: dict[str, Tensor],
         token_ids_N: Tensor | None = None, weights_N: Tensor | None = None,
     ) -> Tensor:
         """`grouped_ffn` with the weights of as many experts as there are counts."""
+        drops = self.dropout.training or getattr(self.dropout, "apply_during_inference", False)
         return grouped_ffn(
             x, weights, counts, find_activation(self.activation),
-            dropout=self._dropout_probability(), grad_scale=self.grad_scale,
+            dropout=getattr(self.dropout, "p", 0.0) if drops else 0.0, grad_scale=self.grad_scale,
             token_ids_N=token_ids_N, weights_N=weights_N)
-
-    def _dropout_probability(self) -> float:
-        module = self.dropout
-        works = module.training or getattr(module, "apply_during_inference", False)
-        return getattr(module, "p", 0.0) if works else 0.0
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape

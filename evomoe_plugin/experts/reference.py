@@ -29,8 +29,8 @@ def loop_moe(x_TD: Tensor, plan: RoutingPlan, experts: ExpertFFN) -> Tensor:
 
 def one_expert(x_D: Tensor, experts: ExpertFFN, e: int) -> Tensor:
     """Expert e on one token."""
+    h = experts.fc1_weight[e] @ x_D
     if experts.gated:
-        hidden = experts.activation(experts.fc1_weight[e] @ x_D) * (experts.fc3_weight[e] @ x_D)
-        return hidden @ experts.fc2_weight[e]
-    hidden = experts.activation(experts.fc1_weight[e] @ x_D + experts.fc1_bias[e])
+        return (experts.activation(h) * (experts.fc3_weight[e] @ x_D)) @ experts.fc2_weight[e]
+    hidden = experts.activation(h + experts.fc1_bias[e])
     return hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]

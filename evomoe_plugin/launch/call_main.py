@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.internal.parallel import get_process_group_cached
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
@@ -39,8 +40,12 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
 def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
     """Run `main(cfg, **kwargs)` on as many ranks as `cfg.distributed_training` asks for."""
     with one_line_errors():
-        check_run(cfg, process_count(cfg.distributed_training))
-        _check_evaluation(cfg, main)
+        count = process_count(cfg.distributed_training)
+        check_run(cfg, count)
+        if count > 1 and "eval_lm" in main.__globals__:
+            raise OptionError("distributed_world_size", count,
+                              "fairseq-eval-lm would print the perplexity of each rank's share of "
+                              "the data: start one process")
         main = functools.partial(run_main, main)
         if torch.cuda.is_available() and not cfg.common.cpu:
             _launch_on_gpus(upstream, cfg, main, kwargs)
@@ -48,17 +53,9 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
             _launch_on_cpus(cfg, main, kwargs)
 
 
-def _check_evaluation(cfg: Any, main: Callable) -> None:
-    count = process_count(cfg.distributed_training)
-    if count > 1 and "eval_lm" in main.__globals__:
-        raise OptionError("distributed_world_size", count,
-                          "fairseq-eval-lm would print the perplexity of each rank's share of "
-                          "the data: start one process")
-
-
 def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) -> None:
     options = cfg.distributed_training
-    if _is_single_fully_sharded(options):
+    if options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded":
         _in_group_of_one("nccl", main, cfg, kwargs)
     elif options.distributed_init_method is None and not started_by_torchrun() and (
         options.distributed_world_size > torch.cuda.device_count()
@@ -100,7 +97,10 @@ def _spawn_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
     if options.distributed_num_procs is not None and options.distributed_num_procs > 1:
         count = min(count, options.distributed_num_procs)
     if options.distributed_init_method is None:
-        port = options.distributed_port if options.distributed_port > 0 else _free_port()
+        port = options.distributed_port
+        if port <= 0:
+            with socket.create_server(("localhost", 0)) as probe:
+                port = probe.getsockname()[1]
         options.distributed_init_method = f"tcp://localhost:{port}"
     kwargs["start_rank"] = options.distributed_rank
     with open_dict(cfg):
@@ -125,35 +125,10 @@ def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> No
     try:
         main(cfg, **kwargs)
     finally:
-        _forget_groups()
+        # fairseq and fairscale cache groups; a Hydra sweep runs several trainings in one process.
+        vars(distributed_utils.get_global_group).pop("_global_group", None)
+        vars(get_process_group_cached).pop("_global_group_cache", None)
         dist.destroy_process_group()
-
-
-def _forget_groups() -> None:
-    """Drop the groups that fairseq and fairscale cache: a Hydra sweep runs several trainings in one
-    process."""
-    for holder, name in _group_caches():
-        if hasattr(holder, name):
-            delattr(holder, name)
-
-
-def _group_caches() -> list[tuple[Any, str]]:
-    caches: list[tuple[Any, str]] = [(distributed_utils.get_global_group, "_global_group")]
-    try:
-        from fairscale.internal.parallel import get_process_group_cached
-    except ImportError:
-        return caches
-    return [*caches, (get_process_group_cached, "_global_group_cache")]
-
-
-def _is_single_fully_sharded(options: Any) -> bool:
-    return options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @functools.cache

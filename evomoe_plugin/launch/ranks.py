@@ -33,7 +33,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
     """Run `main(cfg, **kwargs)` on `count` ranks; return when all have succeeded.
 
     Args:
-        threads: OMP_NUM_THREADS of each rank; None leaves the environment's.
+        threads: OMP_NUM_THREADS of each rank, where the environment has none; None leaves it.
 
     Raises:
         OptionError, RunFailed: as raised by a rank, or for a rank that died.
@@ -46,16 +46,24 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
     # Ranks that outlive this process would train on unseen: end them first.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with _environment("OMP_NUM_THREADS", threads):
-            for rank in ranks:
-                rank.start()
-        _wait(ranks, reports)
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        for rank in ranks:
+            rank.start()
+        running: dict[Any, Any] = {rank.sentinel: rank for rank in ranks}
+        while running:
+            for sentinel in connection.wait(list(running)):
+                running.pop(sentinel).join()
+            if any(rank.exitcode for rank in ranks):
+                raise _first_failure(ranks, reports)
     except KeyboardInterrupt:
         for rank in ranks:
-            if rank.is_alive():
+            if rank.is_alive() and rank.pid:
                 os.kill(rank.pid, signal.SIGINT)
         raise
     finally:
+        if threads is not None:
+            os.environ.pop("OMP_NUM_THREADS", None)
         _end(ranks)
         signal.signal(signal.SIGTERM, previous)
 
@@ -70,29 +78,20 @@ def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
-        explained = exit_status(error) is not None
-        story = None if explained else traceback.format_exc()
-        last = error if explained else RunFailed(
-            f"rank {start + i} stopped with {type(error).__name__}: {error}".split("\n")[0]
-        )
-        reports.put((last, story))
+        status, story = exit_status(error), None
+        if status is None:
+            story = traceback.format_exc()
+            error = RunFailed(
+                f"rank {start + i} stopped with {type(error).__name__}: {error}".split("\n")[0])
+        reports.put((error, story))
         # The peers notice our end by their broken connections: let the report arrive first.
         time.sleep(0.2)
-        os._exit(exit_status(error) or FAILED)
-
-
-def _wait(ranks: list, reports: Any) -> None:
-    waiting = {rank.sentinel: rank for rank in ranks}
-    while waiting:
-        for sentinel in connection.wait(list(waiting)):
-            waiting.pop(sentinel).join()
-        if any(rank.exitcode for rank in ranks):
-            raise _first_failure(ranks, reports)
+        os._exit(status or FAILED)
 
 
 def _first_failure(ranks: list, reports: Any) -> BaseException:
     for i, rank in enumerate(ranks):
-        if rank.exitcode is not None and rank.exitcode < 0:
+        if (rank.exitcode or 0) < 0:
             name = signal.Signals(-rank.exitcode).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return RunFailed(f"rank {i} was ended by {name}{hint}; the other ranks were stopped, "
@@ -111,35 +110,13 @@ def _first_failure(ranks: list, reports: Any) -> BaseException:
 
 def _end(ranks: list) -> None:
     """End the ranks that still run; after a failure at once, since they wait for the failed one."""
-    interrupted = isinstance(sys.exception(), KeyboardInterrupt)
-    for rank in ranks:
-        if rank.pid is not None and interrupted:
+    started = [rank for rank in ranks if rank.pid is not None]
+    if isinstance(sys.exception(), KeyboardInterrupt):
+        for rank in started:
             rank.join(GRACE)
-    for rank in ranks:
-        if rank.pid is not None and rank.is_alive():
-            rank.terminate()
-    for rank in ranks:
-        if rank.pid is not None:
-            rank.join(GRACE)
-            if rank.is_alive():
-                rank.kill()
-                rank.join()
-
-
-class _environment:
-    """Set one environment variable for the processes started inside, unless the value is None."""
-
-    def __init__(self, name: str, value: Any):
-        self.name, self.value = name, value
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get(self.name)
-        if self.value is not None:
-            os.environ[self.name] = str(self.value)
-
-    def __exit__(self, *_: object) -> None:
-        if self.value is not None:
-            if self.before is None:
-                del os.environ[self.name]
-            else:
-                os.environ[self.name] = self.before
+    for rank in started:
+        rank.terminate()
+    for rank in started:
+        rank.join(GRACE)
+        rank.kill()
+        rank.join()

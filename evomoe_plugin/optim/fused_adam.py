@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fairseq.optim.adam import Adam
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class FusedAdam(Adam):
@@ -48,37 +46,30 @@ class FusedAdam(Adam):
                 loss = closure()
         factor, self.grad_factor = self.grad_factor, 1.0
         for group in self.param_groups:
-            together: dict[tuple[torch.device, torch.dtype, int], list[nn.Parameter]] = {}
-            for p in self._to_update(group):
-                if p.dtype in _HALF or not _is_dense(p):
-                    self._update([_copied(p)], [p], group, factor)
-                else:
-                    key = p.device, p.dtype, self.state[p]["step"]
-                    together.setdefault(key, []).append(p)
+            together: dict[Any, list[nn.Parameter]] = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        "fused_adamw takes no sparse gradients: give --optimizer adam")
+                state = self.state[p]
+                # Apex's newer Adam counts once for all parameters.
+                state["step"] = int(state.get("step", group.get("step", 0)))
+                key = (p.device, p.dtype, state["step"]) if _is_direct(p) else p
+                together.setdefault(key, []).append(p)
             for parameters in together.values():
-                self._update([p.data for p in parameters], parameters, group, factor)
+                self._update(parameters, group, factor)
         return loss
 
-    def _to_update(self, group: dict[str, Any]) -> Iterator[nn.Parameter]:
-        """The parameters with gradients, each with its state."""
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError("fused_adamw takes no sparse gradients: give --optimizer adam")
-            state = self.state[p]
-            # Apex's newer Adam counts once for all parameters.
-            state["step"] = int(state.get("step", group.get("step", 0)))
-            yield p
-
     def _update(
-        self, weights: list[Tensor], parameters: list[nn.Parameter], group: dict[str, Any],
-        factor: float | Tensor,
+        self, parameters: list[nn.Parameter], group: dict[str, Any], factor: float | Tensor
     ) -> None:
-        """Update `weights`, of `parameters` or copies of them, all of one step count and device."""
+        """Update parameters of one step count and device."""
         states = [self.state[p] for p in parameters]
-        done = states[0]["step"]
-        device = weights[0].device
+        weights = [p.data if _is_direct(p) else _copied(p) for p in parameters]
+        for state, weight in zip(states, weights, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _like(state.get(name), weight)
+        done, device = states[0]["step"], weights[0].device
         beta1, beta2 = group["betas"]
         # fairseq adds eps to the root of the second moment before its bias correction.
         eps = group["eps"] / math.sqrt(1 - beta2 ** (done + 1))
@@ -87,10 +78,9 @@ class FusedAdam(Adam):
             scale = 1 / torch.as_tensor(factor, dtype=torch.float32, device=device).reshape(())
         adamw(
             weights,
-            [_like(p.grad, w) for p, w in zip(parameters, weights, strict=True)
-             if p.grad is not None],
-            [_moment(state, "exp_avg", w) for state, w in zip(states, weights, strict=True)],
-            [_moment(state, "exp_avg_sq", w) for state, w in zip(states, weights, strict=True)],
+            [_like(p.grad, weight) for p, weight in zip(parameters, weights, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             list(torch.full((len(weights),), float(done), device=device).unbind()),
             fused=True, grad_scale=scale, amsgrad=False, beta1=beta1, beta2=beta2,
@@ -102,25 +92,22 @@ class FusedAdam(Adam):
                 p.data.copy_(weight)
 
 
-def _is_dense(p: Tensor) -> bool:
-    """Whether its storage is dense, in whatever order of dimensions, as the kernel requires."""
-    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+def _is_direct(p: Tensor) -> bool:
+    """Whether the kernel can update p: not in half precision, and dense in any order of
+    dimensions."""
+    return p.dtype not in (torch.float16, torch.bfloat16) and (
+        p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride())
 
 
 def _copied(p: Tensor) -> Tensor:
-    dtype = torch.float32 if p.dtype in _HALF else p.dtype
+    dtype = torch.promote_types(p.dtype, torch.float32)
     return p.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """`value` with the dtype, device and strides of `weight`; itself where it has them."""
-    if (value.dtype, value.device, value.stride()) == (weight.dtype, weight.device,
-                                                       weight.stride()):
+def _like(value: Tensor | None, like: Tensor) -> Tensor:
+    """`value` with dtype, device and strides of `like`; itself where it has them; None: zeros."""
+    if value is None:
+        return torch.zeros_like(like)
+    if (value.dtype, value.device, value.stride()) == (like.dtype, like.device, like.stride()):
         return value
-    return torch.empty_like(weight).copy_(value)
-
-
-def _moment(state: dict[str, Any], name: str, weight: Tensor) -> Tensor:
-    value = state.get(name)
-    state[name] = torch.zeros_like(weight) if value is None else _like(value, weight)
-    return state[name]
+    return torch.empty_like(like).copy_(value)

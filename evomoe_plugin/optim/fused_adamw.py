@@ -51,18 +51,17 @@ class FusedAdamW(FairseqAdam):
     def __init__(self, cfg: FusedAdamWConfig, params: Iterable[nn.Parameter]):
         FairseqOptimizer.__init__(self, cfg)
         params = list(params)
-        apex = get_fused_adam_class()
-        if apex is not None and all(p.is_cuda for p in params):
+        kernel = get_fused_adam_class()
+        if kernel is not None and all(p.is_cuda for p in params):
             logger.info("fused_adamw: apex's kernel")
-            self._optimizer = apex(params, **self.optimizer_config)
         else:
-            self._optimizer = FusedAdam(params, **self.optimizer_config)
+            kernel = FusedAdam
+        self._optimizer = kernel(params, **self.optimizer_config)
 
     @property
     def _fused(self) -> FusedAdam | None:
-        """The optimizer if it applies `grad_factor` itself, otherwise None."""
-        optimizer = self.optimizer
-        return optimizer if isinstance(optimizer, FusedAdam) else None
+        """The optimizer if it applies `grad_factor` itself; fairscale's OSS takes its place."""
+        return self.optimizer if isinstance(self.optimizer, FusedAdam) else None
 
     def multiply_grads(self, c: float | Tensor) -> None:
         """Multiply the gradients by `c`, in the next step."""
@@ -92,9 +91,8 @@ class FusedAdamW(FairseqAdam):
         """Norm of the gradients without `grad_factor`."""
         grads = [p.grad for p in self.params if p.grad is not None]
         # Elsewhere one gradient after the other, as fairseq does.
-        together = grads and all(
-            g.is_cuda and g.dtype is torch.float32 for g in grads)
-        if not together or any(hasattr(p, "expert") for p in self.params):
+        if not grads or any(hasattr(p, "expert") for p in self.params) or not all(
+                g.is_cuda and g.dtype is torch.float32 for g in grads):
             return super().clip_grad_norm(0, aggregate_norm_fn)
         norm = nn.utils.get_total_norm(grads)
         return norm if aggregate_norm_fn is None else aggregate_norm_fn(norm)

@@ -7,58 +7,22 @@ with the trainer, the launcher or the checkpoint format.
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
-from evomoe_plugin.patches import (
-    bf16_flag,
-    checkpoint_autocast,
-    checkpoint_loading,
-    clip_norm,
-    ddp_cpu,
-    empty_batches,
-    epoch_batches,
-    fp16_cpu,
-    fsdp_cpu,
-    fsdp_fp16,
-    fsdp_frozen,
-    fsdp_optimizer_state,
-    gather_list,
-    help,
-    last_batch,
-    numpy_compat,
-    object_broadcast,
-    quiet_imports,
-    silent_commands,
-    swish,
-    user_module,
-)
 from evomoe_plugin.patches.patch import Patch, PatchStatus
 
 __all__ = ["PATCHES", "Patch", "PatchStatus", "apply_all", "report"]
 
 logger = logging.getLogger(__name__)
 
-PATCHES: tuple[Patch, ...] = (
-    quiet_imports.PATCH,
-    silent_commands.PATCH,
-    swish.PATCH,
-    numpy_compat.PATCH,
-    object_broadcast.PATCH,
-    user_module.PATCH,
-    help.PATCH,
-    last_batch.PATCH,
-    empty_batches.PATCH,
-    gather_list.PATCH,
-    epoch_batches.PATCH,
-    bf16_flag.PATCH,
-    ddp_cpu.PATCH,
-    fp16_cpu.PATCH,
-    clip_norm.PATCH,
-    checkpoint_autocast.PATCH,
-    checkpoint_loading.PATCH,
-    fsdp_cpu.PATCH,
-    fsdp_fp16.PATCH,
-    fsdp_optimizer_state.PATCH,
-    fsdp_frozen.PATCH,
+# The files of this folder, in the order in which they are applied.
+_FILES = """
+    quiet_imports silent_commands swish numpy_compat object_broadcast user_module help last_batch
+    empty_batches gather_list epoch_batches bf16_flag ddp_cpu fp16_cpu clip_norm
+    checkpoint_autocast checkpoint_loading fsdp_cpu fsdp_fp16 fsdp_optimizer_state fsdp_frozen
+"""
+PATCHES: tuple[Patch, ...] = tuple(
+    import_module(f"{__name__}.{file}").PATCH for file in _FILES.split()
 )
 
 _statuses: dict[str, PatchStatus] = {}

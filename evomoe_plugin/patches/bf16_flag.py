@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from fairseq import options
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
-
-def _asks_for_tpu(arguments: list[str] | None) -> bool:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tpu", action="store_true")
-    return parser.parse_known_args(arguments)[0].tpu
+_FLAGS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+for _flag in ("fp16", "memory-efficient-fp16", "bf16", "memory-efficient-bf16", "tpu"):
+    _FLAGS.add_argument(f"--{_flag}", action="store_true")
 
 
 def _parse_args_and_arch(
@@ -25,28 +22,15 @@ def _parse_args_and_arch(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    given, _ = _precision_parser().parse_known_args(input_args)
+    given, _ = _FLAGS.parse_known_args(input_args)
     if (given.fp16 or given.memory_efficient_fp16) and (given.bf16 or given.memory_efficient_bf16):
         parser.error("--fp16 does not go with --bf16: give one of them")
     parsed = upstream(parser, input_args, *args, **kwargs)
     # Upstream returns (known, rest) when it was asked to leave unknown arguments.
     namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     if hasattr(namespace, "tpu"):
-        namespace.tpu = _asks_for_tpu(input_args)
+        namespace.tpu = given.tpu
     return parsed
-
-
-def _precision_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for precision in ("fp16", "bf16"):
-        parser.add_argument(f"--{precision}", action="store_true")
-        parser.add_argument(f"--memory-efficient-{precision}", action="store_true")
-    return parser
-
-
-@functools.cache
-def apply() -> None:
-    wrap(options, "parse_args_and_arch", _parse_args_and_arch)
 
 
 PATCH = Patch(
@@ -55,5 +39,5 @@ PATCH = Patch(
     upstream="fairseq/options.py: parse_args_and_arch sets tpu wherever bf16 is set",
     remove_when="fairseq leaves --tpu to the user",
     needed=always("--bf16 is not --tpu"),
-    apply=apply,
+    apply=wrapping(options, parse_args_and_arch=_parse_args_and_arch),
 )

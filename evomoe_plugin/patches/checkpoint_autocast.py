@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from fairseq.modules import checkpoint_activations
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _checkpointed_forward(
@@ -38,11 +37,6 @@ def _as_now(forward: Callable) -> Callable:
     return under_autocast
 
 
-@functools.cache
-def apply() -> None:
-    wrap(checkpoint_activations, "_checkpointed_forward", _checkpointed_forward)
-
-
 PATCH = Patch(
     name="checkpoint-autocast",
     broken="with --checkpoint-activations the second forward pass is not in the precision of the "
@@ -50,5 +44,5 @@ PATCH = Patch(
     upstream="fairseq/modules/checkpoint_activations.py: CheckpointFunction.backward",
     remove_when="fairseq saves the state of autocast as torch.utils.checkpoint does",
     needed=always("the matmul dtype may differ from that of the weights"),
-    apply=apply,
+    apply=wrapping(checkpoint_activations, _checkpointed_forward=_checkpointed_forward),
 )

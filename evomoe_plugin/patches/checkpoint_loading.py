@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +51,6 @@ def _check_folder(upstream: Callable, save_dir: str) -> None:
         raise OptionError("save_dir", save_dir, f"cannot be written: {error.strerror}") from error
 
 
-@functools.cache
 def apply() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     wrap(checkpoint_utils, "get_maybe_sharded_checkpoint_filename", _file_to_evaluate)

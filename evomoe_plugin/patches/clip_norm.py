@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from fairseq import utils
 from torch import Tensor
 
-from evomoe_plugin.patches.patch import Patch, wrap
+from evomoe_plugin.patches.patch import Patch, wrapping
 
 
 def _clip_grad_norm(
@@ -24,15 +22,8 @@ def _clip_grad_norm(
     if devices != {torch.device("cpu")}:
         return upstream(params, max_norm, aggregate_norm_fn)
 
-    def norm_on_cpu(norm: Tensor) -> Any:
-        return aggregate_norm_fn(norm.cpu()) if aggregate_norm_fn else norm.cpu()
-
-    return upstream(params, max_norm, norm_on_cpu)
-
-
-@functools.cache
-def apply() -> None:
-    wrap(utils, "clip_grad_norm_", _clip_grad_norm)
+    aggregate = aggregate_norm_fn or (lambda norm: norm)
+    return upstream(params, max_norm, lambda norm: aggregate(norm.cpu()))
 
 
 PATCH = Patch(
@@ -42,5 +33,5 @@ PATCH = Patch(
     upstream="fairseq/utils.py: clip_grad_norm_ takes the norm to the GPU if there is one",
     remove_when="the norm stays on the gradients' device",
     needed=lambda: "there is a GPU, and --cpu may be given" if torch.cuda.is_available() else None,
-    apply=apply,
+    apply=wrapping(utils, clip_grad_norm_=_clip_grad_norm),
 )

@@ -8,11 +8,7 @@ import torch
 from fairseq.models import distributed_fairseq_model
 from torch.nn.parallel import DistributedDataParallel
 
-from evomoe_plugin.patches.patch import Patch
-
-
-def needed() -> str | None:
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+from evomoe_plugin.patches.patch import Patch, replacing, without_gpu
 
 
 def _distributed_data_parallel(
@@ -21,16 +17,13 @@ def _distributed_data_parallel(
     return DistributedDataParallel(module, **kwargs)
 
 
-def apply() -> None:
-    distributed_fairseq_model.DistributedDataParallel = _distributed_data_parallel
-
-
 PATCH = Patch(
     name="ddp-on-cpu",
     broken="--ddp-backend pytorch_ddp, the default of several ranks, ends in an error about "
            "device_ids on CPUs",
     upstream="fairseq/models/distributed_fairseq_model.py",
     remove_when="fairseq gives device_ids on GPUs only",
-    needed=needed,
-    apply=apply,
+    needed=without_gpu,
+    apply=replacing(
+        distributed_fairseq_model, DistributedDataParallel=_distributed_data_parallel),
 )

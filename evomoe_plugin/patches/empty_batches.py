@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from fairseq.tasks import FairseqTask
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _valid_step(
@@ -20,11 +19,6 @@ def _valid_step(
     return upstream(task, sample, *args, **kwargs)
 
 
-@functools.cache
-def apply() -> None:
-    wrap(FairseqTask, "valid_step", _valid_step)
-
-
 PATCH = Patch(
     name="empty-batches",
     broken="fairseq-validate on several ranks ends in KeyError: 'net_input' unless each has "
@@ -32,5 +26,5 @@ PATCH = Patch(
     upstream="fairseq_cli/validate.py: main; fairseq/tasks/fairseq_task.py: valid_step",
     remove_when="fairseq-validate leaves out the batches that pad a rank's share",
     needed=always("the number of batches need not be a multiple of the number of ranks"),
-    apply=apply,
+    apply=wrapping(FairseqTask, valid_step=_valid_step),
 )

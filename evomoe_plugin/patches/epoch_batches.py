@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from fairseq.tasks import FairseqTask
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _get_batch_iterator(upstream: Callable, task: Any, *args: Any, **kwargs: Any) -> Any:
@@ -37,11 +36,6 @@ def _get_batch_iterator(upstream: Callable, task: Any, *args: Any, **kwargs: Any
     return iterator
 
 
-@functools.cache
-def apply() -> None:
-    wrap(FairseqTask, "get_batch_iterator", _get_batch_iterator)
-
-
 PATCH = Patch(
     name="epoch-batches",
     broken="a run resumed in its second epoch or later trains on other batches than the unbroken "
@@ -50,5 +44,5 @@ PATCH = Patch(
              "the epoch it is first called in, and then keeps the batches",
     remove_when="fairseq seeds reused batches without the epoch",
     needed=always("resuming is exact in every epoch"),
-    apply=apply,
+    apply=wrapping(FairseqTask, get_batch_iterator=_get_batch_iterator),
 )

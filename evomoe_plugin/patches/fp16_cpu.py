@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +9,7 @@ import torch
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
 from torch import Tensor, nn
 
-from evomoe_plugin.patches.patch import Patch
-
-
-def needed() -> str | None:
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+from evomoe_plugin.patches.patch import Patch, without_gpu, wrapping
 
 
 def _build_fp32_params(
@@ -27,18 +22,11 @@ def _build_fp32_params(
     return {None: master}  # by the index of their device, of which a CPU has none
 
 
-@functools.cache
-def apply() -> None:
-    upstream = _FP16OptimizerMixin.build_fp32_params
-    _FP16OptimizerMixin.build_fp32_params = staticmethod(
-        functools.partial(_build_fp32_params, upstream))
-
-
 PATCH = Patch(
     name="fp16-on-cpu",
     broken="--fp16 ends in AssertionError: Torch not compiled with CUDA enabled on CPUs",
     upstream="fairseq/optim/fp16_optimizer.py: build_fp32_params asks CUDA for the current device",
     remove_when="it asks the parameters for theirs",
-    needed=needed,
-    apply=apply,
+    needed=without_gpu,
+    apply=wrapping(_FP16OptimizerMixin, build_fp32_params=_build_fp32_params),
 )

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.distributed import fully_sharded_data_parallel as fairseq_fsdp
+from fairseq.distributed import FullyShardedDataParallel
 
-from evomoe_plugin.patches.patch import Patch, wrap
-
-
-def needed() -> str | None:
-    return "fairscale wants fp16 weights before it wraps" if fairseq_fsdp.has_FSDP else None
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _init(upstream: Callable, self: Any, module: torch.nn.Module, **kwargs: Any) -> None:
     if kwargs.get("compute_dtype") is torch.float16 and not kwargs.get("mixed_precision"):
         module = module.half()
     upstream(self, module, **kwargs)
-
-
-@functools.cache
-def apply() -> None:
-    wrap(fairseq_fsdp.FullyShardedDataParallel, "__init__", _init)
 
 
 PATCH = Patch(
@@ -34,6 +24,6 @@ PATCH = Patch(
     upstream="fairseq/distributed/fully_sharded_data_parallel.py: the model is wrapped before "
              "models/distributed_fairseq_model.py makes it fp16",
     remove_when="fairseq makes the weights fp16 before it wraps them",
-    needed=needed,
-    apply=apply,
+    needed=always("fairscale wants fp16 weights before it wraps"),
+    apply=wrapping(FullyShardedDataParallel, __init__=_init),
 )

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import fairscale
+from fairscale.nn.data_parallel import fully_sharded_data_parallel as fsdp
 from torch import nn
 
-from evomoe_plugin.patches.patch import Patch, wrap
-
-
-def needed() -> str | None:
-    try:
-        import fairscale
-    except ImportError:
-        return None
-    return f"fairscale {fairscale.__version__}"
+from evomoe_plugin.patches.patch import Patch, always, wrap
 
 
 def _get_fsdp_instances(upstream: Callable, module: nn.Module, skip_empty: bool = False) -> Any:
@@ -39,10 +32,7 @@ def _rebuild_full_params(
     return upstream(self, force_full_precision)
 
 
-@functools.cache
 def apply() -> None:
-    from fairscale.nn.data_parallel import fully_sharded_data_parallel as fsdp
-
     wrap(fsdp, "get_fsdp_instances", _get_fsdp_instances)
     wrap(fsdp.FullyShardedDataParallel, "_rebuild_full_params", _rebuild_full_params)
 
@@ -55,6 +45,6 @@ PATCH = Patch(
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: get_fsdp_instances, "
              "_rebuild_full_params",
     remove_when="training moves to torch's own fully_shard",
-    needed=needed,
+    needed=always(f"fairscale {fairscale.__version__}"),
     apply=apply,
 )

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import fairscale
 import torch
 import torch.distributed as dist
+from fairscale.nn.data_parallel import fsdp_optim_utils
+from fairscale.nn.data_parallel import fully_sharded_data_parallel as fsdp
 
-from evomoe_plugin.patches.patch import Patch, wrap
-
-
-def needed() -> str | None:
-    try:
-        import fairscale
-    except ImportError:
-        return None
-    return f"fairscale {fairscale.__version__}"
+from evomoe_plugin.patches.patch import Patch, always, wrap
 
 
 def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[dict, dict]:
@@ -27,9 +21,7 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
         Per flat parameter and name: a list with each rank's shard; for other values, the value
         in a list of one. The second dict is the same for tensors without dimensions.
     """
-    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
-
-    instances = get_fsdp_instances(self, skip_empty=True)
+    instances = fsdp.get_fsdp_instances(self, skip_empty=True)
     gathered: dict[int, dict[str, list]] = {i: {} for i in states}
     scalars: dict[int, dict[str, list]] = {i: {} for i in states}
     for i, state in states.items():
@@ -51,10 +43,7 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
 
 def _get_shard_from_optim_state_dict(self: Any, full: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of a gathered state, sharded as each module is."""
-    from fairscale.nn.data_parallel import fsdp_optim_utils
-    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
-
-    instances = get_fsdp_instances(self, skip_empty=True)
+    instances = fsdp.get_fsdp_instances(self, skip_empty=True)
     fsdp_optim_utils.check_param_counts_before_sharding(full, len(instances))
     whole = set(full["uncollected_local_ids"])
     if self.flatten_parameters:
@@ -69,21 +58,17 @@ def _get_shard_from_optim_state_dict(self: Any, full: dict[str, Any]) -> dict[st
 
 
 def _load_local_state_dict(upstream: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
-
-    for module in get_fsdp_instances(self):
+    for module in fsdp.get_fsdp_instances(self):
         for parameter in module.params:
             module._init_param_attributes(parameter)
     return upstream(self, *args, **kwargs)
 
 
-@functools.cache
 def apply() -> None:
-    from fairscale.nn.data_parallel import FullyShardedDataParallel
-
-    FullyShardedDataParallel._gather_optim_state = _gather_optim_state
-    FullyShardedDataParallel.get_shard_from_optim_state_dict = _get_shard_from_optim_state_dict
-    wrap(FullyShardedDataParallel, "load_local_state_dict", _load_local_state_dict)
+    wrapped = fsdp.FullyShardedDataParallel
+    wrapped._gather_optim_state = _gather_optim_state
+    wrapped.get_shard_from_optim_state_dict = _get_shard_from_optim_state_dict
+    wrap(wrapped, "load_local_state_dict", _load_local_state_dict)
 
 
 PATCH = Patch(
@@ -95,6 +80,6 @@ PATCH = Patch(
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
              "get_shard_from_optim_state_dict, load_local_state_dict",
     remove_when="training moves to torch's own fully_shard",
-    needed=needed,
+    needed=always(f"fairscale {fairscale.__version__}"),
     apply=apply,
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch.distributed as dist
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 
-from evomoe_plugin.patches.patch import Patch, always
+from evomoe_plugin.patches.patch import Patch, always, replacing
 
 
 def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> list[Any]:
@@ -20,11 +19,6 @@ def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> list[Any
     return found
 
 
-@functools.cache
-def apply() -> None:
-    distributed_utils.all_gather_list = all_gather_list
-
-
 PATCH = Patch(
     name="gather-list",
     broken="fairseq-validate on several ranks ends in an error about CUDA where there is no "
@@ -33,5 +27,5 @@ PATCH = Patch(
     upstream="fairseq/distributed/utils.py: all_gather_list",
     remove_when="fairseq gathers objects with torch's all_gather_object",
     needed=always("validation on several ranks"),
-    apply=apply,
+    apply=replacing(distributed_utils, all_gather_list=all_gather_list),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import sys
 from argparse import ArgumentParser
@@ -12,7 +11,7 @@ from typing import Any
 
 from fairseq import options
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 _HELP = {"-h", "--help"}
 
@@ -33,11 +32,6 @@ def _parse(
     raise SystemExit(0)
 
 
-@functools.cache
-def apply() -> None:
-    wrap(options, "parse_args_and_arch", _parse)
-
-
 PATCH = Patch(
     name="help",
     broken="fairseq-train --arch … --help shows none of the options of the architecture, task, "
@@ -45,5 +39,5 @@ PATCH = Patch(
     upstream="fairseq/options.py: parse_args_and_arch parses once before it adds them",
     remove_when="fairseq adds them first",
     needed=always("options of the architecture"),
-    apply=apply,
+    apply=wrapping(options, parse_args_and_arch=_parse),
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from fairseq.data import data_utils
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _batch_by_size(
@@ -24,11 +23,6 @@ def _batch_by_size(
     return [*batches, left] if len(left) else batches
 
 
-@functools.cache
-def apply() -> None:
-    wrap(data_utils, "batch_by_size", _batch_by_size)
-
-
 PATCH = Patch(
     name="last-batch",
     broken="training, validation and fairseq-validate silently leave out the last batch, so that "
@@ -36,5 +30,5 @@ PATCH = Patch(
     upstream="fairseq/data/data_utils.py: batch_by_size (fairseq issue 5036)",
     remove_when="fairseq keeps the last batch under --required-batch-size-multiple",
     needed=always("no sample is left out"),
-    apply=apply,
+    apply=wrapping(data_utils, batch_by_size=_batch_by_size),
 )

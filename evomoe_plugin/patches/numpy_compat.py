@@ -4,18 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from evomoe_plugin.patches.patch import Patch
+from evomoe_plugin.patches.patch import Patch, replacing
 
 
 def needed() -> str | None:
-    if int(np.__version__.split(".")[0]) >= 2:
-        return f"numpy {np.__version__} has no np.compat"
-    return None
-
-
-def apply() -> None:
-    if not hasattr(np, "compat"):
-        np.compat = SimpleNamespace(long=int)
+    return None if hasattr(np, "compat") else f"numpy {np.__version__} has no np.compat"
 
 
 PATCH = Patch(
@@ -25,5 +18,5 @@ PATCH = Patch(
     upstream="fairseq/data/token_block_dataset.py and language_pair_dataset.py",
     remove_when="fairseq no longer names np.compat",
     needed=needed,
-    apply=apply,
+    apply=replacing(np, compat=SimpleNamespace(long=int)),
 )

@@ -8,13 +8,7 @@ import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
-from evomoe_plugin.patches.patch import Patch
-
-
-def needed() -> str | None:
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
-        return f"torch {torch.__version__} loads only weights by default"
-    return None
+from evomoe_plugin.patches.patch import Patch, always, replacing
 
 
 def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
@@ -23,15 +17,11 @@ def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.de
     return objects[0]
 
 
-def apply() -> None:
-    distributed_utils._broadcast_object_slow = _broadcast_object
-
-
 PATCH = Patch(
     name="object-broadcast",
     broken="resuming with more than one rank ends in UnpicklingError",
     upstream="fairseq/distributed/utils.py: _broadcast_object_slow",
     remove_when="fairseq passes weights_only=False there",
-    needed=needed,
-    apply=apply,
+    needed=always(f"torch {torch.__version__} loads only weights by default"),
+    apply=replacing(distributed_utils, _broadcast_object_slow=_broadcast_object),
 )

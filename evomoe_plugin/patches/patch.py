@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Patch:
         upstream: file and function that hold the fault.
         remove_when: what must have happened before the patch can go.
         needed: the reason that this environment needs it, or None.
-        apply: applies it; again, it changes nothing.
+        apply: applies it, at the first call only.
     """
 
     name: str
@@ -29,6 +30,9 @@ class Patch:
     needed: Callable[[], str | None]
     apply: Callable[[], None]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "apply", functools.cache(self.apply))
+
 
 @dataclass(frozen=True)
 class PatchStatus:
@@ -37,6 +41,36 @@ class PatchStatus:
     name: str
     active: bool
     reason: str
+
+
+def always(reason: str) -> Callable[[], str | None]:
+    """`needed` of a patch that every environment needs."""
+    return lambda: reason
+
+
+def without_gpu() -> str | None:
+    """`needed` of a patch for machines without a GPU."""
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def replacing(owner: Any, **values: Any) -> Callable[[], None]:
+    """`apply` of a patch that sets attributes of `owner`."""
+
+    def apply() -> None:
+        for name, value in values.items():
+            setattr(owner, name, value)
+
+    return apply
+
+
+def wrapping(owner: Any, **around: Callable) -> Callable[[], None]:
+    """`apply` of a patch that calls `wrap` for attributes of `owner`."""
+
+    def apply() -> None:
+        for name, function in around.items():
+            wrap(owner, name, function)
+
+    return apply
 
 
 def wrap(owner: Any, name: str, around: Callable) -> None:
@@ -51,22 +85,3 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
         return around(original, *args, **kwargs)
 
     setattr(owner, name, wrapper)
-
-
-class ModuleView(ModuleType):
-    """`module` with some names replaced, for one upstream file to see in its place.
-
-    Patching the module itself would change it for all; this changes it for one file.
-    """
-
-    def __init__(self, module: ModuleType, **replaced: Any):
-        super().__init__(module.__name__)
-        self.__dict__.update(replaced, _viewed=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._viewed, name)
-
-
-def always(reason: str) -> Callable[[], str | None]:
-    """`needed` of a patch that every environment needs."""
-    return lambda: reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -18,18 +17,15 @@ def _unasked_handler() -> logging.Handler | None:
     handler = root.handlers[0]
     unasked = (
         type(handler) is logging.StreamHandler and handler.stream is sys.stderr
-        and handler.formatter is not None
-        and handler.formatter._fmt == logging.BASIC_FORMAT
+        and getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
     )
     return handler if unasked else None
 
 
 def _command() -> str | None:
     """The module name of the fairseq command that this process runs."""
-    specification = getattr(sys.modules["__main__"], "__spec__", None)
-    names = [specification.name] if specification else []
-    names += [name for name in sys.modules if name.startswith("fairseq_cli.")]
-    return next((name for name in names if name.startswith("fairseq_cli.")), None)
+    main = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    return next((n for n in (main, *sys.modules) if n.startswith("fairseq_cli.")), None)
 
 
 def needed() -> str | None:
@@ -38,9 +34,10 @@ def needed() -> str | None:
     return None
 
 
-@functools.cache
 def apply() -> None:
-    logging.getLogger().removeHandler(_unasked_handler())
+    handler = _unasked_handler()
+    if handler is not None:
+        logging.getLogger().removeHandler(handler)
     if _command() != "fairseq_cli.generate":  # sets up its own later, to --results-path
         logging.basicConfig(
             format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from fairseq import utils
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _get_activation_fn(upstream: Callable, activation: str) -> Callable[[Any], Any]:
@@ -18,16 +17,11 @@ def _get_activation_fn(upstream: Callable, activation: str) -> Callable[[Any], A
     return upstream(activation)
 
 
-@functools.cache
-def apply() -> None:
-    wrap(utils, "get_activation_fn", _get_activation_fn)
-
-
 PATCH = Patch(
     name="swish",
     broken="--activation-fn swish, which SwiGLU needs, ends in a TypeError in the first step",
     upstream="fairseq/utils.py: get_activation_fn returns the class SiLU where it should make one",
     remove_when="it returns a function",
     needed=always("SwiGLU experts"),
-    apply=apply,
+    apply=wrapping(utils, get_activation_fn=_get_activation_fn),
 )

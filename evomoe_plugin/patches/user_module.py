@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from fairseq import utils
 
-from evomoe_plugin.patches.patch import Patch, always, wrap
+from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,6 @@ def _import_user_module(upstream: Callable, args: Any) -> None:
     return None
 
 
-@functools.cache
-def apply() -> None:
-    wrap(utils, "import_user_module", _import_user_module)
-
-
 PATCH = Patch(
     name="user-dir",
     broken="common.user_dir is not found after Hydra's change of folder, and is 'not globally "
@@ -50,5 +44,5 @@ PATCH = Patch(
     upstream="fairseq/utils.py: import_user_module",
     remove_when="fairseq takes a user-dir by its package name",
     needed=always("imported once, found everywhere"),
-    apply=apply,
+    apply=wrapping(utils, import_user_module=_import_user_module),
 )

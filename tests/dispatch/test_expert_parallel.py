@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from evomoe_plugin.dispatch.all_to_all import Exchange, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import Exchange
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
@@ -76,7 +76,7 @@ def make(kind, dtype=torch.float64, **given):
 def parallel(groups, transport_dtype=None, chunks=1, **given):
     return partial(ParallelExpertFFN, groups=groups, chunks=chunks,
                    exchange=partial(Exchange, groups.exchange, transport_dtype=transport_dtype),
-                   exchange_counts=exchange_counts, **given)
+                   **given)
 
 
 def check_equal(rank: int, size: int) -> None:

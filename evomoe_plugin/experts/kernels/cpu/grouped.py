@@ -10,13 +10,13 @@ rows are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evomoe_plugin.experts.activations import ROWS, Activation, padded
+from evomoe_plugin.experts.kernels import Call
 from evomoe_plugin.experts.kernels.cpu.chunks import Chunk, chunks_of
 from evomoe_plugin.experts.kernels.cpu.memory_pool import POOL
 from evomoe_plugin.experts.kernels.cpu.segment_matmul import Gradient, Matrices, multiply
@@ -30,31 +30,13 @@ _ON_DEVICES = 16384
 """In place of `CHUNK_ROWS` and `_DOT_ROWS` on other devices, which have no cache to stay in."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of the function other than tensors."""
-
-    counts: Sequence[int]
-    """Rows of each expert; they sum to N."""
-    activation: Activation
-    dropout: float
-    """Probability that a hidden value is dropped."""
-    grad_scale: float
-    """Factor of the gradients of weights and biases."""
-    dtype: torch.dtype
-    """Dtype of rows and matmuls."""
-    keeps: bool
-    """Whether a backward pass may follow."""
-
-
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias):
-        work = _Work(call, token_ids, fc1)
-        matrix1, matrix3, matrix2, bias1, bias2 = map(
-            work.matrices, (fc1, fc3, fc2, fc1_bias, fc2_bias))
-        hidden = work.hidden(work.to_keep())
-        linear = None if fc3 is None else work.hidden(work.to_keep())
+    def forward(ctx, call, counts, token_ids, x, row_weights, *stacks):
+        work = _Work(call, counts, token_ids, stacks[0])
+        matrix1, bias1, matrix3, matrix2, bias2 = map(work.matrices, stacks)
+        hidden = _Hidden(work, work.to_keep())
+        linear = None if matrix3 is None else _Hidden(work, work.to_keep())
         dropped = work.to_keep(torch.bool) if call.dropout else None
         rows_buffer, active_buffer = work.buffer(x.size(1)), work.buffer()
         sums = work.sums(x)
@@ -62,13 +44,8 @@ class _GroupedFFN(torch.autograd.Function):
         for chunk in work.chunks:
             rows = rows_buffer[: chunk.size]
             work.fetch(x, chunk, rows)
-            h = hidden.place(chunk)
-            h3 = None if linear is None else linear.place(chunk)
-            multiply(chunk, rows, matrix1.transposed(chunk), h, bias1)
-            hidden.store(chunk)
-            if linear is not None:
-                multiply(chunk, rows, matrix3.transposed(chunk), h3)
-                linear.store(chunk)
+            h = hidden.compute(chunk, rows, matrix1, bias1)
+            h3 = None if linear is None else linear.compute(chunk, rows, matrix3)
             active = _activate(call.activation, h, h3, active_buffer[: padded(chunk.size)])
             if call.dropout:
                 drop = torch.rand(active.shape, device=x.device) < call.dropout
@@ -80,31 +57,31 @@ class _GroupedFFN(torch.autograd.Function):
                 rows *= row_weights[chunk.start : chunk.stop, None]
             work.add(rows, chunk, sums)
 
-        ctx.save_for_backward(
-            token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
-            hidden.kept, None if linear is None else linear.kept, dropped)
-        ctx.call = call
+        kept = hidden.kept, None if linear is None else linear.kept, dropped
+        ctx.save_for_backward(token_ids, x, row_weights, *stacks, *kept)
+        ctx.call, ctx.counts = call, counts
         return sums.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias,
-         kept_hidden, kept_linear, dropped) = ctx.saved_tensors
+        token_ids, x, row_weights, *stacks, kept_hidden, kept_linear, dropped = ctx.saved_tensors
         call = ctx.call
-        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[2:]
-        work = _Work(call, token_ids, fc1)
-        matrix1, matrix3, matrix2, bias2 = map(work.matrices, (fc1, fc3, fc2, fc2_bias))
-        hidden = work.hidden(kept_hidden)
-        linear = None if fc3 is None else work.hidden(kept_linear)
-        grad1, grad_bias1, grad3, grad2, grad_bias2 = (
-            Gradient(stack, call.counts, call.grad_scale) if need else None
-            for stack, need in zip((fc1, fc1_bias, fc3, fc2, fc2_bias), need_stacks, strict=True))
-        rows_buffer, active_buffer, grad_buffer = (
-            work.buffer(x.size(1)), work.buffer(), work.buffer())
+        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
+        work = _Work(call, ctx.counts, token_ids, stacks[0])
+        matrix1, _, matrix3, matrix2, bias2 = map(work.matrices, stacks)
+        hidden = _Hidden(work, kept_hidden)
+        linear = None if matrix3 is None else _Hidden(work, kept_linear)
+        gradients = [Gradient(stack, ctx.counts, call.grad_scale) if need else None
+                     for stack, need in zip(stacks, need_stacks, strict=True)]
+        grad1, grad_bias1, grad3, grad2, grad_bias2 = gradients
+        rows_buffer = work.buffer(x.size(1))
+        active_buffer, grad_buffer = work.buffer(), work.buffer()
         grad_x = work.sums(x) if need_x else None
         grad_row_weights = torch.empty_like(row_weights) if need_row_weights else None
-        scales = None if row_weights is None else _Scales(row_weights, work.dtype)
+        factors = small = None
+        if row_weights is not None:
+            factors, small = _split_small(row_weights, work.dtype)
 
         for chunk in work.chunks:
             h = hidden.load(chunk)
@@ -115,19 +92,19 @@ class _GroupedFFN(torch.autograd.Function):
 
             rows, grad = rows_buffer[: chunk.size], grad_buffer[: padded(chunk.size)]
             work.fetch(grad_out, chunk, rows)
-            if scales is not None:
-                scales.multiply(rows, chunk)
+            if factors is not None:
+                rows *= factors[chunk.start : chunk.stop, None]
             multiply(chunk, rows, matrix2.transposed(chunk), grad)
             if need_row_weights:
                 dots = grad_row_weights[chunk.start : chunk.stop]
                 _dot(active, grad, dots)
                 if bias2 is not None:
-                    dots += torch.cat([part @ bias for part, bias in zip(
-                        rows.split(chunk.sizes), bias2.of(chunk), strict=True)])
-                dots /= scales.divisors[chunk.start : chunk.stop]
-            if scales is not None:
-                scales.multiply_rest(rows, chunk)
-                scales.multiply_rest(grad, chunk)
+                    parts = zip(rows.split(chunk.sizes), bias2.of(chunk), strict=True)
+                    dots += torch.cat([part @ bias for part, bias in parts])
+                dots /= factors[chunk.start : chunk.stop]
+            if small is not None:
+                for scaled in (rows, grad):
+                    scaled[: chunk.size].mul_(small[chunk.start : chunk.stop, None])
             if grad2 is not None:
                 grad2.add_matmul(chunk, active, rows)
             if grad_bias2 is not None:
@@ -152,9 +129,10 @@ class _GroupedFFN(torch.autograd.Function):
                     multiply(chunk, active, matrix3.of(chunk), rows, adds=True)
                 work.add(rows, chunk, grad_x)
 
-        stacks = (None if g is None else g.whole() for g in
-                  (grad1, grad_bias1, grad3, grad2, grad_bias2))
-        return None, None, None if grad_x is None else grad_x.to(x.dtype), grad_row_weights, *stacks
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype)
+        grads = [None if gradient is None else gradient.whole() for gradient in gradients]
+        return None, None, None, grad_x, grad_row_weights, *grads
 
 
 def grouped_ffn(
@@ -187,40 +165,30 @@ def grouped_ffn(
         The sum of each token's output rows [T, D], or without `token_ids_N` the output rows [N, D],
         in the dtype of x. First derivatives only.
     """
-    device = x.device.type
-    dtype = operand_dtype(x)
     arguments = [x, weights_N, *map(
         weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias"))]
-    if device == "cuda":
-        reason = grouped_mm.why_not(x.device, dtype, x.size(1), weights["fc1_weight"].size(1))
+    keeps = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
+    call = Call((x if token_ids_N is None else token_ids_N).size(0), activation, dropout,
+                grad_scale, operand_dtype(x), keeps)
+    if x.device.type == "cuda":
+        reason = grouped_mm.why_not(x.device, call.dtype, x.size(1), weights["fc1_weight"].size(1))
         if not reason:
-            num_rows = (x if token_ids_N is None else token_ids_N).size(0)
             return grouped_mm.GroupedMMFFN.apply(
-                grouped_mm.Call(num_rows, activation.function, dropout, grad_scale, dtype),
-                torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
+                call, torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
         grouped_mm.say_once(reason)
-    call = _Call(
-        counts=counts.tolist() if isinstance(counts, Tensor) else list(counts),
-        activation=activation,
-        dropout=dropout,
-        grad_scale=grad_scale,
-        dtype=dtype,
-        keeps=torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments),
-    )
-    return _GroupedFFN.apply(call, token_ids_N, *arguments)
+    counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    return _GroupedFFN.apply(call, counts, token_ids_N, *arguments)
 
 
 class _Work:
     """Chunks, buffers and dtypes of one forward or backward pass."""
 
-    def __init__(self, call: _Call, token_ids: Tensor | None, fc1: Tensor):
-        num_rows = sum(call.counts)
+    def __init__(self, call: Call, counts: Sequence[int], token_ids: Tensor | None, fc1: Tensor):
         self.call, self.token_ids = call, token_ids
         self.device, self.width = fc1.device, fc1.size(1)
         self.dtype = native_matmul_dtype(call.dtype, fc1.device.type)
-        self.num_rows = num_rows
         least = CHUNK_ROWS if fc1.device.type == "cpu" else _ON_DEVICES
-        self.chunks = chunks_of(call.counts, max(least, -(-num_rows // CHUNKS)))
+        self.chunks = chunks_of(counts, max(least, -(-call.num_rows // CHUNKS)))
         self.longest = max((chunk.size for chunk in self.chunks), default=0)
 
     def buffer(self, width: int | None = None) -> Tensor:
@@ -232,12 +200,8 @@ class _Work:
         """Hidden rows of all pairs, to keep for the backward pass."""
         if not self.call.keeps:
             return None
-        return POOL.empty((self.num_rows + ROWS, self.width), dtype or self.call.dtype, self.device)
-
-    def hidden(self, kept: Tensor | None) -> _Hidden:
-        """`kept` hidden rows, to compute with."""
-        is_direct = kept is not None and kept.dtype == self.dtype
-        return _Hidden(kept, None if is_direct else self.buffer(), self.call.dtype)
+        shape = self.call.num_rows + ROWS, self.width
+        return POOL.empty(shape, dtype or self.call.dtype, self.device)
 
     def matrices(self, stack: Tensor | None) -> Matrices | None:
         """Matrices or biases of the experts, to compute with."""
@@ -275,57 +239,53 @@ class _Work:
 
 
 class _Hidden:
-    """Hidden rows before the activation: kept for all pairs, computed chunk by chunk."""
+    """Hidden rows before the activation: kept for all pairs, computed chunk by chunk.
 
-    def __init__(self, kept: Tensor | None, buffer: Tensor | None, dtype: torch.dtype):
-        self.kept, self._buffer, self._dtype = kept, buffer, dtype
+    They are computed in place where `kept` has the dtype of the matmuls, elsewhere in a buffer.
+    """
 
-    def place(self, chunk: Chunk) -> Tensor:
-        """The tensor that the chunk's rows are computed in, padded."""
+    def __init__(self, work: _Work, kept: Tensor | None):
+        self.kept, self._dtype = kept, work.call.dtype
+        is_direct = kept is not None and kept.dtype == work.dtype
+        self._buffer = None if is_direct else work.buffer()
+
+    def compute(
+        self, chunk: Chunk, rows: Tensor, matrices: Matrices, bias: Matrices | None = None
+    ) -> Tensor:
+        """The chunk's hidden rows, padded, kept and rounded alike."""
+        hidden = self._place(chunk)
+        multiply(chunk, rows, matrices.transposed(chunk), hidden, bias)
+        if hidden.dtype != self._dtype:
+            rounded = hidden[: chunk.size].to(self._dtype)
+            hidden[: chunk.size] = rounded
+            if self.kept is not None:
+                self.kept[chunk.start : chunk.stop] = rounded
+        return hidden
+
+    def load(self, chunk: Chunk) -> Tensor:
+        """The chunk's kept rows, padded."""
+        hidden = self._place(chunk)
+        if self._buffer is not None and self.kept is not None:
+            hidden[: chunk.size] = self.kept[chunk.start : chunk.stop]
+        return hidden
+
+    def _place(self, chunk: Chunk) -> Tensor:
         if self._buffer is not None:
             return self._buffer[: padded(chunk.size)]
         assert self.kept is not None  # one of the two is given
         return self.kept[chunk.start : chunk.start + padded(chunk.size)]
 
-    def store(self, chunk: Chunk) -> None:
-        """Keep the computed rows, rounded; the rest of the forward pass uses the same values."""
-        if self._buffer is None or self._buffer.dtype == self._dtype:
-            return
-        rounded = self._buffer[: chunk.size].to(self._dtype)
-        self._buffer[: chunk.size] = rounded
-        if self.kept is not None:
-            self.kept[chunk.start : chunk.stop] = rounded
 
-    def load(self, chunk: Chunk) -> Tensor:
-        """The chunk's kept rows, padded."""
-        rows = self.place(chunk)
-        if self._buffer is not None and self.kept is not None:
-            rows[: chunk.size] = self.kept[chunk.start : chunk.stop]
-        return rows
-
-
-class _Scales:
-    """The weights of pairs, as factors of the gradients of their output rows.
+def _split_small(weights_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Two factors of `weights_N`: without the small ones, and those alone, if there are any.
 
     Gradients are multiplied by the weights first, D numbers a pair in place of F, and the dot
     products that give the weights' own gradients are divided by them again. Weights too small to
     divide by are applied after the dot products.
     """
-
-    def __init__(self, weights_N: Tensor, dtype: torch.dtype):
-        is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
-        self.divisors = weights_N.masked_fill(is_small_N, 1.0)
-        self._rest = weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None
-
-    def multiply(self, rows: Tensor, chunk: Chunk) -> None:
-        """Multiply by all weights but the small ones."""
-        rows *= self.divisors[chunk.start : chunk.stop, None]
-
-    def multiply_rest(self, rows: Tensor, chunk: Chunk) -> None:
-        """Multiply by the small weights."""
-        if self._rest is not None:
-            rows = rows[: chunk.size]
-            rows *= self._rest[chunk.start : chunk.stop, None]
+    is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
+    return (weights_N.masked_fill(is_small_N, 1.0),
+            weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None)
 
 
 def _activate(activation: Activation, h: Tensor, h3: Tensor | None, out: Tensor) -> Tensor:
@@ -349,7 +309,4 @@ def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     for start in range(0, out.size(0), step):
         stop = min(start + step, out.size(0))
         block = torch.mul(a[start:stop], b[start:stop], out=products[: stop - start])
-        if out.dtype == block.dtype:
-            torch.sum(block, 1, out=out[start:stop])
-        else:
-            out[start:stop] = block.sum(1)
+        out[start:stop] = block.sum(1)

@@ -8,6 +8,7 @@ huge pages, and peak memory 8 to 46 % higher.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import threading
@@ -84,11 +85,8 @@ def _map(size: int) -> np.ndarray:
     """New memory, in huge pages where the system has them."""
     # Private: a forked process gets a copy, and the mapping can have huge pages.
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel built without huge pages
-            pass
+    with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     bytes_ = np.frombuffer(memory, dtype=np.uint8)
     start = -bytes_.ctypes.data % HUGE_PAGE
     return bytes_[start : start + size]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
+
+from evomoe_plugin.experts.kernels import Call
 
 try:
     from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
@@ -52,46 +53,30 @@ def say_once(reason: str) -> None:
                    reason)
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of the function other than tensors."""
-
-    num_rows: int
-    """N."""
-    function: Callable[[Tensor], Tensor]
-    """The activation."""
-    dropout: float
-    grad_scale: float
-    dtype: torch.dtype
-
-
 class GroupedMMFFN(torch.autograd.Function):
     """As `kernels.cpu.grouped.grouped_ffn`, with the row counts as a tensor."""
 
     @staticmethod
-    def forward(
-        ctx, call, counts_E, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias
-    ):
+    def forward(ctx, call, counts_E, token_ids, x, row_weights, *stacks):
         ends_E = counts_E.cumsum(0).to(torch.int32)
         order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
-        stacks = [None if s is None else s.to(call.dtype)
-                  for s in (fc1, fc1_bias, fc3, fc2, fc2_bias)]
-        matrix1, bias1, matrix3, matrix2, bias2 = stacks
+        matrix1, bias1, matrix3, matrix2, bias2 = (
+            None if s is None else s.to(call.dtype) for s in stacks)
         experts = None
         if bias1 is not None:
             experts = torch.repeat_interleave(counts_E, output_size=call.num_rows)
 
         rows = _fetch(x, token_ids, call)
         h = grouped_mm(rows, matrix1.transpose(1, 2), offs=ends_E)
-        h3 = None if fc3 is None else grouped_mm(rows, matrix3.transpose(1, 2), offs=ends_E)
+        h3 = None if matrix3 is None else grouped_mm(rows, matrix3.transpose(1, 2), offs=ends_E)
         dropped = torch.rand(h.shape, device=x.device) < call.dropout if call.dropout else None
         hidden = h, h3, bias1, experts, dropped
         active = _run(_activate, call, hidden)
         outputs = grouped_mm(active, matrix2, offs=ends_E)
         if bias2 is not None:
             outputs += bias2[experts]
-        ctx.save_for_backward(counts_E, ends_E, token_ids, x, row_weights, fc1, fc1_bias, fc3,
-                              fc2, fc2_bias, h, h3, experts, dropped, order, starts)
+        ctx.save_for_backward(
+            ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts)
         ctx.call = call
         if token_ids is None:
             return outputs.to(x.dtype)
@@ -100,13 +85,13 @@ class GroupedMMFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (counts_E, ends_E, token_ids, x, row_weights, fc1, fc1_bias, fc3, fc2, fc2_bias, h, h3,
-         experts, dropped, order, starts) = ctx.saved_tensors
-        call = ctx.call
+        ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts = (
+            ctx.saved_tensors)
+        call, (fc1, fc1_bias, fc3, fc2, fc2_bias) = ctx.call, stacks
         need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
         need1, need_bias1, need3, need2, need_bias2 = need_stacks
         matrix1, bias1, matrix3, matrix2, bias2 = (
-            None if s is None else s.to(call.dtype) for s in (fc1, fc1_bias, fc3, fc2, fc2_bias))
+            None if s is None else s.to(call.dtype) for s in stacks)
 
         grads = _fetch(grad_out, token_ids, call)
         grad_active = grouped_mm(grads, matrix2.transpose(1, 2), offs=ends_E)
@@ -136,14 +121,14 @@ class GroupedMMFFN(torch.autograd.Function):
         grad_bias1 = bias_gradient(fc1_bias, grad_h) if need_bias1 else None
         grad_x = None
         if need_x:
-            grad_rows = grouped_mm(grad_h, matrix1, offs=ends_E)
+            grad_x = grouped_mm(grad_h, matrix1, offs=ends_E)
             if fc3 is not None:
-                grad_rows += grouped_mm(grad_h3, matrix3, offs=ends_E)
-            grad_x = grad_rows.to(x.dtype) if token_ids is None else (
-                combine(grad_rows, None, order, starts, x.dtype))
-        return (None, None, None, grad_x,
-                dots.to(row_weights.dtype) if need_row_weights else None,
-                grad1, grad_bias1, grad3, grad2, grad_bias2)
+                grad_x += grouped_mm(grad_h3, matrix3, offs=ends_E)
+            if token_ids is not None:
+                grad_x = combine(grad_x, None, order, starts, x.dtype)
+            grad_x = grad_x.to(x.dtype)
+        dots = dots.to(row_weights.dtype) if need_row_weights else None
+        return None, None, None, grad_x, dots, grad1, grad_bias1, grad3, grad2, grad_bias2
 
 
 def _fetch(x: Tensor, token_ids: Tensor | None, call: Call) -> Tensor:
@@ -183,6 +168,7 @@ def _differentiate(function, p, h, h3, bias, experts, dropped, grad, weights):
 
 
 _fuses = True
+_compiled = functools.cache(torch.compile)
 
 
 def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
@@ -195,16 +181,12 @@ def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
             if tensor is not None and tensor.size(0) == call.num_rows:
                 torch._dynamo.mark_dynamic(tensor, 0)
         try:
-            return _compiled(work)(call.function, call.dropout, *tensors)
+            return _compiled(work)(call.activation.function, call.dropout, *tensors)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # any compiler error; no tensor has been modified yet
             _fuses = False
             logger.warning("torch.compile failed (%s): operations between the experts' matmuls are "
                            "not fused", str(error).strip().split("\n")[0])
-    return work(call.function, call.dropout, *tensors)
+    return work(call.activation.function, call.dropout, *tensors)
 
-
-@functools.cache
-def _compiled(work: Callable) -> Callable:
-    return torch.compile(work)

@@ -25,10 +25,13 @@ class EvoMoESearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if "fairseq" not in sys.modules:
             return
-        folder = configurations(importlib.import_module(PACKAGE).__path__[0])
+        package = Path(importlib.import_module(PACKAGE).__path__[0])
         import_user_dir(sys.argv[1:])
-        if folder is not None:
-            search_path.append(provider=PACKAGE, path=f"file://{folder}")
+        for parent in (package, package.parent):  # installed, or cloned
+            folder = parent / "hydra_configs"
+            if folder.is_dir():
+                search_path.append(provider=PACKAGE, path=f"file://{folder}")
+                break
 
 
 def import_user_dir(arguments: list[str]) -> None:
@@ -39,11 +42,3 @@ def import_user_dir(arguments: list[str]) -> None:
             from fairseq import utils
 
             utils.import_user_module(argparse.Namespace(user_dir=value.strip("'\"")))
-
-
-def configurations(package: str) -> Path | None:
-    """Where the `hydra_configs` of the package in this folder are: inside it, or beside it."""
-    for folder in (Path(package) / "hydra_configs", Path(package).parent / "hydra_configs"):
-        if folder.is_dir():
-            return folder
-    return None
