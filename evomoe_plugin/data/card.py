@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,44 +39,83 @@ class DataCard:
         try:
             values = json.loads((folder / CARD).read_text(encoding="utf-8"))
             return cls(**values) if values.get("format") == FORMAT else None
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, TypeError, AttributeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
             return None
 
     def damage(self, folder: Path) -> str | None:
         """The first file of the folder whose size differs from the card."""
-        for name, file in self.files.items():
-            path = folder / name
-            if not path.exists() or path.stat().st_size != file["bytes"]:
-                return name
-        return None
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        return next((name for name, file in self.files.items()
+                     if sizes.get(name) != file["bytes"]), None)
 
     def as_markdown(self) -> str:
-        rows = "\n".join(
+        """The card for readers."""
+        splits = "\n".join(
             f"| {name} | {s['documents']:,} | {s['tokens']:,} | {s['bytes']:,} "
             f"| {s['bytes'] / max(s['tokens'], 1):.2f} | {s['unknown_tokens']:,} |"
             for name, s in self.splits.items()
         )
-        options = "\n".join(f"| `--{name.replace('_', '-')}` | {value} |"
-                            for name, value in self.options.items() if name != "source")
-        inputs = "\n".join(f"| {i['name']} | {i['bytes']:,} | `{i['sha256'][:16]}` |"
-                           for i in self.inputs[:20])
-        more = len(self.inputs) - 20
-        files = "\n".join(f"| {name} | {f['bytes']:,} | `{f['sha256']}` |"
-                          for name, f in self.files.items())
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return _MARKDOWN.format(
-            source=self.options["source"] or "Not stated (`--source` records origin and licence).",
-            splits=rows, rows=self.tokenizer["rows"], kind=self.tokenizer["kind"],
-            exact=("Decoding restores the text exactly." if self.tokenizer["lossless"]
-                   else "The tokenizer normalises: decoding does not restore the text exactly."),
-            flags=" ".join(self.tokenizer["flags"]), options=options, inputs=inputs,
-            more=f"\n… and {more:,} more, listed in {CARD}.\n" if more > 0 else "",
-            not_read=(f"\n{self.files_not_read:,} further files were not read: "
-                      "`--max-bytes` was reached.\n" if self.files_not_read else ""),
-            empty=self.empty_documents, files=files, versions=versions,
-        )
+        options = _rows((f"`--{name.replace('_', '-')}`", value)
+                        for name, value in self.options.items() if name != "source")
+        inputs = _rows((i["name"], f"{i['bytes']:,}", f"`{i['sha256'][:16]}`")
+                       for i in self.inputs[:20])
+        if (more := len(self.inputs) - 20) > 0:
+            inputs += f"\n\n… and {more:,} more, listed in {CARD}."
+        if self.files_not_read:
+            inputs += (f"\n\n{self.files_not_read:,} further files were not read: "
+                       "`--max-bytes` was reached.")
+        files = _rows((name, f"{f['bytes']:,}", f"`{f['sha256']}`")
+                      for name, f in self.files.items())
+        exact = ("Decoding restores the text exactly." if self.tokenizer["lossless"] else
+                 "The tokenizer normalises: decoding does not restore the text exactly.")
+        return f"""\
+# Data card
+
+{self.options["source"] or "Not stated (`--source` records origin and licence)."}
+
+| Split | Documents | Tokens (one end-of-sentence per document) | Bytes of text | Bytes per token \
+| Unknown tokens |
+|---|---|---|---|---|---|
+{splits}
+
+{self.empty_documents:,} empty documents were skipped.
+
+## Use
+
+DATA is this folder:
+
+    fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
+    fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
+    fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
+        {" ".join(self.tokenizer["flags"])}
+
+Tokenizer: {self.tokenizer['kind']}; the dictionary has {self.tokenizer['rows']:,} entries. \
+{exact} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
+
+## Options
+
+| Option | Value |
+|---|---|
+{options}
+
+{", ".join(f"{name} {version}" for name, version in self.versions.items())}
+
+## Inputs
+
+| File | Bytes | SHA-256 |
+|---|---|---|
+{inputs}
+
+## Files
+
+| File | Bytes | SHA-256 |
+|---|---|---|
+{files}
+"""
+
+
+def _rows(rows: Iterable[Iterable[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str | None:
@@ -86,48 +126,3 @@ def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str
             return f"--{name.replace('_', '-')} was {before}, and is now {now}"
     return None
 
-
-_MARKDOWN = """\
-# Data card
-
-{source}
-
-| Split | Documents | Tokens (one end-of-sentence per document) | Bytes of text | Bytes per token \
-| Unknown tokens |
-|---|---|---|---|---|---|
-{splits}
-
-{empty:,} empty documents were skipped.
-
-## Use
-
-DATA is this folder:
-
-    fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
-    fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
-    fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
-        {flags}
-
-Tokenizer: {kind}; the dictionary has {rows:,} entries. {exact} \
-`evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
-
-## Options
-
-| Option | Value |
-|---|---|
-{options}
-
-{versions}
-
-## Inputs
-
-| File | Bytes | SHA-256 |
-|---|---|---|
-{inputs}
-{more}{not_read}
-## Files
-
-| File | Bytes | SHA-256 |
-|---|---|---|
-{files}
-"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from evomoe_plugin.data.options import PrepareOptions
@@ -24,88 +24,68 @@ def read_documents(
     source: SourceFile, options: PrepareOptions, advance: Advance
 ) -> Iterator[Passage]:
     """The documents of a file as passages of at most `PASSAGE_CHARS` characters, in order."""
-    by_start = options.document_start is not None
+    start = options.document_start
     records = read_records(
-        source,
-        lines=by_start or options.documents_by != "file",
-        text_field=options.text_field,
-        errors=options.encoding_errors,
-        advance=advance,
+        source, lines=start is not None or options.documents_by != "file",
+        text_field=options.text_field, errors=options.encoding_errors, advance=advance,
     )
-    if by_start:
-        return _from_starts(records, re.compile(options.document_start))
-    if options.documents_by == "blank-line" and source.is_text:
-        return _between_blank_lines(records)
-    return _each_record(records)
+    if start is not None:
+        records = _from_starts(records, re.compile(start))
+    elif options.documents_by == "blank-line" and source.is_text:
+        records = _between_blank_lines(records)
+    return _passages(records)
 
 
-class _Document:
-    """Collects the text of a document and yields passages, split after a line if possible."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._chars = 0
-
-    def add(self, text: str) -> Iterator[Passage]:
-        self._parts.append(text)
-        self._chars += len(text)
-        if self._chars <= PASSAGE_CHARS:
-            return
-        text, start = "".join(self._parts), 0
-        while len(text) - start > PASSAGE_CHARS:
-            limit = start + PASSAGE_CHARS
-            cut = text.rfind("\n", start, limit) + 1 or limit
-            yield Passage(text[start:cut], False)
-            start = cut
-        self._parts, self._chars = [text[start:]], len(text) - start
-
-    def end(self) -> Iterator[Passage]:
-        yield Passage("".join(self._parts), True)
-        self._parts, self._chars = [], 0
+def _passages(fragments: Iterable[Fragment]) -> Iterator[Passage]:
+    """Join the fragments of each document, and split long text, after a line if possible."""
+    parts: list[str] = []
+    chars = 0
+    for text, ends_document in fragments:
+        parts.append(text)
+        chars += len(text)
+        if chars > PASSAGE_CHARS:
+            text, start = "".join(parts), 0
+            while len(text) - start > PASSAGE_CHARS:
+                limit = start + PASSAGE_CHARS
+                cut = text.rfind("\n", start, limit) + 1 or limit
+                yield Passage(text[start:cut], False)
+                start = cut
+            parts, chars = [text[start:]], len(text) - start
+        if ends_document:
+            yield Passage("".join(parts), True)
+            parts, chars = [], 0
 
 
-def _each_record(records: Iterator[Fragment]) -> Iterator[Passage]:
-    document = _Document()
-    for text, ends_record in records:
-        yield from document.add(text)
-        if ends_record:
-            yield from document.end()
-
-
-def _between_blank_lines(lines: Iterator[Fragment]) -> Iterator[Passage]:
-    document, started = _Document(), False
+def _between_blank_lines(lines: Iterable[Fragment]) -> Iterator[Fragment]:
     newline = indent = ""  # held back until text follows: documents end without a newline
-    blank = True
+    blank, started = True, False
     for text, ends_line in lines:
         if blank and not text.strip():
             indent += text
         else:
-            yield from document.add(newline + indent + text)
+            yield Fragment(newline + indent + text, False)
             newline, indent, blank, started = "", "", False, True
         if ends_line:
             if blank and started:
-                yield from document.end()
+                yield Fragment("", True)
                 started = False
             newline = "" if blank else "\n"
             indent, blank = "", True
     if started:
-        yield from document.end()
+        yield Fragment("", True)
 
 
-def _from_starts(records: Iterator[Fragment], start: re.Pattern[str]) -> Iterator[Passage]:
+def _from_starts(records: Iterable[Fragment], start: re.Pattern[str]) -> Iterator[Fragment]:
     """Records joined by newlines; a record that matches `start` begins a new document."""
-    document, started, begins = _Document(), False, True
+    started, begins = False, True
     newline = ""  # between the last record and the next
     for text, ends_record in records:
-        if begins:
-            if started and start.search(text):
-                yield from document.end()
-                newline = ""
-            yield from document.add(newline)
-            started, begins = True, False
-        yield from document.add(text)
+        if begins and started and start.search(text):
+            yield Fragment("", True)
+            newline = ""
+        yield Fragment(newline + text if begins else text, False)
+        started, begins = True, ends_record
         if ends_record:
             newline = "" if text.endswith("\n") else "\n"
-            begins = True
     if started:
-        yield from document.end()
+        yield Fragment("", True)

@@ -18,7 +18,6 @@ from typing import TextIO
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.data.files import sync
-from evomoe_plugin.data.staging import STAGED
 
 LOCK_SECONDS = 2.0  # the workers of a killed run, which hold its lock, exit sooner
 
@@ -40,8 +39,11 @@ class OutputFolder:
             raise OptionError("out", self.path, "is a file; give a folder")
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as lock:
-            if not _lock(lock):
-                raise RunFailed(f"another evomoe prepare is writing {self.path}")
+            until = time.monotonic() + LOCK_SECONDS
+            while not _locks(lock):
+                if time.monotonic() > until:
+                    raise RunFailed(f"another evomoe prepare is writing {self.path}")
+                time.sleep(0.1)
             if self._replaced.exists():
                 if self.path.exists():
                     shutil.rmtree(self._replaced)
@@ -56,8 +58,8 @@ class OutputFolder:
         """
         card = DataCard.load(self.path)
         if card is None and self.path.exists() and any(self.path.iterdir()):
-            raise OptionError("out", self.path, "is not empty, and was not written by evomoe "
-                              "prepare; give another folder")
+            fault = "is not empty, and was not written by evomoe prepare; give another folder"
+            raise OptionError("out", self.path, fault)
         return card
 
     def start(self) -> None:
@@ -68,10 +70,6 @@ class OutputFolder:
             elif entry != self._lock:
                 entry.unlink()
         self.data.mkdir()
-
-    def can_continue(self) -> bool:
-        """Whether an interrupted run can be continued."""
-        return (self.work / STAGED).exists()
 
     def publish(self) -> None:
         """Rename the finished data set to its final name, then remove an older one."""
@@ -90,13 +88,8 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _lock(stream: TextIO) -> bool:
-    until = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
+def _locks(stream: TextIO) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

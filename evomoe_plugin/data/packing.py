@@ -21,7 +21,7 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         place = bisect.bisect_left(spaces, sizes[index])
         if place == len(spaces):
-            row, space = [], capacity
+            row, space = list[int](), capacity
             rows.append(row)
         else:
             space = spaces[place]

@@ -9,8 +9,9 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import evomoe_plugin
 from evomoe_plugin.config.errors import OptionError, RunFailed
@@ -20,12 +21,11 @@ from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.progress import Progress
 from evomoe_plugin.data.sources import SourceFile, find_sources, inputs_difference, sha256
 from evomoe_plugin.data.splits import SPLITS
-from evomoe_plugin.data.staging import Staged, shard_prefixes, stage
+from evomoe_plugin.data.staging import STAGED, Staged, shard_prefixes, stage
 from evomoe_plugin.data.tokenizers import (
     GPT2_SHA256,
     SENTENCEPIECE_MODEL,
-    GPT2Tokenizer,
-    SentencePieceTokenizer,
+    TOKENIZERS,
     Tokenizer,
     load_tokenizer,
 )
@@ -63,19 +63,22 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
                     return card
                 return _Preparation(options, recorded, sources, folder, progress).run()
             except BaseException as error:
-                if isinstance(error, OptionError) or _is_full(error) or not folder.can_continue():
+                continues = (folder.work / STAGED).exists()
+                if isinstance(error, OptionError) or _is_full(error) or not continues:
                     folder.discard()
                 raise
 
 
+@dataclass
 class _Preparation:
-    def __init__(
-        self, options: PrepareOptions, recorded: dict, sources: list[SourceFile],
-        folder: OutputFolder, progress: Progress,
-    ):
-        self.options, self.recorded, self.sources = options, recorded, sources
-        self.work, self.data = folder.work, folder.data
-        self.folder, self.progress = folder, progress
+    options: PrepareOptions
+    recorded: dict[str, Any]
+    sources: list[SourceFile]
+    folder: OutputFolder
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.work, self.data = self.folder.work, self.folder.data
 
     def run(self) -> DataCard:
         staged = self._stage()
@@ -90,30 +93,27 @@ class _Preparation:
 
     def _stage(self) -> Staged:
         staged = Staged.load(self.work)
-        if (staged is not None and staged.options == self.recorded
-                and not inputs_difference(staged.inputs, staged.files_not_read, self.sources)):
+        if staged and not _difference(staged, self.recorded, self.sources):
             self.progress.say("continuing an interrupted run")
             return staged
         self.folder.start()
         self._copy_tokenizer()
         with self.progress.stage("read", sum(source.bytes for source in self.sources)) as message:
             staged = stage(self.sources, self.options, self.work, self.progress.advance)
-            documents = ", ".join(f"{staged.splits[split].documents:,} {split}" for split in SPLITS)
             size = sum(split.bytes for split in staged.splits.values())
-            message.append(f"{len(staged.inputs):,} files, {size / 1e6:,.1f} MB of text; "
-                           f"documents: {documents}")
+            counts = ", ".join(f"{of.documents:,} {split}" for split, of in staged.splits.items())
+            message.append(f"{len(staged.inputs):,} files, {size / 1e6:,.1f} MB of text;")
+            message.append(f"documents: {counts}")
         staged.options = self.recorded
         staged.save(self.work)
         return staged
 
     def _copy_tokenizer(self) -> None:
         """Copy a given tokenizer; an invalid one is rejected before text is read."""
-        if model := self.options.sentencepiece_model:
-            SentencePieceTokenizer(Path(model))
-            shutil.copyfile(model, self.data / SENTENCEPIECE_MODEL)
-        if files := self.options.gpt2_bpe:
-            GPT2Tokenizer(*map(Path, files))
-            for file, name in zip(files, GPT2_SHA256, strict=True):
+        for option, files in self.options.tokenizer_files.items():
+            kind = TOKENIZERS[option]
+            kind(*map(Path, files))
+            for file, name in zip(files, kind.files, strict=True):
                 shutil.copyfile(file, self.data / name)
 
     def _make_tokenizer(self, staged: Staged, workers: Workers) -> Tokenizer:
@@ -121,71 +121,65 @@ class _Preparation:
         if self.options.trains_tokenizer and not model.exists():
             size, entries = staged.splits["train"].bytes, self.recorded["vocab_size"]
             share = min(1.0, self.options.sample_bytes / size)
+            shards = shard_prefixes(self.work, "train", staged)
             with self.progress.stage("tokenizer") as message:
-                workers.run(train_sentencepiece, shard_prefixes(self.work, "train", staged), model,
-                            entries, share, self.options.seed)
-                message.append(f"SentencePiece, {entries:,} entries, from "
-                               f"{size * share / 1e6:,.1f} MB of the train split")
+                message.append(f"SentencePiece, {entries:,} entries, from")
+                message.append(f"{size * share / 1e6:,.1f} MB of the train split")
+                arguments = shards, model, entries, share, self.options.seed
+                workers.run(train_sentencepiece, *arguments)
         return load_tokenizer(self.data)
 
     def _binarize(
         self, tokenizer: Tokenizer, staged: Staged, workers: Workers
     ) -> tuple[int, dict[str, np.ndarray]]:
         """Size of the dictionary, and the count of each of the tokenizer's ids by split."""
-        import numpy as np
-
         from evomoe_plugin.data import binarize
 
         vocabulary, prefixes = tokenizer.tokens, {split: self.data / split for split in SPLITS}
         ids = len(vocabulary) + 1
-        rows = len(binarize.make_dictionary(vocabulary, np.zeros(ids, dtype=np.int64)))
+        rows = len(binarize.make_dictionary(vocabulary, [0] * ids))
         shards = {split: shard_prefixes(self.work, split, staged) for split in SPLITS}
         every = [shard for split in SPLITS for shard in shards[split]]
         to_do = [shard for shard in every if not binarize.is_binarized(shard)]
         with self.progress.stage("binarise", len(every)) as message:
             self.progress.advance(len(every) - len(to_do))
-            for _ in workers.map(
-                binarize.binarize_shard,
-                [(shard, str(self.data), max(rows, ids)) for shard in to_do],
-            ):
+            arguments = [(shard, str(self.data), max(rows, ids)) for shard in to_do]
+            for _ in workers.map(binarize.binarize_shard, arguments):
                 self.progress.advance(1)
             counts = {}
             for split, prefix in prefixes.items():
                 binarize.merge(shards[split], prefix, max(rows, ids))
                 counts[split] = binarize.count_ids(prefix, ids)
-            dictionary = binarize.make_dictionary(vocabulary, counts["train"])
+            dictionary = binarize.make_dictionary(vocabulary, counts["train"].tolist())
             dictionary.save(str(self.data / DICTIONARY))
             for prefix in prefixes.values():
                 binarize.convert_ids(dictionary, vocabulary, prefix)
-            message.append("tokens: " + ", ".join(f"{counts[split].sum():,} {split}"
-                                                  for split in SPLITS))
+            totals = ", ".join(f"{count.sum():,} {split}" for split, count in counts.items())
+            message.append(f"tokens: {totals}")
         return rows, counts
 
     def _card(
         self, tokenizer: Tokenizer, staged: Staged, rows: int, counts: dict[str, np.ndarray]
     ) -> DataCard:
         unknown = [i for i, token in enumerate(tokenizer.tokens) if token is None]
-        splits = {
-            split: {"documents": staged.splits[split].documents,
-                    "items": staged.splits[split].passages,
-                    "bytes": staged.splits[split].bytes,
-                    "tokens": int(count.sum()),
-                    "unknown_tokens": int(count[unknown].sum())}
-            for split, count in counts.items()
-        }
+        splits = {}
+        for split, count in counts.items():
+            of = staged.splits[split]
+            splits[split] = {"documents": of.documents, "items": of.passages, "bytes": of.bytes,
+                             "tokens": int(count.sum()),
+                             "unknown_tokens": int(count[unknown].sum())}
         if total := sum(split["unknown_tokens"] for split in splits.values()):
             self.progress.say(f"warning: {total:,} tokens are unknown to the tokenizer")
-        files = sorted(self.data.iterdir())
         return DataCard(
             options=self.recorded,
             tokenizer={"kind": tokenizer.kind, "rows": rows, "lossless": tokenizer.lossless,
-                       "flags": list(tokenizer.flags)},
+                       "flags": tokenizer.flags.split()},
             splits=splits,
             empty_documents=staged.empty_documents,
             inputs=staged.inputs,
             files_not_read=staged.files_not_read,
             files={file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                   for file in files},
+                   for file in sorted(self.data.iterdir())},
             versions=_versions(),
         )
 
@@ -196,32 +190,34 @@ def _already_prepared(
     card = folder.card()
     if card is None or options.overwrite:
         return None
-    difference = options_difference(card.options, recorded) or inputs_difference(
-        card.inputs, card.files_not_read, sources
+    if difference := _difference(card, recorded, sources):
+        fault = f"contains a data set with other inputs or options ({difference})"
+    elif damaged := card.damage(folder.path):
+        fault = f"its {damaged} does not match the data card"
+    else:
+        return card
+    raise OptionError("out", options.out, f"{fault}; pass --overwrite to replace it")
+
+
+def _difference(
+    before: DataCard | Staged, recorded: dict, sources: list[SourceFile]
+) -> str | None:
+    return options_difference(before.options, recorded) or inputs_difference(
+        before.inputs, before.files_not_read, sources
     )
-    if difference:
-        raise OptionError("out", options.out, "contains a data set with other inputs or options "
-                          f"({difference}); give another folder, or pass --overwrite to replace it")
-    if damaged := card.damage(folder.path):
-        raise OptionError("out", options.out, f"its {damaged} does not match the data card; "
-                          "pass --overwrite to rebuild it")
-    return card
 
 
 def _given_tokenizer(options: PrepareOptions) -> dict[str, list[str]]:
     """The hashes of given tokenizer files, for the record."""
-    given = {"sentencepiece_model": [options.sentencepiece_model] if options.sentencepiece_model
-             else [], "gpt2_bpe": options.gpt2_bpe or ()}
     recorded = {}
-    for option, paths in given.items():
+    for option, paths in options.tokenizer_files.items():
         for path in paths:
             if not Path(path).is_file():
                 raise OptionError(option, path, "no such file")
-        if paths:
-            recorded[option] = [sha256(path) for path in paths]
+        recorded[option] = [sha256(path) for path in paths]
     if options.gpt2_bpe and recorded["gpt2_bpe"] != list(GPT2_SHA256.values()):
-        logger.warning("--gpt2-bpe %s: not the published files of GPT-2 (SHA-256 %s)",
-                       " ".join(options.gpt2_bpe), ", ".join(GPT2_SHA256.values()))
+        files = " ".join(options.gpt2_bpe)
+        logger.warning("--gpt2-bpe %s: not the published files of GPT-2 (by SHA-256)", files)
     return recorded
 
 
@@ -244,8 +240,8 @@ def _explained(options: PrepareOptions) -> Iterator[None]:
         yield
     except OSError as error:
         if _is_full(error):
-            raise RunFailed(f"--out {options.out}: no space left on the disk; the partial output "
-                            "has been removed, nothing else is changed") from error
+            fault = "no space left on the disk; the partial output has been removed"
+            raise RunFailed(f"--out {options.out}: {fault}") from error
         if error.filename is None:
             raise
         raise RunFailed(f"{error.filename}: {error.strerror}") from error

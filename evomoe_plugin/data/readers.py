@@ -20,6 +20,8 @@ from evomoe_plugin.data.sources import SourceFile
 BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28
 BATCH_ROWS = 128
+_REPLACE = "convert the file, --exclude it, or pass --encoding-errors replace"
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 # Called with the number of bytes that a reader has processed.
 Advance = Callable[[int], None]
@@ -42,7 +44,9 @@ def read_records(
     if source.path.suffix == ".jsonl":
         return _jsonl_rows(source.path, text_field, errors, advance)
     blocks = _text_blocks(source.path, errors, advance)
-    return _lines(blocks) if lines else _whole(blocks)
+    if lines:
+        return _lines(blocks)
+    return itertools.chain((Fragment(block, False) for block in blocks), [Fragment("", True)])
 
 
 def _text_blocks(path: Path, errors: str, advance: Advance) -> Iterator[str]:
@@ -56,12 +60,6 @@ def _text_blocks(path: Path, errors: str, advance: Advance) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise _undecodable(path, read - len(error.object) + error.start, error) from None
             advance(len(block))
-
-
-def _whole(blocks: Iterator[str]) -> Iterator[Fragment]:
-    for block in blocks:
-        yield Fragment(block, False)
-    yield Fragment("", True)
 
 
 def _lines(blocks: Iterator[str]) -> Iterator[Fragment]:
@@ -83,13 +81,11 @@ def _lines(blocks: Iterator[str]) -> Iterator[Fragment]:
 def _jsonl_rows(path: Path, text_field: str, errors: str, advance: Advance) -> Iterator[Fragment]:
     offset = 0
     with open(path, "rb") as stream:
-        for number in itertools.count(1):
-            line = stream.readline(MAX_ROW_BYTES + 1)
-            if not line:
-                return
+        lines = iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
             if len(line) > MAX_ROW_BYTES:
-                raise OptionError("INPUT", path, f"line {number} is longer than "
-                                  f"{MAX_ROW_BYTES >> 20} MiB; JSON lines has one row per line")
+                fault = f"line {number} is longer than {MAX_ROW_BYTES >> 20} MiB"
+                raise OptionError("INPUT", path, f"{fault}; JSON lines has one row per line")
             try:
                 row = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
             except UnicodeDecodeError as error:
@@ -98,25 +94,30 @@ def _jsonl_rows(path: Path, text_field: str, errors: str, advance: Advance) -> I
             offset += len(line)
             advance(len(line))
             if row.strip():
-                text = _field_of(row, text_field, path, number)
-                yield Fragment(_encodable(text, errors, f"{path} line {number}"), True)
+                yield Fragment(_field_of(row, text_field, errors, path, number), True)
 
 
-def _field_of(row: str, text_field: str, path: Path, number: int) -> str:
+def _field_of(row: str, text_field: str, errors: str, path: Path, number: int) -> str:
     try:
         fields = json.loads(row)
     except (ValueError, RecursionError) as error:
         raise OptionError("INPUT", path, f"line {number} is not JSON: {error}") from None
     if not isinstance(fields, dict) or text_field not in fields:
         has = f"its fields are {', '.join(fields)}" if isinstance(fields, dict) else "it has none"
-        raise OptionError("text_field", text_field,
-                          f"no such field in line {number} of {path}; {has}")
-    text = fields[text_field]
-    if text is not None and not isinstance(text, str):
-        raise OptionError("text_field", text_field,
-                          f"is a {type(text).__name__} in line {number} of {path}; "
-                          "choose a text field")
-    return text or ""
+        fault = f"no such field in line {number} of {path}; {has}"
+        raise OptionError("text_field", text_field, fault)
+    text = "" if fields[text_field] is None else fields[text_field]
+    if not isinstance(text, str):
+        fault = f"is a {type(text).__name__} in line {number} of {path}; choose a text field"
+        raise OptionError("text_field", text_field, fault)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON strings may contain lone surrogates
+        if errors == "strict":
+            fault = f"line {number}: character {error.start} of the text is a lone surrogate"
+            raise OptionError("INPUT", path, f"{fault}; {_REPLACE}") from None
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) -> Iterator[Fragment]:
@@ -126,7 +127,15 @@ def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) ->
     try:
         # Without a buffer size a whole column chunk, often the whole file, is read at once.
         file = parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
-        _check_column(file.schema_arrow, text_field, path)
+        names = file.schema_arrow.names
+        if text_field not in names:
+            fault = f"no such column in {path}; its columns are {', '.join(names)}"
+            raise OptionError("text_field", text_field, fault)
+        kind = file.schema_arrow.field(text_field).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if str(kind) not in TEXT_TYPES:
+            fault = f"is {kind} in {path}; choose a text column"
+            raise OptionError("text_field", text_field, fault)
         number, size, reported = 0, path.stat().st_size, 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
             column = batch.column(0)
@@ -148,36 +157,6 @@ def _parquet_rows(path: Path, text_field: str, errors: str, advance: Advance) ->
         raise OptionError("INPUT", path, f"cannot be read as Parquet: {reason}") from None
 
 
-def _check_column(schema, text_field: str, path: Path) -> None:
-    import pyarrow as pa
-
-    if text_field not in schema.names:
-        raise OptionError("text_field", text_field,
-                          f"no such column in {path}; its columns are {', '.join(schema.names)}")
-    kind = schema.field(text_field).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
-               pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    if not any(check(kind) for check in is_text):
-        raise OptionError("text_field", text_field,
-                          f"is {kind} in {path}; choose a text column")
-
-
 def _undecodable(place: Path | str, offset: int, error: UnicodeDecodeError) -> OptionError:
-    return OptionError(
-        "INPUT", place,
-        f"byte 0x{error.object[error.start]:02x} at offset {offset} is not UTF-8 "
-        f"({error.reason}); convert the file, --exclude it, or pass --encoding-errors replace",
-    )
-
-
-def _encodable(text: str, errors: str, place: str) -> str:
-    """`text` if it can be encoded as UTF-8: JSON strings may contain lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        if errors == "strict":
-            raise OptionError("INPUT", place, f"character {error.start} of the text is a lone "
-                              "surrogate; pass --encoding-errors replace") from None
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    byte = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+    return OptionError("INPUT", place, f"{byte} is not UTF-8 ({error.reason}); {_REPLACE}")

@@ -43,13 +43,12 @@ class SFTDataset(FairseqDataset):
     ):
         self.examples = examples
         self._eos, self._pad = dictionary.eos(), dictionary.pad()
-        self._train_on_prompt = train_on_prompt
-        self._response_weight = response_weight
-        self._scored = scored
-        self._packed = row_size is not None
+        self._train_on_prompt, self._response_weight = train_on_prompt, response_weight
+        self._scored, self._packed = scored, row_size is not None
         lengths = [len(example) for example in examples]
-        self._rows = [[i] for i in range(len(examples))] if row_size is None else (
-            pack(lengths, row_size))
+        self._rows = [[i] for i in range(len(examples))]
+        if row_size is not None:
+            self._rows = pack(lengths, row_size)
         self.sizes = np.array([sum(lengths[i] for i in row) for row in self._rows])
 
     def __len__(self) -> int:
@@ -57,20 +56,19 @@ class SFTDataset(FairseqDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Tensors of equal length: source, target, weights, segments; and the row's index, id."""
-        parts = [self._example(self.examples[i]) for i in self._rows[index]]
+        parts = [self._example(self.examples[i], n) for n, i in enumerate(self._rows[index])]
         row = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        numbers = torch.arange(len(parts))
-        lengths = torch.tensor([len(part["source"]) for part in parts])
-        return {"id": index, **row, "segments": numbers.repeat_interleave(lengths)}
+        return {"id": index, **row}
 
-    def _example(self, example: Example) -> dict[str, Tensor]:
+    def _example(self, example: Example, segment: int) -> dict[str, Tensor]:
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         response = torch.from_numpy(example.responses > 0)
-        start = torch.tensor([self._eos])
+        source = torch.cat([torch.tensor([self._eos]), tokens[:-1]])
         target = tokens if self._train_on_prompt else tokens.masked_fill(~response, self._pad)
         weights = torch.ones(len(tokens))
         weights[1:][response[:-1]] = self._response_weight
-        return {"source": torch.cat([start, tokens[:-1]]), "target": target, "weights": weights}
+        return {"source": source, "target": target, "weights": weights,
+                "segments": torch.full_like(tokens, segment)}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch, padded on the right.
@@ -88,37 +86,26 @@ class SFTDataset(FairseqDataset):
             return data_utils.collate_tokens([sample[name] for sample in samples], padding)
 
         target = merge("target", self._pad)
-        net_input = {
-            "src_tokens": merge("source", self._pad),
-            "src_lengths": torch.tensor([len(sample["source"]) for sample in samples]),
-        }
+        lengths = torch.tensor([len(sample["source"]) for sample in samples])
+        net_input = {"src_tokens": merge("source", self._pad), "src_lengths": lengths}
         if self._packed:
             net_input["segments"] = merge("segments", 0)
         if self._response_weight != 1.0:
             net_input["token_weights"] = merge("weights", 0.0)
         learned = target != self._pad
         batch = {
-            "id": torch.tensor([sample["id"] for sample in samples]),
-            "nsentences": len(samples),
-            "ntokens": int(learned.sum()),
-            "net_input": net_input,
-            "target": target,
+            "id": torch.tensor([sample["id"] for sample in samples]), "nsentences": len(samples),
+            "ntokens": int(learned.sum()), "net_input": net_input, "target": target,
         }
         if self._scored:
             batch["start_indices"] = learned.int().argmax(1)
         return batch
 
-    def num_tokens(self, index: int) -> int:
-        """Length of a row, for --max-tokens."""
+    def size(self, index: Any) -> Any:
+        """Length of a row, or of each of several."""
         return self.sizes[index]
 
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Lengths of rows."""
-        return self.sizes[indices]
-
-    def size(self, index: int) -> int:
-        """Length of a row, for the model's limit."""
-        return self.sizes[index]
+    num_tokens = num_tokens_vec = size
 
     def ordered_indices(self) -> np.ndarray:
         """Rows by length, ties in random order (numpy's generator)."""

@@ -15,6 +15,7 @@ from evomoe_plugin.data.tokenizers import GPT2_ENCODER, SENTENCEPIECE_MODEL, loa
 from evomoe_plugin.data.turns import Templates, Turn, bad_line, read_turns
 
 logger = logging.getLogger(__name__)
+_REMEDY = "copy it from the data folder of the model"
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,21 @@ class Encoder:
 
     def __init__(self, folder: Path, dictionary: Dictionary):
         if not any((folder / name).is_file() for name in (SENTENCEPIECE_MODEL, GPT2_ENCODER)):
-            raise OptionError("DATA", folder, f"has no tokenizer ({SENTENCEPIECE_MODEL}, or "
-                              f"{GPT2_ENCODER} and vocab.bpe): copy it from the data folder of "
-                              "the model")
+            fault = f"has no tokenizer ({SENTENCEPIECE_MODEL}, or {GPT2_ENCODER} and vocab.bpe)"
+            raise OptionError("DATA", folder, f"{fault}: {_REMEDY}")
         try:
             self._tokenizer = load_tokenizer(folder)
         except FileNotFoundError as error:
-            raise OptionError("DATA", folder, f"has no {Path(error.filename).name}: copy it from "
-                              "the data folder of the model") from None
-        self._eos, self._unk = dictionary.eos(), dictionary.unk()
+            name = Path(error.filename).name
+            raise OptionError("DATA", folder, f"has no {name}: {_REMEDY}") from None
+        self._eos, self.unk = dictionary.eos(), dictionary.unk()
         vocabulary = self._tokenizer.tokens
         for token in vocabulary:
             if token is not None and token not in dictionary:
-                raise OptionError("DATA", folder / "dict.txt", f"has no {token!r}, which the "
-                                  "tokenizer next to it produces: copy both from the data folder "
-                                  "of the model")
-        self._token_ids = np.array([self._unk if token is None else dictionary.index(token)
-                                    for token in vocabulary], dtype=np.int32)
+                fault = f"has no {token!r}, which the tokenizer next to it produces: {_REMEDY}"
+                raise OptionError("DATA", folder / "dict.txt", fault)
+        ids = [self.unk if token is None else dictionary.index(token) for token in vocabulary]
+        self._token_ids = np.array(ids, dtype=np.int32)
 
     def ids(self, text: str) -> np.ndarray:
         """Token ids of the dictionary, int32."""
@@ -100,14 +99,8 @@ class Encoder:
             responses.append(np.full(len(ids), response if turn.is_target else 0, dtype=np.int32))
         return Example(np.concatenate(tokens), np.concatenate(responses))
 
-    def count_unknown(self, example: Example) -> int:
-        """Tokens unknown to the dictionary."""
-        return int((example.tokens == self._unk).sum())
 
-
-def load_examples(
-    path: Path, encoder: Encoder, templates: Templates, limit: int
-) -> list[Example]:
+def load_examples(path: Path, encoder: Encoder, templates: Templates, limit: int) -> list[Example]:
     """All examples of a file, in order, cut to `limit` tokens each; logs how many were cut.
 
     Raises:
@@ -119,22 +112,21 @@ def load_examples(
             whole = encoder.encode(turns)
         except ValueError as error:
             raise bad_line(path, number, error) from None
-        unknown += encoder.count_unknown(whole)
+        unknown += int(np.count_nonzero(whole.tokens == encoder.unk))
         example = truncate(whole, limit)
         if example is None:
             dropped += 1
-            continue
-        shortened += example is not whole
-        examples.append(example)
+        else:
+            shortened += example is not whole
+            examples.append(example)
     if not examples:
-        raise OptionError("tokens_per_sample", limit, f"leaves no response token of any example of "
-                          f"{path}: increase it")
-    learned = sum(int((example.responses > 0).sum()) for example in examples)
+        fault = f"leaves no response token of any example of {path}: increase it"
+        raise OptionError("tokens_per_sample", limit, fault)
+    learned = sum(np.count_nonzero(example.responses) for example in examples)
     total = sum(map(len, examples))
-    logger.info("%s: %s examples, %s response tokens, %s prompt tokens; %s examples cut to %s "
-                "tokens, %s dropped since nothing of their response would be left", path,
-                *(f"{n:,}" for n in (len(examples), learned, total - learned, shortened, limit,
-                                     dropped)))
+    logger.info(f"{path}: {len(examples):,} examples, {learned:,} response tokens, "
+                f"{total - learned:,} prompt tokens; {shortened:,} examples cut to {limit:,} "
+                f"tokens, {dropped:,} dropped since nothing of their response would be left")
     if unknown:
-        logger.warning("%s: %s tokens are unknown to the dictionary", path, f"{unknown:,}")
+        logger.warning(f"{path}: {unknown:,} tokens are unknown to the dictionary")
     return examples

@@ -32,9 +32,6 @@ class SourceFile:
     def is_text(self) -> bool:
         return self.path.suffix not in ROW_SUFFIXES
 
-    def sha256(self) -> str:
-        return sha256(self.path)
-
 
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as stream:
@@ -48,19 +45,18 @@ def find_sources(options: PrepareOptions) -> list[SourceFile]:
     by `prepare` are skipped. Raises OptionError for an input that is missing, has an unknown
     format, or contains no file to read.
     """
-    held_out = {}
+    held_out: dict[Path, SourceFile] = {}
     for split in ("valid", "test"):
         for source in _find(getattr(options, split), split, options):
             if held_out.setdefault(source.path.resolve(), source).split != split:
                 raise OptionError("test", source.path, "the same file is given to --valid")
-    found = {}
+    found: dict[Path, SourceFile] = {}
     for source in _find(options.inputs, None, options):
         if source.path.resolve() not in held_out:
             found.setdefault(source.path.resolve(), source)
     if not found:
-        raise OptionError("INPUT", " ".join(options.inputs),
-                          "all its files are given to --valid or --test; none is left for "
-                          "training")
+        fault = "all its files are given to --valid or --test; none is left for training"
+        raise OptionError("INPUT", " ".join(options.inputs), fault)
     return [*found.values(), *held_out.values()]
 
 
@@ -73,7 +69,7 @@ def inputs_difference(
         entry = recorded[read] if read < len(recorded) else None
         if entry is None or (entry["split"], entry["name"]) != (source.split, source.name):
             continue
-        if entry["bytes"] != source.bytes or entry["sha256"] != source.sha256():
+        if entry["bytes"] != source.bytes or entry["sha256"] != sha256(source.path):
             return f"{source.name} has changed"
         read += 1
     if read < len(recorded):
@@ -90,53 +86,41 @@ def _find(
     suffixes = {*SUFFIXES, *options.text_suffix}
     for given in inputs:
         root = Path(given)
-        if root.is_file():
-            if root.suffix not in suffixes:
-                raise OptionError(name, given, _unknown(Counter([root.suffix]), suffixes))
-            yield SourceFile(root, _printable(root.name), root.stat().st_size, split)
-        elif root.is_dir():
-            label = Path(os.path.abspath(root)).name
-            files = sorted(_walk(root, options.exclude), key=lambda file: file.as_posix())
-            chosen = [file for file in files if file.suffix in suffixes]
-            if not chosen:
-                raise OptionError(name, given,
-                                  _unknown(Counter(file.suffix for file in files), suffixes))
-            for file in chosen:
-                yield SourceFile(root / file, _printable(f"{label}/{file.as_posix()}"),
-                                 (root / file).stat().st_size, split)
-        else:
+        if not root.is_file() and not root.is_dir():
             raise OptionError(name, given, "no such file or folder")
-
-
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+        files = [Path()] if root.is_file() else list(_walk(root, options.exclude))
+        label = Path(os.path.abspath(root))
+        chosen = [file for file in files if (root / file).suffix in suffixes]
+        if not chosen:
+            raise OptionError(name, given, _unknown([(root / f).suffix for f in files], suffixes))
+        for file in sorted(chosen, key=Path.as_posix):
+            relative = (label / file).relative_to(label.parent).as_posix()
+            printable = os.fsencode(relative).decode("utf-8", "backslashreplace")
+            yield SourceFile(root / file, printable, (root / file).stat().st_size, split)
 
 
 def _walk(root: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
     """The files under `root`, relative to it."""
     for folder, folders, files in os.walk(root):
         here = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders
-                      if _wanted(here / name, exclude)
-                      and not os.path.exists(os.path.join(folder, name, CARD))]
-        for name in files:
-            if _wanted(here / name, exclude) and os.path.isfile(os.path.join(folder, name)):
-                yield here / name
+        folders[:] = (name for name in folders if _wanted(here / name, exclude)
+                      and not Path(folder, name, CARD).exists())
+        yield from (here / name for name in files if _wanted(here / name, exclude)
+                    and Path(folder, name).is_file())
 
 
 def _wanted(path: Path, exclude: tuple[str, ...]) -> bool:
+    names = path.name, path.as_posix()
     return not path.name.startswith(".") and not any(
-        fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(path.as_posix(), pattern)
-        for pattern in exclude
-    )
+        fnmatch.filter(names, pattern) for pattern in exclude)
 
 
-def _unknown(found: Counter[str], known: Iterable[str]) -> str:
-    known = ", ".join(sorted(known))
+def _unknown(found: list[str], suffixes: Iterable[str]) -> str:
+    known, counts = ", ".join(sorted(suffixes)), Counter(found)
     if not found:
         return f"contains no files; supported are {known}"
-    common = [suffix for suffix, _ in found.most_common(5)]
-    listed = ", ".join(f"{found[suffix]} {suffix or 'without suffix'}" for suffix in common)
+    common = counts.most_common(5)
+    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in common)
     remedy = next((f"; --text-suffix {suffix} reads them as plain text"
-                   for suffix in common if suffix), "")
+                   for suffix, _ in common if suffix), "")
     return f"contains {listed}; supported are {known}{remedy}"

@@ -1,22 +1,24 @@
 """Staging: divide the text of all inputs into splits, and each split into independent shards.
 
 A shard is a file with one passage per line: the JSON list [text, ends_document] in ASCII, so that
-fairseq's line reader cannot mistake a character of the text for the end of a line.
+no character of the text can be mistaken for the end of a line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.documents import Passage, read_documents
 from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.readers import Advance
-from evomoe_plugin.data.sources import SourceFile
+from evomoe_plugin.data.sources import SourceFile, sha256
 from evomoe_plugin.data.splits import SPLITS, Splitter
 
 SHARD_BYTES = 2 << 20
@@ -56,21 +58,15 @@ class Staged:
         return cls(**values)
 
 
-def shard_prefix(work: Path, split: str, number: int) -> Path:
-    return work / f"{split}-{number:06d}"
-
-
 def passages_path(prefix: Path) -> Path:
     return prefix.with_suffix(".passages")
 
 
 def shard_prefixes(work: Path, split: str, staged: Staged) -> list[Path]:
-    return [shard_prefix(work, split, number) for number in range(staged.splits[split].shards)]
+    return [work / f"{split}-{number:06d}" for number in range(staged.splits[split].shards)]
 
 
-def read_passages(
-    prefix: Path, wanted: Callable[[], bool] = lambda: True
-) -> Iterator[Passage]:
+def read_passages(prefix: Path, wanted: Callable[[], bool] = lambda: True) -> Iterator[Passage]:
     """The passages of a shard for which `wanted()` is true; others are not parsed."""
     with open(passages_path(prefix), encoding="ascii") as lines:
         for line in lines:
@@ -87,10 +83,9 @@ def stage(
     """
     splitter = Splitter(options.seed, options.fractions)
     staged = _Stager(options, splitter, work, advance).run(sources)
-    if any(not staged.splits[split].documents for split in ("train", *options.fractions)):
-        ranked = splitter.ranked()
-        if ranked is not None:
-            staged = _Stager(options, ranked, work, lambda _: None).run(sources)
+    empty = any(not staged.splits[split].documents for split in ("train", *options.fractions))
+    if empty and (ranked := splitter.ranked()):
+        staged = _Stager(options, ranked, work, lambda _: None).run(sources)
     _check_no_split_is_empty(staged, options)
     return staged
 
@@ -100,7 +95,7 @@ class _Stager:
         self, options: PrepareOptions, splitter: Splitter, work: Path, advance: Advance
     ):
         self.options, self.splitter, self.advance = options, splitter, advance
-        self.left = options.max_bytes  # remaining bytes of the INPUTs
+        self.left = math.inf if options.max_bytes is None else options.max_bytes  # of the INPUTs
         self.staged = Staged()
         self.shards = {split: _ShardWriter(work, split, self.staged.splits[split])
                        for split in SPLITS}
@@ -108,11 +103,11 @@ class _Stager:
     def run(self, sources: list[SourceFile]) -> Staged:
         try:
             for source in sources:
-                if source.split is None and self.left == 0:
+                if source.split is None and not self.left:
                     self.staged.files_not_read += 1
                     continue
                 self.staged.inputs.append({"name": source.name, "split": source.split,
-                                           "bytes": source.bytes, "sha256": source.sha256()})
+                                           "bytes": source.bytes, "sha256": sha256(source.path)})
                 self._stage_documents(source)
         finally:
             for shard in self.shards.values():
@@ -125,15 +120,14 @@ class _Stager:
             if split is None and passage.ends_document and not passage.text.strip():
                 self.staged.empty_documents += 1
                 continue
-            starts = split is None
-            if starts:
-                split = source.split or self.splitter.split_of(passage.text)
-            if source.split is None and self.left is not None:
+            starts, at_limit = split is None, False
+            split = split or source.split or self.splitter.split_of(passage.text)
+            if source.split is None:
                 passage = self._within_limit(passage)
-                if self.left == 0 and starts and not passage.text.strip():
-                    return
-            self.shards[split].write(passage, starts)
-            if source.split is None and self.left == 0:
+                at_limit = not self.left
+            if not (at_limit and starts) or passage.text.strip():
+                self.shards[split].write(passage, starts)
+            if at_limit:
                 return
             if passage.ends_document:
                 split = None
@@ -142,22 +136,23 @@ class _Stager:
         """The passage, cut at `--max-bytes`, where its document then ends."""
         text = passage.text.encode()
         if len(text) > self.left:
-            text = text[:text.rfind(b"\n", 0, self.left) + 1 or self.left]
+            limit = int(self.left)
+            text = text[:text.rfind(b"\n", 0, limit) + 1 or limit]
             self.left = 0
         else:
             self.left -= len(text)
-        return Passage(text.decode("utf-8", "ignore"), passage.ends_document or self.left == 0)
+        return Passage(text.decode("utf-8", "ignore"), passage.ends_document or not self.left)
 
 
 class _ShardWriter:
     def __init__(self, work: Path, split: str, counts: StagedSplit):
         self.work, self.split, self.counts = work, split, counts
-        self.stream = None
+        self.stream: TextIO | None = None
 
     def write(self, passage: Passage, starts_document: bool) -> None:
         if self.stream is None:
-            prefix = shard_prefix(self.work, self.split, self.counts.shards)
-            self.stream = open(passages_path(prefix), "w", encoding="ascii")
+            path = passages_path(self.work / f"{self.split}-{self.counts.shards:06d}")
+            self.stream = open(path, "w", encoding="ascii")
             self.counts.shards += 1
         self.stream.write(json.dumps(passage) + "\n")
         self.counts.passages += 1
@@ -173,22 +168,16 @@ class _ShardWriter:
 
 
 def _check_no_split_is_empty(staged: Staged, options: PrepareOptions) -> None:
-    counts = {split: staged.splits[split].documents for split in SPLITS}
-    for split in SPLITS:
-        if counts[split]:
-            continue
-        if split != "train" and getattr(options, split):
-            raise OptionError(split, " ".join(getattr(options, split)), "contains no text")
-        total = sum(counts[name] for name in ("train", *options.fractions))
+    wanted, inputs = ("train", *options.fractions), " ".join(options.inputs)
+    total = sum(staged.splits[split].documents for split in wanted)
+    for split in (split for split in SPLITS if not staged.splits[split].documents):
+        if given := getattr(options, split, ()):
+            raise OptionError(split, " ".join(given), "contains no text")
         if not total:
-            raise OptionError("INPUT", " ".join(options.inputs), "contains no text")
-        wanted = ", ".join(("train", *options.fractions))
-        if total <= 1000:
-            raise OptionError(
-                "INPUT", " ".join(options.inputs),
-                f"has too few distinct documents ({total}) for {wanted}; "
-                "--documents-by blank-line splits text files further, --valid and --test "
-                "name separate files",
-            )
-        raise OptionError(f"{split}_fraction", options.fractions.get(split),
-                          f"none of {total} documents fell into {split}; choose a larger fraction")
+            raise OptionError("INPUT", inputs, "contains no text")
+        if total > 1000:
+            fault = f"none of {total} documents fell into {split}; choose a larger fraction"
+            raise OptionError(f"{split}_fraction", options.fractions.get(split), fault)
+        fault = f"has too few distinct documents ({total}) for {', '.join(wanted)}"
+        raise OptionError("INPUT", inputs, f"{fault}; --documents-by blank-line splits text files "
+                          "further, --valid and --test name separate files")

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from evomoe_plugin.config.errors import OptionError
 
@@ -27,7 +27,7 @@ _GPT2_CACHED_WORDS = 200_000
 class Tokenizer(Protocol):
     kind: str
     files: tuple[str, ...]
-    flags: tuple[str, ...]  # of fairseq-interactive and fairseq-generate; DATA is the folder
+    flags: str  # of fairseq-interactive and fairseq-generate; DATA is the folder
     tokens: list[str | None]  # by id; None: an id that no text is encoded to
     lossless: bool  # decoding the ids of any text gives exactly this text
 
@@ -44,7 +44,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return GPT2Tokenizer(folder / GPT2_ENCODER, folder / GPT2_MERGES)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. Tokens are its pieces, as in fairseq's own `--bpe sentencepiece`.
 
     Whitespace inside a piece, which would break fairseq's dictionary and its line tokenizer, is
@@ -53,7 +53,7 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
     files = (SENTENCEPIECE_MODEL,)
-    flags = ("--bpe", "sentencepiece", "--sentencepiece-model", f"DATA/{SENTENCEPIECE_MODEL}")
+    flags = f"--bpe sentencepiece --sentencepiece-model DATA/{SENTENCEPIECE_MODEL}"
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -65,8 +65,7 @@ class SentencePieceTokenizer:
         self.tokens = [self._token(i) for i in range(self._model.get_piece_size())]
         _check_tokens("sentencepiece_model", path, self.tokens)
         self.encoded_apart = self._encoded_apart()
-        divider = f"([{''.join(self.encoded_apart)}])"
-        self._divider = re.compile(divider) if self.encoded_apart else None
+        self._divider = f"([{''.join(self.encoded_apart)}])"
         self.lossless = self.decode(self.encode(_PROBE)) == _PROBE
 
     def _token(self, piece_id: int) -> str | None:
@@ -83,9 +82,8 @@ class SentencePieceTokenizer:
         spaces at the ends.
         """
         model = self._model
-        if model.encode("a", out_type=str)[0].startswith(SPACE):
-            return {}
-        if model.decode(model.encode(" a ")) != " a ":
+        adds_space = model.encode("a", out_type=str)[0].startswith(SPACE)
+        if adds_space or model.decode(model.encode(" a ")) != " a ":
             return {}
         apart = {SPACE: [model.piece_to_id(_as_bytes(SPACE)[i:i + 6]) for i in (0, 6, 12)]}
         if not any("\n" in model.id_to_piece(i) for i in range(len(self.tokens))):
@@ -93,10 +91,8 @@ class SentencePieceTokenizer:
         return {c: ids for c, ids in apart.items() if all(model.is_byte(i) for i in ids)}
 
     def encode(self, text: str) -> list[int]:
-        if self._divider is None:
-            return self._model.encode(text)
         ids: list[int] = []
-        for part in self._divider.split(text):
+        for part in re.split(self._divider, text) if self.encoded_apart else [text]:
             ids += self.encoded_apart.get(part) or self._model.encode(part)
         return ids
 
@@ -104,15 +100,14 @@ class SentencePieceTokenizer:
         return self._model.decode(list(ids))
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, with fairseq's encoder. Tokens are the ids in decimal, as in
     fairseq's own `--bpe gpt2`."""
 
     kind = "gpt2"
     files = (GPT2_ENCODER, GPT2_MERGES)
-    flags = ("--bpe", "gpt2", "--gpt2-encoder-json", f"DATA/{GPT2_ENCODER}",
-             "--gpt2-vocab-bpe", f"DATA/{GPT2_MERGES}")
-    lossless: ClassVar[bool] = True
+    flags = "--bpe gpt2 --gpt2-encoder-json DATA/encoder.json --gpt2-vocab-bpe DATA/vocab.bpe"
+    lossless = True
 
     def __init__(self, encoder: Path, merges: Path):
         from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
@@ -121,18 +116,15 @@ class GPT2Tokenizer:
             self._bpe = get_encoder(str(encoder), str(merges))
             ids = set(self._bpe.encoder.values())
             self.tokens = [str(i) if i in ids else None for i in range(max(ids) + 1)]
-            missing = [token for token in self._needed() if token not in self._bpe.encoder]
+            # Every token that the encoder can produce: the bytes and the results of the merges.
+            needed = [*self._bpe.byte_encoder.values(), *map("".join, self._bpe.bpe_ranks)]
+            missing = [token for token in needed if token not in self._bpe.encoder]
         except (ValueError, TypeError, AttributeError) as error:
-            raise OptionError("gpt2_bpe", encoder, f"not GPT-2's encoder.json and vocab.bpe "
-                              f"(in this order): {error}") from None
+            fault = f"not GPT-2's encoder.json and vocab.bpe (in this order): {error}"
+            raise OptionError("gpt2_bpe", encoder, fault) from None
         if missing:
-            raise OptionError("gpt2_bpe", encoder,
-                              f"has no entry {missing[0]!r}, which {merges} needs; the two files "
-                              "must match")
-
-    def _needed(self) -> list[str]:
-        """Every token that the encoder can produce: the bytes and the results of the merges."""
-        return [*self._bpe.byte_encoder.values(), *map("".join, self._bpe.bpe_ranks)]
+            fault = f"has no entry {missing[0]!r}, which {merges} needs: give files that match"
+            raise OptionError("gpt2_bpe", encoder, fault)
 
     def encode(self, text: str) -> list[int]:
         if len(self._bpe.cache) > _GPT2_CACHED_WORDS:  # fairseq never empties it
@@ -151,11 +143,16 @@ def _check_tokens(option: str, path: Path, tokens: list[str | None]) -> None:
     seen: set[str] = set()
     for token in filter(None, tokens):
         if token in SPECIAL_TOKENS:
-            raise OptionError(option, path, f"its piece {token!r} encodes text, and is also one of "
-                              "fairseq's special tokens; make it a control token of the model")
+            fault = f"its piece {token!r} encodes text, but is a special token of fairseq"
+            raise OptionError(option, path, f"{fault}; make it a control token of the model")
         if token in seen:
             raise OptionError(option, path, f"two of its pieces would be written {token!r}")
         seen.add(token)
+
+
+TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[GPT2Tokenizer]] = {
+    "sentencepiece_model": SentencePieceTokenizer, "gpt2_bpe": GPT2Tokenizer,
+}
 
 
 @functools.lru_cache(maxsize=1)

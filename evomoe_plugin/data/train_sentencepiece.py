@@ -79,9 +79,7 @@ def _sample(shards: list[Path], share: float, draw: random.Random) -> Iterator[s
 
 def _remedy(error: str) -> str:
     if match := re.search(r"too high .* value <= (\d+)", error):
-        return (f"the training text supports at most {int(match[1]) + _EXTRA_ROWS}; "
-                "choose at most this, or give more text")
+        return f"the training text supports at most {int(match[1]) + _EXTRA_ROWS}; choose less"
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return (f"the characters of the training text need at least {int(match[1]) + _EXTRA_ROWS}; "
-                "choose more")
+        return f"its characters need at least {int(match[1]) + _EXTRA_ROWS}; choose more"
     return f"SentencePiece cannot train on this text: {error}"

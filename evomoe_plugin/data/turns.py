@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evomoe_plugin.config.errors import OptionError
 
 ROLES = ("system", "user", "assistant")
+RESPONSES = ("response", "assistant")
 PLACE = "{}"
 
 
@@ -18,13 +19,11 @@ class BadLine(ValueError):
     """Describes what is wrong with a line."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A stretch of text."""
+class Turn(NamedTuple):
+    """A stretch of text; a target is a response, trained on and ended by an end-of-sentence."""
 
     text: str
     is_target: bool
-    """Whether it is a response, which is trained on and ends with an end-of-sentence."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,19 @@ class Templates:
         """Raises OptionError for a template that does not contain `{}` exactly once."""
         for role, template in vars(self).items():
             if template.count(PLACE) != 1:
-                raise OptionError(f"{role}_template", repr(template),
-                                  "give a text that contains {} once, in the place of the content")
+                fault = "give a text that contains {} once, in the place of the content"
+                raise OptionError(f"{role}_template", repr(template), fault)
 
-    def context(self, role: str, content: str) -> list[Turn]:
-        """A content that is not trained on."""
-        before, after = self._around(role)
-        return [Turn(before + content + after, False)]
-
-    def target(self, role: str, content: str) -> list[Turn]:
-        """A content that is trained on."""
-        before, after = self._around(role)
+    def turns(self, role: str, content: str, name: str) -> list[Turn]:
+        """A content in its template. Raises BadLine, with `name`, for an empty response."""
+        template = getattr(self, role).replace("\\n", "\n").replace("\\t", "\t")
+        before, after = template.split(PLACE)
+        if role not in RESPONSES:
+            return [Turn(before + content + after, False)]
+        if not content.strip():
+            raise BadLine(f"{name} is empty, so there is nothing to train on")
         label = before.rstrip()
         return [Turn(label, False), Turn(before[len(label):] + content + after, True)]
-
-    def _around(self, role: str) -> list[str]:
-        template = getattr(self, role).replace("\\n", "\n").replace("\\t", "\t")
-        return template.split(PLACE)
 
 
 def read_turns(path: Path, templates: Templates) -> Iterator[tuple[int, list[Turn]]]:
@@ -107,9 +102,8 @@ def _parse(line: bytes, templates: Templates) -> list[Turn]:
     if not isinstance(record, dict):
         raise BadLine(f"is not an object but {_kind(record)}")
     if "messages" not in record:
-        prompt, response = (_text(record, name, "") for name in ("prompt", "response"))
-        _check_response(response, "response")
-        return templates.context("prompt", prompt) + templates.target("response", response)
+        texts = {name: _text(record, name, "") for name in ("prompt", "response")}
+        return [turn for name, text in texts.items() for turn in templates.turns(name, text, name)]
     if "prompt" in record or "response" in record:
         raise BadLine("has messages and a prompt or response")
     return _chat(record["messages"], templates)
@@ -119,7 +113,6 @@ def _chat(messages: Any, templates: Templates) -> list[Turn]:
     if not isinstance(messages, list):
         raise BadLine(f"messages is not a list but {_kind(messages)}")
     turns: list[Turn] = []
-    roles = set()
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, dict):
@@ -127,13 +120,8 @@ def _chat(messages: Any, templates: Templates) -> list[Turn]:
         role, content = (_text(message, name, f" of {where}") for name in ("role", "content"))
         if role not in ROLES:
             raise BadLine(f"role {role!r} of {where} is none of: {', '.join(ROLES)}")
-        roles.add(role)
-        if role == "assistant":
-            _check_response(content, f"content of {where}")
-            turns += templates.target(role, content)
-        else:
-            turns += templates.context(role, content)
-    if "assistant" not in roles:
+        turns += templates.turns(role, content, f"content of {where}")
+    if not any(turn.is_target for turn in turns):
         raise BadLine("has no assistant message, so there is nothing to train on")
     return turns
 
@@ -150,23 +138,15 @@ def _text(record: dict, name: str, where: str) -> str:
     return text
 
 
-def _check_response(text: str, name: str) -> None:
-    if not text.strip():
-        raise BadLine(f"{name} is empty, so there is nothing to train on")
-
-
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false",
-             type(None): "null"}
-    return names.get(type(value), "a number")
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
 
 
 def _merge_context(turns: list[Turn]) -> list[Turn]:
     """Join adjacent context turns, drop empty turns, and end with a target."""
     merged: list[Turn] = []
-    for turn in turns:
-        if not turn.text:
-            continue
+    for turn in (turn for turn in turns if turn.text):
         if merged and not merged[-1].is_target and not turn.is_target:
             turn = Turn(merged.pop().text + turn.text, False)
         merged.append(turn)

@@ -52,10 +52,8 @@ class Workers:
                     raise
                 self._tick()
             except BrokenProcessPool:
-                raise RunFailed(
-                    "a worker process was killed, possibly for lack of memory; "
-                    "reduce --workers"
-                ) from None
+                raise RunFailed("a worker process was killed, possibly for lack of memory; "
+                                "reduce --workers") from None
 
 
 def _start() -> None:
@@ -67,5 +65,6 @@ def _start() -> None:
 
 def _end_with_parent() -> None:
     # A killed parent does not close its queue: workers would wait forever.
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,18 +49,15 @@ class TrainingLog:
             return None
         name, record = found
         if name:
-            _append(self.summaries.setdefault(name, []), record)
+            _drop_from(self.summaries.setdefault(name, []), record.update)
+            self.summaries[name].append(record)
             return None
         if self.intervals and record.update <= self.intervals[-1].update:
             for records in self.summaries.values():
                 _drop_from(records, record.update)
-        _append(self.intervals, record)
+        _drop_from(self.intervals, record.update)
+        self.intervals.append(record)
         return record
-
-
-def _append(records: list[Record], record: Record) -> None:
-    _drop_from(records, record.update)
-    records.append(record)
 
 
 def _drop_from(records: list[Record], update: int) -> None:
@@ -82,11 +80,9 @@ def _parse(line: str) -> tuple[str, Record] | None:
         return None
     values = {}
     for key, value in logged.items():
-        if key.startswith(prefix):
-            try:
+        with contextlib.suppress(TypeError, ValueError):  # a list, or "None"
+            if key.startswith(prefix):
                 values[key.removeprefix(prefix)] = float(value)
-            except (TypeError, ValueError):  # a list, or "None"
-                continue
     update = values.pop(_COUNT, None)
     return None if update is None else (prefix.removesuffix("_"), Record(int(update), values))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from evomoe_plugin.metrics.log import Record, TrainingLog
@@ -74,28 +73,16 @@ def _phase(log: TrainingLog, records: list[Record]) -> Phase | None:
         key=lambda record: record.update,
     )
     seconds = dict(zip(*seconds_per_update(log), strict=True))
+    measured = [seconds[r.update] for r in near if r.update in seconds]
+    mflops = [r.values["mflops_per_token"] for r in near if "mflops_per_token" in r.values]
+    before = [r.update for r in log.intervals if r.update < near[0].update]
     return Phase(
-        first_update=_start(log, near[0]) + 1,
+        first_update=max(before, default=0) + 1,
         last_update=near[-1].update,
         experts_per_token=statistics.fmean(r.values[EXPERTS] for r in near),
-        mflops_per_token=_mean([r.values.get("mflops_per_token") for r in near]),
-        seconds_per_update=_median([seconds.get(r.update) for r in near]),
+        mflops_per_token=statistics.fmean(mflops) if mflops else None,
+        seconds_per_update=statistics.median(measured) if measured else None,
     )
-
-
-def _start(log: TrainingLog, record: Record) -> int:
-    """The update at which the interval of `record` begins."""
-    return max((r.update for r in log.intervals if r.update < record.update), default=0)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _median(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def annealing_end(log: TrainingLog) -> int | None:
@@ -103,20 +90,16 @@ def annealing_end(log: TrainingLog) -> int | None:
 
     Exact if a log interval begins there, otherwise the beginning of the next interval.
     """
-    return _constant_from(log, "temperature", lambda value, last: value == last)
+    return _constant_from(*log.series("temperature"))
 
 
 def top1_start(log: TrainingLog) -> int | None:
     """The update from which each token has one expert; None if that is not reached."""
-    return _constant_from(log, EXPERTS, lambda value, last: value == 1.0)
+    updates, values = log.series(EXPERTS)
+    return _constant_from(updates, values) if values and values[-1] == 1.0 else None
 
 
-def _constant_from(
-    log: TrainingLog, metric: str, holds: Callable[[float, float], bool]
-) -> int | None:
-    updates, values = log.series(metric)
-    steady = list(itertools.takewhile(lambda v: holds(v, values[-1]), reversed(values)))
+def _constant_from(updates: list[int], values: list[float]) -> int | None:
+    steady = len(list(itertools.takewhile(lambda value: value == values[-1], reversed(values))))
     # A single interval is not enough: the last value always equals itself.
-    if len(steady) < 2 or len(steady) == len(values):
-        return None
-    return updates[len(values) - len(steady) - 1]
+    return updates[-steady - 1] if 2 <= steady < len(values) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from evomoe_plugin.metrics.phases import annealing_end, spawn_update, top1_start
 
 _COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#444444")
 _GREY = "#6b6b6b"
+_EVENTS = {spawn_update: "experts spawned", annealing_end: "annealing ends",
+           top1_start: "top-1 starts"}
 
 
 def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -> None:
@@ -40,27 +43,29 @@ def _figure(out: Path) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise OptionError("out", out, "plotting needs matplotlib: pip install matplotlib") from None
+        raise OptionError("out", out, "needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
     kinds = sorted(figure.canvas.get_supported_filetypes())
     if out.suffix[1:].lower() not in kinds:
-        raise OptionError("out", out, "use a suffix among " + ", ".join(f".{k}" for k in kinds))
+        raise OptionError("out", out, f"use a suffix among .{', .'.join(kinds)}")
     if not out.absolute().parent.is_dir():
         raise OptionError("out", out, f"no such folder: {out.absolute().parent}")
     return figure
 
 
 def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
-    drawn = [panel for panel in panels.PANELS if any(panel.applies(log) for log in logs)]
+    drawn = [panel for panel in panels.PANELS if any(panel.series(log)[0] for log in logs)]
     grid = figure.subplots(math.ceil(len(drawn) / 2), min(len(drawn), 2), squeeze=False).flat
     for axes in grid[len(drawn):]:
         axes.remove()
     last = max(log.intervals[-1].update for log in logs)
     for panel, axes in zip(drawn, grid, strict=False):
-        _style_axes(axes, last)
-        for number, log in enumerate(logs):
-            colour = _COLOURS[number % len(_COLOURS)]
-            panel.draw(axes, log, panels.Style(colour, smoothing, log.name if logs[1:] else ""))
+        axes.set(xlabel="updates", ylabel=panel.label, xlim=(0, 1.01 * last), axisbelow=True)
+        axes.grid(True, color="#e8e8e8", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        for log, colour in zip(logs, itertools.cycle(_COLOURS), strict=False):
+            style = panels.Style(colour, smoothing, log.name if logs[1:] else "")
+            panel.draw(axes, log, style)
         panel.finish(axes, logs)
         if len(logs) == 1:
             _mark_events(axes, logs[0], named=panel is drawn[0])
@@ -68,23 +73,12 @@ def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
 
 
-def _style_axes(axes: Any, last_update: int) -> None:
-    axes.set_xlabel("updates")
-    axes.set_xlim(0, 1.01 * last_update)
-    axes.grid(True, color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _mark_events(axes: Any, log: TrainingLog, named: bool) -> None:
     """Vertical lines at the spawn, the end of annealing and the start of top-1 routing."""
-    marks: dict[int, list[str]] = {}
-    for update, text in ((spawn_update(log), "experts spawned"),
-                         (annealing_end(log), "annealing ends"),
-                         (top1_start(log), "top-1 starts")):
-        if update is not None:
-            marks.setdefault(update, []).append(text)
+    marks: dict[int | None, list[str]] = {}
+    for find, text in _EVENTS.items():
+        marks.setdefault(find(log), []).append(text)
+    marks.pop(None, None)
     for update, texts in marks.items():
         axes.axvline(update, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         if named:

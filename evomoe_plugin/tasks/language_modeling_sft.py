@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,54 +24,35 @@ from evomoe_plugin.models.decoder import MoEDecoder
 logger = logging.getLogger(__name__)
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class LanguageModelingSFTConfig(FairseqDataclass):
     """`data` is positional on the command line."""
 
-    data: Optional[str] = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl and valid.jsonl, and dict.txt and the tokenizer "
-                          "that the model was trained with"},
-    )
-    tokens_per_sample: int = field(
-        default=1024,
-        metadata={"help": "maximum tokens of an example, or of a row with --pack-examples; in "
-                          "longer examples the prompt is cut from the left, then the response "
-                          "from the right"},
-    )
-    max_target_positions: Optional[int] = field(
-        default=None,
-        metadata={"help": "positions of the model (default: --tokens-per-sample)"},
-    )
-    add_bos_token: bool = field(default=False, metadata={"help": "not supported"})
-    train_on_prompt: bool = field(
-        default=False, metadata={"help": "train on prompt tokens too"}
-    )
-    pack_examples: bool = field(
-        default=False,
-        metadata={"help": "put several examples into a row; they do not attend to each other"},
-    )
-    moe_aux_balance_weight: float = field(
-        default=1.0,
-        metadata={"help": "weight of response tokens in the gates' auxiliary losses; prompt "
-                          "tokens have weight 1"},
-    )
-    prompt_template: str = field(
-        default=Templates.prompt, metadata={"help": "text around prompts; {} is the prompt"}
-    )
-    response_template: str = field(
-        default=Templates.response, metadata={"help": "text around responses"}
-    )
-    system_template: str = field(
-        default=Templates.system, metadata={"help": "text around a chat's system messages"}
-    )
-    user_template: str = field(
-        default=Templates.user, metadata={"help": "text around a chat's user messages"}
-    )
-    assistant_template: str = field(
-        default=Templates.assistant,
-        metadata={"help": "text around a chat's responses; text before {} is not trained on"},
-    )
+    data: Optional[str] = _option(
+        None, "folder with train.jsonl and valid.jsonl, and dict.txt and the tokenizer that the "
+              "model was trained with")
+    tokens_per_sample: int = _option(
+        1024, "maximum tokens of an example, or of a row with --pack-examples; in longer examples "
+              "the prompt is cut from the left, then the response from the right")
+    max_target_positions: Optional[int] = _option(
+        None, "positions of the model (default: --tokens-per-sample)")
+    add_bos_token: bool = _option(False, "not supported")
+    train_on_prompt: bool = _option(False, "train on prompt tokens too")
+    pack_examples: bool = _option(
+        False, "put several examples into a row; they do not attend to each other")
+    moe_aux_balance_weight: float = _option(
+        1.0, "weight of response tokens in the gates' auxiliary losses; prompt tokens have 1")
+    prompt_template: str = _option(Templates.prompt, "text around prompts; {} is the prompt")
+    response_template: str = _option(Templates.response, "text around responses")
+    system_template: str = _option(Templates.system, "text around a chat's system messages")
+    user_template: str = _option(Templates.user, "text around a chat's user messages")
+    assistant_template: str = _option(
+        Templates.assistant,
+        "text around a chat's responses; text before {} is not trained on")
 
 
 @register_task("language_modeling_sft", dataclass=LanguageModelingSFTConfig)
@@ -101,18 +82,15 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             raise OptionError("tokens_per_sample", args.tokens_per_sample,
                               f"give at most --max-target-positions ({positions})")
         if args.add_bos_token:
-            raise OptionError("add_bos_token", True, "examples start with </s>, fairseq's start "
-                              "token for generation without it: omit it")
-        templates = Templates(*(getattr(args, f"{role}_template") for role in
-                                ("prompt", "response", "system", "user", "assistant")))
+            raise OptionError("add_bos_token", True, "examples start with </s>: omit it")
+        templates = Templates(*(getattr(args, f"{f.name}_template") for f in fields(Templates)))
         templates.validate()
         folder = Path(str(args.data))
         remedy = ("give a folder with train.jsonl, valid.jsonl, and dict.txt and the tokenizer "
                   "that the model was trained with")
-        if not folder.is_dir():
-            raise OptionError("DATA", args.data, f"no such folder; {remedy}")
-        if not (folder / "dict.txt").is_file():
-            raise OptionError("DATA", args.data, f"has no dict.txt; {remedy}")
+        for path, fault in ((folder, "no such folder"), (folder / "dict.txt", "has no dict.txt")):
+            if not path.exists():
+                raise OptionError("DATA", args.data, f"{fault}; {remedy}")
         dictionary = load_dictionary("DATA", folder / "dict.txt")
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         return cls(args, dictionary, Encoder(folder, dictionary), templates)
@@ -128,8 +106,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             for option in ("pack_examples", "moe_aux_balance_weight"):
                 value = getattr(self.args, option)
                 if value != getattr(LanguageModelingSFTConfig, option):
-                    raise OptionError(option, value,
-                                      "only MoE architectures support it: omit it")
+                    raise OptionError(option, value, "only MoE architectures support it: omit it")
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
@@ -183,16 +160,14 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             OptionError: rows have several examples, or prompts are targets too.
         """
         if "segments" in sample["net_input"]:
-            raise OptionError("pack_examples", True,
-                              "generation needs one prompt per row: omit it")
+            raise OptionError("pack_examples", True, "generation needs one prompt per row: omit it")
         if sample.get("target") is not None and prefix_tokens is None:
             sample = {**sample, "net_input": self._prompts(sample)}
         return super().inference_step(generator, models, sample, prefix_tokens, constraints)
 
     def _prompts(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         if self.args.train_on_prompt:
-            raise OptionError("train_on_prompt", True,
-                              "there are no prompts to continue with it: omit it")
+            raise OptionError("train_on_prompt", True, "no prompts to continue: omit it")
         pad = self.dictionary.pad()
         # The input at the first target is the prompt's last token.
         lengths = (sample["target"] != pad).int().argmax(1) + 1

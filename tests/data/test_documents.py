@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from evomoe_plugin.data import documents, readers
 from evomoe_plugin.data.documents import (
     _between_blank_lines,
-    _each_record,
     _from_starts,
+    _passages,
     read_documents,
 )
 from evomoe_plugin.data.options import PrepareOptions
@@ -79,7 +79,7 @@ FRAGMENTS = st.lists(
 def test_passages_are_short_and_hold_all_text(fragments, limit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PASSAGE_CHARS", limit)
-        passages = list(_each_record(iter(fragments)))
+        passages = list(_passages(fragments))
     assert all(0 < len(p.text) <= limit or p.ends_document for p in passages)
     assert joined(passages) == joined(fragments)
 
@@ -93,21 +93,21 @@ def test_blank_lines_divide_as_a_regular_expression_does(lines, limit, width):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PASSAGE_CHARS", limit)
-        got = joined(_between_blank_lines(iter(fragments)))
+        got = joined(_passages(_between_blank_lines(fragments)))
     paragraphs = re.split(r"(?m)^[ \t]*$", "\n".join(lines))
     assert got == [p.strip("\n") for p in paragraphs if p.strip()]
 
 
 def test_starts_join_what_stands_between():
     rows = ["x", "= a", "b", "= c", "= d"]
-    got = joined(_from_starts(iter(Fragment(r, True) for r in rows), re.compile("^= ")))
+    got = joined(_from_starts([Fragment(r, True) for r in rows], re.compile("^= ")))
     assert got == ["x", "= a\nb", "= c", "= d"]
-    assert joined(_from_starts(iter([]), re.compile("a"))) == []
+    assert joined(_from_starts([], re.compile("a"))) == []
 
 
 def test_a_passage_is_cut_after_a_line(monkeypatch):
     monkeypatch.setattr(documents, "PASSAGE_CHARS", 10)
     text = "one\ntwo\nthree\n" + "x" * 25
-    assert [p.text for p in _each_record(iter([Fragment(text, True)]))] == [
+    assert [p.text for p in _passages([Fragment(text, True)])] == [
         "one\ntwo\n", "three\n", "x" * 10, "x" * 10, "x" * 5,
     ]

@@ -141,7 +141,7 @@ def test_a_given_sentencepiece_model(make, trained, tmp_path):
     assert PreparedText(tmp_path / "out").tokenizer.lossless
 
 
-def test_unknown_tokens_are_counted_and_told(make, tmp_path, log):
+def test_unknown_tokens_are_counted_and_reported(make, tmp_path, log):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
