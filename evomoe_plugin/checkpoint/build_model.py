@@ -25,6 +25,10 @@ def report_config_faults(option: str, path: str) -> Iterator[None]:
     except (OptionError, RunFailed, OSError):
         raise
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError(option, path, "no model can be built from the options and weights that "
-                                        f"it holds ({message[:200]})") from error
+                                        f"it holds ({describe(error)})") from error
+
+
+def describe(error: Exception) -> str:
+    """Kind and message of an error, in one line of at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from evomoe_plugin.checkpoint import fsdp_shards
-from evomoe_plugin.checkpoint.expert_shards import ExpertShards, Manifest, manifest_of, merge
+from evomoe_plugin.checkpoint.expert_shards import (
+    MODEL,
+    ExpertShards,
+    Manifest,
+    Whole,
+    manifest_of,
+    merge,
+)
 from evomoe_plugin.checkpoint.load import load_file
+from evomoe_plugin.checkpoint.reading import existing_file
+from evomoe_plugin.checkpoint.tensor_files import dtype_name
 from evomoe_plugin.config.errors import OptionError
 
 
@@ -37,11 +45,21 @@ class MainFile:
                 return None
         return found
 
+    def weights(self) -> dict[str, Whole]:
+        """Shapes and dtypes of parameters and buffers, those of all ranks' experts included."""
+        found = {name: Whole(list(value.shape), dtype_name(value.dtype))
+                 for name, value in self.state["model"].items()}
+        if self.manifest is not None:
+            found |= {name: self.manifest.tensors[f"{MODEL}/{name}"]
+                      for name in self.manifest.weights()}
+        return found
+
     def whole(self) -> dict[str, Any]:
         """The state with all experts in it, all of it in memory."""
         state = dict(self.state, model=copy.copy(self.state["model"]))
-        if state.get("last_optimizer_state"):
-            state["last_optimizer_state"] = dict(state["last_optimizer_state"])
+        optimizer = state.get("last_optimizer_state")
+        if optimizer:
+            state["last_optimizer_state"] = dict(optimizer, state=dict(optimizer["state"]))
         if self.manifest is not None:
             merge(state, ExpertShards(self.path, self.manifest))
         return state
@@ -60,11 +78,7 @@ def read_main_file(option: str, path: str) -> MainFile:
             return load_file(opened, map_location="cpu", mapped=True)
 
     try:
-        file = path
-        if not os.path.isfile(path):
-            file = fsdp_shards.shard_path(path, 0)
-        if not os.path.isfile(file):
-            raise OptionError(option, path, "there is no such file")
+        file = existing_file(option, path)
         is_shard = fsdp_shards.SHARD.search(file)
         state = fsdp_shards.consolidated(file, load) if is_shard else load(file)
         if not state.get("optimizer_history"):

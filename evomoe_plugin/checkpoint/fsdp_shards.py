@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,35 +47,33 @@ def consolidated(path: str, load: Callable[[str], dict]) -> dict:
     """
     first = load(shard_path(path, 0))
     count = world_size(first)
-    paths = [shard_path(path, rank) for rank in range(count)]
+    paths, name = [shard_path(path, rank) for rank in range(count)], SHARD.sub(".pt", path)
     for rank, shard in enumerate(paths):
         if not os.path.exists(shard):
-            raise OptionError("checkpoint", SHARD.sub(".pt", path),
-                              f"shard {rank} of {count} is missing: {shard}")
+            raise OptionError("checkpoint", name, f"shard {rank} of {count} is missing: {shard}")
     states = [first, *(load(shard) for shard in paths[1:])]
     updates = [state["optimizer_history"][-1]["num_updates"] for state in states]
     if len(set(updates)) > 1:
-        raise OptionError("checkpoint", SHARD.sub(".pt", path),
-                          "its shards are of different updates "
-                          f"({', '.join(map(str, updates))}): take an earlier checkpoint")
-    whole = dict(first)
-    whole["model"] = _model(states)
+        numbers = ", ".join(map(str, updates))
+        raise OptionError("checkpoint", name, f"its shards are of different updates ({numbers}): "
+                                              "take an earlier checkpoint")
+    whole = dict(first, model=_model(states))
     if first.get("last_optimizer_state"):
         whole["last_optimizer_state"] = _optimizer(states)
     return whole
 
 
 def _model(states: list[dict]) -> dict[str, torch.Tensor]:
-    first = states[0]["model"]
     weights: dict[str, torch.Tensor] = {}
-    flat = set()
-    for index, (path, key, parameter) in enumerate(flat_parameters(states[0])):
-        flat.add(key)
-        values = _split([state["model"][key] for state in states], states, index)
+    buffers = dict(states[0]["model"])  # not FSDP's, the same on all ranks
+    for shards in zip(*map(flat_parameters, states), strict=True):
+        path, key, parameter = shards[0]
+        del buffers[key]
+        values = _split([state["model"][key] for state in states], shards)
         for name, value in zip(parameter["names"], values, strict=True):
             weights[_join(path, name)] = value
-    # What is not FSDP's is the same on all ranks: persistent buffers.
-    weights.update((name, value) for name, value in first.items() if name not in flat)
+    weights.update(buffers)
+    # fairscale's `consolidate_shard_weights` does this for the last module alone.
     for module in states[0]["fsdp_metadata"]["param_metadata"]:
         for source, target in module["shared_param_info"]:
             path = module["fsdp_path"]
@@ -87,19 +84,19 @@ def _model(states: list[dict]) -> dict[str, torch.Tensor]:
 def _optimizer(states: list[dict]) -> dict[str, Any]:
     optimizers = [state["last_optimizer_state"] for state in states]
     whole = dict(optimizers[0], state={}, param_id_map={}, uncollected_local_ids=[])
-    ids = itertools.count()
-    for local, (_, key, parameter) in enumerate(flat_parameters(states[0])):
+    for local, shards in enumerate(zip(*map(flat_parameters, states), strict=True)):
+        _, key, parameter = shards[0]
         if not key.split(".")[-1].startswith("flat_param_"):
             raise OptionError("not_fsdp_flatten_parameters", "in the checkpoint",
                               "the optimizer's state cannot be consolidated: resume as it was "
                               "written, or with --reset-optimizer")
-        own = [next(ids) for _ in parameter["names"]]
+        first = len(whole["param_id_map"])
+        own = range(first, first + len(parameter["names"]))
         whole["param_id_map"].update(dict.fromkeys(own, local))
         for name, value in optimizers[0]["state"].get(local, {}).items():
+            values = [value] * len(own)
             if torch.is_tensor(value) and value.dim() > 0:
-                values = _split([o["state"][local][name] for o in optimizers], states, local)
-            else:
-                values = [value] * len(own)
+                values = _split([o["state"][local][name] for o in optimizers], shards)
             for i, part in zip(own, values, strict=True):
                 whole["state"].setdefault(i, {})[name] = part
     whole["param_groups"] = [
@@ -108,15 +105,15 @@ def _optimizer(states: list[dict]) -> dict[str, Any]:
     return whole
 
 
-def _split(shards: list[torch.Tensor], states: list[dict], index: int) -> list[torch.Tensor]:
-    """The parameters, or their moments, that the shards of a flat parameter hold together."""
-    pieces = []
-    for shard, state in zip(shards, states, strict=True):
-        _, _, parameter = next(itertools.islice(flat_parameters(state), index, None))
-        flat = shard.reshape(-1)
-        pieces.append(flat[: flat.numel() - parameter["padding"]])
-    whole = torch.cat(pieces).split(parameter["numels"])
-    return [part.view(shape) for part, shape in zip(whole, parameter["shapes"], strict=True)]
+def _split(
+    values: list[torch.Tensor], shards: Sequence[tuple[str, str, dict]]
+) -> list[torch.Tensor]:
+    """The parameters, or their moments, that all ranks' shards of a flat parameter hold."""
+    pieces = [value.reshape(-1)[: value.numel() - metadata["padding"]]
+              for value, (_, _, metadata) in zip(values, shards, strict=True)]
+    _, _, first = shards[0]
+    parts = torch.cat(pieces).split(first["numels"])
+    return [part.view(shape) for part, shape in zip(parts, first["shapes"], strict=True)]
 
 
 def _join(path: str, name: str) -> str:

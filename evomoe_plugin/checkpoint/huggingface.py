@@ -6,7 +6,6 @@ Architecture: GPT-2 (Radford et al., 2019) as in transformers' GPT2LMHeadModel.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,13 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.gpt2_config import CONFIG, GPT2Config, read_config, read_json
+from evomoe_plugin.checkpoint.gpt2_config import (
+    CONFIG,
+    GPT2Config,
+    misfit,
+    read_config,
+    read_json,
+)
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.masked_vocab_row import masked_vocab_row
 from evomoe_plugin.checkpoint.reading import plain_config
@@ -56,85 +61,79 @@ def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
         OptionError: files are missing or invalid, or fairseq cannot compute this model.
     """
     config = read_config(folder)
-    weights = _Weights(folder, _weights(folder))
+    weights = _Weights(folder)
     if dictionary is None:
-        dictionary = _dictionary_of_ids(config.vocab_size)
+        dictionary = Dictionary()
+        for n in range(config.vocab_size):
+            dictionary.add_symbol(str(n))
     rows_V = _rows(dictionary, config)
     model, has_masked_rows = _model(config, weights, rows_V)
     weights.check_all_taken()
-    cfg = _run_config(config)
-    return Imported(initial_checkpoint(cfg, model, criterion="CrossEntropyCriterion"), dictionary,
-                    has_masked_rows)
+    state = initial_checkpoint(_run_config(config), model, criterion="CrossEntropyCriterion")
+    return Imported(state, dictionary, has_masked_rows)
 
 
-def _weights(folder: str) -> dict[str, Tensor]:
+def _weight_files(folder: str) -> list[str]:
     if os.path.isfile(os.path.join(folder, INDEX)):
         named = read_json(folder, INDEX).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
-            raise OptionError("DIR", folder, f"its {INDEX} has no weight_map of file names")
-        parts = sorted(set(named.values()))
-        if any(os.path.basename(part) != part for part in parts):
-            raise OptionError("DIR", folder, f"its {INDEX} names files of other folders")
-    else:
-        parts = [WEIGHTS]
-        if not os.path.isfile(os.path.join(folder, WEIGHTS)):
-            raise OptionError("DIR", folder, f"has no {WEIGHTS}; pickled weights, which could run "
-                                             "a program, are not read: save the model again with "
-                                             "safe_serialization=True")
-    weights: dict[str, Tensor] = {}
-    for part in parts:
-        read = read_safetensors("DIR", os.path.join(folder, part))
-        if twice := sorted(weights.keys() & read.keys()):
-            raise OptionError("DIR", folder, f"two of its files have {twice[0]}")
-        weights.update(read)
-    return weights
+            raise misfit(folder, f"its {INDEX} has no weight_map of file names")
+        if any(os.path.basename(part) != part for part in named.values()):
+            raise misfit(folder, f"its {INDEX} names files of other folders")
+        return sorted(set(named.values()))
+    if not os.path.isfile(os.path.join(folder, WEIGHTS)):
+        raise misfit(folder, f"has no {WEIGHTS}; pickled weights, which could run a program, are "
+                             "not read: save the model again with safe_serialization=True")
+    return [WEIGHTS]
 
 
 class _Weights:
     """The tensors of the model; each may be taken once."""
 
-    def __init__(self, folder: str, weights: Mapping[str, Tensor]):
+    def __init__(self, folder: str):
         self._folder = folder
         self._left: dict[str, Tensor] = {}
-        for name, value in weights.items():
-            short = name.removeprefix("transformer.")
-            if short in self._left:
-                raise OptionError("DIR", folder, f"its weights have {short} twice, with and "
-                                                 "without transformer. before it")
-            if not name.endswith(_BUFFERS):
+        full_names: dict[str, str] = {}
+        for part in _weight_files(folder):
+            for name, value in read_safetensors("DIR", os.path.join(folder, part)).items():
+                short = name.removeprefix("transformer.")
+                other = full_names.setdefault(short, name)
+                if short in self._left:
+                    twice = f"its weights have {short} twice, with and without transformer. before"
+                    raise misfit(folder, f"two of its files have {name}" if other == name
+                                 else f"{twice} it")
                 self._left[short] = value
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor, fp32."""
         value = self._left.pop(name, None)
         if value is None:
-            raise OptionError("DIR", self._folder, f"its weights have no {name}")
+            raise misfit(self._folder, f"its weights have no {name}")
         if value.shape != shape:
-            raise OptionError("DIR", self._folder, f"{name} has the shape {tuple(value.shape)}, "
-                                                   f"where {CONFIG} says {shape}")
+            raise misfit(self._folder, f"{name} has the shape {tuple(value.shape)}, where {CONFIG} "
+                                       f"says {shape}")
         if value.dtype not in _FLOATS:
-            raise OptionError("DIR", self._folder, f"{name} is of the type {value.dtype}: give "
-                                                   "weights of 16 or 32 bits, not quantised ones")
+            raise misfit(self._folder, f"{name} is of the type {value.dtype}: give weights of 16 "
+                                       "or 32 bits, not quantised ones")
         return value.float()
 
-    def has(self, name: str) -> bool:
-        return name in self._left
+    def take_head(self, is_tied: bool, table: Tensor) -> Tensor:
+        """The output embedding, fp32; `table` is the input embedding."""
+        name = "lm_head.weight"
+        if is_tied and name not in self._left:
+            return table
+        head = self.take(name, *table.shape)
+        if is_tied and not torch.equal(head, table):
+            raise misfit(self._folder, f"its weights have {name} beside wte.weight, though "
+                                       f"{CONFIG} has tie_word_embeddings true: say false there, "
+                                       "or remove one")
+        return head
 
     def check_all_taken(self) -> None:
-        if self._left:
-            raise OptionError("DIR", self._folder,
-                              f"its weights have {sorted(self._left)[0]}, for which fairseq's "
-                              "transformer_lm has no place")
-
-    def misfit(self, remark: str) -> OptionError:
-        return OptionError("DIR", self._folder, remark)
-
-
-def _dictionary_of_ids(size: int) -> Dictionary:
-    dictionary = Dictionary()
-    for n in range(size):
-        dictionary.add_symbol(str(n))
-    return dictionary
+        left = sorted(name for name in self._left if not name.endswith(_BUFFERS))
+        if left:
+            raise misfit(self._folder, f"its weights have {left[0]}, for which fairseq's "
+                                       "transformer_lm has no place")
 
 
 _NO_TOKEN = -1
@@ -163,28 +162,25 @@ def _model(config: GPT2Config, weights: _Weights,
     positions = weights.take("wpe.weight", config.n_positions, D)
     model = {"decoder.version": torch.tensor([3.0])}
 
-    def put(name: str, source: str, *shape: int, transpose: bool = False) -> None:
-        value = weights.take(source, *shape)
-        model[f"decoder.{name}"] = value.t().contiguous() if transpose else value
+    def put(name: str, source: str, *shape: int) -> None:
+        # Conv1D weights are nn.Linear's transposed.
+        model[f"decoder.{name}.weight"] = weights.take(f"{source}.weight", *shape).t().contiguous()
+        model[f"decoder.{name}.bias"] = weights.take(f"{source}.bias", shape[-1])
 
     for n in range(config.n_layer):
         ours, theirs = f"layers.{n}", f"h.{n}"
-        for norm, ln in (("self_attn_layer_norm", "ln_1"), ("final_layer_norm", "ln_2")):
-            for kind in ("weight", "bias"):
-                put(f"{ours}.{norm}.{kind}", f"{theirs}.{ln}.{kind}", D)
-        # Conv1D weights are nn.Linear's transposed.
+        put(f"{ours}.self_attn_layer_norm", f"{theirs}.ln_1", D)
+        put(f"{ours}.final_layer_norm", f"{theirs}.ln_2", D)
         weight = weights.take(f"{theirs}.attn.c_attn.weight", D, 3 * D).t()
         bias = weights.take(f"{theirs}.attn.c_attn.bias", 3 * D)
         for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
             model[f"decoder.{ours}.self_attn.{part}_proj.weight"] = w.contiguous()
             model[f"decoder.{ours}.self_attn.{part}_proj.bias"] = b.clone()
-        for name, source, into, out in (("self_attn.out_proj", "attn.c_proj", D, D),
-                                        ("fc1", "mlp.c_fc", D, F), ("fc2", "mlp.c_proj", F, D)):
-            put(f"{ours}.{name}.weight", f"{theirs}.{source}.weight", into, out, transpose=True)
-            put(f"{ours}.{name}.bias", f"{theirs}.{source}.bias", out)
-    for kind in ("weight", "bias"):
-        put(f"layer_norm.{kind}", f"ln_f.{kind}", D)
-    head = _head(config, weights, table)
+        put(f"{ours}.self_attn.out_proj", f"{theirs}.attn.c_proj", D, D)
+        put(f"{ours}.fc1", f"{theirs}.mlp.c_fc", D, F)
+        put(f"{ours}.fc2", f"{theirs}.mlp.c_proj", F, D)
+    put("layer_norm", "ln_f", D)
+    head = weights.take_head(config.tie_word_embeddings, table)
     end, is_token_V1 = config.eos_token_id, (rows_V != _NO_TOKEN).unsqueeze(1)
     row_D = masked_vocab_row(model["decoder.layer_norm.weight"], model["decoder.layer_norm.bias"],
                          head[rows_V[rows_V != _NO_TOKEN]])
@@ -198,34 +194,20 @@ def _model(config: GPT2Config, weights: _Weights,
     return model, row_D is not None
 
 
-def _head(config: GPT2Config, weights: _Weights, table: Tensor) -> Tensor:
-    """The output embedding."""
-    name = "lm_head.weight"
-    if not config.tie_word_embeddings:
-        return weights.take(name, *table.shape)
-    if weights.has(name) and not torch.equal(weights.take(name, *table.shape), table):
-        raise weights.misfit(f"its weights have {name} beside wte.weight, though {CONFIG} has "
-                             "tie_word_embeddings true: say false there, or remove one")
-    return table
-
-
 def _run_config(config: GPT2Config) -> dict[str, Any]:
     """fairseq's configuration of a run that trains such a model."""
     width, length = config.n_embd, config.n_positions
-    arguments = {
-        "--decoder-layers": config.n_layer, "--decoder-embed-dim": width,
-        "--decoder-ffn-embed-dim": config.ffn_dim,
-        "--decoder-attention-heads": config.n_head, "--decoder-input-dim": width,
-        "--decoder-output-dim": width, "--activation-fn": config.activation,
-        "--dropout": config.resid_pdrop, "--attention-dropout": config.attn_pdrop,
-        "--tokens-per-sample": length, "--max-target-positions": length, "--optimizer": "adam",
-        "--max-tokens": length, "--task": "language_modeling", "--arch": "transformer_lm",
-    }
-    flags = ["--decoder-normalize-before", "--decoder-learned-pos", "--no-scale-embedding"]
+    arguments = (
+        "data-bin --task language_modeling --arch transformer_lm --optimizer adam "
+        f"--decoder-layers {config.n_layer} --decoder-attention-heads {config.n_head} "
+        f"--decoder-embed-dim {width} --decoder-input-dim {width} --decoder-output-dim {width} "
+        f"--decoder-ffn-embed-dim {config.ffn_dim} --activation-fn {config.activation} "
+        f"--dropout {config.resid_pdrop} --attention-dropout {config.attn_pdrop} "
+        f"--tokens-per-sample {length} --max-target-positions {length} --max-tokens {length} "
+        "--decoder-normalize-before --decoder-learned-pos --no-scale-embedding"
+    ).split()
     if config.tie_word_embeddings:
-        flags.append("--share-decoder-input-output-embed")
+        arguments.append("--share-decoder-input-output-embed")
     parser = fairseq_options.get_training_parser(default_task="language_modeling")
-    args = fairseq_options.parse_args_and_arch(
-        parser, ["data-bin", *flags, *(str(x) for pair in arguments.items() for x in pair)])
-    cfg = convert_namespace_to_omegaconf(args)
-    return plain_config(cfg)
+    args = fairseq_options.parse_args_and_arch(parser, arguments)
+    return plain_config(convert_namespace_to_omegaconf(args))

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 
 from evomoe_plugin.checkpoint import expert_files, fsdp_shards
 from evomoe_plugin.checkpoint.checkpoint_file import MainFile
-from evomoe_plugin.checkpoint.expert_shards import MODEL, total_bytes
-from evomoe_plugin.checkpoint.tensor_files import dtype_name
+from evomoe_plugin.checkpoint.expert_shards import total_bytes
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
 
 def summary(main: MainFile) -> list[tuple[str, str]]:
     """Rows of a table: name and value."""
-    experts = expert_shapes(main)
-    own, of_experts = number_of_weights(main)
+    tied = main.option("model", "share_decoder_input_output_embed")
+    counts, experts, dtypes = [0, 0], {}, set()  # of weights: outside of experts, in experts
+    for name, weight in main.weights().items():
+        of_experts = is_expert_parameter(name)
+        if of_experts:
+            experts[name.partition(".moe.experts.")[0].rpartition(".")[2]] = weight.shape[0]
+        if "float" in weight.dtype:
+            dtypes.add(weight.dtype)
+            if not (tied and name.endswith("output_projection.weight")):
+                counts[of_experts] += math.prod(weight.shape)
+    layers = ", ".join(f"{count} in layer {layer}" for layer, count in experts.items())
     return [
         ("file", main.path),
         ("form", _form(main)),
         ("update", str(main.update)),
         ("architecture", str(main.option("model", "_name") or main.option("model", "arch"))),
         ("written by", _written_by(main)),
-        ("weights", f"{own + of_experts:,}, of experts {of_experts:,}"),
-        ("experts", _experts(experts) or "none"),
-        ("dtypes", ", ".join(sorted(_dtypes(main))) + " (weights)"),
+        ("weights", f"{sum(counts):,}, of experts {counts[True]:,}"),
+        ("experts", layers or "none"),
+        ("dtypes", ", ".join(sorted(dtypes)) + " (weights)"),
         ("optimizer state", _optimizer(main)),
         ("size", _sizes(main)),
     ]
-
-
-def expert_shapes(main: MainFile) -> dict[str, list[int]]:
-    """Shapes of the experts' parameters and buffers, all ranks' together, by name."""
-    if main.manifest is not None:
-        return {name: main.manifest.tensors[f"{MODEL}/{name}"].shape
-                for name in main.manifest.weights()}
-    return {name: list(value.shape) for name, value in main.state["model"].items()
-            if is_expert_parameter(name)}
-
-
-def number_of_weights(main: MainFile) -> tuple[int, int]:
-    """Weight counts: outside of experts, and of experts; tied ones once."""
-    tied = main.option("model", "share_decoder_input_output_embed")
-    rest, of_experts = 0, 0
-    for name, value in main.state["model"].items():
-        if value.is_floating_point() and not (tied and name.endswith("output_projection.weight")):
-            if is_expert_parameter(name):
-                of_experts += value.numel()
-            else:
-                rest += value.numel()
-    if main.manifest is not None:
-        of_experts += sum(math.prod(whole.shape) for key, whole in main.manifest.tensors.items()
-                          if key.startswith(f"{MODEL}/") and whole.dtype != "bool")
-    return rest, of_experts
 
 
 def _has_file_per_rank(main: MainFile) -> bool:
@@ -78,21 +60,6 @@ def _written_by(main: MainFile) -> str:
     if size != 1:
         parts.append(f"experts over {size}")
     return ", ".join(parts)
-
-
-def _experts(shapes: Mapping[str, list[int]]) -> str:
-    counts = {name.partition("moe.experts.")[0].split(".")[-2]: shape[0]
-              for name, shape in shapes.items()}
-    return ", ".join(f"{count} in layer {layer}" for layer, count in counts.items())
-
-
-def _dtypes(main: MainFile) -> set[str]:
-    found = {dtype_name(value.dtype) for value in main.state["model"].values()
-             if value.is_floating_point()}
-    if main.manifest is not None:
-        found |= {whole.dtype for key, whole in main.manifest.tensors.items()
-                  if key.startswith(f"{MODEL}/") and whole.dtype != "bool"}
-    return found
 
 
 def _optimizer(main: MainFile) -> str:

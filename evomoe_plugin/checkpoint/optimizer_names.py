@@ -10,23 +10,20 @@ import torch
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES, fsdp_layout
 from evomoe_plugin.config.errors import OptionError
 
-_REMEDY = ("start a run from it instead, with --moe-expert-parallel-size and --moe-ep-checkpoint "
-           "sharded")
 
-
-def make_optimizer_plain(state: dict[str, Any]) -> None:
-    """Change the optimizer's state of a run under FSDP to an entry for each parameter, named in the
-    order of `state["model"]`, as a run without FSDP writes it and every run can read."""
-    optimizer = state["last_optimizer_state"]
-    if "param_id_map" not in optimizer:
-        return
-    named = fsdp_layout(state).by_name(optimizer)
-    state[PARAMETER_NAMES] = names = [name for name in state["model"] if name in named]
-    kept = {key: value for key, value in optimizer.items()
-            if key not in ("param_id_map", "uncollected_local_ids")}
-    state["last_optimizer_state"] = dict(
-        kept, state={i: named[name] for i, name in enumerate(names)},
-        param_groups=[dict(optimizer["param_groups"][0], params=list(range(len(names))))])
+def make_plain(state: dict[str, Any]) -> None:
+    """Change the state of a run under FSDP to that of one without, which every run can read: an
+    entry of the optimizer's for each parameter, named in the order of `state["model"]`."""
+    optimizer = state.get("last_optimizer_state") or {}
+    if "param_id_map" in optimizer:
+        named = fsdp_layout(state).by_name(optimizer)
+        state[PARAMETER_NAMES] = names = [name for name in state["model"] if name in named]
+        kept = {key: value for key, value in optimizer.items()
+                if key not in ("param_id_map", "uncollected_local_ids")}
+        state["last_optimizer_state"] = dict(
+            kept, state={i: named[name] for i, name in enumerate(names)},
+            param_groups=[dict(optimizer["param_groups"][0], params=list(range(len(names))))])
+    state.pop("fsdp_metadata", None)
 
 
 def optimizer_names(path: str, state: Mapping[str, Any]) -> list[str]:
@@ -43,42 +40,35 @@ def optimizer_names(path: str, state: Mapping[str, Any]) -> list[str]:
         return list(state[PARAMETER_NAMES])
     optimizer = state["last_optimizer_state"]
     count = sum(len(group["params"]) for group in optimizer["param_groups"])
-    shapes = [_shape(optimizer["state"].get(i, {})) for i in range(count)]
-    names = [name for name, value in state["model"].items() if value.is_floating_point()]
     if not optimizer["state"]:
         return []
-    found = _only_way(shapes, [tuple(state["model"][name].shape) for name in names])
-    if found is None:
+    wanted = [_shape(optimizer["state"].get(i, {})) for i in range(count)]
+    given = [(name, value.shape) for name, value in state["model"].items()
+             if value.is_floating_point()]
+    found = _first_fit(wanted, given)
+    last = _first_fit(wanted[::-1], given[::-1])
+    # Every other way in which shapes fit lies between the first and the last.
+    if found is None or last is None or found != last[::-1]:
         raise OptionError("checkpoint", path,
-                          "does not name the parameters of its optimizer's state: " + _REMEDY)
-    return [names[i] for i in found]
+                          "does not name the parameters of its optimizer's state: start a run "
+                          "from it instead, with --moe-expert-parallel-size and "
+                          "--moe-ep-checkpoint sharded")
+    return found
 
 
-def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    for value in entry.values():
-        if torch.is_tensor(value) and value.dim():
-            return tuple(value.shape)
-    return None
+def _shape(entry: Mapping[str, Any]) -> torch.Size | None:
+    return next((value.shape for value in entry.values()
+                 if torch.is_tensor(value) and value.dim()), None)
 
 
-def _only_way(
-    wanted: Sequence[tuple[int, ...] | None], given: Sequence[tuple[int, ...]]
-) -> list[int] | None:
-    """Positions of `wanted` in `given`, in order, if they are unique; None fits anything."""
-    def fits(i: int, j: int) -> bool:
-        return wanted[i] is None or wanted[i] == given[j]
-
-    # ways[i][j]: of the wanted from the i-th on among the given from the j-th on; 2 is many.
-    ways = [[0] * (len(given) + 1) for _ in wanted] + [[1] * (len(given) + 1)]
-    for i in reversed(range(len(wanted))):
-        for j in reversed(range(len(given))):
-            ways[i][j] = min(2, ways[i][j + 1] + (ways[i + 1][j + 1] if fits(i, j) else 0))
-    if ways[0][0] != 1:
-        return None
-    places, j = [], 0
-    for i in range(len(wanted)):
-        while not (fits(i, j) and ways[i + 1][j + 1]):
-            j += 1
-        places.append(j)
-        j += 1
-    return places
+def _first_fit(
+    wanted: Sequence[torch.Size | None], given: Sequence[tuple[str, torch.Size]]
+) -> list[str] | None:
+    """Names of the first of `given` that have the shapes `wanted`, in order; None fits anything."""
+    left, found = iter(given), []
+    for want in wanted:
+        name = next((name for name, shape in left if want in (None, shape)), None)
+        if name is None:
+            return None
+        found.append(name)
+    return found

@@ -10,6 +10,7 @@ from fairseq import checkpoint_utils
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.build_model import describe
 from evomoe_plugin.config.errors import OptionError
 
 
@@ -37,8 +38,8 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
         raise OptionError(option, path, "cannot be read, it is cut short or no checkpoint "
                                         f"({error})") from error
     except Exception as error:  # upgrading an invalid state raises anything
-        raise OptionError(option, path, "is no checkpoint of fairseq "
-                                        f"({_first_line(error)})") from error
+        raise OptionError(option, path,
+                          f"is no checkpoint of fairseq ({describe(error)})") from error
     cfg, weights = state.get("cfg"), state["model"]
     if not isinstance(cfg, DictConfig) or not isinstance(cfg.get("model"), DictConfig):
         raise OptionError(option, path, "is no checkpoint of fairseq: it does not say which model "
@@ -65,7 +66,3 @@ def existing_file(option: str, path: str) -> str:
         if os.path.isfile(file):
             return file
     raise OptionError(option, path, "there is no such file")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0]

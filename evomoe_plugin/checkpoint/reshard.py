@@ -17,14 +17,13 @@ from evomoe_plugin.checkpoint.expert_shards import (
     Entry,
     ExpertShards,
     Manifest,
-    Whole,
     new_tag,
     replacing,
+    wholes,
     write_shard,
 )
-from evomoe_plugin.checkpoint.optimizer_names import make_optimizer_plain, optimizer_names
+from evomoe_plugin.checkpoint.optimizer_names import make_plain, optimizer_names
 from evomoe_plugin.checkpoint.output import check_output
-from evomoe_plugin.checkpoint.tensor_files import dtype_name
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
@@ -47,7 +46,7 @@ def consolidate(main: MainFile, out: str) -> None:
         RunFailed: the disk is full or cannot be written.
     """
     state = main.whole()
-    _make_plain(state)
+    make_plain(state)
     checkpoint_files.save(state, out)
     expert_files.keep_only(out, ())
 
@@ -59,10 +58,17 @@ def reshard(main: MainFile, out: str, size: int) -> None:
         OptionError: it has no experts, or some that `size` does not divide; or as `consolidate`.
         RunFailed: the disk is full or cannot be written.
     """
-    source = _Sharded(main) if main.manifest is not None else _InOneFile(main)
-    if not source.tensors:
+    if main.manifest is None:
+        shards, rest = None, main.whole()
+        make_plain(rest)
+        values, optimizer = _take_experts(main.path, rest)
+        tensors = wholes(values, 1)
+    else:
+        shards, rest = ExpertShards(main.path, main.manifest), main.state
+        tensors, optimizer = main.manifest.tensors, main.manifest.optimizer
+    if not tensors:
         raise OptionError("checkpoint", main.path, "has no experts")
-    for key, whole in source.tensors.items():
+    for key, whole in tensors.items():
         if whole.shape[0] % size:
             raise OptionError("size", size, f"does not divide the {whole.shape[0]} experts of "
                                             f"{key.partition('/')[2]}")
@@ -70,66 +76,31 @@ def reshard(main: MainFile, out: str, size: int) -> None:
     with replacing(out, tag):
         files = []
         for rank in range(size):
-            rows = {key: source.rows(key, _part(whole.shape[0], rank, size))
-                    for key, whole in source.tensors.items()}
-            files.append(write_shard(out, tag, rank, size, rows))
-        manifest = Manifest(main.update, tag, source.tensors, source.optimizer, files)
-        checkpoint_files.save({**source.rest, KEY: manifest.plain()}, out)
+            parts = {}
+            for key, whole in tensors.items():
+                count = whole.shape[0] // size
+                rows = slice(rank * count, (rank + 1) * count)
+                parts[key] = shards.rows(key, rows) if shards else values[key][rows]
+            files.append(write_shard(out, tag, rank, size, parts))
+        manifest = Manifest(main.update, tag, tensors, optimizer, files)
+        checkpoint_files.save({**rest, KEY: manifest.plain()}, out)
 
 
-def _part(count: int, rank: int, size: int) -> slice:
-    return slice(rank * count // size, (rank + 1) * count // size)
-
-
-class _Sharded:
-    """Experts that have files, read row by row."""
-
-    def __init__(self, main: MainFile):
-        self._shards = ExpertShards(main.path, main.manifest)
-        self.tensors, self.optimizer = main.manifest.tensors, main.manifest.optimizer
-        self.rest = main.state
-
-    def rows(self, key: str, rows: slice) -> Tensor:
-        return self._shards.rows(key, rows)
-
-
-class _InOneFile:
-    """Experts among the rest."""
-
-    def __init__(self, main: MainFile):
-        state = main.whole()
-        _make_plain(state)
-        self._values: dict[str, Tensor] = {}
-        self.optimizer: dict[str, Entry] = {}
-        names = [name for name in state["model"] if is_expert_parameter(name)]
-        optimizer = state.get("last_optimizer_state")
-        if optimizer:
-            for i, name in enumerate(optimizer_names(main.path, state)):
-                if name in names and i in optimizer["state"]:
-                    self._take_entry(name, i, optimizer["state"].pop(i))
-        weights = {f"{MODEL}/{name}": state["model"].pop(name) for name in names}
-        self._values = {**weights, **self._values}
-        self.tensors = {key: Whole(list(value.shape), dtype_name(value.dtype))
-                        for key, value in self._values.items()}
-        self.rest = state
-
-    def _take_entry(self, name: str, index: int, entry: dict[str, Any]) -> None:
-        values = {}
-        for key, value in entry.items():
-            if torch.is_tensor(value) and value.dim():
-                self._values[f"{OPTIMIZER}/{name}/{key}"] = value
-            else:
-                values[key] = value.item() if torch.is_tensor(value) else value
-        self.optimizer[name] = Entry(index, values)
-
-    def rows(self, key: str, rows: slice) -> Tensor:
-        return self._values[key][rows]
-
-
-def _make_plain(state: dict[str, Any]) -> None:
-    """As a run without FSDP writes it, which every run can read."""
-    if state.get("last_optimizer_state"):
-        make_optimizer_plain(state)
-        optimizer = dict(state["last_optimizer_state"])
-        state["last_optimizer_state"] = dict(optimizer, state=dict(optimizer["state"]))
-    state.pop("fsdp_metadata", None)
+def _take_experts(
+    path: str, state: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """Remove experts from the state; their tensors by a manifest's keys, and entries by name."""
+    entries: dict[str, Entry] = {}
+    optimizer = state.get("last_optimizer_state") or {"state": {}}
+    order = optimizer_names(path, state) if optimizer["state"] else []
+    names = [name for name in state["model"] if is_expert_parameter(name)]
+    tensors = {f"{MODEL}/{name}": state["model"].pop(name) for name in names}
+    for i, name in enumerate(order):
+        if name in names and i in optimizer["state"]:
+            entries[name] = Entry(i, {})
+            for key, value in optimizer["state"].pop(i).items():
+                if torch.is_tensor(value) and value.dim():
+                    tensors[f"{OPTIMIZER}/{name}/{key}"] = value
+                else:
+                    entries[name].values[key] = value.item() if torch.is_tensor(value) else value
+    return tensors, entries

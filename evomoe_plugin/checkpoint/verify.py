@@ -16,9 +16,9 @@ from evomoe_plugin.checkpoint.expert_shards import (
     Manifest,
     with_experts,
 )
-from evomoe_plugin.checkpoint.inspect import expert_shapes
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import ModelOptions, expert_slots, moe_layer_indices
+from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
 
 def faults(main: MainFile) -> Iterator[str]:
@@ -48,16 +48,17 @@ def _nan_or_inf(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
 
 def _faults_of_layers(main: MainFile) -> Iterator[str]:
     """Compare the experts with the run's options."""
-    model = main.state.get("cfg") and main.state["cfg"].get("model")
-    if model is None or main.option("model", "moe_expert_count") is None:
+    if main.option("model", "moe_expert_count") is None:
         return
-    options = _Options(model)
+    options = ModelOptions()
+    vars(options).update(main.state["cfg"]["model"])  # the gate's are among them
     indices = moe_layer_indices(options, options.decoder_layers)
     wanted = dict(zip(indices, expert_slots(options, len(indices)), strict=True))
     found: dict[int, set[int]] = {}
-    for name, shape in expert_shapes(main).items():
-        layer = int(name.partition(".moe.experts.")[0].rpartition(".")[2])
-        found.setdefault(layer, set()).add(shape[0])
+    for name, weight in main.weights().items():
+        if is_expert_parameter(name):
+            layer = int(name.partition(".moe.experts.")[0].rpartition(".")[2])
+            found.setdefault(layer, set()).add(weight.shape[0])
     for layer, count in wanted.items():
         if layer not in found:
             yield f"has no experts of layer {layer}"
@@ -66,16 +67,6 @@ def _faults_of_layers(main: MainFile) -> Iterator[str]:
                    f"its options say {count}")
     for layer in sorted(found.keys() - wanted.keys()):
         yield f"has experts of layer {layer}, which by its options is no MoE layer"
-
-
-class _Options:
-    """A configuration by attribute; None where it has no such option."""
-
-    def __init__(self, given: Any):
-        self._given = given
-
-    def __getattr__(self, name: str) -> Any:
-        return self._given.get(name)
 
 
 def _faults_of_shards(

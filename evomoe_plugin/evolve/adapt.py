@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,6 @@ class Change:
     added: int | None
     most_used: int
     """The expert that took the most tokens, which stays."""
-
-    def __bool__(self) -> bool:
-        return bool(self.removed) or self.added is not None
 
     @property
     def slots(self) -> list[int]:
@@ -87,7 +84,7 @@ def _adapt_layer(trainer: Trainer, name: str, gate: TopAnyGate, num_updates: int
         unrouted = 0  # no direction to initialise a new expert's gate with
     change = decide(gate.active_E.cpu(), routed_E, unrouted)
     record.clear()
-    if not change:
+    if not change.slots:
         return
     edit_parameters(trainer, _edits(trainer, name, gate, change, direction_D, num_updates))
     gate.active_E[list(change.removed)] = False
@@ -103,55 +100,45 @@ def _edits(trainer: Trainer, name: str, gate: TopAnyGate, change: Change, direct
     Moments of every slot that changes are reset: in a filled one they are another expert's, in an
     emptied one they would move weights that should stay.
     """
-    added, slots = change.added, change.slots
+    def edit(make: Callable[[Tensor], Tensor | float] | None = None) -> Edit:
+        """Give an added expert what `make` makes of all experts' values."""
+        def apply(value: Tensor) -> Tensor:
+            if change.added is not None and make is not None:
+                value[change.added] = make(value)
+            reset = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+            reset[change.slots] = True
+            return reset
 
-    def initialise(value: Tensor, row: Tensor | float) -> Tensor:
-        if added is not None:
-            value[added] = row
-        return _rows(value, slots)
+        return apply
 
-    def copy(key: int, value: Tensor) -> Tensor:
-        if added is not None:
-            source = value[change.most_used]
-            generator = torch.Generator().manual_seed(key)
-            noise = torch.randn(source.shape, generator=generator).to(source)
-            value[added] = source + gate.adapt_noise * source.std(correction=0) * noise
-        return _rows(value, slots)
+    def noisy_copy(key: int, value: Tensor) -> Tensor:
+        source = value[change.most_used]
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(key))
+        return source + gate.adapt_noise * source.std(correction=0) * noise.to(source)
 
-    edits: dict[str, Edit] = {
-        f"{name}.gate.weight": functools.partial(initialise, row=direction_D.float()),
-        f"{name}.gate.threshold": functools.partial(initialise, row=0.0),
+    edits = {
+        f"{name}.gate.weight": edit(lambda _: direction_D.float()),
+        f"{name}.gate.threshold": edit(lambda _: 0.0),
     }
     experts = [p for p in model_layout(trainer).names if p.startswith(f"{name}.experts.")]
     for i, parameter in enumerate(experts):
         key = seed_of(gate.info.seed, gate.info.layer_id, num_updates, i)
-        copies = gate.adapt_source == "most_used"
-        edits[parameter] = functools.partial(copy, key) if copies else (
-            lambda value: _rows(value, slots))
+        is_copy = gate.adapt_source == "most_used"
+        edits[parameter] = edit(functools.partial(noisy_copy, key) if is_copy else None)
     return edits
-
-
-def _rows(value: Tensor, slots: Sequence[int]) -> Tensor:
-    """bool, the elements of the experts `slots`."""
-    mask = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
-    mask[list(slots)] = True
-    return mask
 
 
 def _log(name: str, gate: TopAnyGate, change: Change, unrouted: int, num_updates: int) -> None:
     done = []
     if change.removed:
+        experts = "expert" if len(change.removed) == 1 else "experts"
         numbers = ", ".join(map(str, change.removed))
-        done.append(f"removed {_experts(change.removed)} {numbers}, which no token reached")
+        done.append(f"removed {experts} {numbers}, which no token reached")
     if change.added is not None:
         source = "its network as it was"
         if gate.adapt_source == "most_used":
             source = f"its network a copy of expert {change.most_used}'s"
-        done.append(f"added expert {change.added} for {unrouted} tokens that reached none, "
-                    f"{source}")
-    logger.info("%s, update %d: %s; %d of %d experts now", name, num_updates, "; ".join(done),
-                int(gate.active_E.sum()), gate.num_experts)
-
-
-def _experts(numbers: Sequence[int]) -> str:
-    return "expert" if len(numbers) == 1 else "experts"
+        tokens = f"{unrouted} tokens that reached none"
+        done.append(f"added expert {change.added} for {tokens}, {source}")
+    done.append(f"{int(gate.active_E.sum())} of {gate.num_experts} experts now")
+    logger.info("%s, update %d: %s", name, num_updates, "; ".join(done))

@@ -31,7 +31,6 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.dense_checkpoint import (
     SIZES,
-    STRUCTURE,
     DenseCheckpoint,
     read_dense_checkpoint,
 )
@@ -53,7 +52,6 @@ class Converted:
 
     state: dict[str, Any]
     """fairseq's checkpoint."""
-    dense: DenseCheckpoint
     upcycling: Upcycling
     logits: LogitDifference
 
@@ -90,12 +88,11 @@ def convert(
         torch.manual_seed(recipe.seed)
         model = models.build_model(OmegaConf.create(options), task)
         cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
-    built = types.SimpleNamespace(**{**options, **_resolved_dims(options)})
-    upcycling = Upcycling(dense, built, recipe)
+    upcycling = Upcycling(dense, types.SimpleNamespace(**options), recipe)
     weights = _weights(model, upcycling)
     state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     model.load_state_dict(dict(weights))
-    return Converted(state, dense, upcycling, measure_logit_difference(model, dense))
+    return Converted(state, upcycling, measure_logit_difference(model, dense))
 
 
 def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
@@ -118,15 +115,9 @@ def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Rec
     """
     options = _arch_options(dense, arch, given)
     options.update(dense.model, moe_post_norm=dense.post_norm)
-    decided = [name for name in given if name in STRUCTURE]
-    check_structure(dense, types.SimpleNamespace(**{**options, **given}), decided)
-    for name in given:
-        if name in dense.model and name not in (*STRUCTURE, *_FREE) and (
-                given[name] != dense.model[name]):
-            raise OptionError(name, given[name], f"the dense checkpoint {dense.path} has "
-                                                 f"{dense.model[name]}: leave it out")
-    options.update(given)
-    options.update(_name=arch, seed=recipe.seed, max_update=max_update)
+    options.update(given, _name=arch, seed=recipe.seed, max_update=max_update)
+    decided = [name for name in given if name in dense.model and name not in _FREE]
+    check_structure(dense, types.SimpleNamespace(**options), decided)
     return options
 
 
@@ -149,8 +140,12 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     chosen = {name: value for name, value in vars(args).items() if name not in given}
     options.update(chosen)
     # Sizes of the default architecture are fairseq's defaults, not a choice.
-    is_default = kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH]
-    _check_sizes(dense, arch, chosen if is_default else options)
+    sizes = chosen if kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH] else options
+    for name in SIZES:
+        if name in sizes and sizes[name] != dense.model[name]:
+            raise OptionError("arch", arch,
+                              f"has {name} {sizes[name]}, the dense checkpoint {dense.path} "
+                              f"{dense.model[name]}: leave it out, sizes are the dense model's")
     return options
 
 
@@ -159,21 +154,6 @@ def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
     kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
     is_moe = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
     return kind if is_moe else None
-
-
-def _check_sizes(dense: DenseCheckpoint, arch: str, options: Mapping[str, Any]) -> None:
-    for field in SIZES:
-        if field not in options or field.endswith("put_dim") or field == "activation_fn":
-            continue
-        if options[field] != dense.model[field]:
-            raise OptionError("arch", arch,
-                              f"has {field} {options[field]}, the dense checkpoint {dense.path} "
-                              f"{dense.model[field]}: leave it out, sizes are the dense model's")
-
-
-def _resolved_dims(options: Mapping[str, Any]) -> dict[str, int]:
-    return {name: options[name] or options["decoder_embed_dim"]
-            for name in ("decoder_input_dim", "decoder_output_dim")}
 
 
 def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
@@ -188,8 +168,7 @@ def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
         if len(dictionary) != dense.vocabulary:
             raise OptionError("data", data,
                               f"its dict.txt has {len(dictionary)} tokens, the dense checkpoint "
-                              f"was trained with {dense.vocabulary}: give the data that belongs to "
-                              "it")
+                              f"was trained with {dense.vocabulary}: give its data")
         return dictionary
     if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
         raise OptionError("moe_hash", options["moe_hash"],
@@ -202,16 +181,14 @@ def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
     """The MoE model's state dict."""
     state = model.state_dict()
     upcycling.check_complete(state)
-    parameters = dict(model.named_parameters())
     weights = {name: tensor.clone() for name, tensor in state.items()}
-    for name, parameter in parameters.items():
-        value = upcycling.value(name, parameter.shape)
+    values: dict[torch.nn.Parameter, Tensor | None] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter not in values:
+            values[parameter] = upcycling.value(name, parameter.shape)
+        value = values[parameter]
         if value is not None:
             weights[name] = value.contiguous()
-    for name, tensor in state.items():  # second names of tied parameters
-        if name not in parameters and "decoder.embed_tokens.weight" in parameters and (
-                tensor.data_ptr() == state["decoder.embed_tokens.weight"].data_ptr()):
-            weights[name] = weights["decoder.embed_tokens.weight"]
     return weights
 
 
@@ -222,10 +199,8 @@ def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str 
     run["model"] = dict(model)
     criterion = CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]()
     run["criterion"] = {
-        field.name: run["optimization"].get("sentence_avg", False)
-        if field.name == "sentence_avg" else getattr(criterion, field.name)
-        for field in dataclasses.fields(criterion)}
-    run["criterion"]["_name"] = "moe_cross_entropy"
+        **dataclasses.asdict(criterion), "_name": "moe_cross_entropy",
+        "sentence_avg": run["optimization"].get("sentence_avg", False)}
     run["common"].update(seed=seed, user_dir=user_dir or "evomoe_plugin")
     if max_update is not None:
         run["optimization"]["max_update"] = max_update

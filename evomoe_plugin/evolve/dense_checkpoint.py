@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,16 +26,14 @@ from evomoe_plugin.models.language_model import MoELanguageModel
 
 # Options that decide what a dense transformer_lm computes; the MoE model has the same.
 SIZES = (
-    "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads",
-    "decoder_input_dim", "decoder_output_dim", "activation_fn",
+    "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads"
 )
 STRUCTURE = (
-    *SIZES, "share_decoder_input_output_embed", "decoder_learned_pos", "no_scale_embedding",
+    *SIZES, "decoder_input_dim", "decoder_output_dim", "activation_fn",
+    "share_decoder_input_output_embed", "decoder_learned_pos", "no_scale_embedding",
     "layernorm_embedding", "no_token_positional_embeddings", "no_decoder_final_norm",
     "max_target_positions",
 )
-_SAME_FUNCTION = {"gelu_fast": "gelu_accurate"}
-_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,16 @@ class DenseCheckpoint:
     weights: Mapping[str, Tensor]
     """By fairseq's names."""
 
+    def misfit(self, why: str) -> OptionError:
+        """An error that says what is wrong with it."""
+        return OptionError(self.option, self.path, why)
+
     @property
     def vocabulary(self) -> int:
         """Rows of the dictionary it was trained with."""
         return self.weights["decoder.embed_tokens.weight"].size(0)
 
-    @cached_property
+    @functools.cached_property
     def dictionary(self) -> Dictionary:
         """One of that many rows; the checkpoint has neither their names nor their counts."""
         dictionary = Dictionary()
@@ -79,11 +80,6 @@ class DenseCheckpoint:
                  for part in ("fc1", "fc2") for kind in ("weight", "bias")}
         return {**named, "fc2_weight": named["fc2_weight"].t()}
 
-    def is_ffn(self, name: str, layers: set[int]) -> bool:
-        """Whether a weight belongs to the feed-forward network of one of `layers`."""
-        found = _FFN.match(name)
-        return found is not None and int(found[1]) in layers
-
 
 def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
     """Read a dense language model.
@@ -94,30 +90,30 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
         OptionError: unreadable, another kind of model, or one with parts that no MoE architecture
             has.
     """
-    state = read_checkpoint(option, path)
+    state, misfit = read_checkpoint(option, path), functools.partial(OptionError, option, path)
     cfg, weights = state["cfg"], state["model"]
     name = cfg.model.get("_name") or cfg.model.get("arch")
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     if any(".moe." in key for key in weights) or (
             isinstance(kind, type) and issubclass(kind, MoELanguageModel)):
-        raise OptionError(option, path, f"is an MoE model already ({name}): give the checkpoint of "
-                                        "a dense one")
+        raise misfit(f"is an MoE model already ({name}): give the checkpoint of a dense one")
     if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
-        raise OptionError(option, path, f"is a model {name}, not one of fairseq's transformer_lm")
+        raise misfit(f"is a model {name}, not one of fairseq's transformer_lm")
     with report_config_faults(option, path):
         model = _model_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
-            raise OptionError(option, path, f"was trained with --{field.replace('_', '-')} "
-                                            f"{model[field]}, which no MoE architecture has")
+            raise misfit(f"was trained with --{field.replace('_', '-')} {model[field]}, which no "
+                         "MoE architecture has")
+    dense = DenseCheckpoint(option, path, cfg, model, weights)
     with report_config_faults(option, path):
-        _check_weights(option, path, model, weights)
-    return DenseCheckpoint(option, path, cfg, model, weights)
+        _check_weights(dense)
+    return dense
 
 
-def _check_weights(option: str, path: str, model: Mapping[str, Any],
-                   weights: Mapping[str, Tensor]) -> None:
+def _check_weights(dense: DenseCheckpoint) -> None:
     """Raise `OptionError` unless the weights of experts and vocabulary exist and are finite."""
+    model, weights = dense.model, dense.weights
     D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
     shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
     wanted: dict[str, tuple[int, ...] | None] = {
@@ -126,18 +122,17 @@ def _check_weights(option: str, path: str, model: Mapping[str, Any],
     wanted["decoder.embed_tokens.weight"] = None
     for name, value in weights.items():
         if value.layout != torch.strided or not value.is_floating_point():
-            raise OptionError(option, path, f"{name} is not a plain tensor of floating point "
-                                            f"numbers ({value.layout}, {value.dtype})")
+            raise dense.misfit(f"{name} is not a plain tensor of floating point numbers "
+                               f"({value.layout}, {value.dtype})")
         if not value.isfinite().all():
-            raise OptionError(option, path, f"{name} holds NaN or infinity: take an earlier "
-                                            "checkpoint")
+            raise dense.misfit(f"{name} holds NaN or infinity: take an earlier checkpoint")
     for name, shape in wanted.items():
         if name not in weights:
-            raise OptionError(option, path, f"has no {name}, which its own options ask for")
+            raise dense.misfit(f"has no {name}, which its own options ask for")
         given = tuple(weights[name].shape)
         if len(given) != 2 if shape is None else given != shape:
-            raise OptionError(option, path, f"{name} has the shape {given}, where its own options "
-                                            f"ask for {shape or 'two dimensions'}")
+            raise dense.misfit(f"{name} has the shape {given}, where its own options ask for "
+                               f"{shape or 'two dimensions'}")
 
 
 def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -146,11 +141,11 @@ def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     task = cfg.get("task") or {}
     options = {}
     for field in dataclasses.fields(TransformerLanguageModelConfig):
-        if isinstance(field.default, str) and field.default.startswith("${task."):
-            options[field.name] = saved.get(field.name, task.get(field.name))
-        else:
-            options[field.name] = saved.get(field.name, field.default)
-    options = {k: getattr(v, "value", v) for k, v in options.items()}
+        default = field.default
+        if isinstance(default, str) and default.startswith("${task."):
+            default = task.get(field.name)
+        value = saved.get(field.name, default)
+        options[field.name] = getattr(value, "value", value)
     positions = weights.get("decoder.embed_positions.weight")
     if options["decoder_learned_pos"] and positions is not None:
         # fairseq adds two rows for the padding index and its offset.
@@ -158,10 +153,3 @@ def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     elif options["max_target_positions"] is None:
         options["max_target_positions"] = options["tokens_per_sample"]
     return options
-
-
-def same(field: str, one: Any, other: Any) -> bool:
-    """Whether two values of a `STRUCTURE` option compute the same."""
-    if field == "activation_fn":
-        one, other = _SAME_FUNCTION.get(one, one), _SAME_FUNCTION.get(other, other)
-    return one == other

@@ -14,15 +14,14 @@ rank and device and after every restart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import SPAWN_METHODS, SPAWN_RATES, in_interval
+from evomoe_plugin.config.options import SPAWN_METHODS as METHODS
+from evomoe_plugin.config.options import SPAWN_RATES, in_interval
 from evomoe_plugin.routing.noise import fold
-
-METHODS = SPAWN_METHODS
 
 # Random numbers are keyed by their order.
 _STREAMS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "fc3_weight", "units")
@@ -36,33 +35,26 @@ def seed_of(*parts: int) -> int:
     return int(key) & (2**63 - 1)
 
 
-def spawn_expert(
-    source: Mapping[str, Tensor], method: str, *, key: int, rate: float, rescale: bool
-) -> dict[str, Tensor]:
-    """A new expert from one expert's tensors, which stay as they are.
+def spawn_tensor(
+    name: str, source: Tensor, method: str, *, key: int, rate: float, rescale: bool
+) -> tuple[Tensor, Tensor]:
+    """A tensor of a new expert from that of an expert, which stays as it is.
 
     Args:
-        source: by the names of `ExpertFFN`: fc1_weight [F, D], fc1_bias [F], fc2_weight [F, D],
-            fc2_bias [D]; gated, fc3_weight [F, D] and no biases.
+        name: as in `ExpertFFN`.
+        source: fc1_weight [F, D], fc1_bias [F], fc2_weight [F, D], fc2_bias [D]; gated, fc3_weight
+            [F, D] and no biases.
         method: one of `METHODS`.
         key: of the expert (`seed_of`); except for `copy`, other keys give other experts.
         rate: of the method, as above; unused by `copy`.
         rescale: with `mask`, divide the remaining weights by 1 - rate, which keeps the expected
             matmul.
+    Returns:
+        The tensor, and its `kept_mask` on that device.
     Raises:
         ValueError: an unknown method, a rate that it cannot have, or `rescale` without `mask`.
         KeyError: a name that no expert has.
     """
-    return {
-        name: spawn_tensor(name, tensor, method, key=key, rate=rate, rescale=rescale)[0]
-        for name, tensor in source.items()
-    }
-
-
-def spawn_tensor(
-    name: str, source: Tensor, method: str, *, key: int, rate: float, rescale: bool
-) -> tuple[Tensor, Tensor]:
-    """The tensor `name` of a new expert (`spawn_expert`), and its `kept_mask` on that device."""
     if rescale and method != "mask":
         raise ValueError(f"rescale: the method {method} masks nothing")
     kept = kept_mask(name, source.shape, method, key=key, rate=rate).to(source.device)
@@ -97,7 +89,10 @@ def kept_mask(
     Returns:
         bool of that shape, on the CPU.
     """
-    _check(method, rate)
+    if method not in METHODS:
+        raise ValueError(f"method {method}: one of: {', '.join(METHODS)}")
+    if method in SPAWN_RATES and not in_interval(rate, SPAWN_RATES[method].interval):
+        raise ValueError(f"rate {rate}: not one for the method {method}")
     if method == "mask" and name.endswith("_weight"):
         return torch.rand(tuple(shape), generator=_generator(key, name)) >= rate
     kept = torch.ones(tuple(shape), dtype=torch.bool)
@@ -114,10 +109,3 @@ def _generator(key: int, name: str) -> torch.Generator:
     if name not in _STREAMS:
         raise KeyError(f"no tensor of an expert: {name}")
     return torch.Generator().manual_seed(seed_of(key, _STREAMS.index(name)))
-
-
-def _check(method: str, rate: float) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method {method}: one of: {', '.join(METHODS)}")
-    if method in SPAWN_RATES and not in_interval(rate, SPAWN_RATES[method].interval):
-        raise ValueError(f"rate {rate}: not one for the method {method}")

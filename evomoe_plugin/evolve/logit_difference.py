@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from fairseq import models
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
-from torch import nn
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import plain_config
@@ -68,7 +68,7 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
     return LogitDifference(largest, equal, tokens_BT.numel())
 
 
-def _build(dense: DenseCheckpoint) -> nn.Module:
+def _build(dense: DenseCheckpoint) -> TransformerLanguageModel:
     """The dense model with its weights, fp32, in evaluation mode."""
     with report_config_faults(dense.option, dense.path):
         task = types.SimpleNamespace(source_dictionary=dense.dictionary,

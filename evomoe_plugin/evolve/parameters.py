@@ -51,16 +51,16 @@ def edit_parameters(
     Raises:
         KeyError: not the name of a trained parameter.
     """
-    optimizer = trainer.optimizer
     groups = expert_groups_of(trainer.get_model())
     unknown = set(edits)
     for storage in storages(trainer):
-        wanted = [name for name in storage.names if name in edits]
+        wanted = unknown.intersection(storage.names)
         if wanted:
-            unknown -= set(wanted)
-            state = optimizer.optimizer.state.get(storage.owner, {})
-            _edit_moments(storage, moment_edits or {}, state, groups)
-            _edit_factors(storage, moment_edits or {}, state)
+            unknown -= wanted
+            state = trainer.optimizer.optimizer.state.get(storage.owner, {})
+            if moment_edits and not wanted.isdisjoint(moment_edits):
+                _edit_moments(storage, moment_edits, state, groups)
+                _edit_factors(storage, moment_edits, state)
             _edit_storage(storage, edits, state, groups)
     if unknown:
         raise KeyError(f"no trained parameter: {', '.join(sorted(unknown))}")
@@ -70,8 +70,6 @@ def _edit_moments(
     storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any],
     groups: ExpertGroups | None
 ) -> None:
-    if not any(name in edits for name in storage.names):
-        return
     for own in storage.moments(state).values():
         whole, start = storage.gathered(own)
         for name, shape, begin, end in storage.pieces():
@@ -79,8 +77,7 @@ def _edit_moments(
                 held = whole[begin:end].view(shape)
                 value, rows = _all_experts(name, held, groups)
                 edits[name](value)
-                if value is not held:
-                    held.copy_(value[rows])
+                held.copy_(value[rows])
         own.copy_(whole[start : start + own.numel()])
 
 
@@ -91,7 +88,7 @@ def _edit_factors(
     of flat parameters or sharded experts."""
     rows, columns = state.get("exp_avg_sq_row"), state.get("exp_avg_sq_col")
     (name, *others) = storage.names
-    if rows is None or others or name not in edits:
+    if rows is None or columns is None or others:
         return
     before = rows.mean(0)
     edits[name](rows)
@@ -108,24 +105,21 @@ def _edit_storage(
 ) -> None:
     own = storage.owner.data.view(-1)
     whole, start = storage.gathered(own)
-    moments = storage.moments(state).values()
+    reset_N = torch.zeros(whole.shape, dtype=torch.bool, device=whole.device)
     for i, (name, shape, begin, end) in enumerate(storage.pieces()):
         if name not in edits:
             continue
         # Always a copy: the stored dtype may be lower.
         value, rows = _all_experts(
             name, whole[begin:end].view(shape).to(torch.float32, copy=True), groups)
-        reset = edits[name](value).expand(value.shape)[rows]
-        value = value[rows]
+        reset_N[begin:end] = edits[name](value).expand(value.shape)[rows].reshape(-1)
+        whole[begin:end] = value[rows].reshape(-1)
         if storage.copies:
-            storage.copies[i].data.copy_(value)
-        low, high = max(begin, start), min(end, start + own.numel())
-        if low >= high:  # on other ranks
-            continue
-        own[low - start : high - start].copy_(value.reshape(-1)[low - begin : high - begin])
-        reset = reset.reshape(-1)[low - begin : high - begin]
-        for moment in moments:
-            moment[low - start : high - start].masked_fill_(reset.to(moment.device), 0)
+            storage.copies[i].data.copy_(value[rows])
+    here = slice(start, start + own.numel())
+    own.copy_(whole[here])
+    for moment in storage.moments(state).values():
+        moment.masked_fill_(reset_N[here].to(moment.device), 0)
     if storage.module is not None and storage.module.has_full_params:
         storage.module._free_full_params()  # stale
 

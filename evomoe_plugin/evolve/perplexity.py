@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS
 from fairseq_cli import eval_lm
 
-from evomoe_plugin.checkpoint.build_model import report_config_faults
+from evomoe_plugin.checkpoint.build_model import describe, report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 
@@ -37,9 +35,8 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
     _check_split(data, subset)
     state = read_checkpoint("path", path)
     task = state["cfg"].get("task") or {}
-    length = tokens_per_sample
-    if length is None:
-        length = task.get("tokens_per_sample") or 512
+    saved = task.get("tokens_per_sample") or 512
+    length = saved if tokens_per_sample is None else tokens_per_sample
     with_bos = bool(task.get("add_bos_token"))
     with report_config_faults("path", path):
         most = _positions(state) - with_bos
@@ -47,15 +44,18 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         raise OptionError("tokens_per_sample", length,
                           f"{path} has positions for {most} tokens, longer rows would be left out "
                           f"of the evaluation: give 1 to {most}")
-    arguments = [data, "--task", "language_modeling", "--path", path, "--gen-subset", subset,
-                 "--tokens-per-sample", str(length), "--num-workers", "0", "--batch-size",
-                 str(max(1, TOKENS_PER_BATCH // length))]
-    if with_bos:
-        arguments.append("--add-bos-token")
+    rows = max(1, TOKENS_PER_BATCH // length)
+    numbers = f"--tokens-per-sample {length} --batch-size {rows} --num-workers 0".split()
+    arguments = [data, "--task", "language_modeling", "--path", path, "--gen-subset", subset]
+    arguments += [*numbers, "--add-bos-token"] if with_bos else numbers
     args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
-    with _quiet():
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # fairseq's own report
+    try:
         with report_config_faults("path", path):
             return float(eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
+    finally:
+        logging.disable(before)
 
 
 def _positions(state: dict[str, Any]) -> int:
@@ -79,20 +79,8 @@ def _check_split(data: str, subset: str) -> None:
         tokens = int(split.sizes.sum())
         split[len(split) - 1]  # fails in a truncated file
     except Exception as error:  # fairseq unpacks, asserts and maps whatever is there
-        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError("subset", subset,
                           f"{path}.idx and {path}.bin hold nothing, are cut short or no data of "
-                          f"fairseq ({message[:200]}): make them anew") from error
+                          f"fairseq ({describe(error)}): make them anew") from error
     if not tokens:
         raise OptionError("subset", subset, f"{path}.bin holds no token")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Mute fairseq's own report."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

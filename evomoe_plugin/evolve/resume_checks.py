@@ -6,6 +6,7 @@ does in evaluation.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -37,40 +38,31 @@ def check_spawn(trainer: Trainer, state: dict[str, Any], path: str, resets: bool
         return  # another kind of model, which loading reports
     saved = getattr(saved_model, "moe_spawn_updates", None)
     done = state["optimizer_history"][-1]["num_updates"]
+    start = 0 if resets else done
+    misfit = functools.partial(
+        OptionError, "moe_spawn_updates", "is not given" if now is None else now)
     if saved is not None and done < saved:
-        _check_first_spawn(now, path, 0 if resets else done, saved)
+        if now is None:
+            raise misfit(f"only expert 0 of each layer of {path} is trained, its spawn was to be "
+                         f"at update {saved}: give an update above {start}")
+        if now <= start:
+            raise misfit(f"{path} is of update {start} and not spawned, and never would be: give "
+                         f"an update above {start}")
     elif now is not None and (resets or saved is None):
         at = "" if saved is None else f", spawned at update {saved}"
-        raise OptionError("moe_spawn_updates", now,
-                          f"all experts of {path} work already{at}, and another spawn would "
-                          "make them anew from expert 0: leave it out"
-                          + ("" if done else ", or give it to `evomoe upcycle` too"))
+        raise misfit(f"all experts of {path} work already{at}, and another spawn would make them "
+                     "anew from expert 0: leave it out"
+                     + ("" if done else ", or give it to `evomoe upcycle` too"))
     elif not resets and now != saved:
-        raise OptionError("moe_spawn_updates", "is not given" if now is None else now,
-                          f"the experts of {path} were spawned at update {saved}, which schedules "
-                          f"count from: give --moe-spawn-updates {saved}")
+        raise misfit(f"the experts of {path} were spawned at update {saved}, which schedules count "
+                     f"from: give --moe-spawn-updates {saved}")
     elif resets and saved is not None:
-        _unfreeze_masked_weights(state, path)
-
-
-def _check_first_spawn(now: int | None, path: str, start: int, saved: int) -> None:
-    if now is None:
-        raise OptionError("moe_spawn_updates", "is not given",
-                          f"only expert 0 of each layer of {path} is trained, its spawn was to be "
-                          f"at update {saved}: give an update above {start}")
-    if now <= start:
-        raise OptionError("moe_spawn_updates", now,
-                          f"{path} is of update {start} and not spawned, and never would be: give "
-                          f"an update above {start}")
-
-
-def _unfreeze_masked_weights(state: dict[str, Any], path: str) -> None:
-    masks = [name for name in state["model"]
-             if is_expert_parameter(name) and name.endswith(frozen_name(""))]
-    if masks:
-        logger.info("%s holds masked weights at zero; they are trained from here on", path)
-    for name in masks:
-        del state["model"][name]
+        masks = [name for name in state["model"]
+                 if is_expert_parameter(name) and name.endswith(frozen_name(""))]
+        if masks:
+            logger.info("%s holds masked weights at zero; they are trained from here on", path)
+        for name in masks:
+            del state["model"][name]
 
 
 def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bool) -> None:
@@ -84,7 +76,10 @@ def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bo
     saved, now = (getattr(cfg.model, "moe_train_only", None) for cfg in (state["cfg"], trainer.cfg))
     if resets or saved == now or not state.get("last_optimizer_state"):
         return
-    names = _parameter_names(trainer)
+    if trainer.is_fsdp:
+        names = list(fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()}).names)
+    else:
+        names = [name for name, _ in trainer.get_model().named_parameters()]
 
     def trained(train_only: str | None) -> set[str]:
         return set(names) if train_only is None else trained_names(names, train_only)
@@ -94,10 +89,3 @@ def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bo
         raise OptionError("moe_train_only", "is not given" if now is None else now,
                           f"the optimizer's state in {path} is of other parameters: {same}, or "
                           "give --reset-optimizer")
-
-
-def _parameter_names(trainer: Trainer) -> list[str]:
-    """As in the checkpoint."""
-    if trainer.is_fsdp:
-        return list(fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()}).names)
-    return [name for name, _ in trainer.get_model().named_parameters()]

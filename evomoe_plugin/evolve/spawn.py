@@ -9,7 +9,6 @@ Source: EvoMoE (arXiv 2112.14397). Code, rates and lengths of this phase are not
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
@@ -45,26 +44,20 @@ def spawn_experts(trainer: Trainer) -> None:
 
 def _spawn(trainer: Trainer, decoder: MoEDecoder) -> None:
     options = decoder.args
-    edits, moment_edits = {}, {}
-    known = model_layout(trainer).names
+    edits = {}
     for n, layer in enumerate(decoder.moe_layers):
         prefix = f"{decoder.layer_name(n)}.experts."
-        for parameter in known:
-            if not parameter.startswith(prefix):
-                continue
-            name = parameter.removeprefix(prefix)
-            edits[parameter] = _edit(name, layer, options)
-            if options.moe_spawn_moments == "copy":
-                moment_edits[parameter] = _copy_first
-    edit_parameters(trainer, edits, moment_edits)
+        for parameter in model_layout(trainer).names:
+            if parameter.startswith(prefix):
+                edits[parameter] = _edit(parameter.removeprefix(prefix), layer, options)
+    copies = options.moe_spawn_moments == "copy"
+    edit_parameters(trainer, edits, dict.fromkeys(edits, _copy_first) if copies else None)
 
 
 def _edit(name: str, layer: MoELayer, options: MoELanguageModelConfig) -> Edit:
     """Spawn the experts' parameter `name`."""
-    spawn = functools.partial(
-        spawn_tensor, name, method=options.moe_spawn_method, rate=spawn_rate(options),
-        rescale=options.moe_spawn_rescale)
-    resets = options.moe_spawn_moments == "reset"
+    method, rescale = options.moe_spawn_method, options.moe_spawn_rescale
+    rate, resets = spawn_rate(options), options.moe_spawn_moments == "reset"
     frozen = getattr(layer.experts, frozen_name(name), None)
     layer_id = layer.gate.info.layer_id
     held = range(layer.num_experts)[layer.held_experts]
@@ -73,7 +66,9 @@ def _edit(name: str, layer: MoELayer, options: MoELanguageModelConfig) -> Edit:
         source = value[0].clone()
         reset = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         for e in range(value.size(0)):
-            value[e], kept = spawn(source, key=seed_of(options.seed, layer_id, e))
+            key = seed_of(options.seed, layer_id, e)
+            value[e], kept = spawn_tensor(
+                name, source, method, key=key, rate=rate, rescale=rescale)
             if frozen is not None and e in held:
                 frozen[e - held.start] = ~kept
             if not resets:
@@ -97,8 +92,7 @@ def _log(decoder: MoEDecoder, num_updates: int) -> None:
     if layers[0].experts.freezes:
         method.append("masked weights frozen")
     method.append("moments copied" if options.moe_spawn_moments == "copy" else "moments reset")
-    counts = [layer.num_experts for layer in layers]
-    least, most = min(counts), max(counts)
-    logger.info("update %d: spawned %s experts in each of %d MoE layers from expert 0 (%s)",
-                num_updates, least if least == most else f"{least} to {most}", len(layers),
-                ", ".join(method))
+    counts = sorted({layer.num_experts for layer in layers})
+    experts = " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+    done = f"spawned {experts} experts in each of {len(layers)} MoE layers from expert 0"
+    logger.info("update %d: %s (%s)", num_updates, done, ", ".join(method))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
+from evomoe_plugin.checkpoint.parameter_storage import storages
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
 from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
 from evomoe_plugin.evolve.logit_difference import measure_logit_difference
-from evomoe_plugin.evolve.parameters import Edit, edit_parameters
+from evomoe_plugin.evolve.parameters import edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
 from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.decoder import MoEDecoder
@@ -22,15 +23,9 @@ logger = logging.getLogger(__name__)
 
 def recipe_of(options: MoELanguageModelConfig) -> Recipe:
     """The recipe of a run's `--moe-init-…` options."""
-    return Recipe(
-        method=options.moe_init_method,
-        rate=options.moe_init_rate,
-        rescale=options.moe_init_rescale,
-        slices=options.moe_init_slices,
-        gate_init=options.moe_init_gate,
-        seed=options.seed,
-        in_run=True,
-    )
+    names = ("method", "rate", "rescale", "slices")
+    given = {name: getattr(options, f"moe_init_{name}") for name in names}
+    return Recipe(**given, gate_init=options.moe_init_gate, seed=options.seed, in_run=True)
 
 
 def init_from_dense(trainer: Trainer) -> None:
@@ -49,48 +44,33 @@ def init_from_dense(trainer: Trainer) -> None:
     path = decoder.args.moe_init_from_dense
     dense = read_dense_checkpoint("moe_init_from_dense", path)
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
-    trained, frozen = _parameters(trainer)
+    trained = {name: shape for storage in storages(trainer) for name, shape, *_ in storage.pieces()
+               if not name.startswith("criterion.")}
+    frozen = {name: parameter for name, parameter in model.named_parameters()
+              if not (parameter.requires_grad or trainer.is_fsdp)}
+    groups, values = expert_groups_of(model), {}
     # All values are computed before the first is set: an error changes nothing.
-    groups = expert_groups_of(model)
-
-    def value(name: str, shape: torch.Size) -> Tensor | None:
+    for name, shape in (*trained.items(), *((name, p.shape) for name, p in frozen.items())):
         if groups is not None and is_expert_parameter(name):
-            shape = torch.Size([shape[0] * groups.size, *shape[1:]])
-        return upcycling.value(name, shape)
-
-    values = {name: value(name, shape) for name, shape in trained.items()}
-    values |= {name: value(name, p.shape) for name, p in frozen.items()}
+            shape = (shape[0] * groups.size, *shape[1:])
+        values[name] = upcycling.value(name, shape)
     buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
     upcycling.check_complete([*values, *buffers, "decoder.output_projection.weight"])
-    edit_parameters(trainer, {name: _set(values[name]) for name in trained
-                              if values[name] is not None})
-    with torch.no_grad():
-        for name, parameter in frozen.items():
-            if values[name] is not None:
-                whole = values[name]
-                is_sharded = groups is not None and is_expert_parameter(name)
-                parameter.copy_(whole[groups.own(len(whole))] if is_sharded else whole)
-    if trainer.is_fsdp or groups is not None:
-        logits = ("logits not compared with the dense model's, since no rank holds the whole "
-                  "model: `evomoe upcycle` with the same options compares them")
-    else:
-        logits = str(measure_logit_difference(model, dense))
+    found = {name: whole for name, whole in values.items() if whole is not None}
+    edit_parameters(trainer, {name: functools.partial(_set, whole)
+                              for name, whole in found.items() if name in trained})
+    for name in frozen.keys() & found.keys():
+        whole = found[name]
+        if groups is not None and is_expert_parameter(name):
+            whole = whole[groups.own(len(whole))]
+        frozen[name].data.copy_(whole)
+    logits: object = ("logits not compared with the dense model's, since no rank holds the whole "
+                      "model: `evomoe upcycle` with the same options compares them")
+    if not trainer.is_fsdp and groups is None:
+        logits = measure_logit_difference(model, dense)
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 
 
-def _parameters(trainer: Trainer) -> tuple[dict[str, torch.Size], dict[str, torch.nn.Parameter]]:
-    """Shapes of what `edit_parameters` can edit, and the frozen parameters, which it cannot."""
-    if trainer.is_fsdp:
-        layout = fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()})
-        return dict(zip(layout.names, layout.shapes, strict=True)), {}
-    named = dict(trainer.get_model().named_parameters())
-    return ({name: p.shape for name, p in named.items() if p.requires_grad},
-            {name: p for name, p in named.items() if not p.requires_grad})
-
-
-def _set(wanted: Tensor) -> Edit:
-    def edit(value: Tensor) -> Tensor:
-        value.copy_(wanted)
-        return torch.zeros(1, dtype=torch.bool, device=value.device)  # there are no moments yet
-
-    return edit
+def _set(wanted: Tensor, value: Tensor) -> Tensor:
+    value.copy_(wanted)
+    return torch.zeros(1, dtype=torch.bool, device=value.device)  # there are no moments yet

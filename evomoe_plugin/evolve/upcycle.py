@@ -7,6 +7,8 @@ partition the dense network's hidden units (fine-grained experts as in DeepSeekM
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor
 from evomoe_plugin.config.checks import check_spawned_from
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
+    SPAWN_METHODS,
     check_rate,
     expert_counts,
     expert_ffn_dim,
@@ -26,16 +29,17 @@ from evomoe_plugin.config.options import (
     resolved_rate,
     shared_ffn_dim,
 )
-from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint, same
-from evomoe_plugin.evolve.init_methods import METHODS as SPAWN_METHODS
+from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.gates import gate_class
 
 METHODS = (*SPAWN_METHODS, "slice", "none")
 SLICES = ("contiguous", "shuffled")
 
+_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2)\.(weight|bias)$")
 # A parameter inside an MoE layer: which layer, which part, the name there.
 _INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
+_TANH_GELUS = ("gelu_fast", "gelu_accurate")
 # Separate these random streams from each other and from other uses of the seed.
 _EXPERT_STREAM, _SLICE_STREAM, _GATE_STREAM = 0x0C1E, 0x511C, 0x6A7E
 
@@ -61,23 +65,24 @@ class Recipe:
 
     def option(self, field: str) -> str:
         """The option that sets `field`."""
-        if not self.in_run:
-            return field
-        return f"moe_init_{field.removesuffix('_init')}"
+        return f"moe_init_{field.removesuffix('_init')}" if self.in_run else field
+
+    def misfit(self, field: str, remedy: str) -> OptionError:
+        """An error that says what is wrong with the value of `field`."""
+        return OptionError(self.option(field), getattr(self, field), remedy)
 
     def check(self) -> None:
         """Raise `OptionError` for a value that cannot work."""
         if self.method not in METHODS:
-            raise OptionError(self.option("method"), self.method, f"one of: {', '.join(METHODS)}")
+            raise self.misfit("method", f"one of: {', '.join(METHODS)}")
         if self.slices not in SLICES:
-            raise OptionError(self.option("slices"), self.slices, f"one of: {', '.join(SLICES)}")
+            raise self.misfit("slices", f"one of: {', '.join(SLICES)}")
         if self.slices != "contiguous" and self.method != "slice":
-            raise OptionError(self.option("slices"), self.slices,
-                              f"the method {self.method} cuts nothing: leave it out")
+            raise self.misfit("slices", f"the method {self.method} cuts nothing: leave it out")
         check_rate(self.option("rate"), self.method, self.rate)
         if self.rescale and self.method not in ("mask", "slice"):
-            raise OptionError(self.option("rescale"), True,
-                              f"the method {self.method} has nothing to rescale: leave it out")
+            raise self.misfit(
+                "rescale", f"the method {self.method} has nothing to rescale: leave it out")
         self.gate_deviation  # noqa: B018  raises for what is no deviation
 
     @property
@@ -87,14 +92,11 @@ class Recipe:
             return None
         if self.gate_init == "zero":
             return 0.0
-        try:
-            deviation = float(self.gate_init.removeprefix("normal:"))
-        except ValueError:
-            deviation = -1.0
-        if not self.gate_init.startswith("normal:") or not 0 < deviation < float("inf"):
-            raise OptionError(self.option("gate_init"), self.gate_init,
-                              "give default, zero, or normal:STD with a deviation above 0")
-        return deviation
+        kind, _, number = self.gate_init.partition(":")
+        with contextlib.suppress(ValueError):
+            if kind == "normal" and 0 < float(number) < float("inf"):
+                return float(number)
+        raise self.misfit("gate_init", "give default, zero, or normal:STD with a deviation above 0")
 
 
 class Upcycling:
@@ -115,15 +117,20 @@ class Upcycling:
         self.recipe = recipe
         check_spawned_from(options, recipe.option("method"), recipe.method)
         check_structure(dense, options)
-        _check_norms(dense, options)
+        if options.moe_post_norm != dense.post_norm:
+            order, remedy = ("after", "give it") if dense.post_norm else ("before", "leave it out")
+            raise OptionError("moe_post_norm", options.moe_post_norm,
+                              f"the dense checkpoint {dense.path} normalises {order} each part of "
+                              f"a layer: {remedy}")
         self.moe_layers = moe_layer_indices(options, options.decoder_layers)
         self._ids = {layer: n for n, layer in enumerate(self.moe_layers)}
-        width = dense.model["decoder_ffn_embed_dim"]
-        self.num_slices = self._check_experts(width) if recipe.method != "none" else 1
-        self.num_shared_slices = self._check_shared(width) if recipe.method != "none" else 1
+        is_made = recipe.method != "none"
+        self.num_slices = self._check_experts() if is_made else 1
+        is_made = is_made and options.moe_shared_experts
+        self.num_shared_slices = self._count_slices("shared") if is_made else 1
         self._check_gate()
 
-    def _check_experts(self, width: int) -> int:
+    def _check_experts(self) -> int:
         """Number of slices of routed experts; 1: whole networks."""
         options, recipe = self.options, self.recipe
         method = f"--{recipe.option('method').replace('_', '-')}"
@@ -131,21 +138,16 @@ class Upcycling:
             raise OptionError("moe_expert_gated", True,
                               "the dense model's feed-forward network is not gated: leave it out, "
                               f"or start the experts afresh with {method} none")
-        ffn_dim = expert_ffn_dim(options)
+        ffn_dim, width = expert_ffn_dim(options), self.dense.model["decoder_ffn_embed_dim"]
         if recipe.method != "slice":
             if ffn_dim != width:
-                raise OptionError(_width_option(options, "expert"), _width_value(options, "expert"),
-                                  f"experts of width {ffn_dim} are no {recipe.method} of the dense "
-                                  f"model's network of width {width}: leave it out, or give "
-                                  f"{method} slice")
+                raise _width_misfit(options, "expert", f"experts of width {ffn_dim} are no "
+                                    f"{recipe.method} of the dense model's network of width {width}"
+                                    f": leave it out, or give {method} slice")
             return 1
-        if width % ffn_dim:
-            raise OptionError(_width_option(options, "expert"), _width_value(options, "expert"),
-                              f"the dense model's width {width} cannot be cut into experts of "
-                              f"{ffn_dim}: give a divisor")
-        slices = width // ffn_dim
-        for count in set(expert_counts(options, len(self.moe_layers))) | set(
-                expert_slots(options, len(self.moe_layers))):
+        slices = self._count_slices("expert")
+        layers = len(self.moe_layers)
+        for count in {*expert_counts(options, layers), *expert_slots(options, layers)}:
             if count % slices:
                 raise OptionError("moe_expert_count", options.moe_expert_count,
                                   f"{count} experts cannot hold {slices} slices (the dense width "
@@ -153,39 +155,34 @@ class Upcycling:
                                   f"{slices}, or other widths")
         return slices
 
-    def _check_shared(self, width: int) -> int:
-        options = self.options
-        if not options.moe_shared_experts:
-            return 1
-        ffn_dim = shared_ffn_dim(options)
+    def _count_slices(self, kind: str) -> int:
+        """Experts of a kind, `expert` or `shared`, that the dense network is cut into."""
+        is_shared, width = kind == "shared", self.dense.model["decoder_ffn_embed_dim"]
+        ffn_dim = shared_ffn_dim(self.options) if is_shared else expert_ffn_dim(self.options)
         if width % ffn_dim:
-            raise OptionError(_width_option(options, "shared"), _width_value(options, "shared"),
-                              f"the dense model's width {width} cannot be cut into shared experts "
-                              f"of {ffn_dim}: give a divisor")
+            experts = "shared experts" if is_shared else "experts"
+            raise _width_misfit(self.options, kind, f"the dense model's width {width} cannot be "
+                                f"cut into {experts} of {ffn_dim}: give a divisor")
         return width // ffn_dim
 
     def _check_gate(self) -> None:
-        recipe = self.recipe
+        recipe, gate = self.recipe, self.options.moe_gate
         if recipe.gate_deviation is None:
             return
-        option = recipe.option("gate_init")
+        capabilities = gate_class(gate).capabilities
+        if not capabilities.gate_init:
+            raise recipe.misfit("gate_init", f"the gate {gate} has no weights: leave it out")
+        if recipe.gate_deviation > 0:
+            return
         scorer = getattr(self.options, "moe_scorer", "linear")
-        gate = self.options.moe_gate
-        cls = gate_class(gate)
-        if not cls.capabilities.gate_init:
-            raise OptionError(option, recipe.gate_init,
-                              f"the gate {gate} has no weights: leave it out")
-        if recipe.gate_deviation == 0.0 and (
-                not cls.capabilities.zero_init or scorer not in ("linear", "sigmoid")):
+        if not capabilities.zero_init or scorer not in ("linear", "sigmoid"):
             with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
-            raise OptionError(option, "zero", f"the gate {gate}{with_scorer} cannot learn from "
-                                              "weights of 0: give default or normal:STD")
-        if (recipe.gate_deviation == 0.0 and cls.capabilities.keeps_copies_equal
-                and self._has_twins()):
-            raise OptionError(option, "zero",
-                              f"with it the gate {gate} treats all experts alike, and experts that "
-                              "begin alike stay so for ever: give default or normal:STD, or a "
-                              "--activation-dropout")
+            raise recipe.misfit("gate_init", f"the gate {gate}{with_scorer} cannot learn from "
+                                             "weights of 0: give default or normal:STD")
+        if capabilities.keeps_copies_equal and self._has_twins():
+            raise recipe.misfit("gate_init", f"with it the gate {gate} treats all experts alike, "
+                                "and experts that begin alike stay so for ever: give default or "
+                                "normal:STD, or a --activation-dropout")
 
     def _has_twins(self) -> bool:
         """Whether two experts of a layer start with equal weights and nothing random separates
@@ -213,24 +210,23 @@ class Upcycling:
                 return self._gate(layer, rest, shape)
             if self.recipe.method == "none":
                 return None
-            count = shape[0]
-            expert = self._shared(layer, rest) if part != "experts" else self._routed(layer, rest)
-            value = torch.stack([expert(e) for e in range(count)])
-        else:
-            if name not in self.dense.weights:
-                raise OptionError(self.dense.option, self.dense.path, f"has no {name}")
+            if part == "experts":
+                expert = self._routed(layer, rest)
+            else:
+                expert = self._sliced(layer, rest, self.num_shared_slices, False)
+            value = torch.stack([expert(e) for e in range(shape[0])])
+        elif name in self.dense.weights:
             value = self.dense.weights[name].float()
-        if value.shape != shape:
-            raise self._misfit(name, value.shape, shape)
-        return value
-
-    def _misfit(self, name: str, given: torch.Size, wanted: torch.Size) -> OptionError:
+        else:
+            raise self.dense.misfit(f"has no {name}")
+        if value.shape == shape:
+            return value
         if "embed_tokens" in name or "output_projection" in name:
-            return OptionError("DATA", "dict.txt", f"has {wanted[0]} tokens, the dense checkpoint "
-                                                   f"was trained with {given[0]}: give the data "
-                                                   "that belongs to it")
-        return OptionError(self.dense.option, self.dense.path,
-                           f"{name} has the shape {tuple(given)}, the model {tuple(wanted)}")
+            raise OptionError("DATA", "dict.txt", f"has {shape[0]} tokens, the dense checkpoint "
+                                                  f"was trained with {value.shape[0]}: give the "
+                                                  "data that belongs to it")
+        raise self.dense.misfit(
+            f"{name} has the shape {tuple(value.shape)}, the model {tuple(shape)}")
 
     def _routed(self, layer: int, name: str) -> Callable[[int], Tensor]:
         recipe, n = self.recipe, self._ids[layer]
@@ -238,13 +234,9 @@ class Upcycling:
             return self._sliced(layer, name, self.num_slices, recipe.rescale)
         source = self.dense.ffn(layer)[name].float()
         rate = resolved_rate(recipe.method, recipe.rate)
-        return lambda expert: spawn_tensor(
-            name, source, recipe.method, key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM),
-            rate=rate, rescale=recipe.rescale)[0]
-
-    def _shared(self, layer: int, name: str) -> Callable[[int], Tensor]:
-        """Whole copies, or slices if their width is smaller."""
-        return self._sliced(layer, name, self.num_shared_slices, False)
+        spawn = functools.partial(
+            spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale)
+        return lambda expert: spawn(key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM))[0]
 
     def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
         """Expert e gets slice e mod `slices`; one of each slice sum to the dense network."""
@@ -252,15 +244,13 @@ class Upcycling:
         scale = slices if rescale and name.startswith("fc2") else 1
         if name == "fc2_bias":
             return lambda expert: source * (scale / slices)
-        units_SF = self.units(layer, source.size(0)).view(slices, -1)
+        # In the order in which slices take them.
+        units_F = torch.arange(source.size(0))
+        if self.recipe.slices != "contiguous":
+            key = seed_of(self.recipe.seed, self._ids[layer], _SLICE_STREAM)
+            units_F = torch.randperm(len(units_F), generator=torch.Generator().manual_seed(key))
+        units_SF = units_F.view(slices, -1)
         return lambda expert: source[units_SF[expert % slices]] * scale
-
-    def units(self, layer: int, width: int) -> Tensor:
-        """The hidden units of a layer, int64 [F], in the order in which slices take them."""
-        if self.recipe.slices == "contiguous":
-            return torch.arange(width)
-        key = seed_of(self.recipe.seed, self._ids[layer], _SLICE_STREAM)
-        return torch.randperm(width, generator=torch.Generator().manual_seed(key))
 
     def _gate(self, layer: int, name: str, shape: torch.Size) -> Tensor | None:
         deviation = self.recipe.gate_deviation
@@ -280,20 +270,18 @@ class Upcycling:
             names: all parameters and buffers of the MoE model.
         """
         known = set(names)
-        lost = [name for name in self.dense.weights
-                if name not in known and not self.dense.is_ffn(name, set(self.moe_layers))]
-        if lost:
-            raise OptionError(self.dense.option, self.dense.path,
-                              f"has {lost[0]}, for which the MoE model has no place")
+        for name in self.dense.weights:
+            ffn = _FFN.match(name)
+            if name not in known and (ffn is None or int(ffn[1]) not in self.moe_layers):
+                raise self.dense.misfit(f"has {name}, for which the MoE model has no place")
 
 
-def _width_option(options: Any, kind: str) -> str:
-    return f"moe_{kind}_ffn_dim" if getattr(options, f"moe_{kind}_ffn_dim") else (
-        f"moe_{kind}_size_factor")
-
-
-def _width_value(options: Any, kind: str) -> int:
-    return getattr(options, _width_option(options, kind))
+def _width_misfit(options: Any, kind: str, remedy: str) -> OptionError:
+    """An error that names the option which the width of a kind of experts comes from."""
+    option = f"moe_{kind}_ffn_dim"
+    if not getattr(options, option):
+        option = f"moe_{kind}_size_factor"
+    return OptionError(option, getattr(options, option), remedy)
 
 
 def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] = STRUCTURE) -> None:
@@ -309,15 +297,6 @@ def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] =
             value = value or options.decoder_embed_dim
         if field == "max_target_positions" and not dense.model["decoder_learned_pos"]:
             continue
-        if not same(field, wanted, value):
+        if wanted != value and not (wanted in _TANH_GELUS and value in _TANH_GELUS):
             raise OptionError(field, value, f"the dense checkpoint {dense.path} has {wanted}: "
                                             "leave it out, or give that")
-
-
-def _check_norms(dense: DenseCheckpoint, options: Any) -> None:
-    if options.moe_post_norm != dense.post_norm:
-        remedy = "give it" if dense.post_norm else "leave it out"
-        raise OptionError("moe_post_norm", options.moe_post_norm,
-                          f"the dense checkpoint {dense.path} normalises "
-                          f"{'after' if dense.post_norm else 'before'} each part of a layer: "
-                          f"{remedy}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
-from evomoe_plugin.checkpoint.optimizer_names import make_optimizer_plain, optimizer_names
+from evomoe_plugin.checkpoint.optimizer_names import make_plain, optimizer_names
 from evomoe_plugin.checkpoint.verify import faults
 from evomoe_plugin.cli import main as evomoe
 from tests.checkpoint.expert_states import assert_same
@@ -82,7 +82,7 @@ def same_logical(one, other):
     for path in (one, other):
         main = read_main_file("CKPT", str(path))
         state = main.whole()
-        make_optimizer_plain(state)
+        make_plain(state)
         names = optimizer_names(str(path), state)
         entries = state["last_optimizer_state"]["state"]
         states.append({

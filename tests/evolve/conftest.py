@@ -9,6 +9,7 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from omegaconf import OmegaConf
 
+from evomoe_plugin.evolve.init_methods import spawn_tensor
 from tests.models.conftest import make_config, make_model, task  # noqa: F401
 
 
@@ -53,3 +54,8 @@ def step(trainer, seed=0):
 @pytest.fixture
 def make_trainer():
     return trainer_of
+
+
+def spawn_expert(source, method, **given):
+    """A new expert's tensors from one expert's, by name."""
+    return {name: spawn_tensor(name, tensor, method, **given)[0] for name, tensor in source.items()}

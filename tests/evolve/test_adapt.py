@@ -26,7 +26,7 @@ SLOTS, START = 5, 3
 def test_decisions(active, routed, unrouted, removed, added, most_used):
     change = decide(torch.tensor([c == "1" for c in active]), torch.tensor(routed), unrouted)
     assert (change.removed, change.added, change.most_used) == (removed, added, most_used)
-    assert bool(change) == bool(removed or added is not None)
+    assert bool(change.slots) == bool(removed or added is not None)
 
 
 @pytest.fixture

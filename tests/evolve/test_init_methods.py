@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from evomoe_plugin.evolve.init_methods import METHODS, kept_mask, seed_of, spawn_expert
+from evomoe_plugin.evolve.init_methods import METHODS, kept_mask, seed_of
 from evomoe_plugin.experts import ExpertFFN
+from tests.evolve.conftest import spawn_expert
 
 F, D = 120, 50
 RATES = {"copy": 0.0, "mask": 0.3, "noise": 0.2, "reinit": 0.3}

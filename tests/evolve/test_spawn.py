@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from evomoe_plugin.config.options import spawn_rate
 from evomoe_plugin.config.run_checks import largest_step
 from evomoe_plugin.evolve.adapt import adapt_experts
-from evomoe_plugin.evolve.init_methods import kept_mask, seed_of, spawn_expert
+from evomoe_plugin.evolve.init_methods import kept_mask, seed_of
 from evomoe_plugin.evolve.spawn import spawn_experts
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
-from tests.evolve.conftest import step, trainer_of
+from tests.evolve.conftest import spawn_expert, step, trainer_of
 from tests.gates.conftest import D, E, T, make_layer  # noqa: F401
 from tests.gates.test_every_gate import GATES, NEEDED, WAYS, extras, label, tokens
 

@@ -118,7 +118,7 @@ def test_another_dictionary(dense, make_model, task):
 
 
 def test_options_of_a_start_that_is_none(make_model):
-    with pytest.raises(OptionError, match="--moe-init-method slice: experts are made from nothing"):
+    with pytest.raises(OptionError, match="--moe-init-method slice: there is no dense model"):
         make_model(**GATE, moe_init_method="slice")
 
 
