@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from evomoe_plugin.config.errors import RunFailed
@@ -35,7 +37,7 @@ def write_files(
         for path in files:
             os.replace(path + TEMPORARY, path)
         for folder in {os.path.dirname(os.path.abspath(path)) for path in files}:
-            sync_folder(folder)
+            sync(folder)
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         raise RunFailed(f"cannot write {path}: {reason_of(error)} ({free / 2**20:.0f} MiB free); "
@@ -80,10 +82,33 @@ def _remove_temporary(path: str) -> None:
         os.remove(path + TEMPORARY)
 
 
-def sync_folder(path: str) -> None:
-    """Wait until the entries of a folder are on the disk."""
-    folder = os.open(path, os.O_RDONLY)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write one small file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    rename(part, path)
+
+
+def rename(part: Path, path: Path) -> None:
+    """Flush a finished file to disk, then rename it to its final name."""
+    sync(part)
+    os.replace(part, path)
+
+
+def sync(path: str | Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,8 +54,8 @@ def share(source: str, target: str) -> list[str]:
         os.makedirs(folder, exist_ok=True)
         for entry in os.scandir(os.path.join(beside(source), tag)):
             atomic_files.share(entry.path, os.path.join(folder, entry.name))
-        atomic_files.sync_folder(folder)
-        atomic_files.sync_folder(beside(target))
+        atomic_files.sync(folder)
+        atomic_files.sync(beside(target))
     return found
 
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evomoe_plugin.checkpoint import expert_files
-from evomoe_plugin.checkpoint.atomic_files import TEMPORARY, sync_folder, write_files
-from evomoe_plugin.checkpoint.tensor_files import dtype_name, num_bytes, sha256_of, write_tensors
+from evomoe_plugin.checkpoint.atomic_files import TEMPORARY, sha256, sync, write_files
+from evomoe_plugin.checkpoint.tensor_files import dtype_name, num_bytes, write_tensors
 from evomoe_plugin.config.errors import OptionError
 
 KEY = "moe_experts"
@@ -152,12 +152,12 @@ def write_shard(
     """
     folder = os.path.join(expert_files.beside(path), tag)
     os.makedirs(folder, exist_ok=True)
-    sync_folder(os.path.dirname(folder))
+    sync(os.path.dirname(folder))
     name = file_name(rank, size)
     full = os.path.join(folder, name)
     metadata = {"format": "pt", "tag": tag, "rank": str(rank), "size": str(size)}
     write_files({full: lambda file: write_tensors(file.name, tensors, metadata)})
-    return ShardFile(name, os.path.getsize(full), sha256_of(full))
+    return ShardFile(name, os.path.getsize(full), sha256(full))
 
 
 def new_tag(update: int) -> str:
@@ -224,7 +224,7 @@ class ExpertShards:
         """Faults of a file's content."""
         file = self.manifest.files[rank]
         full = os.path.join(self.folder, file.name)
-        if sha256_of(full) != file.sha256:
+        if sha256(full) != file.sha256:
             yield f"{full} has been altered: its sha256 is not the one that was written"
             return
         try:

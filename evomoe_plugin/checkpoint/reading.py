@@ -17,7 +17,7 @@ from evomoe_plugin.config.errors import OptionError
 def read_checkpoint(option: str, path: str) -> dict[str, Any]:
     """Read a checkpoint of any fairseq version with `checkpoint_utils.load_checkpoint_to_cpu`.
 
-    Nothing in the file is executed: `patches.checkpoint_reading` restricts fairseq to tensors,
+    Nothing in the file is executed: `checkpoint.load` restricts fairseq to tensors,
     plain containers and its own configurations (`weights_only=True`).
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -43,12 +42,6 @@ def read_safetensors(option: str, path: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise OptionError(option, path,
                           f"is no file of safetensors, or cut short ({error})") from error
-
-
-def sha256_of(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def num_bytes(shape: tuple[int, ...] | list[int], dtype: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
-from evomoe_plugin.data.files import rename
+from evomoe_plugin.checkpoint.atomic_files import rename
 from evomoe_plugin.data.staging import passages_path, read_passages
 from evomoe_plugin.data.tokenizers import tokenizer_of_process
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evomoe_plugin.data.files import write_atomically
+from evomoe_plugin.checkpoint.atomic_files import write_atomically
 
 CARD = "DATA_CARD.json"
 CARD_TEXT = "DATA_CARD.md"

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from evomoe_plugin.checkpoint.atomic_files import sync
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.card import DataCard
-from evomoe_plugin.data.files import sync
 
 LOCK_SECONDS = 2.0  # the workers of a killed run, which hold its lock, exit sooner
 

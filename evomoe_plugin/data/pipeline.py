@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evomoe_plugin
+from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.card import DataCard, options_difference
 from evomoe_plugin.data.folder import OutputFolder
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.progress import Progress
-from evomoe_plugin.data.sources import SourceFile, find_sources, inputs_difference, sha256
+from evomoe_plugin.data.sources import SourceFile, find_sources, inputs_difference
 from evomoe_plugin.data.splits import SPLITS
 from evomoe_plugin.data.staging import STAGED, Staged, shard_prefixes, stage
 from evomoe_plugin.data.tokenizers import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.card import CARD
 from evomoe_plugin.data.options import PrepareOptions
@@ -31,11 +31,6 @@ class SourceFile:
     @property
     def is_text(self) -> bool:
         return self.path.suffix not in ROW_SUFFIXES
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find_sources(options: PrepareOptions) -> list[SourceFile]:

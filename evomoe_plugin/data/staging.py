@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from evomoe_plugin.checkpoint.atomic_files import sha256, write_atomically
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.documents import Passage, read_documents
-from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.readers import Advance
-from evomoe_plugin.data.sources import SourceFile, sha256
+from evomoe_plugin.data.sources import SourceFile
 from evomoe_plugin.data.splits import SPLITS, Splitter
 
 SHARD_BYTES = 2 << 20

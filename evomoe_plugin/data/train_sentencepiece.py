@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from evomoe_plugin.checkpoint.atomic_files import write_atomically
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.staging import read_passages
 from evomoe_plugin.data.tokenizers import SPACE, SPECIAL_TOKENS
 

@@ -13,8 +13,8 @@ from typing import Any
 from commands import Refused
 from recipe import Recipe
 
+from evomoe_plugin.checkpoint.atomic_files import write_atomically
 from evomoe_plugin.data import DataCard, PrepareOptions
-from evomoe_plugin.data.files import write_atomically
 from evomoe_plugin.data.sources import find_sources, inputs_difference
 
 REMEDY = "give --fresh to delete it and start over, or --dir for another folder"

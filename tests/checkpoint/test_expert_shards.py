@@ -8,6 +8,7 @@ import torch
 from fairseq import checkpoint_utils
 from safetensors.torch import load_file
 
+from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
 from evomoe_plugin.checkpoint.expert_shards import (
     ExpertShards,
@@ -18,7 +19,6 @@ from evomoe_plugin.checkpoint.expert_shards import (
 )
 from evomoe_plugin.checkpoint.optimizer_names import optimizer_names
 from evomoe_plugin.checkpoint.reshard import consolidate, reshard
-from evomoe_plugin.checkpoint.tensor_files import sha256_of
 from evomoe_plugin.checkpoint.verify import faults
 from evomoe_plugin.cli import main as evomoe
 from evomoe_plugin.config.errors import OptionError, RunFailed
@@ -62,7 +62,7 @@ def test_tensors_of_any_kind_are_written(tmp_path):
                 "columns": torch.rand(4, 6)[:, ::2]}
     written = write_shard(str(tmp_path / "some.pt"), "tag", 0, 1, tensors)
     path = tmp_path / "some.experts/tag" / written.name
-    assert (written.bytes, written.sha256) == (path.stat().st_size, sha256_of(path))
+    assert (written.bytes, written.sha256) == (path.stat().st_size, sha256(path))
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
