@@ -9,12 +9,8 @@ ROOT = Path(__file__).parent
 # fairseq's own release (0.12.2) cannot be imported on Python 3.11 and newer. ve-fairseq is
 # upstream's main with that fixed, as wheels for these platforms only; fairseq-fixed is an older
 # main with the same fix, as a source distribution.
-HAS_WHEEL = (
-    'sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.13"'
-)
-HAS_NO_WHEEL = (
-    'sys_platform != "linux" or platform_machine != "x86_64" or python_version >= "3.13"'
-)
+HAS_WHEEL = 'sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.13"'
+HAS_NO_WHEEL = 'sys_platform != "linux" or platform_machine != "x86_64" or python_version >= "3.13"'
 
 # Packages whose folder is not the one that their name says. Hydra finds its plugins in every
 # `hydra_plugins` folder of the path, so that one may have no __init__.

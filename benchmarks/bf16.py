@@ -48,17 +48,41 @@ class Curve:
 def train(dtype: str, seed: int, recipe: Recipe, data: Path, folder: Path, window: int) -> Curve:
     """Train and evaluate one run."""
     save = folder / f"{NAMES[dtype]}-{seed}"
-    output = call([
-        program("fairseq-train"), str(data), *flags(recipe.train), "--max-update",
-        str(recipe.updates), "--save-dir", str(save), "--seed", str(seed), "--log-interval",
-        str(window), "--moe-matmul-dtype", dtype, "--disable-validation",
-        "--save-interval-updates", "0", "--no-save-optimizer-state",
-    ])
+    output = call(
+        [
+            program("fairseq-train"),
+            str(data),
+            *flags(recipe.train),
+            "--max-update",
+            str(recipe.updates),
+            "--save-dir",
+            str(save),
+            "--seed",
+            str(seed),
+            "--log-interval",
+            str(window),
+            "--moe-matmul-dtype",
+            dtype,
+            "--disable-validation",
+            "--save-interval-updates",
+            "0",
+            "--no-save-optimizer-state",
+        ]
+    )
     intervals = [record.values for record in parse_log(output.splitlines(), save.name).intervals]
-    evaluated = call([program("fairseq-eval-lm"), str(data), *flags(recipe.evaluate),
-                      "--path", str(save / "checkpoint_last.pt")])
+    evaluated = call(
+        [
+            program("fairseq-eval-lm"),
+            str(data),
+            *flags(recipe.evaluate),
+            "--path",
+            str(save / "checkpoint_last.pt"),
+        ]
+    )
     return Curve(
-        dtype=dtype, seed=seed, losses=[values["inner_loss"] for values in intervals],
+        dtype=dtype,
+        seed=seed,
+        losses=[values["inner_loss"] for values in intervals],
         perplexity=float(re.search(r"Perplexity: ([\d.]+)", evaluated).group(1)),
         tokens_per_second=statistics.median(values["wps"] for values in intervals[1:]),
     )
@@ -72,10 +96,14 @@ def standard_error(values: list[float]) -> float:
 def table(curves: list[Curve], window: int) -> str:
     """Markdown: means over seeds, differences with standard errors, and the noise between seeds."""
     of = {d: [c for c in curves if c.dtype == d] for d in DTYPES}
-    lines = ["| updates | fp32 | bf16 | difference, same seed | two seeds in fp32, largest "
-             "difference |", "|---|---|---|---|---|"]
-    rows = [(f"{n * window + 1}–{(n + 1) * window}", "{:.3f}", lambda c, n=n: c.losses[n])
-            for n in range(len(curves[0].losses))]
+    lines = [
+        "| updates | fp32 | bf16 | difference, same seed | two seeds in fp32, largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [
+        (f"{n * window + 1}–{(n + 1) * window}", "{:.3f}", lambda c, n=n: c.losses[n])
+        for n in range(len(curves[0].losses))
+    ]
     rows.append(("test perplexity", "{:.2f}", lambda c: c.perplexity))
     within = 0
     for name, form, read in rows:
@@ -93,12 +121,15 @@ def table(curves: list[Curve], window: int) -> str:
 
 def speeds(curves: list[Curve]) -> str:
     """Markdown: tokens per second of each precision."""
-    medians = {d: statistics.median(c.tokens_per_second for c in curves if c.dtype == d)
-               for d in DTYPES}
+    medians = {
+        d: statistics.median(c.tokens_per_second for c in curves if c.dtype == d) for d in DTYPES
+    }
     units = native_matmul_dtype(torch.bfloat16, "cpu") is torch.bfloat16
-    return (f"Tokens per second, median: fp32 {medians['same']:.0f}, bf16 {medians['bf16']:.0f} "
-            f"({medians['bf16'] / medians['same']:.2f} times); this CPU has "
-            f"{'' if units else 'no '}bf16 matmul instructions.")
+    return (
+        f"Tokens per second, median: fp32 {medians['same']:.0f}, bf16 {medians['bf16']:.0f} "
+        f"({medians['bf16'] / medians['same']:.2f} times); this CPU has "
+        f"{'' if units else 'no '}bf16 matmul instructions."
+    )
 
 
 def main() -> None:
@@ -107,12 +138,20 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--window", type=int, default=100, help="updates to average over")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--folder", type=Path, default=Path("bf16-runs"),
-                        help="for data, checkpoints and results (default: bf16-runs)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("bf16-runs"),
+        help="for data, checkpoints and results (default: bf16-runs)",
+    )
     parser.add_argument("--quick", action="store_true", help="small model and text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="per run")
-    parser.add_argument("--parallel", type=int, default=1,
-                        help="concurrent runs; more than 1 only with enough cores")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="concurrent runs; more than 1 only with enough cores",
+    )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.folder.absolute()
@@ -123,14 +162,22 @@ def main() -> None:
     # Alternate, so that a slowdown of the machine affects both precisions.
     plan = [(dtype, seed) for seed in args.seeds for dtype in DTYPES]
     with ThreadPoolExecutor(args.parallel) as pool:
-        curves = list(pool.map(
-            lambda run: train(*run, recipe, data, folder, args.window), plan))
-    (folder / "results.json").write_text(json.dumps(
-        {"arguments": {**vars(args), "folder": str(args.folder)}, "torch": torch.__version__,
-         "curves": [asdict(curve) for curve in curves]}, indent=1))
-    print(f"{args.updates} updates, seeds {args.seeds}, {args.threads} threads per run, "
-          f"{args.parallel} concurrent, torch {torch.__version__}, "
-          f"{time.perf_counter() - start:.0f} s\n")
+        curves = list(pool.map(lambda run: train(*run, recipe, data, folder, args.window), plan))
+    (folder / "results.json").write_text(
+        json.dumps(
+            {
+                "arguments": {**vars(args), "folder": str(args.folder)},
+                "torch": torch.__version__,
+                "curves": [asdict(curve) for curve in curves],
+            },
+            indent=1,
+        )
+    )
+    print(
+        f"{args.updates} updates, seeds {args.seeds}, {args.threads} threads per run, "
+        f"{args.parallel} concurrent, torch {torch.__version__}, "
+        f"{time.perf_counter() - start:.0f} s\n"
+    )
     print(table(curves, args.window))
     print(f"\n{speeds(curves)}")
 

@@ -37,7 +37,11 @@ def _whole(layer: Any) -> None:
 
 
 VARIANTS: dict[str, Callable[[Any], None] | None] = {
-    "plain": None, "norms": _norms, "attention": _attention, "gates": _gate, "whole layers": _whole,
+    "plain": None,
+    "norms": _norms,
+    "attention": _attention,
+    "gates": _gate,
+    "whole layers": _whole,
 }
 
 
@@ -92,14 +96,18 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, subject in subjects.items():
             times[name].append(subject.seconds())
-    print(f"{sizes.name}; {args.device}, {args.threads} threads, torch {torch.__version__}, "
-          f"{args.rounds} rounds\n")
+    print(
+        f"{sizes.name}; {args.device}, {args.threads} threads, torch {torch.__version__}, "
+        f"{args.rounds} rounds\n"
+    )
     print("| compiled | first step, s | forward + backward, ms | relative to plain | range |")
     print("|---|---|---|---|---|")
     for name, taken in times.items():
         ratios = [a / b for a, b in zip(taken, times["plain"], strict=True)]
-        print(f"| {name} | {first[name]:.1f} | {1e3 * statistics.median(taken):.0f} "
-              f"| {statistics.median(ratios):.3f} | {min(ratios):.3f}–{max(ratios):.3f} |")
+        print(
+            f"| {name} | {first[name]:.1f} | {1e3 * statistics.median(taken):.0f} "
+            f"| {statistics.median(ratios):.3f} | {min(ratios):.3f}–{max(ratios):.3f} |"
+        )
     for name, error in failed.items():
         print(f"\n{name}: torch.compile fails, {error}")
 

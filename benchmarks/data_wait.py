@@ -23,15 +23,31 @@ from evomoe_plugin.metrics.log import parse_log
 def measure(data: Path, recipe: Recipe, workers: int, folder: Path) -> tuple[float, float]:
     """Milliseconds per update, and milliseconds waiting for batches; medians."""
     save = folder / f"{'quick' if recipe.quick else 'whole'}-{workers}"
-    output = call([
-        program("fairseq-train"), str(data), *flags(recipe.train), "--max-update",
-        str(recipe.updates), "--save-dir", str(save), "--num-workers", str(workers),
-        "--log-interval", str(recipe.updates // 10), "--disable-validation", "--no-save",
-    ])
+    output = call(
+        [
+            program("fairseq-train"),
+            str(data),
+            *flags(recipe.train),
+            "--max-update",
+            str(recipe.updates),
+            "--save-dir",
+            str(save),
+            "--num-workers",
+            str(workers),
+            "--log-interval",
+            str(recipe.updates // 10),
+            "--disable-validation",
+            "--no-save",
+        ]
+    )
     intervals = [r.values for r in parse_log(output.splitlines(), save.name).intervals][1:]
-    return tuple(statistics.median(values) for values in (
-        [1000 / values["ups"] for values in intervals],
-        [values["data_wait_ms"] for values in intervals]))
+    return tuple(
+        statistics.median(values)
+        for values in (
+            [1000 / values["ups"] for values in intervals],
+            [values["data_wait_ms"] for values in intervals],
+        )
+    )
 
 
 def main() -> None:
@@ -43,16 +59,21 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.folder.absolute()
-    print("| model | tokens per update | workers | update, ms | waiting for data, ms | share |\n"
-          "|---|---|---|---|---|---|")
+    print(
+        "| model | tokens per update | workers | update, ms | waiting for data, ms | share |\n"
+        "|---|---|---|---|---|---|"
+    )
     for quick in (False, True):
         data = folder / ("data-quick" if quick else "data")
         prepare(data, quick)
         recipe = Recipe(updates=args.updates, quick=quick)
         for workers in (0, 1):
             update, wait = measure(data, recipe, workers, folder)
-            print(f"| {'D 32' if quick else 'D 128'} | {128 if quick else 1024} | {workers} "
-                  f"| {update:.1f} | {wait:.2f} | {wait / update:.2%} |", flush=True)
+            print(
+                f"| {'D 32' if quick else 'D 128'} | {128 if quick else 1024} | {workers} "
+                f"| {update:.1f} | {wait:.2f} | {wait / update:.2%} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ def build(args: argparse.Namespace, wanted: float) -> tuple[MoELayer, torch.Tens
     options = {
         **vars(MoEOptions()),
         **{name: option.default for name, option in option_fields().items()},
-        "max_update": None, "moe_expert_ffn_dim": args.ffn,
-        "moe_temperature_schedule": "constant", "moe_gate_noise": "none",
+        "max_update": None,
+        "moe_expert_ffn_dim": args.ffn,
+        "moe_temperature_schedule": "constant",
+        "moe_gate_noise": "none",
     }
     if wanted == 1:
         options["moe_hard_updates"] = 0
-    layer = build_layer(
-        LayerInfo(args.width, args.experts), types.SimpleNamespace(**options), gelu)
+    layer = build_layer(LayerInfo(args.width, args.experts), types.SimpleNamespace(**options), gelu)
     gate = layer.gate
     low, high = 1e-3, 1e3
     for _ in range(40):
@@ -49,8 +50,9 @@ def build(args: argparse.Namespace, wanted: float) -> tuple[MoELayer, torch.Tens
         with torch.no_grad():
             probs_TE = torch.softmax(gate.score(x_TD) / gate.temperature_start, 1)
             mean = (probs_TE > gate.threshold).sum(1).double().mean().item()
-        low, high = (low, gate.temperature_start) if mean > wanted else (gate.temperature_start,
-                                                                       high)
+        low, high = (
+            (low, gate.temperature_start) if mean > wanted else (gate.temperature_start, high)
+        )
     gate.temperature_start = high
     return layer, x_TD.requires_grad_(), float(pairs(layer, x_TD)) / args.tokens
 
@@ -118,10 +120,14 @@ def main() -> None:
             if round_:  # the first round is warm-up
                 times[wanted].append(time.perf_counter() - start)
 
-    print(f"T={args.tokens} D={args.width} F={args.ffn} E={args.experts}, fp32, "
-          f"{args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    print("| experts per token | seconds per step | time / dense | range | pairs / dense "
-          "| peak memory, MiB |")
+    print(
+        f"T={args.tokens} D={args.width} F={args.ffn} E={args.experts}, fp32, "
+        f"{args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n"
+    )
+    print(
+        "| experts per token | seconds per step | time / dense | range | pairs / dense "
+        "| peak memory, MiB |"
+    )
     print("|---|---|---|---|---|---|")
     dense_mean = layers[points[0]][2]
     rows = []
@@ -136,13 +142,17 @@ def main() -> None:
             "peak_mib": in_own_process(args, wanted),
         }
         rows.append(row)
-        print(f"| {row['experts_per_token']:.2f} | {row['seconds']:.3f} | {row['time_ratio']:.3f} "
-              f"| {min(ratios):.3f}–{max(ratios):.3f} | {row['pairs_ratio']:.3f} "
-              f"| {row['peak_mib']:.0f} |", flush=True)
+        print(
+            f"| {row['experts_per_token']:.2f} | {row['seconds']:.3f} | {row['time_ratio']:.3f} "
+            f"| {min(ratios):.3f}–{max(ratios):.3f} | {row['pairs_ratio']:.3f} "
+            f"| {row['peak_mib']:.0f} |",
+            flush=True,
+        )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file,
-                      indent=1)
+            json.dump(
+                {"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

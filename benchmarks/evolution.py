@@ -38,34 +38,112 @@ from evomoe_plugin.metrics.log import Record, parse_log
 LAYERS, WIDTH, FFN, CONTEXT = 4, 128, 512, 128
 
 # As in hydra_configs/small.
-SIZES = ("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(WIDTH),
-         "--decoder-ffn-embed-dim", str(FFN), "--decoder-attention-heads", "4",
-         "--decoder-input-dim", str(WIDTH), "--decoder-output-dim", str(WIDTH),
-         "--activation-fn", "gelu", "--share-decoder-input-output-embed",
-         "--dropout", "0.1", "--attention-dropout", "0.1")
-RECIPE = ("--user-dir", str(Path(evomoe_plugin.__file__).parent), "--cpu",
-          "--task", "language_modeling", "--sample-break-mode", "none",
-          "--tokens-per-sample", str(CONTEXT),
-          "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.1",
-          "--clip-norm", "1.0", "--lr-scheduler", "cosine", "--warmup-init-lr", "1e-7",
-          "--num-workers", "0", "--disable-validation", "--no-epoch-checkpoints",
-          "--no-save-optimizer-state", "--log-format", "json")
+SIZES = (
+    "--decoder-layers",
+    str(LAYERS),
+    "--decoder-embed-dim",
+    str(WIDTH),
+    "--decoder-ffn-embed-dim",
+    str(FFN),
+    "--decoder-attention-heads",
+    "4",
+    "--decoder-input-dim",
+    str(WIDTH),
+    "--decoder-output-dim",
+    str(WIDTH),
+    "--activation-fn",
+    "gelu",
+    "--share-decoder-input-output-embed",
+    "--dropout",
+    "0.1",
+    "--attention-dropout",
+    "0.1",
+)
+RECIPE = (
+    "--user-dir",
+    str(Path(evomoe_plugin.__file__).parent),
+    "--cpu",
+    "--task",
+    "language_modeling",
+    "--sample-break-mode",
+    "none",
+    "--tokens-per-sample",
+    str(CONTEXT),
+    "--optimizer",
+    "adam",
+    "--adam-betas",
+    "(0.9, 0.98)",
+    "--weight-decay",
+    "0.1",
+    "--clip-norm",
+    "1.0",
+    "--lr-scheduler",
+    "cosine",
+    "--warmup-init-lr",
+    "1e-7",
+    "--num-workers",
+    "0",
+    "--disable-validation",
+    "--no-epoch-checkpoints",
+    "--no-save-optimizer-state",
+    "--log-format",
+    "json",
+)
 DENSE = ("--arch", "transformer_lm", "--decoder-normalize-before", "--criterion", "cross_entropy")
-MOE = ("--arch", "transformer_lm_moe", "--criterion", "moe_cross_entropy",
-       "--moe-gate-loss-combine-method", "sum", "--moe-gate-loss-wt", "0.01")
+MOE = (
+    "--arch",
+    "transformer_lm_moe",
+    "--criterion",
+    "moe_cross_entropy",
+    "--moe-gate-loss-combine-method",
+    "sum",
+    "--moe-gate-loss-wt",
+    "0.01",
+)
 EXPERTS = ("--moe-freq", "2", "--moe-expert-count", "8")
-TOP_K = ("--moe-gate", "top_k", "--moe-top-k-weights", "renormalized",
-         # The same for any k; for k = 1 it equals the gate switch with balance.
-         "--moe-aux", "switch=1")
+TOP_K = (
+    "--moe-gate",
+    "top_k",
+    "--moe-top-k-weights",
+    "renormalized",
+    # The same for any k; for k = 1 it equals the gate switch with balance.
+    "--moe-aux",
+    "switch=1",
+)
 TOP_2 = (*EXPERTS, *TOP_K, "--moe-top-k", "2")
 # Parameters and compute of TOP_2: twice the experts of half the width.
-HALVES = ("--moe-freq", "2", "--moe-expert-count", "16", "--moe-expert-size-factor", "2",
-          *TOP_K, "--moe-top-k", "4")
-SWITCH = (*EXPERTS, "--moe-gate", "switch", "--moe-aux", "balance=1",
-          "--moe-capacity-factor", "2.0")
+HALVES = (
+    "--moe-freq",
+    "2",
+    "--moe-expert-count",
+    "16",
+    "--moe-expert-size-factor",
+    "2",
+    *TOP_K,
+    "--moe-top-k",
+    "4",
+)
+SWITCH = (
+    *EXPERTS,
+    "--moe-gate",
+    "switch",
+    "--moe-aux",
+    "balance=1",
+    "--moe-capacity-factor",
+    "2.0",
+)
 # Annealing takes its default length, 30 % of the updates after the spawn.
-DENSE_TO_SPARSE = (*EXPERTS, "--moe-gate", "dense_to_sparse", "--moe-temperature-start", "2.0",
-                   "--moe-temperature-end", "0.3", "--moe-aux", "none")
+DENSE_TO_SPARSE = (
+    *EXPERTS,
+    "--moe-gate",
+    "dense_to_sparse",
+    "--moe-temperature-start",
+    "2.0",
+    "--moe-temperature-end",
+    "0.3",
+    "--moe-aux",
+    "none",
+)
 
 SECOND_HALF = 1000
 """Added to the seed after the dense half, so that the text is read in another order."""
@@ -122,8 +200,9 @@ class Cost:
     """CPU time of the process, without imports."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(),
-                                            strict=True)))
+        return Cost(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 @dataclass(frozen=True)
@@ -174,8 +253,10 @@ class Study:
             before = json.loads(path.read_text())
             for name, value in self.settings.items():
                 if before[name] != value:
-                    sys.exit(f"error: --folder {self.folder}: its results have {name} "
-                             f"{before[name]}, not {value}; give this value, or another folder")
+                    sys.exit(
+                        f"error: --folder {self.folder}: its results have {name} "
+                        f"{before[name]}, not {value}; give this value, or another folder"
+                    )
         else:
             path.write_text(json.dumps(self.settings, indent=1))
 
@@ -186,8 +267,10 @@ class Study:
             if not path.exists():
                 self._make(name, seed).write(path)
             self.done[name, seed] = result = Result.read(path)
-            log(f"{name}, seed {seed}: perplexity {result.perplexity:.2f}, "
-                 f"{result.cost.cpu_seconds:.0f} CPU s")
+            log(
+                f"{name}, seed {seed}: perplexity {result.perplexity:.2f}, "
+                f"{result.cost.cpu_seconds:.0f} CPU s"
+            )
         return self.done[name, seed]
 
     def _make(self, name: str, seed: int) -> Result:
@@ -202,11 +285,25 @@ class Study:
         saved.mkdir(parents=True)
         if run.upcycle is not None:
             start, start_perplexity = self._upcycle(run, seed, start, saved / "upcycled.pt")
-        options = [*RECIPE, *SIZES, *run.options, "--max-update", str(updates),
-                   "--batch-size", str(self.settings["batch_size"]),
-                   "--lr", str(self.settings["lr"]), "--warmup-updates", str(updates // 10),
-                   "--log-interval", str(max(1, updates // 20)),
-                   "--seed", str(seed + SECOND_HALF * follows), "--save-dir", str(saved)]
+        options = [
+            *RECIPE,
+            *SIZES,
+            *run.options,
+            "--max-update",
+            str(updates),
+            "--batch-size",
+            str(self.settings["batch_size"]),
+            "--lr",
+            str(self.settings["lr"]),
+            "--warmup-updates",
+            str(updates // 10),
+            "--log-interval",
+            str(max(1, updates // 20)),
+            "--seed",
+            str(seed + SECOND_HALF * follows),
+            "--save-dir",
+            str(saved),
+        ]
         if run.spawns is not None:
             options += ["--moe-spawn-updates", str(round(run.spawns * updates))]
         if start is not None:
@@ -218,10 +315,11 @@ class Study:
         last = intervals[-1].values
         tokens, flops = self._work(intervals)
         return Result(
-            run=name, seed=seed,
+            run=name,
+            seed=seed,
             perplexity=self._perplexity(self._checkpoint(name, seed)),
-            cost=before + Cost(updates, tokens, flops / 1e12, ended.wall_seconds,
-                               ended.cpu_seconds),
+            cost=before
+            + Cost(updates, tokens, flops / 1e12, ended.wall_seconds, ended.cpu_seconds),
             million_flops=last.get("mflops_per_token", self._dense_flops() / 1e6),
             experts_per_token=last.get("experts_per_token"),
             load_max=last.get("load_max"),
@@ -238,9 +336,12 @@ class Study:
 
     def _perplexity(self, checkpoint: Path) -> float:
         """On the test split."""
-        ended = fork(lambda: print("perplexity", perplexity(str(checkpoint), str(self.data), "test",
-                                                            CONTEXT)),
-                     checkpoint.with_suffix(".evaluated.log"))
+        ended = fork(
+            lambda: print(
+                "perplexity", perplexity(str(checkpoint), str(self.data), "test", CONTEXT)
+            ),
+            checkpoint.with_suffix(".evaluated.log"),
+        )
         return float(re.search(r"^perplexity ([\d.]+)$", ended.output, re.M).group(1))
 
     def _upcycle(self, run: Run, seed: int, dense: Path, path: Path) -> tuple[Path, float]:
@@ -276,22 +377,33 @@ def spread(values: Iterable[float], digits: int) -> str:
 
 def table(by_run: dict[str, list[Result]]) -> str:
     """Markdown, one row per run, best perplexity first."""
-    lines = ["| run | test perplexity | per seed | before the first update | experts per token "
-             "| max/mean load | MFLOPs per token | total TFLOPs | min CPU s | min wall s |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
-    for name, rs in sorted(by_run.items(),
-                           key=lambda item: statistics.mean(r.perplexity for r in item[1])):
-        cells = [name, spread((r.perplexity for r in rs), 2),
-                 ", ".join(f"{r.perplexity:.2f}" for r in rs)]
-        for attribute, digits in (("upcycled_perplexity", 2), ("experts_per_token", 2),
-                                  ("load_max", 2)):
+    lines = [
+        "| run | test perplexity | per seed | before the first update | experts per token "
+        "| max/mean load | MFLOPs per token | total TFLOPs | min CPU s | min wall s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rs in sorted(
+        by_run.items(), key=lambda item: statistics.mean(r.perplexity for r in item[1])
+    ):
+        cells = [
+            name,
+            spread((r.perplexity for r in rs), 2),
+            ", ".join(f"{r.perplexity:.2f}" for r in rs),
+        ]
+        for attribute, digits in (
+            ("upcycled_perplexity", 2),
+            ("experts_per_token", 2),
+            ("load_max", 2),
+        ):
             known = [getattr(r, attribute) for r in rs]
             cells.append("–" if None in known else spread(known, digits))
-        cells += [f"{statistics.mean(r.million_flops for r in rs):.2f}",
-                  f"{statistics.mean(r.cost.tera_flops for r in rs):.2f}",
-                  # Other programs can only add time.
-                  f"{min(r.cost.cpu_seconds for r in rs):.0f}",
-                  f"{min(r.cost.wall_seconds for r in rs):.0f}"]
+        cells += [
+            f"{statistics.mean(r.million_flops for r in rs):.2f}",
+            f"{statistics.mean(r.cost.tera_flops for r in rs):.2f}",
+            # Other programs can only add time.
+            f"{min(r.cost.cpu_seconds for r in rs):.0f}",
+            f"{min(r.cost.wall_seconds for r in rs):.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -300,25 +412,41 @@ def paired(by_run: dict[str, list[Result]], control: str) -> str:
     """Markdown: perplexity minus that of the control with the same seed."""
     base = {r.seed: r.perplexity for r in by_run[control]}
     lines = [f"| run | minus {control}, same seed | per seed |", "|---|---|---|"]
-    rows = {name: [r.perplexity - base[r.seed] for r in rs if r.seed in base]
-            for name, rs in by_run.items() if name not in (control, "dense_half")}
+    rows = {
+        name: [r.perplexity - base[r.seed] for r in rs if r.seed in base]
+        for name, rs in by_run.items()
+        if name not in (control, "dense_half")
+    }
     for name, values in sorted(rows.items(), key=lambda item: statistics.mean(item[1])):
-        lines.append(f"| {name} | {spread(values, 2)} | "
-                     + ", ".join(f"{value:+.2f}" for value in values) + " |")
+        lines.append(
+            f"| {name} | {spread(values, 2)} | "
+            + ", ".join(f"{value:+.2f}" for value in values)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run missing results sequentially, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, metavar="RUN",
-                        help=f"of {', '.join(RUNS)} (default: all)")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=list(RUNS),
+        choices=RUNS,
+        metavar="RUN",
+        help=f"of {', '.join(RUNS)} (default: all)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--updates", type=int, default=400, help="total updates of each run")
     parser.add_argument("--batch-size", type=int, default=8, help=f"sequences of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of every run and half")
-    parser.add_argument("--folder", type=Path, default=Path("evolution-study"),
-                        help="for data, checkpoints and results (default: evolution-study)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("evolution-study"),
+        help="for data, checkpoints and results (default: evolution-study)",
+    )
     parser.add_argument("--quick", action="store_true", help="small part of the text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -329,9 +457,18 @@ def main() -> None:
     folder = args.folder.absolute()
     data = folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(folder, data, {"updates": args.updates, "batch_size": args.batch_size,
-                                 "lr": args.lr, "quick": args.quick, "threads": args.threads,
-                                 "torch": torch.__version__})
+    study = Study(
+        folder,
+        data,
+        {
+            "updates": args.updates,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            "quick": args.quick,
+            "threads": args.threads,
+            "torch": torch.__version__,
+        },
+    )
     study.check_settings()
     prepare(data, args.quick)
     by_run: dict[str, list[Result]] = {name: [] for name in args.runs}
@@ -339,8 +476,10 @@ def main() -> None:
         for name in args.runs:
             by_run[name].append(study.result(name, seed, lambda line: print(line, flush=True)))
     tokens = max(r.cost.tokens for rs in by_run.values() for r in rs)
-    print(f"\n{args.updates} updates, {tokens:,} tokens, {args.threads} threads, torch "
-          f"{torch.__version__}, unigram model: {unigram_perplexity(data):.1f}\n")
+    print(
+        f"\n{args.updates} updates, {tokens:,} tokens, {args.threads} threads, torch "
+        f"{torch.__version__}, unigram model: {unigram_perplexity(data):.1f}\n"
+    )
     print(table(by_run))
     for control in ("dense_restarted", "moe"):
         if control in by_run:

@@ -37,18 +37,21 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096],
-                        help="tokens per rank")
-    parser.add_argument("--top-k", "--picks", type=int, nargs="+", default=[1, 2],
-                        help="experts per token")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[256, 1024, 4096], help="tokens per rank"
+    )
+    parser.add_argument(
+        "--top-k", "--picks", type=int, nargs="+", default=[1, 2], help="experts per token"
+    )
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     context = mp.get_context("spawn")
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    ranks = [context.Process(target=run, args=(rank, store.port, args))
-             for rank in range(args.ranks)]
+    ranks = [
+        context.Process(target=run, args=(rank, store.port, args)) for rank in range(args.ranks)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -60,14 +63,22 @@ def main() -> None:
 def run(rank: int, port: int, args: argparse.Namespace) -> None:
     """Run one rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.TCPStore("localhost", port, is_master=False),
-                            rank=rank, world_size=args.ranks)
+    dist.init_process_group(
+        "gloo",
+        store=dist.TCPStore("localhost", port, is_master=False),
+        rank=rank,
+        world_size=args.ranks,
+    )
     apply_all()
     constants = measure_constants(args)
     meter = Meter()
     subjects = {"fully sharded": sharded(args), "expert parallel": expert_parallel(args, meter)}
-    rows = [row for tokens in args.tokens for top_k in args.top_k
-            for row in compare(subjects, meter, tokens, top_k, args)]
+    rows = [
+        row
+        for tokens in args.tokens
+        for top_k in args.top_k
+        for row in compare(subjects, meter, tokens, top_k, args)
+    ]
     if rank == 0:
         show(args, constants, rows)
     dist.barrier()
@@ -81,7 +92,8 @@ def sharded(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     return FullyShardedDataParallel(
         ExpertFFN(args.experts, args.width, args.ffn, nn.functional.gelu),
-        compute_dtype=torch.float32)
+        compute_dtype=torch.float32,
+    )
 
 
 def expert_parallel(args: argparse.Namespace, meter: Meter) -> nn.Module:
@@ -89,13 +101,19 @@ def expert_parallel(args: argparse.Namespace, meter: Meter) -> nn.Module:
     torch.manual_seed(0)
     groups = expert_groups(args.ranks)
     return ParallelExpertFFN(
-        args.experts, args.width, args.ffn, nn.functional.gelu, groups=groups,
+        args.experts,
+        args.width,
+        args.ffn,
+        nn.functional.gelu,
+        groups=groups,
         exchange=partial(Exchange, groups.exchange, meter=meter),
-        chunks=args.chunks)
+        chunks=args.chunks,
+    )
 
 
-def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, top_k: int,
-            args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    subjects: dict[str, nn.Module], meter: Meter, tokens: int, top_k: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Time both layouts on the same tokens, with balanced routing."""
     plan = even_plan(tokens, top_k, args.experts)
     x = torch.randn(tokens, args.width, requires_grad=True)
@@ -125,12 +143,18 @@ def compare(subjects: dict[str, nn.Module], meter: Meter, tokens: int, top_k: in
     rows = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["fully sharded"], strict=True)]
-        rows.append({
-            "tokens": tokens, "top_k": top_k, "layout": name, "mib_sent": sent[name] / 2**20,
-            "seconds": statistics.median(times), "ratio": statistics.median(ratios),
-            "ratio_spread": [min(ratios), max(ratios)],
-            "wait_seconds": statistics.median(waits) if name == "expert parallel" else None,
-        })
+        rows.append(
+            {
+                "tokens": tokens,
+                "top_k": top_k,
+                "layout": name,
+                "mib_sent": sent[name] / 2**20,
+                "seconds": statistics.median(times),
+                "ratio": statistics.median(ratios),
+                "ratio_spread": [min(ratios), max(ratios)],
+                "wait_seconds": statistics.median(waits) if name == "expert parallel" else None,
+            }
+        )
     return rows
 
 
@@ -157,6 +181,7 @@ def measure_constants(args: argparse.Namespace) -> dict[str, float]:
 
 def collectives(ranks: int) -> list[tuple[str, Callable[[int], Any], float]]:
     """Name, a call that moves this many elements in total, and the share sent per rank."""
+
     def all_to_all(size: int) -> None:
         rows = torch.zeros(size)
         dist.all_to_all_single(torch.empty_like(rows), rows)
@@ -170,8 +195,11 @@ def collectives(ranks: int) -> list[tuple[str, Callable[[int], Any], float]]:
         dist.reduce_scatter(torch.empty_like(parts[0]), parts)
 
     share = (ranks - 1) / ranks
-    return [("all_to_all", all_to_all, share), ("all_gather", gather, share),
-            ("reduce_scatter", scatter, share)]
+    return [
+        ("all_to_all", all_to_all, share),
+        ("all_gather", gather, share),
+        ("reduce_scatter", scatter, share),
+    ]
 
 
 def timed(call: Callable[[], Any], times: int = 9) -> float:
@@ -187,25 +215,39 @@ def timed(call: Callable[[], Any], times: int = 9) -> float:
 
 def show(args: argparse.Namespace, constants: dict[str, float], rows: list[dict]) -> None:
     """Print the results."""
-    print(f"{args.ranks} gloo ranks with one thread each, E={args.experts} D={args.width} "
-          f"F={args.ffn}, fp32, {args.chunks} chunks, torch {torch.__version__}, "
-          f"{args.rounds} rounds, forward and backward of one layer's experts\n")
-    print("| tokens per rank | experts per token | layout | MiB sent | s | relative to sharded "
-          "| range | s waiting |")
+    print(
+        f"{args.ranks} gloo ranks with one thread each, E={args.experts} D={args.width} "
+        f"F={args.ffn}, fp32, {args.chunks} chunks, torch {torch.__version__}, "
+        f"{args.rounds} rounds, forward and backward of one layer's experts\n"
+    )
+    print(
+        "| tokens per rank | experts per token | layout | MiB sent | s | relative to sharded "
+        "| range | s waiting |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["ratio_spread"]
         waited = "" if row["wait_seconds"] is None else f"{row['wait_seconds']:.4f}"
-        print(f"| {row['tokens']} | {row['top_k']} | {row['layout']} | {row['mib_sent']:.2f} "
-              f"| {row['seconds']:.4f} | {row['ratio']:.2f} | {low:.2f}–{high:.2f} | {waited} |")
+        print(
+            f"| {row['tokens']} | {row['top_k']} | {row['layout']} | {row['mib_sent']:.2f} "
+            f"| {row['seconds']:.4f} | {row['ratio']:.2f} | {low:.2f}–{high:.2f} | {waited} |"
+        )
     print("\n| constant | value |\n|---|---|")
     for name, value in constants.items():
         unit = "ms" if name.endswith("latency") else "GB/s" if "bandwidth" in name else "GFLOP/s"
         print(f"| {name} | {value * 1000 if unit == 'ms' else value / 1e9:.2f} {unit} |")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "torch": torch.__version__,
-                       "constants": constants, "rows": rows}, file, indent=1)
+            json.dump(
+                {
+                    "arguments": vars(args),
+                    "torch": torch.__version__,
+                    "constants": constants,
+                    "rows": rows,
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -33,11 +33,22 @@ def measure(case: Case, setting: Setting, names: list[str], memory: bool) -> dic
     together = [name for name in names if not CONTENDERS[name].ALONE]
     groups = [together, *([name] for name in names if CONTENDERS[name].ALONE)]
     result: dict[str, Any] = {
-        "name": case.name, "group": case.group, "gate": case.gate, "tokens": case.tokens,
-        "width": case.width, "ffn": case.ffn_dim, "experts": case.experts, "top_k": case.top_k,
-        "wanted": case.wanted, "null_share": case.null_share, "dtype": setting.dtype,
-        "threads": setting.threads, "device": setting.device,
-        "rows": {}, "failed": {}, "memory": {},
+        "name": case.name,
+        "group": case.group,
+        "gate": case.gate,
+        "tokens": case.tokens,
+        "width": case.width,
+        "ffn": case.ffn_dim,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "wanted": case.wanted,
+        "null_share": case.null_share,
+        "dtype": setting.dtype,
+        "threads": setting.threads,
+        "device": setting.device,
+        "rows": {},
+        "failed": {},
+        "memory": {},
     }
     for group in groups:
         measured = in_own_process(case, setting, group)
@@ -63,9 +74,11 @@ def add_bounds(result: dict[str, Any], measured: dict[str, Any]) -> None:
     times, flops = measured["times"], measured["flops"]
     limit = clock.spread(times["Limit"])["median"]
     result |= {
-        "pairs": measured["pairs"], "load_max": measured["load_max"],
+        "pairs": measured["pairs"],
+        "load_max": measured["load_max"],
         "rows_per_expert": measured["pairs"] / result["experts"],
-        "limit_seconds": limit, "limit_gflops": flops["Limit"] / limit / 1e9,
+        "limit_seconds": limit,
+        "limit_gflops": flops["Limit"] / limit / 1e9,
     }
     result["rows"]["Floor"] = ratios(times, flops, "Floor")
     if "Routing" in times and OURS in times:
@@ -82,15 +95,21 @@ def ratios(times: dict[str, list], flops: dict[str, int], name: str) -> dict[str
     }
     if OURS in times:
         found["ours_of_it"] = clock.spread(
-            [r / scale for r in clock.ratios(times[OURS], times[name])])
+            [r / scale for r in clock.ratios(times[OURS], times[name])]
+        )
     return found
 
 
 def measure_nulls(cases: list[Case], setting: Setting) -> dict[str, Any]:
     """Time of our layer and the loop against the pairs remaining with null experts."""
     measured = forked(lambda: nulls(cases, setting))
-    result = {"dtype": setting.dtype, "threads": setting.threads, "device": setting.device,
-              "rows": [], **({"failed": measured["failed"]} if "failed" in measured else {})}
+    result = {
+        "dtype": setting.dtype,
+        "threads": setting.threads,
+        "device": setting.device,
+        "rows": [],
+        **({"failed": measured["failed"]} if "failed" in measured else {}),
+    }
     if "failed" in measured:
         return result
     times, pairs = measured["times"], measured["pairs"]
@@ -111,7 +130,8 @@ def progress(result: dict[str, Any]) -> str:
     found = ", ".join(
         f"{report.LABELS[name]} {row['of_limit']['median']:.2f}"
         for name, row in sorted(result["rows"].items(), key=lambda x: x[1]["of_limit"]["median"])
-        if name != "Routing")
+        if name != "Routing"
+    )
     return f"{label}: limit {result['limit_seconds'] * 1e3:.0f} ms; relative to it: {found}"
 
 
@@ -119,8 +139,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few small cases")
-    parser.add_argument("--cases", nargs="+", metavar="NAME",
-                        help="cases whose names contain one of these: table, 64/2, annealing")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="cases whose names contain one of these: table, 64/2, annealing",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
@@ -158,8 +182,13 @@ def main() -> None:
             if len(shares) > 1 and not found.has("nulls", **key):
                 found.add(measure_nulls(shares, setting), "nulls")
     results = found.part()
-    text = "\n\n".join([report.heading(found.numbers["machine"]), report.layers(results),
-                        report.nulls_table(found.part("nulls"))])
+    text = "\n\n".join(
+        [
+            report.heading(found.numbers["machine"]),
+            report.layers(results),
+            report.nulls_table(found.part("nulls")),
+        ]
+    )
     print(f"\n{text}")
     if args.markdown:
         args.markdown.write_text(text + "\n")

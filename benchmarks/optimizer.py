@@ -82,7 +82,8 @@ def measure(sizes: Sizes, rounds: int, device: str) -> dict[str, Any]:
         "passes": min(passes),
         "adam": statistics.median(ends["adam"][1:]),
         "fused_adamw": statistics.median(ends["fused_adamw"][1:]),
-        "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
         "difference": max(float((one[n] - other[n]).abs().max()) for n in one),
     }
 
@@ -90,29 +91,40 @@ def measure(sizes: Sizes, rounds: int, device: str) -> dict[str, Any]:
 def main() -> None:
     """Print the table; write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=["4x256x8", "4x256x32", "2x512x16"],
-                        metavar="LAYERSxWIDTHxEXPERTS")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["4x256x8", "4x256x32", "2x512x16"],
+        metavar="LAYERSxWIDTHxEXPERTS",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [measure(Sizes(*map(int, text.split("x"))), args.rounds, args.device)
-            for text in args.sizes]
-    print(f"{args.device}, {args.threads} threads, torch {torch.__version__}, {args.rounds} "
-          "rounds\n")
-    print("| model | parameters | forward + backward, ms | adam, ms | fused_adamw, ms "
-          "| fused / adam | range | largest weight difference |")
+    rows = [
+        measure(Sizes(*map(int, text.split("x"))), args.rounds, args.device) for text in args.sizes
+    ]
+    print(
+        f"{args.device}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n"
+    )
+    print(
+        "| model | parameters | forward + backward, ms | adam, ms | fused_adamw, ms "
+        "| fused / adam | range | largest weight difference |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['sizes']} | {row['parameters']:,} | {1e3 * row['passes']:.0f} "
-              f"| {1e3 * row['adam']:.1f} | {1e3 * row['fused_adamw']:.1f} | {row['ratio']:.2f} "
-              f"| {row['spread'][0]:.2f}–{row['spread'][1]:.2f} | {row['difference']:.0e} |")
+        print(
+            f"| {row['sizes']} | {row['parameters']:,} | {1e3 * row['passes']:.0f} "
+            f"| {1e3 * row['adam']:.1f} | {1e3 * row['fused_adamw']:.1f} | {row['ratio']:.2f} "
+            f"| {row['spread'][0]:.2f}–{row['spread'][1]:.2f} | {row['difference']:.0e} |"
+        )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file,
-                      indent=1)
+            json.dump(
+                {"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def call(command: list[str]) -> str:
     Raises:
         SystemExit: it failed; with the end of its output.
     """
-    ended = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT)
+    ended = subprocess.run(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if ended.returncode:
         sys.exit(f"{ended.stdout[-3000:]}\nerror: {' '.join(command[:4])} … failed")
     return ended.stdout

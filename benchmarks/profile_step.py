@@ -38,19 +38,56 @@ SETTINGS = {
     "after": ["--optimizer", "fused_adamw"],
 }
 MARK, BACKWARD = "part: ", "autograd::engine::evaluate_function"
-PARTS = ("gate", "sort", "gather", "matmul", "activation", "combine", "experts, other",
-         "dense FFN", "attention", "norms", "vocabulary", "optimizer", "data", "other")
+PARTS = (
+    "gate",
+    "sort",
+    "gather",
+    "matmul",
+    "activation",
+    "combine",
+    "experts, other",
+    "dense FFN",
+    "attention",
+    "norms",
+    "vocabulary",
+    "optimizer",
+    "data",
+    "other",
+)
 # Within an MoE layer parts are distinguished by operation.
 OPERATIONS = {
-    "matmul": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm",
-                 "_scaled_grouped_mm"),
+    "matmul": (
+        "mm",
+        "addmm",
+        "addmm_",
+        "bmm",
+        "baddbmm",
+        "baddbmm_",
+        "_grouped_mm",
+        "_scaled_grouped_mm",
+    ),
     "sort": ("sort", "argsort", "topk", "bincount", "nonzero"),
     "gather": ("index_select", "index", "gather", "take"),
-    "combine": ("index_add_", "index_add", "scatter_add_", "scatter_add", "_embedding_bag",
-                "_embedding_bag_forward_only", "embedding_bag", "index_put_",
-                "_index_put_impl_"),
-    "activation": ("gelu", "gelu_backward", "relu", "silu", "silu_backward", "sigmoid",
-                   "threshold_backward"),
+    "combine": (
+        "index_add_",
+        "index_add",
+        "scatter_add_",
+        "scatter_add",
+        "_embedding_bag",
+        "_embedding_bag_forward_only",
+        "embedding_bag",
+        "index_put_",
+        "_index_put_impl_",
+    ),
+    "activation": (
+        "gelu",
+        "gelu_backward",
+        "relu",
+        "silu",
+        "silu_backward",
+        "sigmoid",
+        "threshold_backward",
+    ),
 }
 PART_OF_OPERATION = {f"aten::{name}": part for part, names in OPERATIONS.items() for name in names}
 
@@ -60,18 +97,58 @@ class Subject:
 
     def __init__(self, args: argparse.Namespace, data: str, setting: list[Any]):
         torch.manual_seed(0)
-        given = list(map(str, [
-            data, "--task", "language_modeling", "--arch", "transformer_lm_moe",
-            "--decoder-layers", args.layers, "--decoder-embed-dim", args.width,
-            "--decoder-ffn-embed-dim", args.ffn, "--decoder-attention-heads", args.heads,
-            "--dropout", args.dropout, "--attention-dropout", args.dropout,
-            "--share-decoder-input-output-embed", "--activation-fn", "gelu",
-            "--tokens-per-sample", args.length, "--batch-size", args.batch,
-            "--adam-betas", "(0.9, 0.98)", "--weight-decay", 0.1, "--lr", 1e-4,
-            "--clip-norm", 1.0, "--max-update", 1_000_000, "--criterion", "moe_cross_entropy",
-            "--moe-freq", 1, "--moe-expert-count", args.experts, "--moe-gate", "top_k",
-            *args.precision, *setting, *args.given,
-        ]))
+        given = list(
+            map(
+                str,
+                [
+                    data,
+                    "--task",
+                    "language_modeling",
+                    "--arch",
+                    "transformer_lm_moe",
+                    "--decoder-layers",
+                    args.layers,
+                    "--decoder-embed-dim",
+                    args.width,
+                    "--decoder-ffn-embed-dim",
+                    args.ffn,
+                    "--decoder-attention-heads",
+                    args.heads,
+                    "--dropout",
+                    args.dropout,
+                    "--attention-dropout",
+                    args.dropout,
+                    "--share-decoder-input-output-embed",
+                    "--activation-fn",
+                    "gelu",
+                    "--tokens-per-sample",
+                    args.length,
+                    "--batch-size",
+                    args.batch,
+                    "--adam-betas",
+                    "(0.9, 0.98)",
+                    "--weight-decay",
+                    0.1,
+                    "--lr",
+                    1e-4,
+                    "--clip-norm",
+                    1.0,
+                    "--max-update",
+                    1_000_000,
+                    "--criterion",
+                    "moe_cross_entropy",
+                    "--moe-freq",
+                    1,
+                    "--moe-expert-count",
+                    args.experts,
+                    "--moe-gate",
+                    "top_k",
+                    *args.precision,
+                    *setting,
+                    *args.given,
+                ],
+            )
+        )
         with mock.patch("sys.argv", ["fairseq-train", *given]):
             parsed = options.parse_args_and_arch(options.get_training_parser(), given)
         cfg = convert_namespace_to_omegaconf(parsed)
@@ -121,8 +198,11 @@ def mark(model: nn.Module, trainer: Trainer, criterion: nn.Module) -> None:
     decoder.output_layer = marked(decoder.output_layer, "vocabulary")
     criterion.compute_loss = marked(criterion.compute_loss, "vocabulary")
     for owner, name, part in (
-            (trainer.optimizer, "step", "optimizer"), (trainer, "clip_grad_norm", "optimizer"),
-            (trainer, "zero_grad", "optimizer"), (trainer, "_prepare_sample", "data")):
+        (trainer.optimizer, "step", "optimizer"),
+        (trainer, "clip_grad_norm", "optimizer"),
+        (trainer, "zero_grad", "optimizer"),
+        (trainer, "_prepare_sample", "data"),
+    ):
         setattr(owner, name, marked(getattr(owner, name), part))
 
 
@@ -151,7 +231,8 @@ def by_part(events: list[Any], on_gpu: bool) -> Counter[str]:
             # Operations without gradient share the sequence number of the next one with it.
             parts_of_forward[event.sequence_nr] = part
         if part == "experts, other" or (
-                part == "gate" and PART_OF_OPERATION.get(event.name) == "sort"):
+            part == "gate" and PART_OF_OPERATION.get(event.name) == "sort"
+        ):
             part = PART_OF_OPERATION.get(event.name, part)
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         milliseconds[part] += spent / 1e3
@@ -186,10 +267,20 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="also of attention")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--precision", nargs="*", default=["--cpu"], metavar="OPTION",
-                        help="fairseq's precision flags, such as ' --bf16'; --cpu: fp32 on the CPU")
-    parser.add_argument("--given", nargs="*", default=[], metavar="OPTION",
-                        help="further options of fairseq-train for both, such as ' --moe-top-k' 1")
+    parser.add_argument(
+        "--precision",
+        nargs="*",
+        default=["--cpu"],
+        metavar="OPTION",
+        help="fairseq's precision flags, such as ' --bf16'; --cpu: fp32 on the CPU",
+    )
+    parser.add_argument(
+        "--given",
+        nargs="*",
+        default=[],
+        metavar="OPTION",
+        help="further options of fairseq-train for both, such as ' --moe-top-k' 1",
+    )
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     args.precision = [option.strip() for option in args.precision]
@@ -214,27 +305,43 @@ def main() -> None:
                         torch.cuda.synchronize()
                 times[name].append(by_part(list(profiler.events()), on_gpu))
 
-    table = {name: {part: statistics.median(taken[part] for taken in rounds) for part in PARTS}
-             for name, rounds in times.items()}
+    table = {
+        name: {part: statistics.median(taken[part] for taken in rounds) for part in PARTS}
+        for name, rounds in times.items()
+    }
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} threads"
-    print(f"B={args.batch} length={args.length} layers={args.layers} D={args.width} F={args.ffn} "
-          f"E={args.experts} V={args.vocabulary} dropout={args.dropout}, "
-          f"{' '.join(args.precision + args.given)}, {device}, torch {torch.__version__}, medians "
-          f"of {args.rounds} rounds\n")
+    print(
+        f"B={args.batch} length={args.length} layers={args.layers} D={args.width} F={args.ffn} "
+        f"E={args.experts} V={args.vocabulary} dropout={args.dropout}, "
+        f"{' '.join(args.precision + args.given)}, {device}, torch {torch.__version__}, medians "
+        f"of {args.rounds} rounds\n"
+    )
     print("| part | before, ms | share | after, ms | share | after / before |")
     print("|---|---|---|---|---|---|")
     sums = {name: sum(parts.values()) for name, parts in table.items()}
     for part in PARTS:
         before, after = table["before"][part], table["after"][part]
         ratio = f"{after / before:.2f}" if before > 0 else "–"
-        print(f"| {part} | {before:.2f} | {before / sums['before']:.1%} | {after:.2f} "
-              f"| {after / sums['after']:.1%} | {ratio} |")
-    print(f"| all | {sums['before']:.2f} | | {sums['after']:.2f} | "
-          f"| {sums['after'] / sums['before']:.2f} |")
+        print(
+            f"| {part} | {before:.2f} | {before / sums['before']:.1%} | {after:.2f} "
+            f"| {after / sums['after']:.1%} | {ratio} |"
+        )
+    print(
+        f"| all | {sums['before']:.2f} | | {sums['after']:.2f} | "
+        f"| {sums['after'] / sums['before']:.2f} |"
+    )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "device": device, "torch": torch.__version__,
-                       "milliseconds": table}, file, indent=1)
+            json.dump(
+                {
+                    "arguments": vars(args),
+                    "device": device,
+                    "torch": torch.__version__,
+                    "milliseconds": table,
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,16 @@ def prepare(data: Path, quick: bool) -> None:
     """Prepare the quickstart's text if missing; `quick`: a small part of it."""
     if not (data / "dict.txt").exists():
         recipe = Recipe(quick=quick)
-        call([program("evomoe"), "prepare", *recipe.inputs, "--out", str(data),
-              *flags(recipe.prepare)])
+        call(
+            [
+                program("evomoe"),
+                "prepare",
+                *recipe.inputs,
+                "--out",
+                str(data),
+                *flags(recipe.prepare),
+            ]
+        )
 
 
 def unigram_perplexity(data: Path) -> float:

@@ -44,8 +44,11 @@ def tables(found: dict[str, Any]) -> str:
         parts += ["## The whole training step", whole_step.text(found["steps"])]
     if found["runs"]:
         parts.append("## The whole run")
-        parts += [f"{result['name']}, {result['updates']} updates, {result['threads']} threads\n\n"
-                  f"{whole_run.text(result['rows'])}" for result in found["runs"]]
+        parts += [
+            f"{result['name']}, {result['updates']} updates, {result['threads']} threads\n\n"
+            f"{whole_run.text(result['rows'])}"
+            for result in found["runs"]
+        ]
     parts += ["## Goals", goals.goals_table(found)]
     if lines := goals.missed(found):
         parts.append(f"Missed:\n\n{lines}")
@@ -67,18 +70,30 @@ def read(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true",
-                        help="few small cases and no studies, takes minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="few small cases and no studies, takes minutes"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--only", nargs="+", choices=["studies", *PARTS],
-                        default=["studies", *PARTS], help="parts (default: all)")
-    parser.add_argument("--folder", type=Path,
-                        default=Path(f"speed-results/{time.strftime('%Y-%m-%dT%H-%M-%S')}"),
-                        help="folder of results (default: a new one in speed-results)")
-    parser.add_argument("--write", action="store_true",
-                        help="write the tables to benchmarks/results/DATE-CPU.md, with a plot")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["studies", *PARTS],
+        default=["studies", *PARTS],
+        help="parts (default: all)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(f"speed-results/{time.strftime('%Y-%m-%dT%H-%M-%S')}"),
+        help="folder of results (default: a new one in speed-results)",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write the tables to benchmarks/results/DATE-CPU.md, with a plot",
+    )
     parser.add_argument("--overwrite", action="store_true", help="even if it exists")
     args = parser.parse_args()
     report_path = HERE / "results" / f"{time.strftime('%Y-%m-%d')}-{slug()}.md"
@@ -93,8 +108,14 @@ def main() -> None:
     for part, script in PARTS.items():
         if part not in args.only:
             continue
-        given = [*quick, "--threads", *args.threads, "--resume",
-                 "--json", str((args.folder / script).with_suffix(".json"))]
+        given = [
+            *quick,
+            "--threads",
+            *args.threads,
+            "--resume",
+            "--json",
+            str((args.folder / script).with_suffix(".json")),
+        ]
         given += ["--dtype", *args.dtype] if part in PRECISIONS else []
         given += common if part in PRECISIONS else ["--rounds", "3"]
         call(script, given)

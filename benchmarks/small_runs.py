@@ -46,18 +46,38 @@ class Result:
 
 def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str]) -> Result:
     """Train and evaluate a small run."""
-    output = call([
-        program("fairseq-hydra-train"), "--config-dir", str(ROOT / "hydra_configs"),
-        "--config-name", f"small/{run}", f"task.data={data}", "common.log_format=json",
-        "dataset.disable_validation=true", f"hydra.run.dir={folder / run}",
-        "checkpoint.save_interval_updates=0", *given,
-    ])
+    output = call(
+        [
+            program("fairseq-hydra-train"),
+            "--config-dir",
+            str(ROOT / "hydra_configs"),
+            "--config-name",
+            f"small/{run}",
+            f"task.data={data}",
+            "common.log_format=json",
+            "dataset.disable_validation=true",
+            f"hydra.run.dir={folder / run}",
+            "checkpoint.save_interval_updates=0",
+            *given,
+        ]
+    )
     intervals = parse_log(output.splitlines(), run).intervals
-    evaluated = call([
-        program("fairseq-eval-lm"), str(data), "--user-dir", "evomoe_plugin",
-        "--path", str(folder / run / "checkpoints/checkpoint_last.pt"), "--gen-subset", "test",
-        "--tokens-per-sample", "128", "--batch-size", "16",
-    ])
+    evaluated = call(
+        [
+            program("fairseq-eval-lm"),
+            str(data),
+            "--user-dir",
+            "evomoe_plugin",
+            "--path",
+            str(folder / run / "checkpoints/checkpoint_last.pt"),
+            "--gen-subset",
+            "test",
+            "--tokens-per-sample",
+            "128",
+            "--batch-size",
+            "16",
+        ]
+    )
     last = intervals[-1].values
     speeds = sorted(record.values["wps"] for record in intervals[1:])
     return Result(
@@ -72,10 +92,12 @@ def train_and_evaluate(run: str, data: Path, folder: Path, given: Iterable[str])
 
 def table(results: Iterable[Result], unigram: float) -> str:
     """Markdown."""
-    lines = ["| run | test perplexity | experts per token | max/mean load | tokens/s "
-             "| MFLOPs per token |",
-             "|---|---|---|---|---|---|",
-             f"| unigram model | {unigram:.1f} | – | – | – | – |"]
+    lines = [
+        "| run | test perplexity | experts per token | max/mean load | tokens/s "
+        "| MFLOPs per token |",
+        "|---|---|---|---|---|---|",
+        f"| unigram model | {unigram:.1f} | – | – | – | – |",
+    ]
     lines += [
         f"| {r.run} | {r.perplexity:.1f} | {r.experts_per_token:.2f} | {r.load_max:.2f} "
         f"| {r.tokens_per_second:.0f} | {r.million_flops:.2f} |"
@@ -87,32 +109,58 @@ def table(results: Iterable[Result], unigram: float) -> str:
 def main() -> None:
     """Run all sequentially, so that speeds are comparable, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, metavar="RUN",
-                        help="of hydra_configs/small (default: all)")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=RUNS,
+        choices=RUNS,
+        metavar="RUN",
+        help="of hydra_configs/small (default: all)",
+    )
     parser.add_argument("--updates", type=int, default=200)
-    parser.add_argument("--folder", type=Path, default=Path("small-runs"),
-                        help="for data, checkpoints and results (default: small-runs)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("small-runs"),
+        help="for data, checkpoints and results (default: small-runs)",
+    )
     parser.add_argument("--quick", action="store_true", help="small part of the text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--given", nargs="*", default=[], metavar="FIELD=VALUE",
-                        help="overrides for all runs")
+    parser.add_argument(
+        "--given", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides for all runs"
+    )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.folder.absolute()
     data = folder / ("data-quick" if args.quick else "data")
     prepare(data, args.quick)
     unigram, results = unigram_perplexity(data), []
-    given = [f"optimization.max_update={args.updates}",
-             f"lr_scheduler.warmup_updates={max(1, args.updates // 10)}", *args.given]
+    given = [
+        f"optimization.max_update={args.updates}",
+        f"lr_scheduler.warmup_updates={max(1, args.updates // 10)}",
+        *args.given,
+    ]
     for run in args.runs:
         start = time.perf_counter()
         results.append(train_and_evaluate(run, data, folder, given))
-        print(f"{run}: perplexity {results[-1].perplexity:.1f} after {args.updates} updates, "
-              f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{run}: perplexity {results[-1].perplexity:.1f} after {args.updates} updates, "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
         # Saved after each run, in case a later one fails.
-        (folder / "results.json").write_text(json.dumps(
-            {"updates": args.updates, "threads": args.threads, "torch": torch.__version__,
-             "unigram_perplexity": unigram, "runs": [asdict(r) for r in results]}, indent=1))
+        (folder / "results.json").write_text(
+            json.dumps(
+                {
+                    "updates": args.updates,
+                    "threads": args.threads,
+                    "torch": torch.__version__,
+                    "unigram_perplexity": unigram,
+                    "runs": [asdict(r) for r in results],
+                },
+                indent=1,
+            )
+        )
     print(f"\n{args.updates} updates, {args.threads} threads, torch {torch.__version__}\n")
     print(table(results, unigram))
 

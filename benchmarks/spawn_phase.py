@@ -37,16 +37,49 @@ class Subject:
         self.experts = experts
         torch.manual_seed(0)
         given = [
-            data, "--task", "language_modeling", "--decoder-layers", args.layers,
-            "--decoder-embed-dim", args.width, "--decoder-ffn-embed-dim", args.ffn,
-            "--decoder-attention-heads", args.width // 64, "--decoder-input-dim", args.width,
-            "--decoder-output-dim", args.width, "--dropout", 0, "--attention-dropout", 0,
-            "--share-decoder-input-output-embed", "--activation-fn", "gelu",
-            "--tokens-per-sample", args.length, "--max-target-positions", args.length,
-            "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", 0.1,
-            "--lr", 1e-4, "--clip-norm", 1.0, "--max-update", 1_000_000, *args.precision,
-            "--arch", "transformer_lm_moe" if experts else "transformer_lm",
-            "--criterion", "cross_entropy",  # fairseq's for all: only the layers differ
+            data,
+            "--task",
+            "language_modeling",
+            "--decoder-layers",
+            args.layers,
+            "--decoder-embed-dim",
+            args.width,
+            "--decoder-ffn-embed-dim",
+            args.ffn,
+            "--decoder-attention-heads",
+            args.width // 64,
+            "--decoder-input-dim",
+            args.width,
+            "--decoder-output-dim",
+            args.width,
+            "--dropout",
+            0,
+            "--attention-dropout",
+            0,
+            "--share-decoder-input-output-embed",
+            "--activation-fn",
+            "gelu",
+            "--tokens-per-sample",
+            args.length,
+            "--max-target-positions",
+            args.length,
+            "--optimizer",
+            "adam",
+            "--adam-betas",
+            "(0.9, 0.98)",
+            "--weight-decay",
+            0.1,
+            "--lr",
+            1e-4,
+            "--clip-norm",
+            1.0,
+            "--max-update",
+            1_000_000,
+            *args.precision,
+            "--arch",
+            "transformer_lm_moe" if experts else "transformer_lm",
+            "--criterion",
+            "cross_entropy",  # fairseq's for all: only the layers differ
         ]
         if experts:
             given += ["--moe-expert-count", experts, "--moe-spawn-updates", 100_000]
@@ -60,10 +93,14 @@ class Subject:
         self.trainer.lr_step_begin_epoch(1)
         tokens = torch.randint(4, ROWS, (args.batch, args.length + 1))
         sample = {
-            "id": torch.arange(args.batch), "nsentences": args.batch,
-            "ntokens": args.batch * args.length, "target": tokens[:, 1:].contiguous(),
-            "net_input": {"src_tokens": tokens[:, :-1].contiguous(),
-                          "src_lengths": torch.full((args.batch,), args.length)},
+            "id": torch.arange(args.batch),
+            "nsentences": args.batch,
+            "ntokens": args.batch * args.length,
+            "target": tokens[:, 1:].contiguous(),
+            "net_input": {
+                "src_tokens": tokens[:, :-1].contiguous(),
+                "src_lengths": torch.full((args.batch,), args.length),
+            },
         }
         self.samples = [sample] * args.update_freq
 
@@ -107,16 +144,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--update-freq", type=int, default=1, metavar="N",
-                        help="micro-batches of an update")
+    parser.add_argument(
+        "--update-freq", type=int, default=1, metavar="N", help="micro-batches of an update"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--precision", nargs="+", default=["--cpu"], metavar="OPTION",
-                        help="fairseq's options of it, as ' --bf16'; --cpu: fp32 on the CPU")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=["--cpu"],
+        metavar="OPTION",
+        help="fairseq's options of it, as ' --bf16'; --cpu: fp32 on the CPU",
+    )
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
     args.precision = [option.strip() for option in args.precision]
@@ -133,12 +176,16 @@ def main() -> None:
             if round_:  # the first round warms up
                 taken.append(step)
 
-    print(f"B={args.batch} length={args.length} update_freq={args.update_freq} "
-          f"layers={args.layers} D={args.width} F={args.ffn}, every second layer MoE, "
-          f"{' '.join(args.precision)}, Adam, {args.threads} threads, torch {torch.__version__}, "
-          f"{args.rounds} rounds\n")
-    print("| experts | parameters | GFLOPs | step, CPU s | of dense | spread | forward + backward, "
-          "of dense | all else, CPU s | of dense |")
+    print(
+        f"B={args.batch} length={args.length} update_freq={args.update_freq} "
+        f"layers={args.layers} D={args.width} F={args.ffn}, every second layer MoE, "
+        f"{' '.join(args.precision)}, Adam, {args.threads} threads, torch {torch.__version__}, "
+        f"{args.rounds} rounds\n"
+    )
+    print(
+        "| experts | parameters | GFLOPs | step, CPU s | of dense | spread | forward + backward, "
+        "of dense | all else, CPU s | of dense |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []
     for subject, count, taken in zip(subjects, flops, times, strict=True):
@@ -151,20 +198,25 @@ def main() -> None:
             "ratio": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
             "passes_ratio": statistics.median(
-                a / b for (a, _), (b, _) in zip(taken, times[0], strict=True)),
+                a / b for (a, _), (b, _) in zip(taken, times[0], strict=True)
+            ),
             "other_seconds": statistics.median(other for _, other in taken),
             "other_ratio": statistics.median(
-                a / b for (_, a), (_, b) in zip(taken, times[0], strict=True)),
+                a / b for (_, a), (_, b) in zip(taken, times[0], strict=True)
+            ),
         }
         rows.append(row)
-        print(f"| {row['experts']} | {row['parameters']:,} | {row['gflops']:.2f} "
-              f"| {row['seconds']:.3f} | {row['ratio']:.3f} "
-              f"| {min(ratios):.3f}–{max(ratios):.3f} | {row['passes_ratio']:.3f} "
-              f"| {row['other_seconds']:.3f} | {row['other_ratio']:.2f} |")
+        print(
+            f"| {row['experts']} | {row['parameters']:,} | {row['gflops']:.2f} "
+            f"| {row['seconds']:.3f} | {row['ratio']:.3f} "
+            f"| {min(ratios):.3f}–{max(ratios):.3f} | {row['passes_ratio']:.3f} "
+            f"| {row['other_seconds']:.3f} | {row['other_ratio']:.2f} |"
+        )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file,
-                      indent=1)
+            json.dump(
+                {"arguments": vars(args), "torch": torch.__version__, "rows": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

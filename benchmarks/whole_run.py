@@ -34,9 +34,20 @@ SPAWN, HARD = 0.25, 0.5
 def evomoe_options(updates: int) -> list[Any]:
     """Options for the three phases."""
     spawn, hard = int(SPAWN * updates), int(HARD * updates)
-    return ["--moe-gate", "dense_to_sparse", "--moe-spawn-updates", spawn,
-            "--moe-temperature-start", 2.0, "--moe-temperature-end", 0.1,
-            "--moe-temperature-updates", hard - spawn, "--moe-hard-updates", hard - spawn]
+    return [
+        "--moe-gate",
+        "dense_to_sparse",
+        "--moe-spawn-updates",
+        spawn,
+        "--moe-temperature-start",
+        2.0,
+        "--moe-temperature-end",
+        0.1,
+        "--moe-temperature-updates",
+        hard - spawn,
+        "--moe-hard-updates",
+        hard - spawn,
+    ]
 
 
 def phase(update: int, updates: int) -> str:
@@ -65,8 +76,11 @@ def run(sizes: Sizes, updates: int, setting: Setting) -> dict[str, Any]:
             logged = trainers[name].train_step([batch])
             seconds[name].append(time.perf_counter() - begin)
             mflops[name].append(float(logged["mflops_per_token"]))
-    return {"seconds": seconds, "mflops": mflops,
-            "phases": [phase(update, updates) for update in range(updates)]}
+    return {
+        "seconds": seconds,
+        "mflops": mflops,
+        "phases": [phase(update, updates) for update in range(updates)],
+    }
 
 
 def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,25 +90,48 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         taken, predicted = [], []
         for one in runs:
             chosen = [i for i, at in enumerate(one["phases"]) if name in (at, "whole run")]
-            sums = {(kind, which): sum(one[kind][which][i] for i in chosen)
-                    for kind in ("seconds", "mflops") for which in ("evomoe", "dense")}
+            sums = {
+                (kind, which): sum(one[kind][which][i] for i in chosen)
+                for kind in ("seconds", "mflops")
+                for which in ("evomoe", "dense")
+            }
             taken.append(sums["seconds", "evomoe"] / sums["seconds", "dense"])
             predicted.append(sums["mflops", "evomoe"] / sums["mflops", "dense"])
-        rows.append({"phase": name, "time_ratio": clock.spread(taken),
-                     "predicted_ratio": sum(predicted) / len(predicted),
-                     "updates": len(chosen)})
+        rows.append(
+            {
+                "phase": name,
+                "time_ratio": clock.spread(taken),
+                "predicted_ratio": sum(predicted) / len(predicted),
+                "updates": len(chosen),
+            }
+        )
     return rows
 
 
 def text(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    columns = ["phase", "updates", "time / dense MoE", "range over runs", "predicted by FLOPs",
-               "time / prediction"]
-    return table(columns, [
-        [row["phase"], str(row["updates"]), f"{row['time_ratio']['median']:.3f}",
-         f"{row['time_ratio']['min']:.3f}–{row['time_ratio']['max']:.3f}",
-         f"{row['predicted_ratio']:.3f}",
-         f"{row['time_ratio']['median'] / row['predicted_ratio']:.2f}"] for row in rows])
+    columns = [
+        "phase",
+        "updates",
+        "time / dense MoE",
+        "range over runs",
+        "predicted by FLOPs",
+        "time / prediction",
+    ]
+    return table(
+        columns,
+        [
+            [
+                row["phase"],
+                str(row["updates"]),
+                f"{row['time_ratio']['median']:.3f}",
+                f"{row['time_ratio']['min']:.3f}–{row['time_ratio']['max']:.3f}",
+                f"{row['predicted_ratio']:.3f}",
+                f"{row['time_ratio']['median'] / row['predicted_ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def main() -> None:
@@ -120,15 +157,27 @@ def main() -> None:
                 raise SystemExit(f"error: {one['failed']}")
             runs.append(one)
             whole = compare(runs)[-1]
-            print(f"{sizes.name}, {threads} threads, run {len(runs)}: EvoMoE takes "
-                  f"{whole['time_ratio']['median']:.3f} of dense MoE's time; predicted "
-                  f"{whole['predicted_ratio']:.3f}", flush=True)
-        found.add({"name": sizes.name, "updates": args.updates, "threads": threads,
-                   "rows": compare(runs), "runs": runs})
+            print(
+                f"{sizes.name}, {threads} threads, run {len(runs)}: EvoMoE takes "
+                f"{whole['time_ratio']['median']:.3f} of dense MoE's time; predicted "
+                f"{whole['predicted_ratio']:.3f}",
+                flush=True,
+            )
+        found.add(
+            {
+                "name": sizes.name,
+                "updates": args.updates,
+                "threads": threads,
+                "rows": compare(runs),
+                "runs": runs,
+            }
+        )
     print(f"\n{heading(found.numbers['machine'])}")
     for result in found.part():
-        print(f"\n{result['name']}, fp32, {result['updates']} updates, {result['threads']} "
-              f"threads\n\n{text(result['rows'])}")
+        print(
+            f"\n{result['name']}, fp32, {result['updates']} updates, {result['threads']} "
+            f"threads\n\n{text(result['rows'])}"
+        )
 
 
 if __name__ == "__main__":

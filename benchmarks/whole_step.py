@@ -31,8 +31,14 @@ def measure(sizes: Sizes, setting: Setting) -> dict[str, Any]:
     kinds = models(setting.dtype)
     together = [label for label, kind in kinds.items() if not kind.ALONE]
     result: dict[str, Any] = {
-        "name": sizes.name, "dtype": setting.dtype, "threads": setting.threads,
-        "device": setting.device, "tokens": sizes.tokens, "rows": {}, "failed": {}}
+        "name": sizes.name,
+        "dtype": setting.dtype,
+        "threads": setting.threads,
+        "device": setting.device,
+        "tokens": sizes.tokens,
+        "rows": {},
+        "failed": {},
+    }
     for group in (together, *([label] for label, kind in kinds.items() if kind.ALONE)):
         measured = forked(lambda group=group: times(sizes, setting, group))
         if "failed" in measured:
@@ -42,8 +48,10 @@ def measure(sizes: Sizes, setting: Setting) -> dict[str, Any]:
         found = measured["times"]
         if group is together:
             limit = clock.spread(found["limit"])["median"]
-            result |= {"limit_tokens_per_second": sizes.tokens / limit,
-                       "limit_gflops": measured["flops"] / limit / 1e9}
+            result |= {
+                "limit_tokens_per_second": sizes.tokens / limit,
+                "limit_gflops": measured["flops"] / limit / 1e9,
+            }
         for label in group:
             if label in found:
                 taken = [t for t in found[label] if t is not None]
@@ -53,7 +61,8 @@ def measure(sizes: Sizes, setting: Setting) -> dict[str, Any]:
                 }
                 if "ours" in found:
                     result["rows"][label]["ours_of_it"] = clock.spread(
-                        clock.ratios(found["ours"], found[label]))
+                        clock.ratios(found["ours"], found[label])
+                    )
     return result
 
 
@@ -70,16 +79,21 @@ def times(sizes: Sizes, setting: Setting, group: list[str]) -> dict[str, Any]:
             failed[label] = why(error)
         else:
             steps[label] = model.step
-    return {"failed_each": failed, "flops": limit.flops,
-            "times": clock.take_turns(steps, setting.rounds, setting.device, "limit")}
+    return {
+        "failed_each": failed,
+        "flops": limit.flops,
+        "times": clock.take_turns(steps, setting.rounds, setting.device, "limit"),
+    }
 
 
 def progress(result: dict[str, Any]) -> str:
     """One line per case."""
     speeds = {label: row["tokens_per_second"]["median"] for label, row in result["rows"].items()}
     limit = result.get("limit_tokens_per_second", 0)
-    return (f"{result['name']}, {result['dtype']}, {result['threads']} threads: limit {limit:.0f} "
-            "tokens/s; " + ", ".join(f"{label} {speed:.0f}" for label, speed in speeds.items()))
+    return (
+        f"{result['name']}, {result['dtype']}, {result['threads']} threads: limit {limit:.0f} "
+        "tokens/s; " + ", ".join(f"{label} {speed:.0f}" for label, speed in speeds.items())
+    )
 
 
 def text(results: list[dict[str, Any]]) -> str:
@@ -91,11 +105,17 @@ def text(results: list[dict[str, Any]]) -> str:
             rows.append([case, "limit", f"{result['limit_tokens_per_second']:.0f}", "1", "–"])
         for label, row in result["rows"].items():
             speed, of = row["tokens_per_second"], row["of_limit"]
-            rows.append([
-                case, label, f"{speed['median']:.0f} ({speed['min']:.0f}–{speed['max']:.0f})",
-                f"{of['median']:.2f} ({of['min']:.2f}–{of['max']:.2f})",
-                f"{of['median'] / result['rows']['ours']['of_limit']['median']:.2f}"
-                if "ours" in result["rows"] else "–"])
+            rows.append(
+                [
+                    case,
+                    label,
+                    f"{speed['median']:.0f} ({speed['min']:.0f}–{speed['max']:.0f})",
+                    f"{of['median']:.2f} ({of['min']:.2f}–{of['max']:.2f})",
+                    f"{of['median'] / result['rows']['ours']['of_limit']['median']:.2f}"
+                    if "ours" in result["rows"]
+                    else "–",
+                ]
+            )
         notes += [f"- {case}, {label}: {reason}." for label, reason in result["failed"].items()]
     found = table(["case", "model", "tokens/s", "time / limit", "time / ours"], rows)
     return "\n\n".join([found, "\n".join(notes)]) if notes else found
@@ -105,19 +125,28 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one small case")
-    parser.add_argument("--cases", nargs="+", metavar="NAME",
-                        help="cases whose names contain one of these, such as 'D 512'")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="cases whose names contain one of these, such as 'D 512'",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     add_options(parser, "whole_step.json")
     args = parser.parse_args()
-    cases = [sizes for sizes in (QUICK if args.quick else CASES)
-             if not args.cases or any(name in sizes.name for name in args.cases)]
+    cases = [
+        sizes
+        for sizes in (QUICK if args.quick else CASES)
+        if not args.cases or any(name in sizes.name for name in args.cases)
+    ]
     if not cases:
-        parser.error(f"--cases {' '.join(args.cases)}: matches none of "
-                     f"{'; '.join(sizes.name for sizes in CASES)}")
+        parser.error(
+            f"--cases {' '.join(args.cases)}: matches none of "
+            f"{'; '.join(sizes.name for sizes in CASES)}"
+        )
     peers.load()
     found = Results(args, {"machine": forked(lambda: machine(args.device)), "rounds": args.rounds})
     for threads in args.threads:

@@ -112,8 +112,9 @@ class MoELayer(nn.Module):
         if keys_T is not None:
             for part in (self.gate.info.seed, self._num_updates, self.gate.info.layer_id):
                 keys_T = noise.fold(keys_T, part)
-        return GateContext(self.gate_updates(self._num_updates), token_mask_T, keys_T, token_ids_T,
-                           token_weights_T)
+        return GateContext(
+            self.gate_updates(self._num_updates), token_mask_T, keys_T, token_ids_T, token_weights_T
+        )
 
     def forward(
         self,
@@ -159,8 +160,9 @@ class MoELayer(nn.Module):
         names = [st.DROPPED] if self._has_capacity else []
         if self.gate.info.num_null:
             names += [st.NULL_PAIRS, st.NULL_MASS]
-        return first_expert_plan(x_TD, token_mask_T, self.num_experts,
-                                 aux_names=self.gate.aux_names, zero_stats=names)
+        return first_expert_plan(
+            x_TD, token_mask_T, self.num_experts, aux_names=self.gate.aux_names, zero_stats=names
+        )
 
     def _exchanged(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """Statistics of the pairs that this rank sends to others, summed over ranks later."""
@@ -187,8 +189,10 @@ class MoELayer(nn.Module):
         if rule:
             active_C, experts = self.gate.active(), self.num_experts
             capacity = rule.capacity(
-                num_pairs=plan.num_pairs, num_tokens=int(plan.stats[st.TOKENS]),
-                num_experts=experts if active_C is None else int(active_C[:experts].sum()))
+                num_pairs=plan.num_pairs,
+                num_tokens=int(plan.stats[st.TOKENS]),
+                num_experts=experts if active_C is None else int(active_C[:experts].sum()),
+            )
             plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
         if not self._has_capacity:
@@ -237,8 +241,12 @@ def build_layer(
     groups = expert_groups(options.moe_expert_parallel_size)
     meter = None if groups is None else Meter()
     ffn = partial(
-        ExpertFFN, model_dim=info.model_dim, activation=activation, dropout=dropout,
-        gated=options.moe_expert_gated)
+        ExpertFFN,
+        model_dim=info.model_dim,
+        activation=activation,
+        dropout=dropout,
+        gated=options.moe_expert_gated,
+    )
     gate = gate_class(options.moe_gate)(info, options)
     shared = None
     if options.moe_shared_experts:
@@ -247,18 +255,27 @@ def build_layer(
     if groups is not None and meter is not None:
         transport = TRANSPORT_DTYPES[options.moe_ep_wire_dtype]
         make = partial(
-            ParallelExpertFFN, **ffn.keywords, groups=groups, chunks=options.moe_ep_chunks,
-            exchange=partial(Exchange, groups.exchange, meter=meter, transport_dtype=transport))
+            ParallelExpertFFN,
+            **ffn.keywords,
+            groups=groups,
+            chunks=options.moe_ep_chunks,
+            exchange=partial(Exchange, groups.exchange, meter=meter, transport_dtype=transport),
+        )
     trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
-    capacity = partial(CapacityRule, minimum=options.moe_min_capacity or 0,
-                       renormalize=gate.renormalizes_after_drop(options))
+    capacity = partial(
+        CapacityRule,
+        minimum=options.moe_min_capacity or 0,
+        renormalize=gate.renormalizes_after_drop(options),
+    )
     return MoELayer(
         gate=gate,
         experts=make(info.num_experts, ffn_dim=expert_ffn_dim(options), freezes=not trainable),
         shared=shared,
         capacity=capacity(options.moe_capacity_factor or 0.0),
-        eval_capacity=capacity(options.moe_eval_capacity_factor or 0.0,
-                               max(options.moe_eval_capacity_token_fraction, 0.0)),
+        eval_capacity=capacity(
+            options.moe_eval_capacity_factor or 0.0,
+            max(options.moe_eval_capacity_token_fraction, 0.0),
+        ),
         spawn_updates=options.moe_spawn_updates or 0,
         groups=groups,
         meter=meter,

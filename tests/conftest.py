@@ -42,8 +42,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not tiers_of(item):
             folder = item.path.relative_to(ROOT / "tests").parts[0]
-            distributed = (folder in DISTRIBUTED_FOLDERS
-                           or not DISTRIBUTED_FIXTURES.isdisjoint(item.fixturenames))
+            distributed = folder in DISTRIBUTED_FOLDERS or not DISTRIBUTED_FIXTURES.isdisjoint(
+                item.fixturenames
+            )
             item.add_marker("distributed" if distributed else "unit")
     config.stash[TIERS] = {item.nodeid: tiers_of(item) for item in items}
 
@@ -61,9 +62,13 @@ def moe_options():
         fields = {
             **vars(MoEOptions()),
             **{name: option.default for name, option in option_fields().items()},
-            "max_update": 100, "decoder_layers": 4, "decoder_embed_dim": 8,
-            "decoder_ffn_embed_dim": 32, "activation_fn": "gelu",
-            "decoder_input_dim": 0, "decoder_output_dim": 0,
+            "max_update": 100,
+            "decoder_layers": 4,
+            "decoder_embed_dim": 8,
+            "decoder_ffn_embed_dim": 32,
+            "activation_fn": "gelu",
+            "decoder_input_dim": 0,
+            "decoder_output_dim": 0,
             "share_decoder_input_output_embed": False,
         }
         unknown = given.keys() - fields.keys()

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:\s*version_base")
 
 # What the documents of each system name: options, arguments, fields and files; then features.
 THEIRS = {
-    "DCMoE (Uni-MoE 2.0)": ("""
+    "DCMoE (Uni-MoE 2.0)": (
+        """
         --initialize --moe_copy --fp32_gate --ep_size --mlp_dynamic_expert_num
         --mlp_fixed_expert_num --mlp_dynamic_null_expert_num --dynamic_mlp_size_factor
         --fixed_mlp_size_factor --mlp_dynamic_top_p --mlp_dynamic_top_k --token_drop --drop_policy
@@ -48,13 +49,19 @@ THEIRS = {
         --evaluation_strategy --report_to --run_name ./data script/training.sh
         train_unimoev2_qwen2vl.py single_gpu_without_ep.py multi_gpu_with_ep.py --master_addr
         --master_port
-    """, "Dynamic-Capacity Routing, Shared Experts, Routed Experts, Null Experts, conda create"),
-    "DynMoE": ("""
+    """,
+        "Dynamic-Capacity Routing, Shared Experts, Routed Experts, Null Experts, conda create",
+    ),
+    "DynMoE": (
+        """
         hidden_size expert num_experts ep_size use_residual k min_capacity noisy_gate_policy
         max_expert_num if_begin_record_routing if_end_record_routing DynMoE-DeepSpeed DynMoE-Tutel
         EMoE/Language EMoE/Vision.md MoE-LLaVA/ Deepspeed/ EMoE/tutel/
-    """, "Top-Any Gating, Adaptive Training Process, Model Zoo, Environment Setup"),
-    "Dense2MoE": ("""
+    """,
+        "Top-Any Gating, Adaptive Training Process, Model Zoo, Environment Setup",
+    ),
+    "Dense2MoE": (
+        """
         num_experts expert_top_k moe_start_layer moe_layer_freq gate_type aux_loss_type
         aux_loss_weight
         --num_gpus --master_port --deepspeed --stage --finetuning_type --do_train --template
@@ -63,14 +70,20 @@ THEIRS = {
         --output_dir --Dense2MoE --MoE_config_path --per_device_train_batch_size
         MoLlamaForCausalLM MoLlamaConfig from_pretrained reinit_mlp
         deepspeed.zero.GatheredParameters PMoE
-    """, "gate loss in the forward pass, Deepspeed MoE, Residual Mixture of Experts"),
-    "Plain PyTorch MoE": ("""
+    """,
+        "gate loss in the forward pass, Deepspeed MoE, Residual Mixture of Experts",
+    ),
+    "Plain PyTorch MoE": (
+        """
         moe_intral.py moe_stand.py Expert gen_data router gate expert_capacity dist.all_reduce
         DistributedDataParallel DistributedSampler dist.init_process_group NCCL
         torch.multiprocessing.spawn MASTER_ADDR MASTER_PORT torch_npu model.eval()
-    """, "Top-k Selection, Weighted Aggregation, Capacity Factor, Importance Loss, "
-         "Load Balance Loss, Expert Usage, Device Allocation, Inter-Device Communication"),
-    "EvoMoE": ("""
+    """,
+        "Top-k Selection, Weighted Aggregation, Capacity Factor, Importance Loss, "
+        "Load Balance Loss, Expert Usage, Device Allocation, Inter-Device Communication",
+    ),
+    "EvoMoE": (
+        """
         train.py DATA_PATH --distributed-world-size --distributed-rank --distributed-init-method
         OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK --task --arch --share-decoder-input-output-embed
         --tokens-per-sample --batch-size --update-freq --lr --lr-scheduler --warmup-updates
@@ -86,15 +99,20 @@ THEIRS = {
         encoder_moe_freq decoder_moe_freq alternate_ffn_embed_dim moe_masked_lm
         cross_entropy_gumbel masked_lm_gumbel moe_label_smoothed_cross_entropy roberta_large_moe
         roberta_xl transformer_iwslt_de_en_moe
-    """, "apex, FairScale, Hydra, PyArrow, Switch, BASE, Hash, StableMoE"),
-    "The moe branch of fairseq": ("""
+    """,
+        "apex, FairScale, Hydra, PyArrow, Switch, BASE, Hash, StableMoE",
+    ),
+    "The moe branch of fairseq": (
+        """
         --moe-freq --moe-expert-count --moe-gating-use-fp32 --moe-second-expert-policy
         --moe-normalize-gate-prob-before-dropping --moe-expert-ffn-dim --moe-top1-expert
         --moe-eval-capacity-token-fraction --moe-normalize-expert-grad --use-moe-pad-mask
         --record-a2a-perf-stats --dummy-a2a --moe-batch-prioritized-routing --use-stable-embedding
         --alternate-decoder-ffn-embed-dim --moe-gate-loss-wt --moe-gate-loss-combine-method
         --moe-gate-loss-transform --is-moe
-    """, "Tutel, the auxiliary loss"),
+    """,
+        "Tutel, the auxiliary loss",
+    ),
 }
 
 
@@ -118,8 +136,10 @@ def commands() -> list[list[str]]:
 
 
 ROWS = {title: rows(text) for title, text in sections().items()}
-COMMANDS = {name: [words[1:] for words in commands() if words[0] == name]
-            for name in {words[0] for words in commands()}}
+COMMANDS = {
+    name: [words[1:] for words in commands() if words[0] == name]
+    for name in {words[0] for words in commands()}
+}
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -131,10 +151,14 @@ def known_flags() -> frozenset[str]:
     """Of fairseq's commands with the plugin, and of our own."""
     training = "--arch transformer_lm_moe --criterion moe_cross_entropy --optimizer adam".split()
     tasks = [("--task", "language_modeling"), ("--task", "language_modeling_sft")]
-    runs = [(options.get_training_parser(), *training, "--lr-scheduler", schedule, *task)
-            for schedule, task in zip(("polynomial_decay", "cosine"), tasks, strict=True)]
-    runs += [(make(), "--path", "x", *tasks[0])
-             for make in (options.get_eval_lm_parser, options.get_generation_parser)]
+    runs = [
+        (options.get_training_parser(), *training, "--lr-scheduler", schedule, *task)
+        for schedule, task in zip(("polynomial_decay", "cosine"), tasks, strict=True)
+    ]
+    runs += [
+        (make(), "--path", "x", *tasks[0])
+        for make in (options.get_eval_lm_parser, options.get_generation_parser)
+    ]
     known = set()
     for parser, *words in runs:
         options.parse_args_and_arch(parser, ["data", *words], parse_known=True)
@@ -169,8 +193,12 @@ def test_no_row_comes_twice():
 
 
 def test_our_flags_exist():
-    named = {flag for table in ROWS.values() for _, *cells in table
-             for flag in re.findall(r"(?<![\w-])--[\w-]+", " ".join(cells))}
+    named = {
+        flag
+        for table in ROWS.values()
+        for _, *cells in table
+        for flag in re.findall(r"(?<![\w-])--[\w-]+", " ".join(cells))
+    }
     assert len(named) > 100
     assert named - known_flags() == set()
 
@@ -197,12 +225,24 @@ def test_numbers_of_the_log_exist():
     """Every log key that the page names exists."""
     load_LE = torch.tensor([[3.0, 1.0, 0.0]], dtype=torch.float64)
     one_L = torch.ones(1, dtype=torch.float64)
-    logged = st.summarize({
-        st.TOKENS: 4 * one_L, st.PAIRS: 4 * one_L, st.LOAD_E: load_LE, st.EXPERTS: 8 * one_L,
-        st.ENTROPY: one_L, st.DROPPED: one_L, st.NULL_PAIRS: one_L, st.NULL_MASS: one_L,
-    })
-    named = {name for _, ours, _ in sum(ROWS.values(), []) if "in the log" in ours
-             for name in re.findall(r"`(\w+)`", ours)}
+    logged = st.summarize(
+        {
+            st.TOKENS: 4 * one_L,
+            st.PAIRS: 4 * one_L,
+            st.LOAD_E: load_LE,
+            st.EXPERTS: 8 * one_L,
+            st.ENTROPY: one_L,
+            st.DROPPED: one_L,
+            st.NULL_PAIRS: one_L,
+            st.NULL_MASS: one_L,
+        }
+    )
+    named = {
+        name
+        for _, ours, _ in sum(ROWS.values(), [])
+        if "in the log" in ours
+        for name in re.findall(r"`(\w+)`", ours)
+    }
     assert len(named) >= 6
     assert named - logged.keys() == set()
 
@@ -213,8 +253,9 @@ def test_methods_of_the_model_exist():
     assert all(callable(getattr(MoELanguageModel, name)) for name in named)
 
 
-@pytest.mark.parametrize("words", COMMANDS["fairseq-train"],
-                         ids=lambda words: words[words.index("--moe-gate") + 1])
+@pytest.mark.parametrize(
+    "words", COMMANDS["fairseq-train"], ids=lambda words: words[words.index("--moe-gate") + 1]
+)
 def test_training_commands_are_valid(words):
     words = [str(ROOT / word) if word == "evomoe_plugin" else word for word in words]
     args = options.parse_args_and_arch(options.get_training_parser(), words)
@@ -226,8 +267,10 @@ def test_training_commands_are_valid(words):
 
 def test_other_commands_are_valid():
     for words in COMMANDS["fairseq-eval-lm"]:
-        options.parse_args_and_arch(options.get_eval_lm_parser(), [
-            str(ROOT / word) if word == "evomoe_plugin" else word for word in words])
+        options.parse_args_and_arch(
+            options.get_eval_lm_parser(),
+            [str(ROOT / word) if word == "evomoe_plugin" else word for word in words],
+        )
     for verb, *words in COMMANDS["evomoe"]:
         parser = argparse.ArgumentParser()
         import_module(f"evomoe_plugin.cli.{verb}").add_arguments(parser)
@@ -242,16 +285,27 @@ def test_other_commands_are_valid():
 
 
 # What is said to be missing; the day it comes, its rows must be rewritten.
-@pytest.mark.parametrize(("row", "comes_with"), [
-    ("--initialize", "upcycle"), ("--moe_copy", "upcycle"), ("--Dense2MoE", "upcycle"),
-    ("reinit_mlp", "upcycle"), ("expert_repeat", "upcycle"),
-    ("expert-diversify, the first phase", "--moe-spawn-updates"),
-    ("--ep_size", "--moe-expert-parallel-size"), ("ep_size", "--moe-expert-parallel-size"),
-    ("Inter-Device Communication", "--moe-expert-parallel-size"),
-    ("only_gate_training", "--moe-train-only"),
-])
+@pytest.mark.parametrize(
+    ("row", "comes_with"),
+    [
+        ("--initialize", "upcycle"),
+        ("--moe_copy", "upcycle"),
+        ("--Dense2MoE", "upcycle"),
+        ("reinit_mlp", "upcycle"),
+        ("expert_repeat", "upcycle"),
+        ("expert-diversify, the first phase", "--moe-spawn-updates"),
+        ("--ep_size", "--moe-expert-parallel-size"),
+        ("ep_size", "--moe-expert-parallel-size"),
+        ("Inter-Device Communication", "--moe-expert-parallel-size"),
+        ("only_gate_training", "--moe-train-only"),
+    ],
+)
 def test_what_is_not_there_is_not_there(row, comes_with):
-    (cells,) = {f"{ours} {why}" for table in ROWS.values() for theirs, ours, why in table
-                 if theirs.replace("`", "") == row}
+    (cells,) = {
+        f"{ours} {why}"
+        for table in ROWS.values()
+        for theirs, ours, why in table
+        if theirs.replace("`", "") == row
+    }
     exists = comes_with in {*VERBS, *TASK_REGISTRY, *known_flags()}
     assert (NOT_YET in cells) != exists

@@ -14,16 +14,24 @@ from evomoe_plugin.gates.auxiliary import LOSSES
 from evomoe_plugin.tasks.language_modeling_sft import LanguageModelingSFTConfig
 
 ROOT = Path(__file__).parents[1]
-TABLE = dict(re.findall(r"^\| `--(moe-[\w-]+)` \| (.+?) \|",
-                        (ROOT / "docs/options.md").read_text(), re.M))
-OURS = [name for name in gate_names()
-        if gate_class(name).__module__.startswith("evomoe_plugin.")]
-OWNERS = (MoEOptions, MoECrossEntropyCriterionConfig, LanguageModelingSFTConfig,
-          *(gate_class(name).Options for name in OURS))
-FIELDS = list({
-    field.name: field for owner in OWNERS for field in dataclasses.fields(owner)
-    if field.name.startswith("moe_") and field.metadata["help"] != argparse.SUPPRESS
-}.values())
+TABLE = dict(
+    re.findall(r"^\| `--(moe-[\w-]+)` \| (.+?) \|", (ROOT / "docs/options.md").read_text(), re.M)
+)
+OURS = [name for name in gate_names() if gate_class(name).__module__.startswith("evomoe_plugin.")]
+OWNERS = (
+    MoEOptions,
+    MoECrossEntropyCriterionConfig,
+    LanguageModelingSFTConfig,
+    *(gate_class(name).Options for name in OURS),
+)
+FIELDS = list(
+    {
+        field.name: field
+        for owner in OWNERS
+        for field in dataclasses.fields(owner)
+        if field.name.startswith("moe_") and field.metadata["help"] != argparse.SUPPRESS
+    }.values()
+)
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
@@ -35,7 +43,9 @@ def test_every_option_is_documented_with_its_default(field):
 
 def test_what_cannot_be_upcycled_is_listed():
     text = (ROOT / "docs/upcycling.md").read_text()
-    listed = text[text.index("unless it\nwas trained with"):text.index("Those are refused by name")]
+    listed = text[
+        text.index("unless it\nwas trained with") : text.index("Those are refused by name")
+    ]
     assert set(re.findall(r"`--([\w-]+)`", listed)) == {n.replace("_", "-") for n in UNSUPPORTED}
 
 
@@ -54,8 +64,11 @@ def test_every_gate_and_its_losses_are_documented(name):
     assert default == "none" or f"`{default}`" in text in text
 
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")),
-         *sorted((ROOT / "examples").glob("**/*.md"))]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "examples").glob("**/*.md")),
+]
 
 
 def anchors(page: Path) -> set[str]:
@@ -67,8 +80,11 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_named_files_and_named_tests_exist(page):
     text = page.read_text()
-    for path, name in re.findall(r"`((?:tests|docs|examples|benchmarks|hydra_configs)/[\w./-]+)"
-                                 r"(?:::(\w+))?`", text):
+    for path, name in re.findall(
+        r"`((?:tests|docs|examples|benchmarks|hydra_configs)/[\w./-]+)"
+        r"(?:::(\w+))?`",
+        text,
+    ):
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), name
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):

@@ -84,8 +84,11 @@ DTS = {
     "model.moe_combine_weights": "gate",
     "criterion.moe_gate_loss_wt": 0.0,
 }
-SWITCH = {"model.moe_gate": "switch", "model.moe_capacity_factor": 2.0,
-          "criterion.moe_gate_loss_wt": 0.01}
+SWITCH = {
+    "model.moe_gate": "switch",
+    "model.moe_capacity_factor": 2.0,
+    "criterion.moe_gate_loss_wt": 0.01,
+}
 VARIANTS = {
     "dts": DTS,
     "dts_softmax": {**DTS, "model.moe_combine_weights": "softmax"},
@@ -93,8 +96,11 @@ VARIANTS = {
     "evomoe": {**DTS, "model.moe_spawn_method": "mask", "model.moe_spawn_rate": 0.3},
     "dense_moe": {"model.moe_gate": "dense", "criterion.moe_gate_loss_wt": 0.0},
     "switch": SWITCH,
-    "switch_no_aux": {**SWITCH, "model.moe_capacity_factor": None,
-                      "criterion.moe_gate_loss_wt": 0.0},
+    "switch_no_aux": {
+        **SWITCH,
+        "model.moe_capacity_factor": None,
+        "criterion.moe_gate_loss_wt": 0.0,
+    },
     "gshard": {"model.moe_gate": "gshard", "criterion.moe_gate_loss_wt": 0.01},
     "base_layers": {"model.moe_gate": "base"},
     "hash": {"model.moe_gate": "hash", "model.moe_hash": "balanced"},
@@ -102,27 +108,51 @@ VARIANTS = {
     "dselect_k": {"model.moe_gate": "dselect_k"},
     "remoe": {"model.moe_gate": "relu", "model.moe_l1_factor": 1.2},
     "deepseek_style": {
-        "model.moe_gate": "top_k", "model.moe_scorer": "sigmoid", "model.moe_shared_experts": 1,
-        "model.moe_top_k_weights": "renormalized", "model.moe_expert_size_factor": 4,
+        "model.moe_gate": "top_k",
+        "model.moe_scorer": "sigmoid",
+        "model.moe_shared_experts": 1,
+        "model.moe_top_k_weights": "renormalized",
+        "model.moe_expert_size_factor": 4,
     },
-    "plain_moe": {"model.moe_gate": "top_k", "model.moe_top_k": 2,
-                  "model.moe_capacity_factor": 1.2},
+    "plain_moe": {
+        "model.moe_gate": "top_k",
+        "model.moe_top_k": 2,
+        "model.moe_capacity_factor": 1.2,
+    },
     "dynmoe": {"model.moe_gate": "top_any", "criterion.moe_gate_loss_wt": 0.01},
     "dcmoe": {
-        "model.moe_gate": "top_p", "model.moe_top_p": 0.7, "model.moe_shared_experts": 2,
-        "model.moe_null_experts": 1, "model.moe_shared_combine": "softmax",
+        "model.moe_gate": "top_p",
+        "model.moe_top_p": 0.7,
+        "model.moe_shared_experts": 2,
+        "model.moe_null_experts": 1,
+        "model.moe_shared_combine": "softmax",
         "criterion.moe_gate_loss_wt": 0.025,
     },
-    "dense2moe": {"model.moe_gate": "top_k", "model.moe_top_k": 2, "model.moe_aux": "mi=1",
-                  "criterion.moe_gate_loss_wt": 0.01},
+    "dense2moe": {
+        "model.moe_gate": "top_k",
+        "model.moe_top_k": 2,
+        "model.moe_aux": "mi=1",
+        "criterion.moe_gate_loss_wt": 0.01,
+    },
 }
 # (at the first update, at the last) of 8 experts; a pair of bounds where it is not one number
 EXPERTS_PER_TOKEN = {
-    "dense_moe": (8, 8), "switch": (1, 1), "gshard": (2, 2), "base_layers": (1, 1), "hash": (1, 1),
-    "stablemoe": (1, 1), "dselect_k": ((1, 8), (1, 8)), "remoe": ((2, 6), (2, 6)),
-    "deepseek_style": (4, 4), "plain_moe": (2, 2), "dynmoe": ((1, 4), (1, 4)),
-    "dcmoe": ((1, 4), (1, 4)), "dense2moe": (2, 2),
-    "dts": ((7, 8), 1), "dts_balanced": ((7, 8), 1), "dts_softmax": ((7, 8), 1),
+    "dense_moe": (8, 8),
+    "switch": (1, 1),
+    "gshard": (2, 2),
+    "base_layers": (1, 1),
+    "hash": (1, 1),
+    "stablemoe": (1, 1),
+    "dselect_k": ((1, 8), (1, 8)),
+    "remoe": ((2, 6), (2, 6)),
+    "deepseek_style": (4, 4),
+    "plain_moe": (2, 2),
+    "dynmoe": ((1, 4), (1, 4)),
+    "dcmoe": ((1, 4), (1, 4)),
+    "dense2moe": (2, 2),
+    "dts": ((7, 8), 1),
+    "dts_balanced": ((7, 8), 1),
+    "dts_softmax": ((7, 8), 1),
     "evomoe": ((7, 8), 1),
 }
 
@@ -138,8 +168,12 @@ def size_and_variant(run: str) -> tuple[str, str]:
 def recorded(run: str) -> dict:
     """Field -> value that the run must have."""
     size, variant = size_and_variant(run)
-    fields = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim",
-              "decoder_attention_heads")
+    fields = (
+        "decoder_layers",
+        "decoder_embed_dim",
+        "decoder_ffn_embed_dim",
+        "decoder_attention_heads",
+    )
     polynomial = size == "gpt_small" or variant == "dts_balanced"
     own_count = variant in ("dcmoe", "dense2moe", "dynmoe", "deepseek_style")
     count = {} if own_count else {"model.moe_expert_count": "8" if size == "gpt_tiny" else "16"}
@@ -204,10 +238,18 @@ def hydra_train(data, tmp_path):
     def run(*arguments: object, cwd: Path) -> str:
         script = Path(sysconfig.get_path("scripts")) / "fairseq-hydra-train"
         ended = subprocess.run(
-            [sys.executable, script, *map(str, arguments)], cwd=cwd, text=True, timeout=300,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}",
-                 "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            [sys.executable, script, *map(str, arguments)],
+            cwd=cwd,
+            text=True,
+            timeout=300,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+            },
         )
         assert ended.returncode == 0, ended.stdout[-4000:]
         return ended.stdout
@@ -218,9 +260,15 @@ def hydra_train(data, tmp_path):
 def short(data: Path, updates: int) -> list[str]:
     """Overrides for a run of some seconds."""
     return [
-        f"task.data={data}", f"optimization.max_update={updates}", "task.tokens_per_sample=32",
-        "dataset.batch_size=8", "model.decoder_embed_dim=32", "model.decoder_ffn_embed_dim=64",
-        "lr_scheduler.warmup_updates=2", "common.log_interval=1", "common.log_format=json",
+        f"task.data={data}",
+        f"optimization.max_update={updates}",
+        "task.tokens_per_sample=32",
+        "dataset.batch_size=8",
+        "model.decoder_embed_dim=32",
+        "model.decoder_ffn_embed_dim=64",
+        "lr_scheduler.warmup_updates=2",
+        "common.log_interval=1",
+        "common.log_format=json",
     ]
 
 
@@ -248,16 +296,22 @@ def test_values_are_those_on_record(run):
 
 
 # Of each size one: the paper's runs are the small ones but for size, as another test holds.
-@pytest.mark.parametrize("run", [
-    *SMALL, "paper/gpt_small_evomoe", "paper/gpt_medium_dts", "paper/gpt_medium_dense2moe"])
+@pytest.mark.parametrize(
+    "run", [*SMALL, "paper/gpt_small_evomoe", "paper/gpt_medium_dts", "paper/gpt_medium_dense2moe"]
+)
 def test_fairseq_builds_what_a_run_names(run):
     cfg = resolved(run)
     task = task_with(cfg, words=1000)
     with torch.device("meta"):
         model = task.build_model(cfg.model)
-    assert type(model).__name__ == {
-        "gpt_medium": "GPTMediumMoE", "gpt_small": "GPTSmallMoE", "gpt_tiny": "GPTTinyMoE",
-    }[size_and_variant(run)[0]]
+    assert (
+        type(model).__name__
+        == {
+            "gpt_medium": "GPTMediumMoE",
+            "gpt_small": "GPTSmallMoE",
+            "gpt_tiny": "GPTTinyMoE",
+        }[size_and_variant(run)[0]]
+    )
     layers = {"paper/gpt_medium_dense2moe": 4}.get(run, cfg.model.decoder_layers // 2)
     assert len(model.decoder.moe_layers) == layers
     assert {layer.num_experts for layer in model.decoder.moe_layers} == {
@@ -290,10 +344,13 @@ def test_no_run_is_refused(run, data):
     check_run(cfg, cfg.distributed_training.distributed_world_size)
 
 
-@pytest.mark.parametrize(("run", "parameters"), [
-    ("paper/gpt_medium_dts", 1.8e9),  # the third party's table; the paper's dense base is 335 M
-    ("paper/gpt_small_dts", 0.5e9),
-])
+@pytest.mark.parametrize(
+    ("run", "parameters"),
+    [
+        ("paper/gpt_medium_dts", 1.8e9),  # the third party's table; the paper's dense base is 335 M
+        ("paper/gpt_small_dts", 0.5e9),
+    ],
+)
 def test_size_is_that_of_the_paper(run, parameters):
     count = count_parameters(resolved(run).model, vocabulary=50264)
     assert count.total == pytest.approx(parameters, rel=0.1)
@@ -313,8 +370,9 @@ def test_experts_per_token_are_those_of_the_method(run):
         plan = gate(x_TD, GateContext(num_updates, noise_keys_T=keys_T, token_ids_T=keys_T))
         return plan.num_pairs / 64
 
-    for updates, wanted in zip((0, cfg.optimization.max_update), EXPERTS_PER_TOKEN[variant],
-                               strict=True):
+    for updates, wanted in zip(
+        (0, cfg.optimization.max_update), EXPERTS_PER_TOKEN[variant], strict=True
+    ):
         low, high = wanted if isinstance(wanted, tuple) else (wanted, wanted)
         assert low <= experts_per_token(updates) <= high
     if variant.startswith("dts"):
@@ -366,12 +424,22 @@ def test_every_field_of_fairseq_is_there():
 @pytest.mark.parametrize("run", ["small/evomoe_dts", "paper/gpt_small_switch"])
 def test_fields_and_groups_are_overridden_without_a_plus(run):
     given = {
-        "common.empty_cache_freq": 7, "task.add_bos_token": True, "model.decoder_layerdrop": 0.25,
-        "model.moe_temperature_end": 0.2, "criterion.sentence_avg": True,
-        "optimizer.adam_eps": 1e-6, "optimization.update_freq": [2], "bmuf.block_lr": 2.0,
-        "dataset.max_tokens": 99, "checkpoint.patience": 3, "ema.ema_decay": 0.5,
-        "distributed_training.distributed_port": 1, "generation.beam": 2,
-        "eval_lm.softmax_batch": 8, "common_eval.quiet": True, "interactive.buffer_size": 5,
+        "common.empty_cache_freq": 7,
+        "task.add_bos_token": True,
+        "model.decoder_layerdrop": 0.25,
+        "model.moe_temperature_end": 0.2,
+        "criterion.sentence_avg": True,
+        "optimizer.adam_eps": 1e-6,
+        "optimization.update_freq": [2],
+        "bmuf.block_lr": 2.0,
+        "dataset.max_tokens": 99,
+        "checkpoint.patience": 3,
+        "ema.ema_decay": 0.5,
+        "distributed_training.distributed_port": 1,
+        "generation.beam": 2,
+        "eval_lm.softmax_batch": 8,
+        "common_eval.quiet": True,
+        "interactive.buffer_size": 5,
         "lr_scheduler.warmup_updates": 17,
     }
     choices = ["gate=dense_moe", "model=transformer_lm_gptxl_moe", "bpe=gpt2"]
@@ -388,13 +456,16 @@ def test_the_old_name_of_an_option_is_accepted(data):
     assert cfg.model.moe_matmul_dtype == "bf16"
 
 
-@pytest.mark.parametrize(("override", "complaint"), [
-    ("model.moe_temprature_end=0.2", "Key 'moe_temprature_end' not in 'GPTTinyMoEConfig'"),
-    ("lr_scheduler.warmup=2", "Key 'warmup' not in 'CosineLRScheduleConfig'"),
-    ("optimisation.max_update=2", "Key 'optimisation' is not in struct"),
-    ("optimizer.adam_eps=tiny", "Value 'tiny' of type 'str' could not be converted to Float"),
-    ("gate=evolved", "Could not find 'gate/evolved'"),
-])
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("model.moe_temprature_end=0.2", "Key 'moe_temprature_end' not in 'GPTTinyMoEConfig'"),
+        ("lr_scheduler.warmup=2", "Key 'warmup' not in 'CosineLRScheduleConfig'"),
+        ("optimisation.max_update=2", "Key 'optimisation' is not in struct"),
+        ("optimizer.adam_eps=tiny", "Value 'tiny' of type 'str' could not be converted to Float"),
+        ("gate=evolved", "Could not find 'gate/evolved'"),
+    ],
+)
 def test_a_misspelling_is_named(override, complaint):
     with pytest.raises(ConfigCompositionException) as raised:
         composed("small/evomoe_dts", override)
@@ -404,8 +475,13 @@ def test_a_misspelling_is_named(override, complaint):
 
 def test_training_from_the_clone(hydra_train, data, tmp_path):
     output = hydra_train(
-        "--config-dir", "hydra_configs", "--config-name", "small/evomoe_dts",
-        *short(data, updates=6), "model.moe_temperature_end=0.2", f"hydra.run.dir={tmp_path}/run",
+        "--config-dir",
+        "hydra_configs",
+        "--config-name",
+        "small/evomoe_dts",
+        *short(data, updates=6),
+        "model.moe_temperature_end=0.2",
+        f"hydra.run.dir={tmp_path}/run",
         cwd=ROOT,
     )
     assert updates_in(tmp_path / "run") == 6
@@ -419,8 +495,13 @@ def test_training_from_the_clone(hydra_train, data, tmp_path):
 @pytest.mark.slow
 def test_one_command_runs_both_phases(hydra_train, data, tmp_path):
     output = hydra_train(
-        "--config-dir", "hydra_configs", "--config-name", "small/evomoe",
-        *short(data, updates=12), "model.moe_spawn_updates=2", f"hydra.run.dir={tmp_path}/run",
+        "--config-dir",
+        "hydra_configs",
+        "--config-name",
+        "small/evomoe",
+        *short(data, updates=12),
+        "model.moe_spawn_updates=2",
+        f"hydra.run.dir={tmp_path}/run",
         cwd=ROOT,
     )
     assert updates_in(tmp_path / "run") == 12
@@ -432,8 +513,12 @@ def test_one_command_runs_both_phases(hydra_train, data, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_from_any_folder_without_config_dir(hydra_train, data, tmp_path):
     hydra_train(
-        "--config-name", "small/evomoe_dts_balanced", "-m", *short(data, updates=4),
-        "model.moe_temperature_end=0.2,0.5", cwd=tmp_path,
+        "--config-name",
+        "small/evomoe_dts_balanced",
+        "-m",
+        *short(data, updates=4),
+        "model.moe_temperature_end=0.2,0.5",
+        cwd=tmp_path,
     )
     (sweep,) = (tmp_path / "outputs/small/evomoe_dts_balanced").iterdir()
     for job, end in (("0", 0.2), ("1", 0.5)):
@@ -445,8 +530,15 @@ def test_a_sweep_from_any_folder_without_config_dir(hydra_train, data, tmp_path)
 @pytest.mark.slow
 def test_the_same_command_in_an_old_folder_resumes(hydra_train, data, tmp_path):
     def train(*more: str) -> Path:
-        hydra_train("--config-dir", CONFIGS, "--config-name", "small/switch",
-                    *short(data, updates=4), *more, cwd=tmp_path)
+        hydra_train(
+            "--config-dir",
+            CONFIGS,
+            "--config-name",
+            "small/switch",
+            *short(data, updates=4),
+            *more,
+            cwd=tmp_path,
+        )
         return max((tmp_path / "outputs/small/switch").iterdir())
 
     first = train("optimization.stop_time_hours=1e-9")

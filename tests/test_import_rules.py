@@ -44,9 +44,19 @@ ALLOWED = {
     "quiet_imports": set(),
     "launch": BASE | {"checkpoint", "config.run_checks", "patches", "trainer"},
 }
-KNOW_NOTHING_OF_FAIRSEQ = {"config.errors", "config.options", "config.checks", "config.run_checks",
-                           "routing", "gates", "experts", "dispatch", "layer", "metrics",
-                           "quiet_imports"}
+KNOW_NOTHING_OF_FAIRSEQ = {
+    "config.errors",
+    "config.options",
+    "config.checks",
+    "config.run_checks",
+    "routing",
+    "gates",
+    "experts",
+    "dispatch",
+    "layer",
+    "metrics",
+    "quiet_imports",
+}
 
 
 def dotted(path: Path) -> str:
@@ -100,7 +110,8 @@ def test_packages_import_only_what_lies_below_them(path):
             imported = package_of(rest)
             allowed = ALLOWED[package] | {package, "__version__"}
             assert imported in allowed or imported.partition(".")[0] in allowed, (
-                f"{package} imports {name}")
+                f"{package} imports {name}"
+            )
 
 
 def test_there_is_no_circle_of_imports():

@@ -36,8 +36,7 @@ def keys(tokens=T):
 ROUTINGS = {
     "dense": {"moe_temperature_start": 100.0},
     "annealed": {"moe_temperature_start": 0.6, "moe_gate_threshold": 0.05},
-    "sparse": {"moe_temperature_start": 0.2, "moe_temperature_end": 0.1,
-               "moe_gate_threshold": 0.3},
+    "sparse": {"moe_temperature_start": 0.2, "moe_temperature_end": 0.1, "moe_gate_threshold": 0.3},
     "hard": {"moe_hard_updates": 0},
     "softmax": {"moe_combine_weights": "softmax", "moe_temperature_start": 0.5},
     "noiseless": {"moe_gate_noise": "none", "moe_gate_threshold": 0.1},
@@ -88,8 +87,14 @@ def one_takes_all():
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.zeros(T, E).bool(), torch.ones(T, E).bool(), one_takes_all(), torch.eye(T, E).bool(),
-     torch.ones(1, E).bool(), torch.zeros(0, E).bool()],
+    [
+        torch.zeros(T, E).bool(),
+        torch.ones(T, E).bool(),
+        one_takes_all(),
+        torch.eye(T, E).bool(),
+        torch.ones(1, E).bool(),
+        torch.zeros(0, E).bool(),
+    ],
     ids=["no pair", "all pairs", "one expert takes all", "few tokens", "one token", "no token"],
 )
 def test_any_plan_equals_the_loop_oracle(mask):

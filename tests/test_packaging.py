@@ -35,8 +35,19 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / "source" / name)
-    built = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-                "--no-index", "-w", folder, folder / "source")
+    built = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        folder / "source",
+    )
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -58,13 +69,17 @@ def requirements(wheel_metadata):
 
 
 def test_wheel_holds_every_module_and_configuration_and_nothing_else(wheel):
-    expected = {
-        path.relative_to(ROOT).as_posix().replace(PLUGIN, "hydra_plugins/")
-        for path in (ROOT / "evomoe_plugin").rglob("*.py")
-    } | {
-        f"evomoe_plugin/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / "hydra_configs").rglob("*.yaml")
-    } | {"evomoe_plugin/py.typed", "evomoe_quiet_imports/__init__.py"}
+    expected = (
+        {
+            path.relative_to(ROOT).as_posix().replace(PLUGIN, "hydra_plugins/")
+            for path in (ROOT / "evomoe_plugin").rglob("*.py")
+        }
+        | {
+            f"evomoe_plugin/{path.relative_to(ROOT).as_posix()}"
+            for path in (ROOT / "hydra_configs").rglob("*.yaml")
+        }
+        | {"evomoe_plugin/py.typed", "evomoe_quiet_imports/__init__.py"}
+    )
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
@@ -118,17 +133,33 @@ def test_user_dir_by_name_from_any_folder(installed, tmp_path):
 
 def test_hydra_finds_the_installed_configurations(installed, tmp_path):
     _, environment = installed
-    done = run(sys.executable, "-m", "fairseq_cli.hydra_train", "--config-name",
-               "small/evomoe_dts", "--cfg", "job", "task.data=nowhere",
-               "model.moe_temperature_end=0.25", cwd=tmp_path, env=environment)
+    done = run(
+        sys.executable,
+        "-m",
+        "fairseq_cli.hydra_train",
+        "--config-name",
+        "small/evomoe_dts",
+        "--cfg",
+        "job",
+        "task.data=nowhere",
+        "model.moe_temperature_end=0.25",
+        cwd=tmp_path,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^  moe_temperature_end: 0.25$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [
-    ("train", "--help"), ("eval_lm", "--help"), ("generate", "--help"),
-    ("hydra_train", "--config-name", "small/evomoe_dts", "--cfg", "job"),
-], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--help"),
+        ("eval_lm", "--help"),
+        ("generate", "--help"),
+        ("hydra_train", "--config-name", "small/evomoe_dts", "--cfg", "job"),
+    ],
+    ids=lambda command: command[0],
+)
 def test_commands_of_fairseq_print_no_warning(installed, tmp_path, command):
     """As their console scripts call them: fairscale is imported before --user-dir is."""
     _, environment = installed
@@ -146,9 +177,11 @@ def test_commands_of_fairseq_print_no_warning(installed, tmp_path, command):
 def test_either_may_be_imported_first(installed, tmp_path, first):
     _, environment = installed
     register = "" if first == "fairseq" else "evomoe_plugin.register(); "
-    program = (f"import {first}, evomoe_plugin; {register}"
-               "from fairseq.models import MODEL_REGISTRY as models; import fairseq.optim as o; "
-               "print('transformer_lm_moe' in models, 'fused_adamw' in o.OPTIMIZER_REGISTRY)")
+    program = (
+        f"import {first}, evomoe_plugin; {register}"
+        "from fairseq.models import MODEL_REGISTRY as models; import fairseq.optim as o; "
+        "print('transformer_lm_moe' in models, 'fused_adamw' in o.OPTIMIZER_REGISTRY)"
+    )
     done = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
 
@@ -156,20 +189,28 @@ def test_either_may_be_imported_first(installed, tmp_path, first):
 # What it requires
 
 
-@pytest.mark.parametrize(("python", "system", "machine", "fairseq"), [
-    ("3.11", "linux", "x86_64", "ve-fairseq"),
-    ("3.12", "linux", "x86_64", "ve-fairseq"),
-    ("3.13", "linux", "x86_64", "fairseq-fixed"),
-    ("3.11", "linux", "aarch64", "fairseq-fixed"),
-    ("3.12", "darwin", "arm64", "fairseq-fixed"),
-    ("3.11", "darwin", "x86_64", "fairseq-fixed"),
-    ("3.11", "win32", "AMD64", "fairseq-fixed"),
-])
+@pytest.mark.parametrize(
+    ("python", "system", "machine", "fairseq"),
+    [
+        ("3.11", "linux", "x86_64", "ve-fairseq"),
+        ("3.12", "linux", "x86_64", "ve-fairseq"),
+        ("3.13", "linux", "x86_64", "fairseq-fixed"),
+        ("3.11", "linux", "aarch64", "fairseq-fixed"),
+        ("3.12", "darwin", "arm64", "fairseq-fixed"),
+        ("3.11", "darwin", "x86_64", "fairseq-fixed"),
+        ("3.11", "win32", "AMD64", "fairseq-fixed"),
+    ],
+)
 def test_one_fairseq_for_each_environment(requirements, python, system, machine, fairseq):
-    environment = {"python_version": python, "sys_platform": system, "platform_machine": machine,
-                   "extra": ""}
-    chosen = [r.name for r in requirements
-              if "fairseq" in r.name and r.marker.evaluate(environment)]
+    environment = {
+        "python_version": python,
+        "sys_platform": system,
+        "platform_machine": machine,
+        "extra": "",
+    }
+    chosen = [
+        r.name for r in requirements if "fairseq" in r.name and r.marker.evaluate(environment)
+    ]
     assert chosen == [fairseq]
 
 
@@ -206,13 +247,17 @@ def test_lock_satisfies_the_package_and_torch(requirements):
     versions = {name: version for name, (version, _) in locked().items()}
     versions["torch"] = Version(pin[1])
     environment = {"sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11"}
-    needed = [r for r in requirements
-              if r.marker is None or any(r.marker.evaluate({**environment, "extra": extra})
-                                         for extra in ("", *IN_LOCK))]
+    needed = [
+        r
+        for r in requirements
+        if r.marker is None
+        or any(r.marker.evaluate({**environment, "extra": extra}) for extra in ("", *IN_LOCK))
+    ]
     (torch,) = (r for r in needed if r.name == "torch")
     assert str(torch.specifier) == f">={'.'.join(pin[1].split('.')[:2])}"  # older: not tested
-    needed += [r for r in map(Requirement, metadata.requires("torch"))
-               if r.marker is None]  # those with one are for a GPU, or extras
+    needed += [
+        r for r in map(Requirement, metadata.requires("torch")) if r.marker is None
+    ]  # those with one are for a GPU, or extras
     assert len(needed) > 20
     for r in needed:
         assert r.specifier.contains(versions[canonicalize_name(r.name)], prereleases=True), r
@@ -237,10 +282,13 @@ def test_make_help_lists_every_target_and_the_variable_for_a_gpu():
     assert "TORCH=cuda" in shown
 
 
-@pytest.mark.parametrize(("choice", "message"), [
-    ("PYTHON=no-such-python", "error: PYTHON=no-such-python is not a command here"),
-    ("TORCH=gpu", "TORCH=gpu: give cuda"),
-])
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("PYTHON=no-such-python", "error: PYTHON=no-such-python is not a command here"),
+        ("TORCH=gpu", "TORCH=gpu: give cuda"),
+    ],
+)
 def test_make_refuses_impossible_choices(tmp_path, choice, message):
     done = make("venv", f"VENV={tmp_path}/env", choice)
     assert done.returncode == 2
@@ -256,8 +304,10 @@ def test_make_says_that_there_is_no_python_3_12():
 
 def test_make_rejects_an_unsupported_python(tmp_path):
     old = tmp_path / "python3.9"
-    old.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" -c "import sys; '
-                   'sys.version_info = (3, 9, 1)\n$1"\n')
+    old.write_text(
+        f'#!/bin/sh\nshift\nexec "{sys.executable}" -c "import sys; '
+        'sys.version_info = (3, 9, 1)\n$1"\n'
+    )
     old.chmod(0o755)
     done = make("venv", f"VENV={tmp_path}/env", f"PYTHON={old}")
     assert done.returncode == 2

@@ -36,8 +36,9 @@ def environment(tmp_path_factory):
     """The clone's own commands, even if the package is not installed."""
     folder = tmp_path_factory.mktemp("bin")
     evomoe = folder / "evomoe"
-    evomoe.write_text(f"#!{sys.executable}\nimport sys\nfrom evomoe_plugin.cli import main\n"
-                      "sys.exit(main())\n")
+    evomoe.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom evomoe_plugin.cli import main\nsys.exit(main())\n"
+    )
     evomoe.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -77,8 +78,12 @@ def quickstart(modules):
 def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
     """Folder, exit status and output of a run interrupted by Ctrl-C during training."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    process = subprocess.Popen([sys.executable, str(RUN), *arguments(folder)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, str(RUN), *arguments(folder)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     output = ""
     for line in process.stdout:
         output += line
@@ -144,7 +149,7 @@ def test_a_finished_run_is_reported_not_retrained(resumed, quickstart):
     assert status == 0, out + err
     assert "nothing is retrained" in out
     assert "$" not in out  # no command
-    assert out.endswith(first[first.index("From dense to sparse"):])
+    assert out.endswith(first[first.index("From dense to sparse") :])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -155,8 +160,20 @@ def test_the_interruption_changed_nothing(resumed, tmp_path):
     options = json.loads((folder / "settings.json").read_text())["train"]
     words = [word for option in options for word in option if word is not None]
     subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.train", str(folder / "data"), *words, "--save-dir",
-         str(tmp_path), "--max-update", str(UPDATES)], cwd=ROOT, check=True, capture_output=True,
+        [
+            sys.executable,
+            "-m",
+            "fairseq_cli.train",
+            str(folder / "data"),
+            *words,
+            "--save-dir",
+            str(tmp_path),
+            "--max-update",
+            str(UPDATES),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     ours, unbroken = (
         torch.load(path / "checkpoint_last.pt", weights_only=False)["model"]
@@ -177,15 +194,20 @@ def test_a_failed_step_shows_the_end_of_its_log(modules, quickstart, tmp_path, m
     shown = [str(number) for number in range(17, 31)]
     log = tmp_path / "run/prepare.log"
     assert err.splitlines() == [
-        *shown, "error: the disk is full", "",
-        f"error: evomoe failed (status 3); its full log is {log}"]
+        *shown,
+        "error: the disk is full",
+        "",
+        f"error: evomoe failed (status 3); its full log is {log}",
+    ]
 
 
 def test_a_refusal_is_one_line(quickstart, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert quickstart(*arguments(tmp_path)) == (2, "", f"error: --dir {tmp_path} has files "
-                                                "that are not of a quickstart; give another "
-                                                "folder\n")
+    assert quickstart(*arguments(tmp_path)) == (
+        2,
+        "",
+        f"error: --dir {tmp_path} has files that are not of a quickstart; give another folder\n",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -205,11 +227,14 @@ def test_the_same_recipe_goes_on(made):
         folder.claim(recipe)
 
 
-@pytest.mark.parametrize(("change", "difference"), [
-    ({"updates": 50}, "--updates 100, now 50"),
-    ({"quick": True}, "--quick not given, now given"),
-    ({"text": ("/some/text",)}, "--text the Python standard library, now /some/text"),
-])
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"updates": 50}, "--updates 100, now 50"),
+        ({"quick": True}, "--quick not given, now given"),
+        ({"text": ("/some/text",)}, "--text the Python standard library, now /some/text"),
+    ],
+)
 def test_another_recipe_is_rejected(modules, made, change, difference):
     folder, _ = made
     with folder.locked(), pytest.raises(modules.commands.Refused) as refused:
@@ -234,8 +259,11 @@ def test_a_changed_text_is_refused(modules, tmp_path):
     folder = modules.folder.RunFolder(tmp_path / "run")
     with folder.locked():
         folder.claim(recipe)
-        prepare(PrepareOptions((str(text),), str(folder.data), text_suffix=(".py",),
-                               vocab_size=300, workers=1))
+        prepare(
+            PrepareOptions(
+                (str(text),), str(folder.data), text_suffix=(".py",), vocab_size=300, workers=1
+            )
+        )
         folder.claim(recipe)
         (text / "3.txt").write_text("another one")
         with pytest.raises(modules.commands.Refused, match=r"text/3\.txt has changed.*--fresh"):

@@ -47,7 +47,8 @@ class Result:
         """(loss, gradient norm) as printed, by update, of updates later than `after`."""
         return {
             int(line["num_updates"]): (line["loss"], line["gnorm"])
-            for line in self.log if "num_updates" in line and int(line["num_updates"]) > after
+            for line in self.log
+            if "num_updates" in line and int(line["num_updates"]) > after
         }
 
     def checkpoint(self, name: str = "checkpoint_last.pt") -> dict:
@@ -64,10 +65,21 @@ class Runs:
         self, folder: Path, *extra: object, world: int = 1, updates: int = 6, validate: bool = False
     ) -> list:
         return [
-            str(self.data), "--user-dir", str(ROOT / "evomoe_plugin"), *MODEL, *TRAINING,
-            "--save-dir", str(folder), "--log-file", str(folder / "log"),
-            "--distributed-world-size", str(world), "--max-update", str(updates),
-            *([] if validate else ["--disable-validation"]), *map(str, extra),
+            str(self.data),
+            "--user-dir",
+            str(ROOT / "evomoe_plugin"),
+            *MODEL,
+            *TRAINING,
+            "--save-dir",
+            str(folder),
+            "--log-file",
+            str(folder / "log"),
+            "--distributed-world-size",
+            str(world),
+            "--max-update",
+            str(updates),
+            *([] if validate else ["--disable-validation"]),
+            *map(str, extra),
         ]
 
     def train(self, name: str, *extra: object, **more: object) -> Result:
@@ -76,7 +88,7 @@ class Runs:
         (folder / "log").unlink(missing_ok=True)
         status = self.run("train", *self.arguments(folder, *extra, **more))
         lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
-        return Result(status, [json.loads(x) for x in lines if x.startswith("{\"")], folder)
+        return Result(status, [json.loads(x) for x in lines if x.startswith('{"')], folder)
 
     def run(self, command: str, *arguments: object) -> int:
         """The exit status of `fairseq-COMMAND ARGUMENTS…`, run in this process."""
@@ -99,12 +111,18 @@ class Runs:
         """`LAUNCHER -m fairseq_cli.COMMAND` in a process of its own, its output piped."""
         launcher = more.pop("launcher", [sys.executable])
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
             **more.pop("env", {}),
         }
         return subprocess.Popen(
             [*launcher, "-m", f"fairseq_cli.{command}", *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **more,
         )
 
     def output(self, command: str, *arguments: object, **more: object) -> tuple[int, str, str]:

@@ -25,8 +25,14 @@ class Matmuls:
         buffers: from `buffers_for`, with at least as many rows.
     """
 
-    def __init__(self, rows: int, weights: tuple[Tensor, Tensor],
-                 gradients: tuple[Tensor, Tensor], buffers: dict[str, Tensor], first: int = 0):
+    def __init__(
+        self,
+        rows: int,
+        weights: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor],
+        buffers: dict[str, Tensor],
+        first: int = 0,
+    ):
         self.rows, self.weights, self.gradients = rows, weights, gradients
         part = {name: buffer[first : first + rows] for name, buffer in buffers.items()}
         self.x, self.dx, self.y, self.dy = (part[name] for name in ("x", "dx", "y", "dy"))
@@ -48,10 +54,19 @@ class Matmuls:
 def buffers_for(inputs: Inputs, rows: int) -> dict[str, Tensor]:
     """Inputs and outputs of both matmuls and their gradients, filled."""
     case = inputs.case
-    sizes = {"x": case.width, "dx": case.width, "y": case.width, "dy": case.width,
-             "h": case.ffn_dim, "a": case.ffn_dim, "da": case.ffn_dim}
-    return {name: torch.randn(rows, size, device=inputs.device).to(inputs.dtype)
-            for name, size in sizes.items()}
+    sizes = {
+        "x": case.width,
+        "dx": case.width,
+        "y": case.width,
+        "dy": case.width,
+        "h": case.ffn_dim,
+        "a": case.ffn_dim,
+        "da": case.ffn_dim,
+    }
+    return {
+        name: torch.randn(rows, size, device=inputs.device).to(inputs.dtype)
+        for name, size in sizes.items()
+    }
 
 
 class Limit:
@@ -62,9 +77,12 @@ class Limit:
     def __init__(self, inputs: Inputs):
         w1_FD, w2_FD = (w[0].clone() for w in inputs.plain)
         self.flops = activated_flops(inputs.pairs, inputs.case.width, inputs.case.ffn_dim)
-        self._all = Matmuls(inputs.pairs, (w1_FD, w2_FD),
-                             (torch.empty_like(w1_FD), torch.empty_like(w2_FD)),
-                             buffers_for(inputs, inputs.pairs))
+        self._all = Matmuls(
+            inputs.pairs,
+            (w1_FD, w2_FD),
+            (torch.empty_like(w1_FD), torch.empty_like(w2_FD)),
+            buffers_for(inputs, inputs.pairs),
+        )
 
     def step(self) -> None:
         self._all.forward()
@@ -83,9 +101,15 @@ class Floor:
         starts = accumulate(inputs.counts, initial=0)
         self.flops = activated_flops(inputs.pairs, inputs.case.width, inputs.case.ffn_dim)
         self._experts = [
-            Matmuls(count, (weights[0][e], weights[1][e]), (gradients[0][e], gradients[1][e]),
-                     buffers, start)
-            for e, (count, start) in enumerate(zip(inputs.counts, starts, strict=False)) if count
+            Matmuls(
+                count,
+                (weights[0][e], weights[1][e]),
+                (gradients[0][e], gradients[1][e]),
+                buffers,
+                start,
+            )
+            for e, (count, start) in enumerate(zip(inputs.counts, starts, strict=False))
+            if count
         ]
 
     def step(self) -> None:

@@ -82,9 +82,7 @@ ANNEALING = tuple(
 NULLS = tuple(
     Case("nulls", 2048, 512, 16, null_share=share, skew=0.3) for share in (0, 0.25, 0.5, 0.75)
 )
-TOKENS = tuple(
-    Case("tokens", tokens, 256, 16, 2) for tokens in (256, 1024, 4096, 16384)
-)
+TOKENS = tuple(Case("tokens", tokens, 256, 16, 2) for tokens in (256, 1024, 4096, 16384))
 CASES = (*TABLE, *ANNEALING, *NULLS, *TOKENS)
 # Takes minutes: one case per segment length, and the ends of annealing and null shares.
 QUICK = (

@@ -60,8 +60,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum, maximum, quartiles."""
     ordered = sorted(values)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
-    return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1],
-            "low": low, "high": high, "rounds": len(ordered)}
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "low": low,
+        "high": high,
+        "rounds": len(ordered),
+    }
 
 
 class Peak:

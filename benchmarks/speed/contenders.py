@@ -55,8 +55,9 @@ class Contender(nn.Module):
     def gradients(self) -> None:
         """Forward and backward."""
         y_TD, losses = self(self.x)
-        torch.autograd.backward([y_TD, *losses],
-                                [self.dy, *(torch.ones_like(loss) for loss in losses)])
+        torch.autograd.backward(
+            [y_TD, *losses], [self.dy, *(torch.ones_like(loss) for loss in losses)]
+        )
 
     def step(self) -> None:
         """Forward and backward; gradients are discarded as by an optimizer."""
@@ -144,8 +145,10 @@ class Loop(Contender):
         super().__init__(inputs)
         self.add("gate", inputs.gate_CD)
         # Separate parameters: gradients of slices of a stack would have the size of the stack.
-        self.fc1, self.fc2 = (nn.ModuleList(_linear(w) for w in w_E)
-                              for w_E in (inputs.plain[0], inputs.plain[1].transpose(1, 2)))
+        self.fc1, self.fc2 = (
+            nn.ModuleList(_linear(w) for w in w_E)
+            for w_E in (inputs.plain[0], inputs.plain[1].transpose(1, 2))
+        )
 
     def forward(self, x_TD):
         mask_TE, weights_TE = self.route(x_TD)

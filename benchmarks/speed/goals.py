@@ -44,20 +44,27 @@ def ours(found: Results, dtype: str) -> Iterable[tuple[str, Results, Results]]:
     """Name, result and our row of the measured cases."""
     for result in found.get("layers", ()):
         if result["dtype"] == dtype and "Ours" in result["rows"]:
-            yield (f"{result['name']}, {dtype}, {result['threads']} threads", result,
-                   result["rows"]["Ours"])
+            yield (
+                f"{result['name']}, {dtype}, {result['threads']} threads",
+                result,
+                result["rows"]["Ours"],
+            )
 
 
 def _long(dtype: str, bound: float) -> Callable[[Results], Iterable[Finding]]:
     return lambda found: (
-        Finding(name, row["of_limit"]["median"], bound) for name, result, row in ours(found, dtype)
-        if result["gate"] == "top_k" and result["rows_per_expert"] >= LONG)
+        Finding(name, row["of_limit"]["median"], bound)
+        for name, result, row in ours(found, dtype)
+        if result["gate"] == "top_k" and result["rows_per_expert"] >= LONG
+    )
 
 
 def _short(dtype: str, bound: float) -> Callable[[Results], Iterable[Finding]]:
     return lambda found: (
-        Finding(name, row["of_floor"]["median"], bound) for name, result, row in ours(found, dtype)
-        if result["gate"] == "top_k" and SHORT <= result["rows_per_expert"] < LONG)
+        Finding(name, row["of_floor"]["median"], bound)
+        for name, result, row in ours(found, dtype)
+        if result["gate"] == "top_k" and SHORT <= result["rows_per_expert"] < LONG
+    )
 
 
 def _dense(found: Results) -> Iterable[Finding]:
@@ -82,9 +89,12 @@ def _masked(found: Results) -> Iterable[Finding]:
 def _nulls(found: Results) -> Iterable[Finding]:
     for result in found.get("nulls", ()):
         for row in result["rows"]:
-            yield Finding(f"null share {1 - row['pairs_ratio']:.2f}, {result['dtype']}, "
-                          f"{result['threads']} threads",
-                          row["ours"]["median"], row["pairs_ratio"] + 0.05)
+            yield Finding(
+                f"null share {1 - row['pairs_ratio']:.2f}, {result['dtype']}, "
+                f"{result['threads']} threads",
+                row["ours"]["median"],
+                row["pairs_ratio"] + 0.05,
+            )
 
 
 def _fastest(found: Results) -> Iterable[Finding]:
@@ -120,14 +130,19 @@ def _routing(found: Results) -> Iterable[Finding]:
 def _whole_step(found: Results) -> Iterable[Finding]:
     for result in found.get("steps", ()):
         rows = result["rows"]
-        peers = {label: row["of_limit"]["median"] for label, row in rows.items()
-                 if label.startswith("HF")}
+        peers = {
+            label: row["of_limit"]["median"]
+            for label, row in rows.items()
+            if label.startswith("HF")
+        }
         if "ours" in rows and peers:
             best = min(peers, key=peers.get)
             yield Finding(
                 f"{result['name']}, {result['dtype']}, {result['threads']} threads, of {best}",
                 peers[best] / rows["ours"]["of_limit"]["median"],
-                1.5 if result["dtype"] == "fp32" else 2.0, at_most=False)
+                1.5 if result["dtype"] == "fp32" else 2.0,
+                at_most=False,
+            )
 
 
 def _whole_run(found: Results) -> Iterable[Finding]:
@@ -138,25 +153,29 @@ def _whole_run(found: Results) -> Iterable[Finding]:
 
 
 GOALS = (
-    Goal("layer, fp32, segments of 512 rows or more: at most 1.12 of the limit",
-         _long("fp32", 1.12)),
+    Goal(
+        "layer, fp32, segments of 512 rows or more: at most 1.12 of the limit", _long("fp32", 1.12)
+    ),
     Goal("the same: never slower than the dense FFN of equal FLOPs", _dense),
-    Goal("layer, fp32, segments of 32 to 511 rows: at most 1.12 of the floor",
-         _short("fp32", 1.12)),
-    Goal("layer, bf16, segments of 512 rows or more: at most 1.3 of the limit",
-         _long("bf16", 1.3)),
-    Goal("layer, bf16, segments of 32 to 511 rows: at most 1.25 of the floor",
-         _short("bf16", 1.25)),
+    Goal(
+        "layer, fp32, segments of 32 to 511 rows: at most 1.12 of the floor", _short("fp32", 1.12)
+    ),
+    Goal("layer, bf16, segments of 512 rows or more: at most 1.3 of the limit", _long("bf16", 1.3)),
+    Goal(
+        "layer, bf16, segments of 32 to 511 rows: at most 1.25 of the floor", _short("bf16", 1.25)
+    ),
     Goal("dense-to-sparse, fp32, any point, uneven loads: at most 1.2 of the limit", _annealing),
-    Goal("the same at 2 of 16 experts per token: at least 6 times faster than all, masked",
-         _masked),
+    Goal(
+        "the same at 2 of 16 experts per token: at least 6 times faster than all, masked", _masked
+    ),
     Goal("top-p with null share s: at most (1 − s) + 0.05 of the time without", _nulls),
     Goal("fastest contender: ours in every case, or within noise of it", _fastest),
-    Goal("memory of a step beyond weights and their gradients: at most 1.1 of N·(F + 2D)",
-         _memory),
+    Goal("memory of a step beyond weights and their gradients: at most 1.1 of N·(F + 2D)", _memory),
     Goal("routing: at most 8 % of the layer at D of 512 or more", _routing),
-    Goal("whole step: at least 1.5 times the best of Hugging Face's in fp32, 2 times in bf16",
-         _whole_step),
+    Goal(
+        "whole step: at least 1.5 times the best of Hugging Face's in fp32, 2 times in bf16",
+        _whole_step,
+    ),
     Goal("EvoMoE's whole run: within 15 % of the ratio predicted by matmul FLOPs", _whole_run),
 )
 
@@ -171,8 +190,14 @@ def goals_table(found: Results) -> str:
             continue
         met = sum(finding.is_met for finding in findings)
         worst = max(findings, key=lambda f: (f.value / f.bound) * (1 if f.at_most else -1))
-        rows.append([goal.text, "**met**" if met == len(findings) else "missed",
-                     f"{met} of {len(findings)}", f"{worst.value:.2f} ({worst.case})"])
+        rows.append(
+            [
+                goal.text,
+                "**met**" if met == len(findings) else "missed",
+                f"{met} of {len(findings)}",
+                f"{worst.value:.2f} ({worst.case})",
+            ]
+        )
     return table(["goal", "", "cases", "worst"], rows)
 
 

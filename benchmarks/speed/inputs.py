@@ -33,9 +33,12 @@ class Inputs:
         scale = (2.0 if case.gate == "top_p" else 1.0) / case.width**0.5
         gate_CD = scale * normal(case.experts + case.null_experts, case.width)
         # The shift of null experts' logits along common_D sets how often they are selected.
-        self._null_D = torch.cat([
-            torch.zeros(case.experts, case.width),
-            (common_D / common_D.square().sum()).expand(case.null_experts, -1)])
+        self._null_D = torch.cat(
+            [
+                torch.zeros(case.experts, case.width),
+                (common_D / common_D.square().sum()).expand(case.null_experts, -1),
+            ]
+        )
         self._generator = generator
         self.x_TD = x_TD.to(self.device, self.dtype)
         self.dy_TD = normal(case.tokens, case.width).to(self.device, self.dtype)
@@ -71,12 +74,19 @@ class Inputs:
         if self.case.gate == "dense_to_sparse" and self.case.wanted > 1:
             self.temperature = 10 ** _bisect(
                 lambda log: self._pairs_at(temperature=10**log),
-                self.case.wanted * self.case.tokens, -3, 3)
+                self.case.wanted * self.case.tokens,
+                -3,
+                3,
+            )
         if self.case.null_share:
             most = self._pairs_at(shift=-1e4)  # null experts are never selected
             bare_CD = self.gate_CD
-            shift = -_bisect(lambda shift: self._pairs_at(shift=-shift),
-                             (1 - self.case.null_share) * most, -1e3, 1e3)
+            shift = -_bisect(
+                lambda shift: self._pairs_at(shift=-shift),
+                (1 - self.case.null_share) * most,
+                -1e3,
+                1e3,
+            )
             self.gate_CD = self._shifted(bare_CD, shift)
 
     def _shifted(self, gate_CD: Tensor, shift: float) -> Tensor:
@@ -103,8 +113,10 @@ class Inputs:
 
     def _matrices(self, number: int, ffn_dim: int) -> list[Tensor]:
         shape = (self.case.experts, ffn_dim, self.case.width)
-        drawn = [torch.randn(shape, generator=self._generator).mul_(self.case.width**-0.5)
-                 for _ in range(number)]
+        drawn = [
+            torch.randn(shape, generator=self._generator).mul_(self.case.width**-0.5)
+            for _ in range(number)
+        ]
         drawn[-1].mul_((self.case.width / ffn_dim) ** 0.5)
         return [w.to(self.device, self.dtype) for w in drawn]
 

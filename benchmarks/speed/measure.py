@@ -33,9 +33,24 @@ from speed.peers import (
     OlmoeGrouped,
 )
 
-CONTENDERS: dict[str, type[Contender]] = {kind.__name__: kind for kind in (
-    Ours, OursGated, Loop, GroupedMM, MixtralGrouped, OlmoeGrouped, Dense, AllMasked, OneHot,
-    Fairscale, MixtralEager, OlmoeEager, Routing)}
+CONTENDERS: dict[str, type[Contender]] = {
+    kind.__name__: kind
+    for kind in (
+        Ours,
+        OursGated,
+        Loop,
+        GroupedMM,
+        MixtralGrouped,
+        OlmoeGrouped,
+        Dense,
+        AllMasked,
+        OneHot,
+        Fairscale,
+        MixtralEager,
+        OlmoeEager,
+        Routing,
+    )
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -91,7 +106,10 @@ def times(inputs: Inputs, setting: Setting, names: Sequence[str]) -> dict[str, A
     steps |= {name: bound.step for name, bound in bounds.items()}
     flops |= {name: bound.flops for name, bound in bounds.items()}
     return {
-        "pairs": inputs.pairs, "load_max": inputs.load_max, "flops": flops, "failed_each": failed,
+        "pairs": inputs.pairs,
+        "load_max": inputs.load_max,
+        "flops": flops,
+        "failed_each": failed,
         "times": clock.take_turns(steps, setting.rounds, setting.device, "Limit"),
     }
 
@@ -135,10 +153,19 @@ def memory(inputs: Inputs, name: str) -> dict[str, Any]:
     contender = made(name, inputs)
     with clock.Peak(inputs.device) as peak:
         contender.gradients()
-    gradients = sum(p.grad.numel() * p.grad.element_size()
-                    for p in contender.parameters() if p.grad is not None) / 2**20
+    gradients = (
+        sum(
+            p.grad.numel() * p.grad.element_size()
+            for p in contender.parameters()
+            if p.grad is not None
+        )
+        / 2**20
+    )
     case = inputs.case
     elements = inputs.pairs * (case.ffn_dim + 2 * case.width)
     beyond = peak.mib - gradients
-    return {"peak_mib": peak.mib, "beyond_mib": beyond,
-            "of_goal": beyond * 2**20 / inputs.dtype.itemsize / elements}
+    return {
+        "peak_mib": peak.mib,
+        "beyond_mib": beyond,
+        "of_goal": beyond * 2**20 / inputs.dtype.itemsize / elements,
+    }

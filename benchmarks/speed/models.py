@@ -69,8 +69,15 @@ class Ours(Model):
     GIVEN: tuple[str, ...] = ()
 
     def make(self, dtype):
-        given = ["--moe-gate", "top_k", "--moe-top-k", self.sizes.top_k,
-                 "--moe-top-k-weights", "renormalized", *self.GIVEN]
+        given = [
+            "--moe-gate",
+            "top_k",
+            "--moe-top-k",
+            self.sizes.top_k,
+            "--moe-top-k-weights",
+            "renormalized",
+            *self.GIVEN,
+        ]
         if self.AUTOCAST and dtype == "bf16":
             given += ["--moe-matmul-dtype", "bf16"]
         run = build(self.sizes, given)
@@ -97,8 +104,13 @@ class OursGated(Ours):
 
     @property
     def GIVEN(self):
-        return ("--moe-expert-gated", "--activation-fn", "swish",
-                "--moe-expert-ffn-dim", _gated_ffn(self.sizes))
+        return (
+            "--moe-expert-gated",
+            "--activation-fn",
+            "swish",
+            "--moe-expert-ffn-dim",
+            _gated_ffn(self.sizes),
+        )
 
 
 class HuggingFace(Model):
@@ -110,13 +122,23 @@ class HuggingFace(Model):
     def make(self, dtype):
         sizes = self.sizes
         config = from_transformers(f"{self.NAME}Config")(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.width,
-            intermediate_size=_gated_ffn(sizes), num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads,
-            num_experts_per_tok=sizes.top_k, max_position_embeddings=sizes.length,
-            tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
-            experts_implementation=self.IMPLEMENTATION, pad_token_id=None, bos_token_id=None,
-            eos_token_id=None, **{self._experts_option: sizes.experts})
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.width,
+            intermediate_size=_gated_ffn(sizes),
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads,
+            num_experts_per_tok=sizes.top_k,
+            max_position_embeddings=sizes.length,
+            tie_word_embeddings=True,
+            use_cache=False,
+            attn_implementation="sdpa",
+            experts_implementation=self.IMPLEMENTATION,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            **{self._experts_option: sizes.experts},
+        )
         return from_transformers(f"{self.NAME}ForCausalLM")(config)
 
     @property
@@ -134,17 +156,25 @@ def _gated_ffn(sizes: Sizes) -> int:
 
 def _peer(name: str, shown: str, implementation: str, autocast: bool) -> type[HuggingFace]:
     label = f"HF {shown}, {implementation}"
-    return type(f"{name}{implementation.title()}{'Autocast' * autocast}", (HuggingFace,), {
-        "label": label + (", autocast" if autocast else ""), "NAME": name,
-        "IMPLEMENTATION": implementation, "AUTOCAST": autocast,
-        "ALONE": implementation == "eager",
-    })
+    return type(
+        f"{name}{implementation.title()}{'Autocast' * autocast}",
+        (HuggingFace,),
+        {
+            "label": label + (", autocast" if autocast else ""),
+            "NAME": name,
+            "IMPLEMENTATION": implementation,
+            "AUTOCAST": autocast,
+            "ALONE": implementation == "eager",
+        },
+    )
 
 
-PEERS = [_peer(name, shown, implementation, autocast)
-         for implementation in ("grouped_mm", "eager")
-         for name, shown in (("Mixtral", "Mixtral"), ("Olmoe", "OLMoE"))
-         for autocast in (False, True)]
+PEERS = [
+    _peer(name, shown, implementation, autocast)
+    for implementation in ("grouped_mm", "eager")
+    for name, shown in (("Mixtral", "Mixtral"), ("Olmoe", "OLMoE"))
+    for autocast in (False, True)
+]
 
 
 def models(dtype: str) -> dict[str, type[Model]]:
@@ -166,20 +196,25 @@ class BareMatmuls:
         tokens, pairs, width = sizes.tokens, sizes.tokens * sizes.top_k, sizes.width
         sequences = sizes.batch * sizes.heads
         per_layer = [
-            (tokens, width, 3 * width), (tokens, width, width), (tokens, width, sizes.experts),
-            (pairs, width, sizes.ffn), (pairs, sizes.ffn, width),
+            (tokens, width, 3 * width),
+            (tokens, width, width),
+            (tokens, width, sizes.experts),
+            (pairs, width, sizes.ffn),
+            (pairs, sizes.ffn, width),
         ]
         shapes = per_layer * sizes.layers + [(tokens, width, sizes.vocabulary)]
         self._matmuls = [_Matmul(shape, dtype, device) for shape in dict.fromkeys(shapes)]
         self._times = [shapes.count(matmul.shape) for matmul in self._matmuls]
         # Queries and keys, and weights and values.
         head = width // sizes.heads
-        self._attention = [_Matmul(shape, dtype, device, sequences)
-                           for shape in ((sizes.length, head, sizes.length),
-                                         (sizes.length, sizes.length, head))]
+        self._attention = [
+            _Matmul(shape, dtype, device, sequences)
+            for shape in ((sizes.length, head, sizes.length), (sizes.length, sizes.length, head))
+        ]
         self._layers = sizes.layers
         self.flops = sum(3 * 2 * a * b * c for a, b, c in shapes) + sizes.layers * sum(
-            3 * 2 * sequences * a * b * c for a, b, c in (p.shape for p in self._attention))
+            3 * 2 * sequences * a * b * c for a, b, c in (p.shape for p in self._attention)
+        )
 
     def step(self) -> None:
         for matmul, times in zip(self._matmuls, self._times, strict=True):
@@ -193,8 +228,9 @@ class BareMatmuls:
 class _Matmul:
     """[a, b] times [b, c], and the gradients of both."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str,
-                 sequences: int = 0):
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: str, sequences: int = 0
+    ):
         self.shape = shape
         a, b, c = shape
         before = (sequences,) if sequences else ()

@@ -28,9 +28,12 @@ def from_transformers(name: str, module: str = "") -> Any:
 
 def load() -> None:
     """Import the peers' packages before forking."""
-    for name, module in (("MixtralSparseMoeBlock", "models.mixtral.modeling_mixtral"),
-                         ("OlmoeSparseMoeBlock", "models.olmoe.modeling_olmoe"),
-                         ("MixtralConfig", ""), ("OlmoeConfig", "")):
+    for name, module in (
+        ("MixtralSparseMoeBlock", "models.mixtral.modeling_mixtral"),
+        ("OlmoeSparseMoeBlock", "models.olmoe.modeling_olmoe"),
+        ("MixtralConfig", ""),
+        ("OlmoeConfig", ""),
+    ):
         with contextlib.suppress(Refused):
             from_transformers(name, module)
 
@@ -63,8 +66,11 @@ class Fairscale(Contender):
 
         if not distributed.is_initialized():
             distributed.init_process_group(
-                "nccl" if inputs.device == "cuda" else "gloo", store=distributed.HashStore(),
-                rank=0, world_size=1)
+                "nccl" if inputs.device == "cuda" else "gloo",
+                store=distributed.HashStore(),
+                rank=0,
+                world_size=1,
+            )
         gate = Top2Gate(case.width, case.experts)
         experts = nn.ModuleList(map(FairscaleExpert, *inputs.plain))
         self.layer = MOELayer(gate, experts).to(inputs.device, inputs.dtype)
@@ -95,10 +101,15 @@ class HuggingFace(Contender):
         case = inputs.case
         if case.gate != "top_k":
             raise Refused("its gate supports only top-k")
-        self.block = self._block(dict(
-            hidden_size=case.width, intermediate_size=case.gated_ffn_dim,
-            num_experts_per_tok=case.top_k, hidden_act="silu",
-            experts_implementation=self.IMPLEMENTATION))
+        self.block = self._block(
+            dict(
+                hidden_size=case.width,
+                intermediate_size=case.gated_ffn_dim,
+                num_experts_per_tok=case.top_k,
+                hidden_act="silu",
+                experts_implementation=self.IMPLEMENTATION,
+            )
+        )
         self.block.to(inputs.device, inputs.dtype)
         w1_EFD, w3_EFD, w2_EFD = inputs.gated
         with torch.no_grad():
@@ -118,7 +129,8 @@ class Mixtral(HuggingFace):
 
     def _block(self, sizes):
         config = from_transformers("MixtralConfig")(
-            num_local_experts=self.inputs.case.experts, **sizes)
+            num_local_experts=self.inputs.case.experts, **sizes
+        )
         block = from_transformers("MixtralSparseMoeBlock", "models.mixtral.modeling_mixtral")
         return block(config)
 
@@ -128,7 +140,8 @@ class Olmoe(HuggingFace):
 
     def _block(self, sizes):
         config = from_transformers("OlmoeConfig")(
-            num_experts=self.inputs.case.experts, norm_topk_prob=True, **sizes)
+            num_experts=self.inputs.case.experts, norm_topk_prob=True, **sizes
+        )
         block = from_transformers("OlmoeSparseMoeBlock", "models.olmoe.modeling_olmoe")
         return block(config)
 
@@ -138,8 +151,9 @@ def refuse_eager(inputs: Inputs) -> None:
     each expert."""
     gibibytes = sum(w.nbytes for w in inputs.gated) * inputs.case.experts / 2**30
     if gibibytes > 16:
-        raise Refused(f"writes {gibibytes:.0f} GiB of gradients per step, the whole stack for each "
-                      "expert")
+        raise Refused(
+            f"writes {gibibytes:.0f} GiB of gradients per step, the whole stack for each expert"
+        )
 
 
 class MixtralGrouped(Mixtral):

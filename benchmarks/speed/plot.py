@@ -24,12 +24,19 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     results = [result for result in results if "limit_seconds" in result]
     kinds = sorted({(result["dtype"], result["threads"]) for result in results})
-    names = [name for name in LABELS if name != "Routing"
-             and any(name in result["rows"] for result in results)]
+    names = [
+        name
+        for name in LABELS
+        if name != "Routing" and any(name in result["rows"] for result in results)
+    ]
     most_cases = max(sum((r["dtype"], r["threads"]) == kind for r in results) for kind in kinds)
     figure, axes = plt.subplots(
-        1, len(kinds), squeeze=False, layout="constrained",
-        figsize=(max(8, 5 * len(kinds)), 2 + 0.42 * most_cases))
+        1,
+        len(kinds),
+        squeeze=False,
+        layout="constrained",
+        figsize=(max(8, 5 * len(kinds)), 2 + 0.42 * most_cases),
+    )
     colours = {**dict(zip(names, plt.cm.tab20.colors, strict=False)), "Ours": "black"}
     for axis, (dtype, threads) in zip(axes[0], kinds, strict=True):
         members = [r for r in results if (r["dtype"], r["threads"]) == (dtype, threads)]
@@ -39,12 +46,20 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                     continue
                 of = result["rows"][name]["of_limit"]
                 middle = min(of["median"], MOST)
-                ends = [[middle - min(of["low"], middle)],
-                        [max(min(of["high"], MOST), middle) - middle]]
-                axis.errorbar(middle, y, xerr=ends, color=colours[name], label=LABELS[name],
-                              fmt="D" if name == "Ours" else ">" if of["median"] > MOST else "o",
-                              markersize=7 if name == "Ours" else 4,
-                              zorder=3 if name == "Ours" else 2)
+                ends = [
+                    [middle - min(of["low"], middle)],
+                    [max(min(of["high"], MOST), middle) - middle],
+                ]
+                axis.errorbar(
+                    middle,
+                    y,
+                    xerr=ends,
+                    color=colours[name],
+                    label=LABELS[name],
+                    fmt="D" if name == "Ours" else ">" if of["median"] > MOST else "o",
+                    markersize=7 if name == "Ours" else 4,
+                    zorder=3 if name == "Ours" else 2,
+                )
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{dtype}, {threads} threads")
         axis.set_xlabel("time / limit (bare matmuls)")

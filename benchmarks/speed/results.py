@@ -11,10 +11,13 @@ from typing import Any
 
 def add_options(parser: argparse.ArgumentParser, default: str) -> None:
     """`--json` and `--resume`."""
-    parser.add_argument("--json", type=Path, default=Path(default),
-                        help=f"results, written after each case (default: {default})")
-    parser.add_argument("--resume", action="store_true",
-                        help="skip the cases in the file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path(default),
+        help=f"results, written after each case (default: {default})",
+    )
+    parser.add_argument("--resume", action="store_true", help="skip the cases in the file")
 
 
 class Results:
@@ -31,8 +34,10 @@ class Results:
         self.numbers: dict[str, Any] = {**about, "results": []}
         if self._path.exists():
             if not args.resume:
-                raise SystemExit(f"error: --json {self._path} exists: give --resume to "
-                                 "continue it, or another file")
+                raise SystemExit(
+                    f"error: --json {self._path} exists: give --resume to "
+                    "continue it, or another file"
+                )
             self.numbers = json.loads(self._path.read_text())
 
     def part(self, part: str = "results") -> list[dict[str, Any]]:
@@ -41,8 +46,9 @@ class Results:
 
     def has(self, part: str = "results", /, **key: Any) -> bool:
         """Whether a result with these values exists."""
-        return any(all(one[field] == value for field, value in key.items())
-                   for one in self.part(part))
+        return any(
+            all(one[field] == value for field, value in key.items()) for one in self.part(part)
+        )
 
     def add(self, result: dict[str, Any], part: str = "results") -> None:
         """Add a result and save."""

@@ -23,7 +23,8 @@ def top_k(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best, with renormalized softmax weights (Mixtral, arXiv 2401.04088)."""
     best_TK, ids_TK = torch.softmax(logits_TE, 1).topk(k, dim=1)
     weights_TE = torch.zeros_like(logits_TE).scatter(
-        1, ids_TK, best_TK / best_TK.sum(1, keepdim=True))
+        1, ids_TK, best_TK / best_TK.sum(1, keepdim=True)
+    )
     return torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, ids_TK, True), weights_TE
 
 
@@ -46,7 +47,6 @@ def top_p(logits_TC: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     probs_TC = torch.softmax(logits_TC, 1)
     sorted_TC, order_TC = probs_TC.detach().sort(dim=1, descending=True, stable=True)
     before_TC = sorted_TC.cumsum(1) - sorted_TC
-    mask_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter(
-        1, order_TC, before_TC < TOP_P)
+    mask_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter(1, order_TC, before_TC < TOP_P)
     weights_TC = probs_TC / (probs_TC * mask_TC).sum(1, keepdim=True)
     return mask_TC[:, :num_experts], weights_TC[:, :num_experts]

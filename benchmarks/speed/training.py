@@ -48,8 +48,10 @@ class Sizes:
     @property
     def name(self) -> str:
         """Name in tables."""
-        return (f"{self.layers} layers, D {self.width}, {self.experts} experts, "
-                f"{self.batch} × {self.length} tokens")
+        return (
+            f"{self.layers} layers, D {self.width}, {self.experts} experts, "
+            f"{self.batch} × {self.length} tokens"
+        )
 
 
 @dataclass
@@ -75,15 +77,50 @@ def build(sizes: Sizes, given: Iterable[Any]) -> Run:
         for n in range(sizes.vocabulary - len(dictionary)):
             dictionary.add_symbol(f"w{n}")
         dictionary.save(str(Path(data) / "dict.txt"))
-        line = list(map(str, (
-            data, "--task", "language_modeling", "--arch", "transformer_lm_moe",
-            "--criterion", "moe_cross_entropy", "--moe-freq", 1,
-            "--moe-expert-count", sizes.experts, "--activation-fn", "gelu",
-            "--decoder-layers", sizes.layers, "--decoder-embed-dim", sizes.width,
-            "--decoder-ffn-embed-dim", sizes.ffn, "--decoder-attention-heads", sizes.heads,
-            "--dropout", 0, "--attention-dropout", 0, "--share-decoder-input-output-embed",
-            "--tokens-per-sample", sizes.length, "--max-target-positions", sizes.length,
-            "--optimizer", "fused_adamw", "--lr", 1e-4, "--weight-decay", 0.1, *given)))
+        line = list(
+            map(
+                str,
+                (
+                    data,
+                    "--task",
+                    "language_modeling",
+                    "--arch",
+                    "transformer_lm_moe",
+                    "--criterion",
+                    "moe_cross_entropy",
+                    "--moe-freq",
+                    1,
+                    "--moe-expert-count",
+                    sizes.experts,
+                    "--activation-fn",
+                    "gelu",
+                    "--decoder-layers",
+                    sizes.layers,
+                    "--decoder-embed-dim",
+                    sizes.width,
+                    "--decoder-ffn-embed-dim",
+                    sizes.ffn,
+                    "--decoder-attention-heads",
+                    sizes.heads,
+                    "--dropout",
+                    0,
+                    "--attention-dropout",
+                    0,
+                    "--share-decoder-input-output-embed",
+                    "--tokens-per-sample",
+                    sizes.length,
+                    "--max-target-positions",
+                    sizes.length,
+                    "--optimizer",
+                    "fused_adamw",
+                    "--lr",
+                    1e-4,
+                    "--weight-decay",
+                    0.1,
+                    *given,
+                ),
+            )
+        )
         with mock.patch("sys.argv", ["fairseq-train", *line]):
             parsed = options.parse_args_and_arch(options.get_training_parser(), line)
         config = convert_namespace_to_omegaconf(parsed)
@@ -95,11 +132,16 @@ def build(sizes: Sizes, given: Iterable[Any]) -> Run:
 def sample(sizes: Sizes, device: str = "cpu") -> dict[str, Any]:
     """A batch of random tokens, in the format of the task's data."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(4, sizes.vocabulary, (sizes.batch, sizes.length + 1),
-                           generator=generator).to(device)
+    tokens = torch.randint(
+        4, sizes.vocabulary, (sizes.batch, sizes.length + 1), generator=generator
+    ).to(device)
     return {
-        "id": torch.arange(sizes.batch, device=device), "nsentences": sizes.batch,
-        "ntokens": sizes.tokens, "target": tokens[:, 1:].contiguous(),
-        "net_input": {"src_tokens": tokens[:, :-1].contiguous(),
-                      "src_lengths": torch.full((sizes.batch,), sizes.length, device=device)},
+        "id": torch.arange(sizes.batch, device=device),
+        "nsentences": sizes.batch,
+        "ntokens": sizes.tokens,
+        "target": tokens[:, 1:].contiguous(),
+        "net_input": {
+            "src_tokens": tokens[:, :-1].contiguous(),
+            "src_lengths": torch.full((sizes.batch,), sizes.length, device=device),
+        },
     }

@@ -40,8 +40,9 @@ def write_files(
             sync(folder)
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-        raise RunFailed(f"cannot write {path}: {reason_of(error)} ({free / 2**20:.0f} MiB free); "
-                        f"{remark}") from error
+        raise RunFailed(
+            f"cannot write {path}: {reason_of(error)} ({free / 2**20:.0f} MiB free); {remark}"
+        ) from error
     finally:
         for path in files:
             with contextlib.suppress(OSError):

@@ -25,8 +25,11 @@ def report_config_faults(option: str, path: str) -> Iterator[None]:
     except (OptionError, RunFailed, OSError):
         raise
     except Exception as error:
-        raise OptionError(option, path, "no model can be built from the options and weights that "
-                                        f"it holds ({describe(error)})") from error
+        raise OptionError(
+            option,
+            path,
+            f"no model can be built from the options and weights that it holds ({describe(error)})",
+        ) from error
 
 
 def describe(error: Exception) -> str:

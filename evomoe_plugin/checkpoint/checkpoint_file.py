@@ -47,11 +47,14 @@ class MainFile:
 
     def weights(self) -> dict[str, Whole]:
         """Shapes and dtypes of parameters and buffers, those of all ranks' experts included."""
-        found = {name: Whole(list(value.shape), dtype_name(value.dtype))
-                 for name, value in self.state["model"].items()}
+        found = {
+            name: Whole(list(value.shape), dtype_name(value.dtype))
+            for name, value in self.state["model"].items()
+        }
         if self.manifest is not None:
-            found |= {name: self.manifest.tensors[f"{MODEL}/{name}"]
-                      for name in self.manifest.weights()}
+            found |= {
+                name: self.manifest.tensors[f"{MODEL}/{name}"] for name in self.manifest.weights()
+            }
         return found
 
     def whole(self) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def read_main_file(option: str, path: str) -> MainFile:
     Raises:
         OptionError: no such file, cut short, or not one of a run.
     """
+
     def load(file: str) -> dict[str, Any]:
         with open(file, "rb") as opened:
             return load_file(opened, map_location="cpu", mapped=True)

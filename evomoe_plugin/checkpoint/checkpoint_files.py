@@ -61,7 +61,8 @@ def remove(path: str) -> None:
         return
     folder, name = os.path.split(os.path.abspath(path))
     links = [
-        entry.path for entry in os.scandir(folder)
+        entry.path
+        for entry in os.scandir(folder)
         if entry.is_symlink() and os.readlink(entry.path) == name
     ]
     if not links:

@@ -47,8 +47,13 @@ class ExpertSave:
     which the other ranks receive the file's name and write theirs.
     """
 
-    def __init__(self, groups: ExpertGroups, update: int, tensors: Mapping[str, Tensor],
-                 optimizer: Mapping[str, Entry]):
+    def __init__(
+        self,
+        groups: ExpertGroups,
+        update: int,
+        tensors: Mapping[str, Tensor],
+        optimizer: Mapping[str, Entry],
+    ):
         self._groups, self._update = groups, update
         self._tensors, self._optimizer = tensors, optimizer
         self._is_written = False
@@ -67,14 +72,21 @@ class ExpertSave:
 
     def _write(self, path: str, tag: str) -> Manifest:
         if PathManager.path_requires_pathmanager(path):
-            raise RunFailed(f"cannot write experts in shards to {path}, which is no folder: give "
-                            "--moe-ep-checkpoint consolidated")
+            raise RunFailed(
+                f"cannot write experts in shards to {path}, which is no folder: give "
+                "--moe-ep-checkpoint consolidated"
+            )
         self._is_written = True
         self._announce(os.path.abspath(path), tag)
         files = self._write_all(path, tag)
         _wait_for(os.path.join(expert_files.beside(path), tag), files)
-        return Manifest(self._update, tag, wholes(self._tensors, self._groups.size),
-                        dict(self._optimizer), files)
+        return Manifest(
+            self._update,
+            tag,
+            wholes(self._tensors, self._groups.size),
+            dict(self._optimizer),
+            files,
+        )
 
     def finish(self) -> None:
         """End the save on this rank."""
@@ -110,9 +122,11 @@ def _wait_for(folder: str, files: list[ShardFile]) -> None:
         path = os.path.join(folder, file.name)
         while not os.path.exists(path) or os.path.getsize(path) != file.bytes:
             if time.monotonic() > end:
-                raise RunFailed(f"{path} was written by another rank, but is not visible here: "
-                                "give a --save-dir that all machines share, or "
-                                "--moe-ep-checkpoint consolidated")
+                raise RunFailed(
+                    f"{path} was written by another rank, but is not visible here: "
+                    "give a --save-dir that all machines share, or "
+                    "--moe-ep-checkpoint consolidated"
+                )
             time.sleep(0.1)
 
 
@@ -136,8 +150,11 @@ def take(trainer: Trainer, experts: ShardedExperts) -> tuple[dict[str, Any], Exp
     if "last_optimizer_state" in state:
         named, moments, values = _own_optimizer_state(trainer, experts, is_first)
         tensors.update(moments)
-        order = {name: i for i, name in enumerate(_optimizer_order(trainer, experts, state))
-                 } if is_first else dict.fromkeys(values, 0)
+        order = (
+            {name: i for i, name in enumerate(_optimizer_order(trainer, experts, state))}
+            if is_first
+            else dict.fromkeys(values, 0)
+        )
         optimizer = {name: Entry(order[name], values[name]) for name in values}
         state["last_optimizer_state"] = _plain(trainer, order, named)
         state[PARAMETER_NAMES] = list(order)
@@ -145,8 +162,7 @@ def take(trainer: Trainer, experts: ShardedExperts) -> tuple[dict[str, Any], Exp
         return state, None
     if is_sharded(trainer, experts, tensors):
         return state, ExpertSave(experts.groups, trainer.get_num_updates(), tensors, optimizer)
-    whole = {key: _on_first(part, experts.groups, trainer.device)
-             for key, part in tensors.items()}
+    whole = {key: _on_first(part, experts.groups, trainer.device) for key, part in tensors.items()}
     if is_first:
         insert(state, whole, whole.__getitem__, optimizer)
     return state, None
@@ -225,8 +241,10 @@ def _number(key: str, value: Any) -> Any:
         return value
     if value.dim() == 0:
         return value.item()
-    raise RunFailed(f"the optimizer keeps {key} of shape {tuple(value.shape)}, which cannot be "
-                    "sharded like experts: give --optimizer adam")
+    raise RunFailed(
+        f"the optimizer keeps {key} of shape {tuple(value.shape)}, which cannot be "
+        "sharded like experts: give --optimizer adam"
+    )
 
 
 def _optimizer_order(
@@ -240,9 +258,7 @@ def _optimizer_order(
     return [name for name in everything if name in trained]
 
 
-def _plain(
-    trainer: Trainer, order: Mapping[str, int], named: Mapping[str, dict]
-) -> dict[str, Any]:
+def _plain(trainer: Trainer, order: Mapping[str, int], named: Mapping[str, dict]) -> dict[str, Any]:
     """The state of an optimizer with an entry for each parameter that has been updated."""
     given = trainer.optimizer.state_dict()
     groups = [dict(given["param_groups"][0], params=list(range(len(order))))]

@@ -83,8 +83,9 @@ class Manifest:
 
     def weights(self) -> list[str]:
         """Names of parameters and buffers."""
-        return [key.removeprefix(f"{MODEL}/") for key in self.tensors
-                if key.startswith(f"{MODEL}/")]
+        return [
+            key.removeprefix(f"{MODEL}/") for key in self.tensors if key.startswith(f"{MODEL}/")
+        ]
 
     def moments(self, name: str) -> list[str]:
         """Names of the optimizer's moments of a parameter."""
@@ -108,30 +109,44 @@ def manifest_of(state: Mapping[str, Any], path: str) -> Manifest | None:
     try:
         given = dict(plain)
         if given.pop("version") != VERSION:
-            raise OptionError("checkpoint", path, "was written by a later version of this "
-                                                  "program: use that")
+            raise OptionError(
+                "checkpoint", path, "was written by a later version of this program: use that"
+            )
         manifest = Manifest(
-            update=int(given.pop("update")), tag=str(given.pop("tag")),
-            tensors={str(k): Whole([int(n) for n in v["shape"]], str(v["dtype"]))
-                     for k, v in given.pop("tensors").items()},
-            optimizer={str(k): Entry(int(v["index"]), dict(v["values"]))
-                       for k, v in given.pop("optimizer").items()},
-            files=[ShardFile(str(f["name"]), int(f["bytes"]), str(f["sha256"]))
-                   for f in given.pop("files")],
+            update=int(given.pop("update")),
+            tag=str(given.pop("tag")),
+            tensors={
+                str(k): Whole([int(n) for n in v["shape"]], str(v["dtype"]))
+                for k, v in given.pop("tensors").items()
+            },
+            optimizer={
+                str(k): Entry(int(v["index"]), dict(v["values"]))
+                for k, v in given.pop("optimizer").items()
+            },
+            files=[
+                ShardFile(str(f["name"]), int(f["bytes"]), str(f["sha256"]))
+                for f in given.pop("files")
+            ],
         )
         names = [manifest.tag, *(file.name for file in manifest.files)]
         fits = manifest.files and all(
-            whole.shape and whole.shape[0] % manifest.size == 0
+            whole.shape
+            and whole.shape[0] % manifest.size == 0
             and isinstance(getattr(torch, whole.dtype, None), torch.dtype)
-            for whole in manifest.tensors.values())
-        if given or not fits or any(name != os.path.basename(name) or not name.strip(".")
-                                    for name in names):
+            for whole in manifest.tensors.values()
+        )
+        if (
+            given
+            or not fits
+            or any(name != os.path.basename(name) or not name.strip(".") for name in names)
+        ):
             raise ValueError("it does not fit itself")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError("checkpoint", path, f"its list of experts is invalid ({error}): "
-                                              "take an earlier one") from error
+        raise OptionError(
+            "checkpoint", path, f"its list of experts is invalid ({error}): take an earlier one"
+        ) from error
     return manifest
 
 
@@ -179,8 +194,10 @@ def replacing(path: str, tag: str) -> Iterator[None]:
 
 def wholes(tensors: Mapping[str, Tensor], size: int) -> dict[str, Whole]:
     """A manifest's tensors, from those that one of `size` ranks writes."""
-    return {name: Whole([len(t) * size, *t.shape[1:]], dtype_name(t.dtype))
-            for name, t in tensors.items()}
+    return {
+        name: Whole([len(t) * size, *t.shape[1:]], dtype_name(t.dtype))
+        for name, t in tensors.items()
+    }
 
 
 class ExpertShards:
@@ -207,8 +224,11 @@ class ExpertShards:
         """Faults of names and sizes."""
         wanted = {file.name: file for file in self.manifest.files}
         try:
-            found = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)
-                     if not entry.name.endswith(TEMPORARY)}
+            found = {
+                entry.name: entry.stat().st_size
+                for entry in os.scandir(self.folder)
+                if not entry.name.endswith(TEMPORARY)
+            }
         except OSError:
             found = {}
         for rank, (name, file) in enumerate(wanted.items()):
@@ -244,8 +264,9 @@ class ExpertShards:
             yield f"{full} has {name}, which does not belong to it"
 
     def _error(self, fault: str) -> OptionError:
-        return OptionError("checkpoint", self.path, f"{fault}; if it cannot be put right, take "
-                                                    "another checkpoint")
+        return OptionError(
+            "checkpoint", self.path, f"{fault}; if it cannot be put right, take another checkpoint"
+        )
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
@@ -320,7 +341,9 @@ def insert(
         entries = dict(state["last_optimizer_state"]["state"])
         for name, entry in optimizer.items():
             entries[entry.index] = {
-                **entry.values, **{moment: tensor(key) for moment, key in moments[name].items()}}
+                **entry.values,
+                **{moment: tensor(key) for moment, key in moments[name].items()},
+            }
         state["last_optimizer_state"]["state"] = dict(sorted(entries.items()))
 
 
@@ -332,12 +355,19 @@ def with_experts(model: dict[str, Any], experts: Mapping[str, Any]) -> dict[str,
     by_layer: dict[str, dict[str, Any]] = {}
     for name, value in experts.items():
         by_layer.setdefault(name.rpartition("experts.")[0], {})[name] = value
-    last = {prefix: name for name in model for prefix in by_layer
-            if name.startswith(prefix) and not name.startswith(f"{prefix}shared.")}
+    last = {
+        prefix: name
+        for name in model
+        for prefix in by_layer
+        if name.startswith(prefix) and not name.startswith(f"{prefix}shared.")
+    }
     missing = by_layer.keys() - last.keys()
     if missing:
-        raise OptionError("checkpoint", "with experts of its own",
-                          f"has no layer {sorted(missing)[0].rstrip('.')} that they are of")
+        raise OptionError(
+            "checkpoint",
+            "with experts of its own",
+            f"has no layer {sorted(missing)[0].rstrip('.')} that they are of",
+        )
     after = {name: by_layer[prefix] for prefix, name in last.items()}
     result = copy.copy(model)  # keeps what state dicts have beside their entries
     result.clear()

@@ -55,8 +55,11 @@ def consolidated(path: str, load: Callable[[str], dict]) -> dict:
     updates = [state["optimizer_history"][-1]["num_updates"] for state in states]
     if len(set(updates)) > 1:
         numbers = ", ".join(map(str, updates))
-        raise OptionError("checkpoint", name, f"its shards are of different updates ({numbers}): "
-                                              "take an earlier checkpoint")
+        raise OptionError(
+            "checkpoint",
+            name,
+            f"its shards are of different updates ({numbers}): take an earlier checkpoint",
+        )
     whole = dict(first, model=_model(states))
     if first.get("last_optimizer_state"):
         whole["last_optimizer_state"] = _optimizer(states)
@@ -87,9 +90,12 @@ def _optimizer(states: list[dict]) -> dict[str, Any]:
     for local, shards in enumerate(zip(*map(flat_parameters, states), strict=True)):
         _, key, parameter = shards[0]
         if not key.split(".")[-1].startswith("flat_param_"):
-            raise OptionError("not_fsdp_flatten_parameters", "in the checkpoint",
-                              "the optimizer's state cannot be consolidated: resume as it was "
-                              "written, or with --reset-optimizer")
+            raise OptionError(
+                "not_fsdp_flatten_parameters",
+                "in the checkpoint",
+                "the optimizer's state cannot be consolidated: resume as it was "
+                "written, or with --reset-optimizer",
+            )
         first = len(whole["param_id_map"])
         own = range(first, first + len(parameter["names"]))
         whole["param_id_map"].update(dict.fromkeys(own, local))
@@ -109,8 +115,10 @@ def _split(
     values: list[torch.Tensor], shards: Sequence[tuple[str, str, dict]]
 ) -> list[torch.Tensor]:
     """The parameters, or their moments, that all ranks' shards of a flat parameter hold."""
-    pieces = [value.reshape(-1)[: value.numel() - metadata["padding"]]
-              for value, (_, _, metadata) in zip(values, shards, strict=True)]
+    pieces = [
+        value.reshape(-1)[: value.numel() - metadata["padding"]]
+        for value, (_, _, metadata) in zip(values, shards, strict=True)
+    ]
     _, _, first = shards[0]
     parts = torch.cat(pieces).split(first["numels"])
     return [part.view(shape) for part, shape in zip(parts, first["shapes"], strict=True)]

@@ -14,8 +14,13 @@ from evomoe_plugin.config.errors import OptionError
 CONFIG = "config.json"
 # transformers' name -> fairseq's; gelu_accurate is the tanh approximation.
 ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate",
-    "gelu_fast": "gelu_accurate", "relu": "relu", "tanh": "tanh", "linear": "linear",
+    "gelu": "gelu",
+    "gelu_new": "gelu_accurate",
+    "gelu_pytorch_tanh": "gelu_accurate",
+    "gelu_fast": "gelu_accurate",
+    "relu": "relu",
+    "tanh": "tanh",
+    "linear": "linear",
 }
 
 

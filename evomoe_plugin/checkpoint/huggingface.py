@@ -82,8 +82,11 @@ def _weight_files(folder: str) -> list[str]:
             raise misfit(folder, f"its {INDEX} names files of other folders")
         return sorted(set(named.values()))
     if not os.path.isfile(os.path.join(folder, WEIGHTS)):
-        raise misfit(folder, f"has no {WEIGHTS}; pickled weights, which could run a program, are "
-                             "not read: save the model again with safe_serialization=True")
+        raise misfit(
+            folder,
+            f"has no {WEIGHTS}; pickled weights, which could run a program, are "
+            "not read: save the model again with safe_serialization=True",
+        )
     return [WEIGHTS]
 
 
@@ -100,8 +103,9 @@ class _Weights:
                 other = full_names.setdefault(short, name)
                 if short in self._left:
                     twice = f"its weights have {short} twice, with and without transformer. before"
-                    raise misfit(folder, f"two of its files have {name}" if other == name
-                                 else f"{twice} it")
+                    raise misfit(
+                        folder, f"two of its files have {name}" if other == name else f"{twice} it"
+                    )
                 self._left[short] = value
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -110,11 +114,16 @@ class _Weights:
         if value is None:
             raise misfit(self._folder, f"its weights have no {name}")
         if value.shape != shape:
-            raise misfit(self._folder, f"{name} has the shape {tuple(value.shape)}, where {CONFIG} "
-                                       f"says {shape}")
+            raise misfit(
+                self._folder,
+                f"{name} has the shape {tuple(value.shape)}, where {CONFIG} says {shape}",
+            )
         if value.dtype not in _FLOATS:
-            raise misfit(self._folder, f"{name} is of the type {value.dtype}: give weights of 16 "
-                                       "or 32 bits, not quantised ones")
+            raise misfit(
+                self._folder,
+                f"{name} is of the type {value.dtype}: give weights of 16 "
+                "or 32 bits, not quantised ones",
+            )
         return value.float()
 
     def take_head(self, is_tied: bool, table: Tensor) -> Tensor:
@@ -124,16 +133,21 @@ class _Weights:
             return table
         head = self.take(name, *table.shape)
         if is_tied and not torch.equal(head, table):
-            raise misfit(self._folder, f"its weights have {name} beside wte.weight, though "
-                                       f"{CONFIG} has tie_word_embeddings true: say false there, "
-                                       "or remove one")
+            raise misfit(
+                self._folder,
+                f"its weights have {name} beside wte.weight, though "
+                f"{CONFIG} has tie_word_embeddings true: say false there, "
+                "or remove one",
+            )
         return head
 
     def check_all_taken(self) -> None:
         left = sorted(name for name in self._left if not name.endswith(_BUFFERS))
         if left:
-            raise misfit(self._folder, f"its weights have {left[0]}, for which fairseq's "
-                                       "transformer_lm has no place")
+            raise misfit(
+                self._folder,
+                f"its weights have {left[0]}, for which fairseq's transformer_lm has no place",
+            )
 
 
 _NO_TOKEN = -1
@@ -145,8 +159,12 @@ def _rows(dictionary: Dictionary, config: GPT2Config) -> Tensor:
     for row, entry in enumerate(dictionary.symbols):
         is_special = row < dictionary.nspecial or entry.startswith("madeupword")
         if not is_special and not (entry.isascii() and entry.isdigit() and int(entry) < size):
-            raise OptionError("dict", entry, f"is no token id of the model (0 to {size - 1}): "
-                                             "give a dictionary made with --gpt2-bpe")
+            raise OptionError(
+                "dict",
+                entry,
+                f"is no token id of the model (0 to {size - 1}): "
+                "give a dictionary made with --gpt2-bpe",
+            )
         # The end of text in one row: two would halve its probability.
         is_unused = is_special or int(entry) == config.eos_token_id
         rows.append(_NO_TOKEN if is_unused else int(entry))
@@ -154,8 +172,7 @@ def _rows(dictionary: Dictionary, config: GPT2Config) -> Tensor:
     return torch.tensor(rows)
 
 
-def _model(config: GPT2Config, weights: _Weights,
-           rows_V: Tensor) -> tuple[dict[str, Tensor], bool]:
+def _model(config: GPT2Config, weights: _Weights, rows_V: Tensor) -> tuple[dict[str, Tensor], bool]:
     """The weights by fairseq's names, and whether unused rows are masked."""
     D, F = config.n_embd, config.ffn_dim
     table = weights.take("wte.weight", config.vocab_size, D)
@@ -182,15 +199,17 @@ def _model(config: GPT2Config, weights: _Weights,
     put("layer_norm", "ln_f", D)
     head = weights.take_head(config.tie_word_embeddings, table)
     end, is_token_V1 = config.eos_token_id, (rows_V != _NO_TOKEN).unsqueeze(1)
-    row_D = masked_vocab_row(model["decoder.layer_norm.weight"], model["decoder.layer_norm.bias"],
-                         head[rows_V[rows_V != _NO_TOKEN]])
+    row_D = masked_vocab_row(
+        model["decoder.layer_norm.weight"],
+        model["decoder.layer_norm.bias"],
+        head[rows_V[rows_V != _NO_TOKEN]],
+    )
     tokens_V = torch.where(rows_V == _NO_TOKEN, end, rows_V)
     output = torch.where(is_token_V1, head[tokens_V], head[end] if row_D is None else row_D)
     # fairseq counts positions from padding index + 1 = 2.
     model["decoder.embed_positions.weight"] = torch.cat([torch.zeros(2, D), positions])
     model["decoder.output_projection.weight"] = output
-    model["decoder.embed_tokens.weight"] = (
-        output if config.tie_word_embeddings else table[tokens_V])
+    model["decoder.embed_tokens.weight"] = output if config.tie_word_embeddings else table[tokens_V]
     return model, row_D is not None
 
 

@@ -23,15 +23,19 @@ def initial_checkpoint(
         "cfg": cfg,
         "model": weights,
         "criterion": None,
-        "optimizer_history": [{
-            "criterion_name": criterion, "optimizer_name": "none",
-            "lr_scheduler_state": {}, "num_updates": 0,
-        }],
+        "optimizer_history": [
+            {
+                "criterion_name": criterion,
+                "optimizer_name": "none",
+                "lr_scheduler_state": {},
+                "num_updates": 0,
+            }
+        ],
         "task_state": {},
         "extra_state": {
-            "metrics": [], "previous_training_time": 0.0,
-            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0,
-                               "shuffle": True},
+            "metrics": [],
+            "previous_training_time": 0.0,
+            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True},
         },
         "last_optimizer_state": None,
     }

@@ -74,15 +74,18 @@ def _optimizer(main: MainFile) -> str:
 def _sizes(main: MainFile) -> str:
     if _has_file_per_rank(main):
         count = fsdp_shards.world_size(main.state)
-        return _mib(sum(os.path.getsize(fsdp_shards.shard_path(main.path, rank))
-                        for rank in range(count)))
+        return _mib(
+            sum(os.path.getsize(fsdp_shards.shard_path(main.path, rank)) for rank in range(count))
+        )
     size = os.path.getsize(main.path)
     if main.manifest is None:
         return _mib(size)
     held = sum(file.bytes for file in main.manifest.files)
     folder = os.path.basename(expert_files.of(main.path))
-    return (f"{_mib(size + held)}, of it {_mib(held)} in {folder} "
-            f"({_mib(total_bytes(main.manifest))} of tensors)")
+    return (
+        f"{_mib(size + held)}, of it {_mib(held)} in {folder} "
+        f"({_mib(total_bytes(main.manifest))} of tensors)"
+    )
 
 
 def _mib(count: int) -> str:

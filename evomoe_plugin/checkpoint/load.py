@@ -35,20 +35,26 @@ def load_file(file: BinaryIO, map_location: Any = None, mapped: bool = False) ->
     try:
         with safe_globals(allowed_globals()):
             if mapped and zipfile.is_zipfile(file.name):
-                state = torch.load(file.name, map_location=map_location, weights_only=True,
-                                   mmap=True)
+                state = torch.load(
+                    file.name, map_location=map_location, weights_only=True, mmap=True
+                )
             else:
                 state = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise OptionError("checkpoint", file.name, _unpickling_reason(str(error))) from error
     except Exception as error:  # a damaged file can lead the unpickler anywhere
         first_line = str(error).split("\n")[0]
-        raise OptionError("checkpoint", file.name,
-                          f"cannot be read, it is cut short or no checkpoint ({first_line}); "
-                          "take an earlier one") from error
+        raise OptionError(
+            "checkpoint",
+            file.name,
+            f"cannot be read, it is cut short or no checkpoint ({first_line}); take an earlier one",
+        ) from error
     if not isinstance(state, dict) or "model" not in state:
-        raise OptionError("checkpoint", file.name,
-                          "is a file of torch, but no checkpoint of fairseq (it has no 'model')")
+        raise OptionError(
+            "checkpoint",
+            file.name,
+            "is a file of torch, but no checkpoint of fairseq (it has no 'model')",
+        )
     return state
 
 
@@ -56,8 +62,10 @@ def _unpickling_reason(message: str) -> str:
     found = re.search(r"GLOBAL (\S+)", message)
     if found is None:
         return "cannot be read, it is cut short or no checkpoint; take an earlier one"
-    return (f"holds {found[1]}, which is not data and could run a program: refused; if you trust "
-            f"the file, load it with torch.load(…, weights_only=False) and save it without that")
+    return (
+        f"holds {found[1]}, which is not data and could run a program: refused; if you trust "
+        f"the file, load it with torch.load(…, weights_only=False) and save it without that"
+    )
 
 
 def read_state(
@@ -101,6 +109,7 @@ def load_checkpoint_to_cpu(
     rank holds all experts: the ranks of an evaluation have different numbers of batches, and could
     not exchange rows.
     """
+
     def read(file: str) -> dict[str, Any]:
         return read_state(file, arg_overrides, load_on_all_ranks)
 

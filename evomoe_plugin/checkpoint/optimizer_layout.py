@@ -53,8 +53,10 @@ class OptimizerLayout:
             shape = self.shapes[self.names.index(name)]
             for key, value in values.items():
                 if _is_moment(value) and value.shape != shape:
-                    raise _does_not_fit(f"{key} of {name} has shape {tuple(value.shape)}, the "
-                                        f"parameter {tuple(shape)}")
+                    raise _does_not_fit(
+                        f"{key} of {name} has shape {tuple(value.shape)}, the "
+                        f"parameter {tuple(shape)}"
+                    )
         return named
 
     def _by_name_from_flat(self, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -64,8 +66,9 @@ class OptimizerLayout:
             parts: Iterable[Any] = [value] * len(sizes)
             if _is_moment(value):
                 if value.numel() != sum(sizes):
-                    raise _does_not_fit(f"{key} has {value.numel()} numbers, the parameters "
-                                        f"{sum(sizes)}")
+                    raise _does_not_fit(
+                        f"{key} has {value.numel()} numbers, the parameters {sum(sizes)}"
+                    )
                 parts = (p.view(s) for p, s in zip(value.split(sizes), self.shapes, strict=True))
             for name, part in zip(self.names, parts, strict=True):
                 named[name][key] = part
@@ -87,16 +90,17 @@ class OptimizerLayout:
             return new
         like = next(iter(named.values()))
         entries = [
-            named.get(name) or {
-                k: v.new_zeros(shape) if _is_moment(v) else v for k, v in like.items()
-            }
+            named.get(name)
+            or {k: v.new_zeros(shape) if _is_moment(v) else v for k, v in like.items()}
             for name, shape in zip(self.names, self.shapes, strict=True)
         ]
         if self.is_flat:
-            entries = [{
-                k: torch.cat([e[k].reshape(-1) for e in entries]) if _is_moment(v) else v
-                for k, v in like.items()
-            }]
+            entries = [
+                {
+                    k: torch.cat([e[k].reshape(-1) for e in entries]) if _is_moment(v) else v
+                    for k, v in like.items()
+                }
+            ]
         new["state"] = dict(enumerate(entries))
         return new
 
@@ -127,17 +131,23 @@ def check_number_trained(state: dict[str, Any], layout: OptimizerLayout) -> None
     trained = len(layout.names)
     # One entry may be all parameters end to end.
     if saved > 1 and not layout.is_flat and saved != trained:
-        raise OptionError("checkpoint", "with other frozen parameters",
-                          f"its optimizer state is of {saved} parameters, {trained} are trained "
-                          "now: give --reset-optimizer, or the same --moe-train-only")
+        raise OptionError(
+            "checkpoint",
+            "with other frozen parameters",
+            f"its optimizer state is of {saved} parameters, {trained} are trained "
+            "now: give --reset-optimizer, or the same --moe-train-only",
+        )
     if layout.is_flat:
         total = sum(math.prod(shape) for shape in layout.shapes)
         for key, value in state.get("state", {}).get(0, {}).items():
             if saved == 1 and _is_moment(value) and value.numel() != total:
-                raise OptionError("checkpoint", "with other frozen parameters",
-                                  f"its optimizer state ({key}) is of {value.numel()} numbers, "
-                                  f"{total} are trained now: give --reset-optimizer, or the same "
-                                  "--moe-train-only")
+                raise OptionError(
+                    "checkpoint",
+                    "with other frozen parameters",
+                    f"its optimizer state ({key}) is of {value.numel()} numbers, "
+                    f"{total} are trained now: give --reset-optimizer, or the same "
+                    "--moe-train-only",
+                )
 
 
 def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:
@@ -150,7 +160,8 @@ def plain_layout(state: dict, model: OptimizerLayout) -> OptimizerLayout:
     listed = state.get(PARAMETER_NAMES) or state["model"]
     names = tuple(name for name in listed if name in shapes)
     return OptimizerLayout(
-        names, tuple(shapes[name] for name in names),
+        names,
+        tuple(shapes[name] for name in names),
         is_flat=is_flat(state["last_optimizer_state"], model),
     )
 
@@ -165,5 +176,8 @@ def _is_moment(value: Any) -> bool:
 
 
 def _does_not_fit(why: str) -> OptionError:
-    return OptionError("checkpoint", "with another parallelism",
-                       f"its optimizer state does not fit ({why}): give --reset-optimizer")
+    return OptionError(
+        "checkpoint",
+        "with another parallelism",
+        f"its optimizer state does not fit ({why}): give --reset-optimizer",
+    )

@@ -18,11 +18,16 @@ def make_plain(state: dict[str, Any]) -> None:
     if "param_id_map" in optimizer:
         named = fsdp_layout(state).by_name(optimizer)
         state[PARAMETER_NAMES] = names = [name for name in state["model"] if name in named]
-        kept = {key: value for key, value in optimizer.items()
-                if key not in ("param_id_map", "uncollected_local_ids")}
+        kept = {
+            key: value
+            for key, value in optimizer.items()
+            if key not in ("param_id_map", "uncollected_local_ids")
+        }
         state["last_optimizer_state"] = dict(
-            kept, state={i: named[name] for i, name in enumerate(names)},
-            param_groups=[dict(optimizer["param_groups"][0], params=list(range(len(names))))])
+            kept,
+            state={i: named[name] for i, name in enumerate(names)},
+            param_groups=[dict(optimizer["param_groups"][0], params=list(range(len(names))))],
+        )
     state.pop("fsdp_metadata", None)
 
 
@@ -43,22 +48,27 @@ def optimizer_names(path: str, state: Mapping[str, Any]) -> list[str]:
     if not optimizer["state"]:
         return []
     wanted = [_shape(optimizer["state"].get(i, {})) for i in range(count)]
-    given = [(name, value.shape) for name, value in state["model"].items()
-             if value.is_floating_point()]
+    given = [
+        (name, value.shape) for name, value in state["model"].items() if value.is_floating_point()
+    ]
     found = _first_fit(wanted, given)
     last = _first_fit(wanted[::-1], given[::-1])
     # Every other way in which shapes fit lies between the first and the last.
     if found is None or last is None or found != last[::-1]:
-        raise OptionError("checkpoint", path,
-                          "does not name the parameters of its optimizer's state: start a run "
-                          "from it instead, with --moe-expert-parallel-size and "
-                          "--moe-ep-checkpoint sharded")
+        raise OptionError(
+            "checkpoint",
+            path,
+            "does not name the parameters of its optimizer's state: start a run "
+            "from it instead, with --moe-expert-parallel-size and "
+            "--moe-ep-checkpoint sharded",
+        )
     return found
 
 
 def _shape(entry: Mapping[str, Any]) -> torch.Size | None:
-    return next((value.shape for value in entry.values()
-                 if torch.is_tensor(value) and value.dim()), None)
+    return next(
+        (value.shape for value in entry.values() if torch.is_tensor(value) and value.dim()), None
+    )
 
 
 def _first_fit(

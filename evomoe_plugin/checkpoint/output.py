@@ -7,8 +7,9 @@ import os
 from evomoe_plugin.config.errors import OptionError
 
 
-def check_output(option: str, path: str, *, overwrite: bool | None = None,
-                 makes_folders: bool = False) -> None:
+def check_output(
+    option: str, path: str, *, overwrite: bool | None = None, makes_folders: bool = False
+) -> None:
     """Raise `OptionError` unless a file or folder can be written at `path`.
 
     Args:
@@ -27,5 +28,8 @@ def check_output(option: str, path: str, *, overwrite: bool | None = None,
     while makes_folders and not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        raise OptionError(option, path, f"{parent} is no folder" if os.path.lexists(parent)
-                          else f"there is no folder {parent}")
+        raise OptionError(
+            option,
+            path,
+            f"{parent} is no folder" if os.path.lexists(parent) else f"there is no folder {parent}",
+        )

@@ -55,8 +55,11 @@ class Storage:
     def moments(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of the owner's optimizer state that have its number of elements."""
         own = self.owner.numel()
-        return {key: value.view(-1) for key, value in state.items()
-                if torch.is_tensor(value) and value.dim() and value.numel() == own}
+        return {
+            key: value.view(-1)
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.dim() and value.numel() == own
+        }
 
 
 def storages(trainer: Any) -> Iterator[Storage]:
@@ -139,6 +142,7 @@ def model_layout(trainer: Any) -> OptimizerLayout:
     return OptimizerLayout(
         tuple(name for name, _ in parameters),
         tuple(p.shape for _, p in parameters),
-        is_flat=common.fp16 and not common.memory_efficient_fp16
+        is_flat=common.fp16
+        and not common.memory_efficient_fp16
         and not common.fp16_no_flatten_grads,
     )

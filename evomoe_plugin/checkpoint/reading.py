@@ -35,19 +35,27 @@ def read_checkpoint(option: str, path: str) -> dict[str, Any]:
     except OptionError as error:
         raise OptionError(option, path, error.arguments[2]) from error
     except OSError as error:  # torch seeks before the start of some truncated files
-        raise OptionError(option, path, "cannot be read, it is cut short or no checkpoint "
-                                        f"({error})") from error
+        raise OptionError(
+            option, path, f"cannot be read, it is cut short or no checkpoint ({error})"
+        ) from error
     except Exception as error:  # upgrading an invalid state raises anything
-        raise OptionError(option, path,
-                          f"is no checkpoint of fairseq ({describe(error)})") from error
+        raise OptionError(
+            option, path, f"is no checkpoint of fairseq ({describe(error)})"
+        ) from error
     cfg, weights = state.get("cfg"), state["model"]
     if not isinstance(cfg, DictConfig) or not isinstance(cfg.get("model"), DictConfig):
-        raise OptionError(option, path, "is no checkpoint of fairseq: it does not say which model "
-                                        "its weights are of (it has no options in cfg.model)")
+        raise OptionError(
+            option,
+            path,
+            "is no checkpoint of fairseq: it does not say which model "
+            "its weights are of (it has no options in cfg.model)",
+        )
     if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()):
-        raise OptionError(option, path, "is no checkpoint of fairseq: its 'model' is not tensors "
-                                        "by name")
+        isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()
+    ):
+        raise OptionError(
+            option, path, "is no checkpoint of fairseq: its 'model' is not tensors by name"
+        )
     return state
 
 

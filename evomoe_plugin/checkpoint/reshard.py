@@ -34,8 +34,12 @@ def check_checkpoint_output(option: str, path: str, overwrite: bool) -> None:
         raise OptionError(option, path, "give a name that ends with .pt")
     check_output(option, path, overwrite=overwrite)
     if not os.path.lexists(path) and expert_files.tags(path):
-        raise OptionError(option, path, f"would take {expert_files.beside(path)}, which is there "
-                                        "already: give another path, or move it away")
+        raise OptionError(
+            option,
+            path,
+            f"would take {expert_files.beside(path)}, which is there "
+            "already: give another path, or move it away",
+        )
 
 
 def consolidate(main: MainFile, out: str) -> None:
@@ -70,8 +74,11 @@ def reshard(main: MainFile, out: str, size: int) -> None:
         raise OptionError("checkpoint", main.path, "has no experts")
     for key, whole in tensors.items():
         if whole.shape[0] % size:
-            raise OptionError("size", size, f"does not divide the {whole.shape[0]} experts of "
-                                            f"{key.partition('/')[2]}")
+            raise OptionError(
+                "size",
+                size,
+                f"does not divide the {whole.shape[0]} experts of {key.partition('/')[2]}",
+            )
     tag = new_tag(main.update)
     with replacing(out, tag):
         files = []
@@ -86,9 +93,7 @@ def reshard(main: MainFile, out: str, size: int) -> None:
         checkpoint_files.save({**rest, KEY: manifest.plain()}, out)
 
 
-def _take_experts(
-    path: str, state: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+def _take_experts(path: str, state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     """Remove experts from the state; their tensors by a manifest's keys, and entries by name."""
     entries: dict[str, Entry] = {}
     optimizer = state.get("last_optimizer_state") or {"state": {}}

@@ -54,8 +54,11 @@ def file_to_read(trainer: Any, filename: str) -> str:
             state = fsdp_shards.consolidated(filename, read_state)
             raise _other_world_size(fsdp_shards.world_size(state), trainer)
         if os.path.exists(whole):
-            raise OptionError("use_sharded_state", "", f"{whole} is one file for all ranks: "
-                                                       "resume without --use-sharded-state")
+            raise OptionError(
+                "use_sharded_state",
+                "",
+                f"{whole} is one file for all ranks: resume without --use-sharded-state",
+            )
     elif os.path.exists(first_shard):
         logger.info("%s was written with --use-sharded-state: consolidating the shards", filename)
         return first_shard
@@ -67,7 +70,8 @@ def file_to_read(trainer: Any, filename: str) -> str:
 
 def _other_world_size(count: int, trainer: Any) -> OptionError:
     return OptionError(
-        "distributed_world_size", trainer.data_parallel_world_size,
+        "distributed_world_size",
+        trainer.data_parallel_world_size,
         f"the checkpoint has {count} shards: give {count}, or leave --use-sharded-state out, "
         "which consolidates them",
     )
@@ -78,13 +82,19 @@ def check_same_update(trainer: Any, filename: str, num_updates: int) -> None:
     updates = [num_updates] * trainer.data_parallel_world_size
     dist.all_gather_object(updates, num_updates, group=trainer.data_parallel_process_group)
     if len(set(updates)) > 1:
-        raise OptionError("checkpoint", fsdp_shards.SHARD.sub(".pt", filename),
-                          f"its shards are of different updates ({', '.join(map(str, updates))}):"
-                          " take an earlier one with --restore-file")
+        raise OptionError(
+            "checkpoint",
+            fsdp_shards.SHARD.sub(".pt", filename),
+            f"its shards are of different updates ({', '.join(map(str, updates))}):"
+            " take an earlier one with --restore-file",
+        )
 
 
 def read_for(
-    trainer: Any, path: str, reset_optimizer: bool, on_all_ranks: bool,
+    trainer: Any,
+    path: str,
+    reset_optimizer: bool,
+    on_all_ranks: bool,
     check: Callable[[dict[str, Any], str], None],
 ) -> dict[str, Any]:
     """What a run like `trainer`'s would have written: this rank's experts, its optimizer layout.
@@ -109,8 +119,12 @@ def read_for(
     if experts is not None:
         experts.check(state, path)
     if manifest is not None:
-        merge(state, ExpertShards(path, manifest), experts.groups.own if experts else None,
-              with_optimizer=not reset_optimizer)
+        merge(
+            state,
+            ExpertShards(path, manifest),
+            experts.groups.own if experts else None,
+            with_optimizer=not reset_optimizer,
+        )
     check(state, path)
     if not reset_optimizer:
         _fit_optimizer(state, trainer, None if manifest is not None else experts)
@@ -131,8 +145,12 @@ def _fit_optimizer(state: dict, trainer: Any, whole: ShardedExperts | None = Non
     _rename_optimizer(state, trainer)
     was_fsdp = "param_id_map" in optimizer
     new = model_layout(trainer)
-    if not was_fsdp and not trainer.is_fsdp and whole is None and (
-            is_flat(optimizer, new) == new.is_flat):
+    if (
+        not was_fsdp
+        and not trainer.is_fsdp
+        and whole is None
+        and (is_flat(optimizer, new) == new.is_flat)
+    ):
         check_number_trained(optimizer, new)
         return
     written = new if whole is None else whole.unsharded(new)
@@ -140,8 +158,9 @@ def _fit_optimizer(state: dict, trainer: Any, whole: ShardedExperts | None = Non
     check_number_trained(optimizer, old)
     if old == new:
         return
-    logger.info("converting the optimizer's state from %s to %s",
-                _layout_name(old), _layout_name(new))
+    logger.info(
+        "converting the optimizer's state from %s to %s", _layout_name(old), _layout_name(new)
+    )
     named = old.by_name(optimizer)
     if whole is not None:
         named = whole.own_moments(named)
@@ -155,8 +174,9 @@ def _rename_optimizer(state: dict, trainer: Any) -> None:
         efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
         history["optimizer_name"] = HALF_PRECISION[efficient]
     elif history["optimizer_name"] in SAME_STATE.values():
-        history["optimizer_name"] = SAME_STATE.get(trainer.cfg.optimizer._name,
-                                                   history["optimizer_name"])
+        history["optimizer_name"] = SAME_STATE.get(
+            trainer.cfg.optimizer._name, history["optimizer_name"]
+        )
 
 
 def _layout_name(layout: OptimizerLayout) -> str:
@@ -176,6 +196,11 @@ def _rescale_iterator(state: dict, trainer: Any) -> None:
         return
     iterator["iterations_in_epoch"] = position * before // now
     again = position * before % now
-    logger.info("resuming at batch %d of each of %d ranks, which was %d of each of %d%s",
-                iterator["iterations_in_epoch"], now, position, before,
-                f"; {again} batches are seen again" if again else "")
+    logger.info(
+        "resuming at batch %d of each of %d ranks, which was %d of each of %d%s",
+        iterator["iterations_in_epoch"],
+        now,
+        position,
+        before,
+        f"; {again} batches are seen again" if again else "",
+    )

@@ -24,8 +24,17 @@ def allowed_globals() -> list[Any]:
         argparse.Namespace,
         collections.OrderedDict,
         collections.defaultdict,
-        dict, list, set, tuple, int, float, str, bool, slice,
-        pathlib.PosixPath, pathlib.PurePosixPath,
+        dict,
+        list,
+        set,
+        tuple,
+        int,
+        float,
+        str,
+        bool,
+        slice,
+        pathlib.PosixPath,
+        pathlib.PurePosixPath,
         typing.Any,
         *_numpy(),
         *_omegaconf(),
@@ -40,7 +49,8 @@ def _numpy() -> list[Any]:
     # Files of numpy 1 and numpy 2 name the same functions by different modules.
     names = [
         (getattr(multiarray, function), f"numpy.{module}.multiarray.{function}")
-        for function in ("scalar", "_reconstruct") for module in ("core", "_core")
+        for function in ("scalar", "_reconstruct")
+        for module in ("core", "_core")
     ]
     return [np.dtype, np.ndarray, *kinds, *names]
 
@@ -50,6 +60,9 @@ def _omegaconf() -> list[Any]:
 
     containers = [omegaconf.DictConfig, omegaconf.ListConfig]
     metadata = [base.ContainerMetadata, base.Metadata]
-    values = [kind for name, kind in vars(nodes).items()
-              if name.endswith("Node") and inspect.isclass(kind)]
+    values = [
+        kind
+        for name, kind in vars(nodes).items()
+        if name.endswith("Node") and inspect.isclass(kind)
+    ]
     return containers + metadata + values

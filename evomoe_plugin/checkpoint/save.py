@@ -43,11 +43,19 @@ def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | No
         return None
     updates, suffix = trainer.get_num_updates(), trainer.checkpoint_suffix
     logger.info("Preparing to save checkpoint for epoch %d @ %d updates", epoch_itr.epoch, updates)
-    paths = [os.path.join(cfg.save_dir, name)
-             for name in _due(cfg, epoch_itr, updates, suffix, val_loss)]
+    paths = [
+        os.path.join(cfg.save_dir, name) for name in _due(cfg, epoch_itr, updates, suffix, val_loss)
+    ]
     state.add_extra(_extra_state(trainer.task, epoch_itr, val_loss))
-    job = functools.partial(_write, copy.deepcopy(cfg), state, paths, epoch_itr.end_of_epoch(),
-                            suffix, (epoch_itr.epoch, updates, val_loss))
+    job = functools.partial(
+        _write,
+        copy.deepcopy(cfg),
+        state,
+        paths,
+        epoch_itr.end_of_epoch(),
+        suffix,
+        (epoch_itr.epoch, updates, val_loss),
+    )
     # A task that asks to see each file gets it at once.
     if not cfg.write_checkpoints_asynchronously or hasattr(trainer.task, "post_save"):
         return job()
@@ -174,7 +182,8 @@ def _kept_best(cfg: Any, suffix: str) -> list[str]:
     """The files `checkpoint.best_*`, from the best to the worst."""
     paths = checkpoint_utils.checkpoint_paths(
         cfg.save_dir,
-        pattern=rf"checkpoint\.best_{cfg.best_checkpoint_metric}_(\d+\.?\d*){suffix}\.pt")
+        pattern=rf"checkpoint\.best_{cfg.best_checkpoint_metric}_(\d+\.?\d*){suffix}\.pt",
+    )
     return paths if cfg.maximize_best_checkpoint_metric else paths[::-1]
 
 
@@ -184,7 +193,11 @@ def _worst_kept(cfg: Any, suffix: str) -> float | None:
 
 
 def _write(
-    cfg: Any, state: TrainerState, paths: list[str], end_of_epoch: bool, suffix: str,
+    cfg: Any,
+    state: TrainerState,
+    paths: list[str],
+    end_of_epoch: bool,
+    suffix: str,
     written: tuple[int, int, float | None],
 ) -> str | None:
     """Write all names of one checkpoint, then remove those that are no longer kept."""
@@ -194,8 +207,12 @@ def _write(
     for path in paths[1:]:
         checkpoint_files.copy(paths[0], path, symlink=getattr(cfg, "symlink", False))
     if paths:
-        logger.info("Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %.1f "
-                    "seconds)", paths[0], *written, time.monotonic() - began)
+        logger.info(
+            "Saved checkpoint %s (epoch %d @ %d updates, score %s) (writing took %.1f seconds)",
+            paths[0],
+            *written,
+            time.monotonic() - began,
+        )
     for path in _outdated(cfg, end_of_epoch, suffix):
         checkpoint_files.remove(path)
     state.finish()
@@ -218,5 +235,7 @@ def _outdated(cfg: Any, end_of_epoch: bool, suffix: str) -> Iterator[str]:
 
 @functools.cache
 def _warn_not_asynchronous() -> None:
-    logger.warning("--write-checkpoints-asynchronously: training waits while ranks write their "
-                   "experts; --moe-ep-checkpoint consolidated does not")
+    logger.warning(
+        "--write-checkpoints-asynchronously: training waits while ranks write their "
+        "experts; --moe-ep-checkpoint consolidated does not"
+    )

@@ -21,8 +21,9 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: it cannot be written.
     """
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path,
-                  dict(metadata))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata)
+        )
     except SafetensorError as error:
         raise OSError(0, str(error)) from error
 
@@ -40,8 +41,9 @@ def read_safetensors(option: str, path: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise OptionError(option, path,
-                          f"is no file of safetensors, or cut short ({error})") from error
+        raise OptionError(
+            option, path, f"is no file of safetensors, or cut short ({error})"
+        ) from error
 
 
 def num_bytes(shape: tuple[int, ...] | list[int], dtype: str) -> int:

@@ -63,8 +63,10 @@ def _faults_of_layers(main: MainFile) -> Iterator[str]:
         if layer not in found:
             yield f"has no experts of layer {layer}"
         elif found[layer] != {count}:
-            yield (f"has {', '.join(map(str, sorted(found[layer])))} experts in layer {layer}, "
-                   f"its options say {count}")
+            yield (
+                f"has {', '.join(map(str, sorted(found[layer])))} experts in layer {layer}, "
+                f"its options say {count}"
+            )
     for layer in sorted(found.keys() - wanted.keys()):
         yield f"has experts of layer {layer}, which by its options is no MoE layer"
 

@@ -53,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="evomoe", description="Tools beside fairseq's own commands, which load the models of "
-        "this package with --user-dir evomoe_plugin.")
-    parser.add_argument("--version", action="version",
-                        version=f"evomoe_plugin {evomoe_plugin.__version__}")
+        prog="evomoe",
+        description="Tools beside fairseq's own commands, which load the models of "
+        "this package with --user-dir evomoe_plugin.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"evomoe_plugin {evomoe_plugin.__version__}"
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, help in VERBS.items():
@@ -85,8 +88,11 @@ def _one_line(error: Exception) -> tuple[str, int] | None:
     if status is not None:
         return str(error), status
     if evomoe_plugin.fairseq_error is not None:
-        return f"fairseq cannot be imported ({evomoe_plugin.fairseq_error}); " \
-               "run `evomoe doctor` for the fix", 1
+        return (
+            f"fairseq cannot be imported ({evomoe_plugin.fairseq_error}); "
+            "run `evomoe doctor` for the fix",
+            1,
+        )
     if isinstance(error, OSError):
         return str(error), 1
     return None

@@ -17,15 +17,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return added
 
     action("inspect", "summarise a checkpoint")
-    action("verify", "read all of a checkpoint and list its faults; the exit status is 1 if there "
-                     "are any")
+    action(
+        "verify",
+        "read all of a checkpoint and list its faults; the exit status is 1 if there are any",
+    )
     sharded = action("reshard", "write a checkpoint with its experts in files beside it")
     one = action("consolidate", "write a checkpoint as one file")
     for parser in (sharded, one):
         parser.add_argument("out", metavar="OUT", help="the main file to write")
         flag(parser, "--overwrite", False, "replace OUT if it exists")
-    flag(sharded, "--size R", int, "number of expert files: the --moe-expert-parallel-size to "
-                                   "come; runs of other sizes read them too", required=True)
+    flag(
+        sharded,
+        "--size R",
+        int,
+        "number of expert files: the --moe-expert-parallel-size to "
+        "come; runs of other sizes read them too",
+        required=True,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,8 +27,13 @@ OK, OFF, FIX, STOP = "ok", "off", "fix", "STOP"
 
 FAIRSEQS = ("ve-fairseq", "fairseq-fixed", "fairseq", "fairseq-light", "fairseq-built")
 # Distribution to module.
-TRAINING_NEEDS = {"torch": "torch", "fairscale": "fairscale", "hydra-core": "hydra",
-                  "omegaconf": "omegaconf", "numpy": "numpy"}
+TRAINING_NEEDS = {
+    "torch": "torch",
+    "fairscale": "fairscale",
+    "hydra-core": "hydra",
+    "omegaconf": "omegaconf",
+    "numpy": "numpy",
+}
 DATA_NEEDS = {"pyarrow": "pyarrow", "iopath": "iopath", "sentencepiece": "sentencepiece"}
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "sve", "bf16")
 
@@ -43,8 +48,8 @@ class Row:
 
 
 _version, _device, _backend, _fast_path, _patch = (
-    partial(Row, group)
-    for group in ("versions", "devices", "backends", "fast paths", "patches"))
+    partial(Row, group) for group in ("versions", "devices", "backends", "fast paths", "patches")
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +62,18 @@ def run(args: argparse.Namespace) -> int:
     stops = [row.name for row in rows if row.state == STOP]
     fixes = [row.name for row in rows if row.state == FIX]
     if args.json:
-        print(json.dumps({"training_works": not stops, "rows": [asdict(row) for row in rows]},
-                         indent=2))
+        print(
+            json.dumps(
+                {"training_works": not stops, "rows": [asdict(row) for row in rows]}, indent=2
+            )
+        )
     else:
         print(as_table(rows), end="")
-        print(f"Training cannot work here until this is fixed: {', '.join(stops)}." if stops
-              else "Training can work here.")
+        print(
+            f"Training cannot work here until this is fixed: {', '.join(stops)}."
+            if stops
+            else "Training can work here."
+        )
         if fixes:
             print(f"Fix recommended: {', '.join(fixes)}.")
     return 1 if stops else 0
@@ -108,8 +119,12 @@ def versions() -> Iterator[Row]:
     required = requirements()
     yield _version("Python", platform.python_version(), OK, sys.executable)
     remark = "" if required else "; not installed: its requirements are unknown"
-    yield _version("evomoe_plugin", evomoe_plugin.__version__, OK if required else OFF,
-                   f"{Path(evomoe_plugin.__file__).parent}{remark}")
+    yield _version(
+        "evomoe_plugin",
+        evomoe_plugin.__version__,
+        OK if required else OFF,
+        f"{Path(evomoe_plugin.__file__).parent}{remark}",
+    )
     yield fairseq_row(required)
     for needs, if_wrong in ((TRAINING_NEEDS, STOP), (DATA_NEEDS, FIX)):
         for name, module in needs.items():
@@ -130,8 +145,11 @@ def requirements() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         return {}
     parsed = map(Requirement, texts)
-    return {canonicalize_name(r.name): str(r.specifier) for r in parsed
-            if r.marker is None or r.marker.evaluate({"extra": ""})}
+    return {
+        canonicalize_name(r.name): str(r.specifier)
+        for r in parsed
+        if r.marker is None or r.marker.evaluate({"extra": ""})
+    }
 
 
 def version_of(name: str) -> str | None:
@@ -167,8 +185,10 @@ def transformers_row() -> Row:
     except Exception as error:
         fix = "pip install --force-reinstall transformers"
         if "torchaudio" in str(error):
-            fix = "pip uninstall -y torchaudio, whose build does not fit this torch; fairseq " \
-                  "needs it for speech alone"
+            fix = (
+                "pip uninstall -y torchaudio, whose build does not fit this torch; fairseq "
+                "needs it for speech alone"
+            )
         return _version("transformers", version, FIX, f"{_one_line(error)}; {fix}")
     return _version("transformers", version, OK, "its models can be imported")
 
@@ -195,17 +215,29 @@ def fairseq_row(required: dict[str, str]) -> Row:
 def devices(torch: ModuleType) -> Iterator[Row]:
     cpu = cpu_info()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield _device("CPU", cpu["model"], OK,
-                  f"{usable} usable of {os.cpu_count()} processors, {cpu['cores']} cores")
+    yield _device(
+        "CPU",
+        cpu["model"],
+        OK,
+        f"{usable} usable of {os.cpu_count()} processors, {cpu['cores']} cores",
+    )
     threads = os.environ.get("OMP_NUM_THREADS")
     remark = "OMP_NUM_THREADS is not set; ranks on the CPU will share the processors"
-    yield _device("threads", str(torch.get_num_threads()), OK,
-                  f"OMP_NUM_THREADS={threads}" if threads else remark)
+    yield _device(
+        "threads",
+        str(torch.get_num_threads()),
+        OK,
+        f"OMP_NUM_THREADS={threads}" if threads else remark,
+    )
     units = sorted(flag for flag in cpu["flags"] if re.fullmatch("amx_.*|sme2?", flag))
     yield _device("matrix units", " ".join(units) or "none", OK if units else OFF)
     vectors = " ".join(flag for flag in VECTOR_UNITS if flag in cpu["flags"])
-    yield _device("vector units", vectors or "unknown", OK,
-                  f"torch uses {torch.backends.cpu.get_cpu_capability()}")
+    yield _device(
+        "vector units",
+        vectors or "unknown",
+        OK,
+        f"torch uses {torch.backends.cpu.get_cpu_capability()}",
+    )
     yield from gpus(torch)
 
 
@@ -215,8 +247,9 @@ def cpu_info() -> dict[str, Any]:
     lines = path.read_text().splitlines() if path.exists() else []
     pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
     values = dict(reversed(pairs))  # of the first processor
-    sockets, cores = ([value for key, value in pairs if key == name]
-                      for name in ("physical id", "core id"))
+    sockets, cores = (
+        [value for key, value in pairs if key == name] for name in ("physical id", "core id")
+    )
     return {
         "model": values.get("model name") or platform.processor() or platform.machine(),
         "cores": len(set(zip(sockets, cores, strict=True))) or "?",
@@ -230,12 +263,19 @@ def gpus(torch: ModuleType) -> Iterator[Row]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            yield _device(f"GPU {index}", gpu.name, OK,
-                          f"{gpu.total_memory / 2**30:.0f} GiB, SM {gpu.major}{gpu.minor}, "
-                          f"{gpu.multi_processor_count} multiprocessors")
+            yield _device(
+                f"GPU {index}",
+                gpu.name,
+                OK,
+                f"{gpu.total_memory / 2**30:.0f} GiB, SM {gpu.major}{gpu.minor}, "
+                f"{gpu.multi_processor_count} multiprocessors",
+            )
     elif Path("/dev/nvidiactl").exists():
-        fix = " and cannot use it: is the driver too old, or CUDA_VISIBLE_DEVICES empty?" if build \
+        fix = (
+            " and cannot use it: is the driver too old, or CUDA_VISIBLE_DEVICES empty?"
+            if build
             else "; make venv TORCH=cuda installs the CUDA build"
+        )
         yield _device("GPU", "NVIDIA's driver", FIX, f"this torch is {kind}{fix}")
     else:
         yield _device("GPU", "none", OFF, f"training runs on the CPU; torch is {kind}")
@@ -246,11 +286,19 @@ def backends(torch: ModuleType) -> Iterator[Row]:
     if has and torch.distributed.is_gloo_available():
         yield _backend("gloo", "yes", OK, "several ranks on the CPU")
     else:
-        yield _backend("gloo", "no", FIX, "this torch cannot train with several ranks on the "
-                                          "CPU; take another build")
+        yield _backend(
+            "gloo",
+            "no",
+            FIX,
+            "this torch cannot train with several ranks on the CPU; take another build",
+        )
     nccl = has and torch.distributed.is_nccl_available()
-    yield _backend("nccl", "yes" if nccl else "no", OK if nccl else FIX if on_gpu else OFF,
-                   "several ranks on GPUs")
+    yield _backend(
+        "nccl",
+        "yes" if nccl else "no",
+        OK if nccl else FIX if on_gpu else OFF,
+        "several ranks on GPUs",
+    )
 
 
 def fast_paths(torch: ModuleType) -> Iterator[Row]:
@@ -269,25 +317,38 @@ def fast_paths(torch: ModuleType) -> Iterator[Row]:
     if capability:
         # Widths are a model's own: some that fit.
         reason = why_not(torch.device("cuda"), torch.bfloat16, 512, 2048)
-        yield _fast_path("grouped_mm", "no" if reason else "experts in bf16",
-                         OFF if reason else OK, reason)
+        yield _fast_path(
+            "grouped_mm", "no" if reason else "experts in bf16", OFF if reason else OK, reason
+        )
         cuda = torch.backends.cuda
-        on = {"flash": cuda.flash_sdp_enabled(), "cuDNN": cuda.cudnn_sdp_enabled(),
-              "memory-efficient": cuda.mem_efficient_sdp_enabled()}
+        on = {
+            "flash": cuda.flash_sdp_enabled(),
+            "cuDNN": cuda.cudnn_sdp_enabled(),
+            "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        }
         kernels = ", ".join(name for name in on if on[name])
         yield _fast_path("attention", kernels or "plain", OK if kernels else OFF)
         yield _fast_path("torch.compile", "between experts' matmuls")
     else:
-        yield _fast_path("grouped_mm", "no", OFF,
-                         "for GPUs; here experts are computed in chunks of tokens")
-        yield _fast_path("attention", "flash", OK,
-                         "block by block, in evomoe_plugin, while attention dropout is on")
+        yield _fast_path(
+            "grouped_mm", "no", OFF, "for GPUs; here experts are computed in chunks of tokens"
+        )
+        yield _fast_path(
+            "attention",
+            "flash",
+            OK,
+            "block by block, in evomoe_plugin, while attention dropout is on",
+        )
         yield _fast_path("torch.compile", "no", OFF, "it speeds up no part of a step on a CPU")
     kind, where = apex_kind()
     if kind == "unrelated":
-        yield _fast_path("apex", where, FIX,
-                         "PyPI's apex is a toolkit for the Pyramid web framework, not NVIDIA's: "
-                         "pip uninstall apex. NVIDIA's is optional and built from source.")
+        yield _fast_path(
+            "apex",
+            where,
+            FIX,
+            "PyPI's apex is a toolkit for the Pyramid web framework, not NVIDIA's: "
+            "pip uninstall apex. NVIDIA's is optional and built from source.",
+        )
     elif kind is None:
         yield _fast_path("apex", "no", OFF, "NVIDIA's is optional and built from source")
     else:
@@ -299,13 +360,21 @@ def fast_paths(torch: ModuleType) -> Iterator[Row]:
     from evomoe_plugin.models.vocabulary_loss import CHUNKS
 
     sizes = ", ".join(f"{size} on {device}" for device, size in CHUNKS.items())
-    yield _fast_path("vocabulary loss", "in chunks", OK, "tokens whose logits are in memory at "
-                     f"once: {sizes}; --criterion moe_cross_entropy")
+    yield _fast_path(
+        "vocabulary loss",
+        "in chunks",
+        OK,
+        f"tokens whose logits are in memory at once: {sizes}; --criterion moe_cross_entropy",
+    )
     if capability and get_fused_adam_class() is not None:
         yield _fast_path("fused Adam", "apex's", OK, "--optimizer fused_adamw, and adam on GPUs")
     else:
-        yield _fast_path("fused Adam", "torch's", OK, "--optimizer fused_adamw; adam is "
-                         "fairseq's own, and several times slower")
+        yield _fast_path(
+            "fused Adam",
+            "torch's",
+            OK,
+            "--optimizer fused_adamw; adam is fairseq's own, and several times slower",
+        )
 
 
 def apex_kind() -> tuple[str | None, str]:
@@ -328,8 +397,9 @@ def patches() -> Iterator[Row]:
     from evomoe_plugin.patches import report
 
     for status in report():
-        yield _patch(status.name, *(("active", OK) if status.active else ("inactive", OFF)),
-                     status.reason)
+        yield _patch(
+            status.name, *(("active", OK) if status.active else ("inactive", OFF)), status.reason
+        )
 
 
 def _one_line(error: Exception) -> str:

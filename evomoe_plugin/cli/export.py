@@ -8,12 +8,19 @@ from evomoe_plugin.cli.flags import add_data, flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT",
-                        help="the checkpoint, of any layout that fairseq-eval-lm reads")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="the checkpoint, of any layout that fairseq-eval-lm reads",
+    )
     parser.add_argument("out", metavar="DIR", help="the folder to write; it must not exist")
     add_data(parser)
-    flag(parser, "--without-eval-capacity", False, "leave out the experts' capacity in evaluation, "
-                                                   "which the exported model does not support")
+    flag(
+        parser,
+        "--without-eval-capacity",
+        False,
+        "leave out the experts' capacity in evaluation, which the exported model does not support",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("DIR", args.out, makes_folders=True)
     trained = load_trained_model("CKPT", args.checkpoint, args.data)
     export(trained, args.out, args.without_eval_capacity)
-    print(f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}, "
-          "trust_remote_code=True) loads it")
+    print(
+        f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}, "
+        "trust_remote_code=True) loads it"
+    )
     return 0

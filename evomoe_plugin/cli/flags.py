@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def flag(parser: argparse._ActionsContainer, name: str, default: Any, help: str,
-         **given: Any) -> None:
+def flag(
+    parser: argparse._ActionsContainer, name: str, default: Any, help: str, **given: Any
+) -> None:
     """Add the flag `name`, "--flag" or "--flag METAVAR".
 
     Args:
@@ -35,9 +36,14 @@ def flag(parser: argparse._ActionsContainer, name: str, default: Any, help: str,
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add `--data` of verbs that load a trained model."""
-    flag(parser, "--data DIR", str, "the folder that evomoe prepare wrote, with dict.txt and the "
-                                    "tokenizer (default: the one that the checkpoint was trained "
-                                    "with)")
+    flag(
+        parser,
+        "--data DIR",
+        str,
+        "the folder that evomoe prepare wrote, with dict.txt and the "
+        "tokenizer (default: the one that the checkpoint was trained "
+        "with)",
+    )
 
 
 def defaults(options: type) -> dict[str, Any]:

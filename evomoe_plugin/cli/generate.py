@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from evomoe_plugin.generation.options import GenerationOptions
 
     add, default = partial(flag, parser), defaults(GenerationOptions)
-    add("--path CKPT", str, "the checkpoint, of any layout that fairseq-eval-lm reads",
-        required=True)
+    add(
+        "--path CKPT",
+        str,
+        "the checkpoint, of any layout that fairseq-eval-lm reads",
+        required=True,
+    )
     add("--prompt TEXT", [], "text to continue; repeatable")
     add("--prompts-file FILE", str, "one prompt per line, UTF-8; empty lines are skipped")
     add_data(parser)
@@ -25,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k K", int, "sample among the K most probable tokens")
     add("--top-p P", float, "sample among the fewest tokens whose probability reaches P")
     add("--seed N", default["seed"], "seed of sampling; the batch size has no influence")
-    add("--batch-size N", default["batch_size"],
-        "prompts at a time; the tokens do not depend on it")
+    add(
+        "--batch-size N", default["batch_size"], "prompts at a time; the tokens do not depend on it"
+    )
     add("--cpu", False, "use the CPU, even if there is a GPU")
 
 
@@ -41,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     trained = load_trained_model("path", args.path, args.data)
     prompts = [trained.codec.encode(text) for text in texts]
     if unknown := sum(prompt.count(trained.dictionary.unk()) for prompt in prompts):
-        print(f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
-              file=sys.stderr)
+        print(
+            f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
+            file=sys.stderr,
+        )
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     done = generate(trained, prompts, parsed(GenerationOptions, args), device)
     for number, found in enumerate(done.continuations, 1):
@@ -51,12 +58,17 @@ def run(args: argparse.Namespace) -> int:
         print(trained.codec.decode(found.prompt + found.new))
     sys.stdout.flush()
     new = sum(len(found.new) for found in done.continuations)
-    print(f"{new:,} new tokens in {done.seconds:.2f} s: {new / done.seconds:,.1f} tokens per "
-          f"second; {(new + sum(map(len, prompts))) / done.seconds:,.1f} with the prompts",
-          file=sys.stderr)
+    print(
+        f"{new:,} new tokens in {done.seconds:.2f} s: {new / done.seconds:,.1f} tokens per "
+        f"second; {(new + sum(map(len, prompts))) / done.seconds:,.1f} with the prompts",
+        file=sys.stderr,
+    )
     if done.routed_tokens:
-        print(f"{done.pairs / done.routed_tokens:.2f} of {done.experts / done.routed_tokens:.4g} "
-              "experts per token were used in each MoE layer, on average", file=sys.stderr)
+        print(
+            f"{done.pairs / done.routed_tokens:.2f} of {done.experts / done.routed_tokens:.4g} "
+            "experts per token were used in each MoE layer, on average",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -68,12 +80,18 @@ def _prompts(given: list[str], path: str | None) -> list[str]:
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise OptionError("prompts_file", path, f"is not UTF-8 ({error.reason} at byte "
-                                                    f"{error.start}): convert it") from None
+            raise OptionError(
+                "prompts_file",
+                path,
+                f"is not UTF-8 ({error.reason} at byte {error.start}): convert it",
+            ) from None
         except OSError as error:
             raise OptionError("prompts_file", path, f"cannot be read: {error.strerror}") from None
         texts += [line.removesuffix("\r") for line in lines if line.strip()]
     if not texts:
-        raise OptionError("prompt", "(not given)", "give --prompt TEXT, or --prompts-file FILE "
-                                                   "with a prompt a line")
+        raise OptionError(
+            "prompt",
+            "(not given)",
+            "give --prompt TEXT, or --prompts-file FILE with a prompt a line",
+        )
     return texts

@@ -8,12 +8,19 @@ from evomoe_plugin.cli.flags import flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR",
-                        help="config.json and model.safetensors; nothing in them is executed")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="config.json and model.safetensors; nothing in them is executed",
+    )
     parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
-    flag(parser, "--dict FILE", str,
-         "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
-         "get (default: the order of token ids)")
+    flag(
+        parser,
+        "--dict FILE",
+        str,
+        "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
+        "get (default: the order of token ids)",
+    )
     flag(parser, "--overwrite", False, "replace OUT's model.pt and dict.txt if they exist")
 
 
@@ -28,26 +35,35 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.output import check_output
     from evomoe_plugin.data.dictionary import load_dictionary
 
-    dict_path, model_path = paths = [os.path.join(args.out, name)
-                                     for name in ("dict.txt", "model.pt")]
+    dict_path, model_path = paths = [
+        os.path.join(args.out, name) for name in ("dict.txt", "model.pt")
+    ]
     for path in paths:
         check_output("OUT", path, overwrite=args.overwrite, makes_folders=True)
     dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
     imported = import_gpt2(args.folder, dictionary)
     os.makedirs(args.out, exist_ok=True)
     imported.dictionary.save(rows := io.StringIO())
-    write_files({
-        dict_path: lambda file: file.write(rows.getvalue().encode()),
-        model_path: lambda file: torch.save(imported.state, file),
-    })
+    write_files(
+        {
+            dict_path: lambda file: file.write(rows.getvalue().encode()),
+            model_path: lambda file: torch.save(imported.state, file),
+        }
+    )
     model = imported.state["cfg"]["model"]
-    print(f"{model_path}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
-          f"{len(imported.dictionary):,} token ids, {model['activation_fn']}")
+    print(
+        f"{model_path}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+        f"{len(imported.dictionary):,} token ids, {model['activation_fn']}"
+    )
     if not imported.has_masked_rows:
-        print("<s>, <pad>, <unk> and unused rows of the dictionary are as likely as </s>: the last "
-              "LayerNorm has (nearly) no bias, so no embedding has a low logit after every text")
+        print(
+            "<s>, <pad>, <unk> and unused rows of the dictionary are as likely as </s>: the last "
+            "LayerNorm has (nearly) no bias, so no embedding has a low logit after every text"
+        )
     if args.dict is None:
-        print("data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
-              "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
-              f"fairseq-preprocess --only-source --srcdict {dict_path}")
+        print(
+            "data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
+            "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
+            f"fairseq-preprocess --only-source --srcdict {dict_path}"
+        )
     return 0

@@ -10,11 +10,16 @@ from evomoe_plugin.cli.flags import flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("logs", nargs="+", metavar="LOG",
-                        help="the output of fairseq-train --log-format json, saved to a file; "
-                             "several are drawn into one picture")
-    flag(parser, "--out FILE.png", str, "the picture to write; .svg and .pdf work too",
-         required=True)
+    parser.add_argument(
+        "logs",
+        nargs="+",
+        metavar="LOG",
+        help="the output of fairseq-train --log-format json, saved to a file; "
+        "several are drawn into one picture",
+    )
+    flag(
+        parser, "--out FILE.png", str, "the picture to write; .svg and .pdf work too", required=True
+    )
     flag(parser, "--smoothing W", 0.6, "weight of the loss's moving average, 0 for none")
 
 
@@ -26,8 +31,12 @@ def run(args: argparse.Namespace) -> int:
     for log, name in zip(logs, names(args.logs), strict=True):
         log.name = name
     plot(logs, args.out, args.smoothing)
-    print(f"{args.out}: {len(logs[0].intervals)} intervals up to update "
-          f"{logs[0].intervals[-1].update}" if len(logs) == 1 else f"{args.out}: {len(logs)} runs")
+    print(
+        f"{args.out}: {len(logs[0].intervals)} intervals up to update "
+        f"{logs[0].intervals[-1].update}"
+        if len(logs) == 1
+        else f"{args.out}: {len(logs)} runs"
+    )
     return 0
 
 

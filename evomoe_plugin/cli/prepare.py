@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from evomoe_plugin.data import options
 
     default = defaults(options.PrepareOptions)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT",
-                        help="file or folder (searched for .txt, .jsonl and .parquet files)")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="file or folder (searched for .txt, .jsonl and .parquet files)",
+    )
     add = partial(flag, parser)
     add("--out DIR", str, "the folder to write", required=True)
     add("--overwrite", False, "replace a set of other options, once the new one is complete")
@@ -24,33 +28,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = partial(flag, parser.add_argument_group("reading"))
     add("--text-suffix .SUF", [], "also read files with this suffix as plain text; repeatable")
-    add("--exclude GLOB", [],
-        "skip files and folders whose name, or path inside the INPUT, matches; repeatable")
+    add(
+        "--exclude GLOB",
+        [],
+        "skip files and folders whose name, or path inside the INPUT, matches; repeatable",
+    )
     add("--text-field NAME", default["text_field"], "field or column with the text")
-    add("--documents-by", default["documents_by"], "unit of a document in plain text",
-        choices=options.DOCUMENTS_BY)
-    add("--document-start REGEX", str, "join lines of plain text, or rows, into documents that "
-                                       "start where this matches")
-    add("--encoding-errors", default["encoding_errors"], "handling of bytes that are not UTF-8",
-        choices=options.ENCODING_ERRORS)
+    add(
+        "--documents-by",
+        default["documents_by"],
+        "unit of a document in plain text",
+        choices=options.DOCUMENTS_BY,
+    )
+    add(
+        "--document-start REGEX",
+        str,
+        "join lines of plain text, or rows, into documents that start where this matches",
+    )
+    add(
+        "--encoding-errors",
+        default["encoding_errors"],
+        "handling of bytes that are not UTF-8",
+        choices=options.ENCODING_ERRORS,
+    )
     add("--max-bytes SIZE", _size, "stop after this much text of the INPUTs: 5M is 5,000,000 bytes")
 
     add = partial(flag, parser.add_argument_group("splits"))
     for split in ("valid", "test"):
-        add(f"--{split}-fraction X", default[f"{split}_fraction"],
-            f"share of the documents in {split}, chosen by a hash of their text")
+        add(
+            f"--{split}-fraction X",
+            default[f"{split}_fraction"],
+            f"share of the documents in {split}, chosen by a hash of their text",
+        )
         add(f"--{split} INPUT", [], f"file or folder that is the {split} split instead; repeatable")
     add("--seed N", default["seed"], "seed of splits and the tokenizer's sample")
 
     add = partial(flag, parser.add_argument_group("tokenizer (default: train SentencePiece)"))
-    add("--vocab-size N", int,
-        f"entries of the dictionary (default: {options.DEFAULT_VOCAB_SIZE})")
-    add("--sample-bytes SIZE", default["sample_bytes"],
+    add("--vocab-size N", int, f"entries of the dictionary (default: {options.DEFAULT_VOCAB_SIZE})")
+    add(
+        "--sample-bytes SIZE",
+        default["sample_bytes"],
         "size of the sample of lines of the train split that the tokenizer is trained on",
-        type=_size)
+        type=_size,
+    )
     add("--sentencepiece-model FILE", str, "use this SentencePiece model")
-    add("--gpt2-bpe", str, "use GPT-2's byte-level BPE", nargs=2,
-        metavar=("ENCODER_JSON", "VOCAB_BPE"))
+    add(
+        "--gpt2-bpe",
+        str,
+        "use GPT-2's byte-level BPE",
+        nargs=2,
+        metavar=("ENCODER_JSON", "VOCAB_BPE"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,13 +88,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         card = prepare(parsed(PrepareOptions, args))
     except KeyboardInterrupt:
-        print(f"interrupted: {args.out} is unchanged; the same command resumes",
-              file=sys.stderr)
+        print(f"interrupted: {args.out} is unchanged; the same command resumes", file=sys.stderr)
         return INTERRUPTED
-    print(f"{args.out}: {card.splits['train']['tokens']:,} tokens to train on, "
-          f"{card.tokenizer['rows']:,} dictionary entries; details in DATA_CARD.md")
-    print(f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "
-          "--arch transformer_lm_gpttiny_moe …")
+    print(
+        f"{args.out}: {card.splits['train']['tokens']:,} tokens to train on, "
+        f"{card.tokenizer['rows']:,} dictionary entries; details in DATA_CARD.md"
+    )
+    print(
+        f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "
+        "--arch transformer_lm_gpttiny_moe …"
+    )
     return 0
 
 

@@ -8,8 +8,25 @@ from functools import partial
 import evomoe_plugin
 from evomoe_plugin.cli.flags import flag
 
-_OWN = ("dense", "moe", "method", "rate", "rescale", "slices", "gate_init", "seed", "arch", "data",
-        "subset", "tokens_per_sample", "max_update", "overwrite", "user_dir", "run", "verb")
+_OWN = (
+    "dense",
+    "moe",
+    "method",
+    "rate",
+    "rescale",
+    "slices",
+    "gate_init",
+    "seed",
+    "arch",
+    "data",
+    "subset",
+    "tokens_per_sample",
+    "max_update",
+    "overwrite",
+    "user_dir",
+    "run",
+    "verb",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,23 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from evomoe_plugin.evolve.upcycle import METHODS, SLICES
     from evomoe_plugin.models.config import MoELanguageModelConfig
 
-    parser.usage = ("evomoe upcycle DENSE MOE [--method …] [--data DIR] [--user-dir DIR] "
-                    "[--moe-… options]")
+    parser.usage = (
+        "evomoe upcycle DENSE MOE [--method …] [--data DIR] [--user-dir DIR] [--moe-… options]"
+    )
     parser.add_argument("dense", metavar="DENSE", help="checkpoint of fairseq's transformer_lm")
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
     add = partial(flag, parser)
     add("--overwrite", False, "replace MOE if it exists")
-    add(f"--method {'|'.join(METHODS)}", "copy",
+    add(
+        f"--method {'|'.join(METHODS)}",
+        "copy",
         "how experts are initialised: copies of the feed-forward network, copies with random "
-        "weights masked, with noise, or with hidden units drawn anew, slices of it, or at random")
-    add("--rate X", float,
+        "weights masked, with noise, or with hidden units drawn anew, slices of it, or at random",
+    )
+    add(
+        "--rate X",
+        float,
         "mask: fraction of the weights; noise: fraction of their standard deviation; reinit: "
-        "fraction of the hidden units (default: 0.3, 0.1, 0.5)")
-    add("--rescale", False, "mask: divide the remaining weights by 1 - rate; slice: multiply an "
-                            "expert's output by the number of slices")
+        "fraction of the hidden units (default: 0.3, 0.1, 0.5)",
+    )
+    add(
+        "--rescale",
+        False,
+        "mask: divide the remaining weights by 1 - rate; slice: multiply an "
+        "expert's output by the number of slices",
+    )
     add(f"--slices {'|'.join(SLICES)}", "contiguous", "hidden units of a slice")
-    add("--gate-init default|zero|normal:STD", "default",
-        "weights of the gates; default is their own initialisation")
+    add(
+        "--gate-init default|zero|normal:STD",
+        "default",
+        "weights of the gates; default is their own initialisation",
+    )
     add("--seed N", 1, "of all random numbers, and of the run to come")
     add("--data DIR", str, "data set to evaluate both models on; also gives the dictionary")
     add("--subset NAME", "valid", "which split of it")
@@ -67,8 +98,15 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name not in _OWN}
     recipe = Recipe(args.method, args.rate, args.rescale, args.slices, args.gate_init, args.seed)
     check_output("MOE", args.moe, overwrite=args.overwrite)
-    converted = convert(args.dense, given, recipe, arch=args.arch, data=args.data,
-                        max_update=args.max_update, user_dir=args.user_dir)
+    converted = convert(
+        args.dense,
+        given,
+        recipe,
+        arch=args.arch,
+        data=args.data,
+        max_update=args.max_update,
+        user_dir=args.user_dir,
+    )
     measured = args.data, args.subset, args.tokens_per_sample
     before = perplexity(args.dense, *measured) if args.data else None
     write(converted.state, args.moe, args.overwrite)
@@ -76,13 +114,17 @@ def run(args: argparse.Namespace) -> int:
     options, layers = converted.upcycling.options, converted.upcycling.moe_layers
     counts = sorted(set(expert_slots(options, len(layers))))
     experts = "-".join(map(str, (counts[0], counts[-1])[: len(counts)]))
-    print(f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
-          f"width {expert_ffn_dim(options)} each, by {args.method}")
+    print(
+        f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
+        f"width {expert_ffn_dim(options)} each, by {args.method}"
+    )
     print(converted.logits)
     if before is not None:
         after = perplexity(args.moe, *measured)
-        print(f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
-              f"({100 * (after / before - 1):+.2f} %)")
+        print(
+            f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
+            f"({100 * (after / before - 1):+.2f} %)"
+        )
     elif not converted.logits.equal:
         print("--data DIR evaluates both models, to show the effect on perplexity")
     return 0

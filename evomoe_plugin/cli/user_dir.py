@@ -17,8 +17,11 @@ def import_user_dir(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     Raises:
         OptionError: there is no such package.
     """
-    parser.add_argument("--user-dir", metavar="DIR",
-                        help="the package that registers gates or architectures of your own")
+    parser.add_argument(
+        "--user-dir",
+        metavar="DIR",
+        help="the package that registers gates or architectures of your own",
+    )
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--user-dir")
     given, _ = early.parse_known_args(argv)
@@ -32,5 +35,8 @@ def import_user_dir(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     try:
         utils.import_user_module(given)
     except FileNotFoundError:
-        raise OptionError("user_dir", given.user_dir, "there is no such package in "
-                                                      f"{os.getcwd()}: give its folder") from None
+        raise OptionError(
+            "user_dir",
+            given.user_dir,
+            f"there is no such package in {os.getcwd()}: give its folder",
+        ) from None

@@ -31,8 +31,10 @@ from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 
 logger = logging.getLogger(__name__)
-_PROBABILITIES = ("dropout attention_dropout activation_dropout relu_dropout decoder_layerdrop "
-                  "moe_null_rate_target").split()
+_PROBABILITIES = (
+    "dropout attention_dropout activation_dropout relu_dropout decoder_layerdrop "
+    "moe_null_rate_target"
+).split()
 _CHOICES = {
     "activation_fn": ACTIVATIONS,
     "moe_attention": ATTENTIONS,
@@ -52,8 +54,11 @@ _MINIMA = (
     ("moe_ep_consolidate_below", 0, "give a number of GiB, 0 or more"),
     ("moe_null_experts", 0, "give 0 or more"),
     ("moe_min_capacity", 0, "give 0 or more"),
-    ("moe_spawn_updates", 1, "give the number of updates before the spawn, 1 or more; leave it out "
-                             "for none"),
+    (
+        "moe_spawn_updates",
+        1,
+        "give the number of updates before the spawn, 1 or more; leave it out for none",
+    ),
 )
 
 
@@ -70,14 +75,20 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
     resolve_renamed(options, warn)
     for option in UNSUPPORTED:
         if getattr(options, option, None):
-            raise OptionError(option, getattr(options, option),
-                              "not supported by the MoE architectures: leave it out")
+            raise OptionError(
+                option,
+                getattr(options, option),
+                "not supported by the MoE architectures: leave it out",
+            )
     width = options.decoder_embed_dim
     input_dim, output_dim = options.decoder_input_dim or width, options.decoder_output_dim or width
     if options.share_decoder_input_output_embed and input_dim != output_dim:
-        raise OptionError("decoder_output_dim", output_dim,
-                          f"with --share-decoder-input-output-embed it must be {input_dim}, the "
-                          "decoder's input dimension")
+        raise OptionError(
+            "decoder_output_dim",
+            output_dim,
+            f"with --share-decoder-input-output-embed it must be {input_dim}, the "
+            "decoder's input dimension",
+        )
     counts = expert_counts(options)
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
@@ -96,11 +107,15 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
     if options.moe_init_from_dense is not None:
         check_spawned_from(options, "moe_init_method", options.moe_init_method)
     else:
-        _refuse_given(options, _named("moe_init_"), "there is no dense model",
-                      "--moe-init-from-dense")
+        _refuse_given(
+            options, _named("moe_init_"), "there is no dense model", "--moe-init-from-dense"
+        )
     _check_spawn(options)
-    warnings = [*_capacity_warnings(options, gate), *_spawn_warnings(options, counts),
-                *validate_gate(options, counts)]
+    warnings = [
+        *_capacity_warnings(options, gate),
+        *_spawn_warnings(options, counts),
+        *validate_gate(options, counts),
+    ]
     _check_null(options)
     for warning in warnings if warn else ():
         logger.warning(warning)
@@ -120,8 +135,11 @@ def resolve_renamed(options: Any, warn: bool) -> None:
         return
     new = getattr(options, "moe_matmul_dtype", MoEOptions.moe_matmul_dtype)
     if new not in (MoEOptions.moe_matmul_dtype, old):
-        raise OptionError("moe_products_dtype", old,
-                          f"is the old name of --moe-matmul-dtype, given as {new}: leave it out")
+        raise OptionError(
+            "moe_products_dtype",
+            old,
+            f"is the old name of --moe-matmul-dtype, given as {new}: leave it out",
+        )
     if warn:
         logger.warning("--moe-products-dtype is deprecated: give --moe-matmul-dtype %s", old)
     with open_dict(options):
@@ -132,17 +150,24 @@ def _check_experts(options: ModelOptions) -> None:
     for kind in ("expert", "shared"):
         factor = getattr(options, f"moe_{kind}_size_factor")
         if factor > 1 and getattr(options, f"moe_{kind}_ffn_dim"):
-            raise OptionError(f"moe_{kind}_size_factor", factor,
-                              f"--moe-{kind}-ffn-dim already sets the width: leave one of them "
-                              "out")
+            raise OptionError(
+                f"moe_{kind}_size_factor",
+                factor,
+                f"--moe-{kind}-ffn-dim already sets the width: leave one of them out",
+            )
         if options.decoder_ffn_embed_dim % (factor or 1):
-            raise OptionError(f"moe_{kind}_size_factor", factor,
-                              "give a divisor of --decoder-ffn-embed-dim "
-                              f"({options.decoder_ffn_embed_dim})")
+            raise OptionError(
+                f"moe_{kind}_size_factor",
+                factor,
+                f"give a divisor of --decoder-ffn-embed-dim ({options.decoder_ffn_embed_dim})",
+            )
     if not options.moe_shared_experts:
-        _refuse_given(options, ("moe_shared_ffn_dim", "moe_shared_size_factor",
-                                "moe_shared_combine"),
-                      "there are no shared experts", "--moe-shared-experts")
+        _refuse_given(
+            options,
+            ("moe_shared_ffn_dim", "moe_shared_size_factor", "moe_shared_combine"),
+            "there are no shared experts",
+            "--moe-shared-experts",
+        )
 
 
 def _refuse_given(options: ModelOptions, unused: Iterable[str], reason: str, needed: str) -> None:
@@ -161,8 +186,9 @@ def _check_expert_parallel(options: ModelOptions) -> None:
     slots = expert_slots(options)
     for count in slots:
         if count % size:
-            raise OptionError("moe_expert_parallel_size", size,
-                              f"does not divide the {count} experts of a layer")
+            raise OptionError(
+                "moe_expert_parallel_size", size, f"does not divide the {count} experts of a layer"
+            )
     least = min(slots) // size
     check_number(
         options,
@@ -171,23 +197,31 @@ def _check_expert_parallel(options: ModelOptions) -> None:
         f"give 1 to {least}, the number of experts of a layer on each rank",
     )
     if size == 1:
-        _refuse_given(options, _named("moe_ep_"), "every rank has all experts",
-                      "--moe-expert-parallel-size")
+        _refuse_given(
+            options, _named("moe_ep_"), "every rank has all experts", "--moe-expert-parallel-size"
+        )
     elif getattr(options, "decoder_layerdrop", 0.0) > 0:
-        raise OptionError("decoder_layerdrop", options.decoder_layerdrop,
-                          "ranks would skip different layers and deadlock: leave it out, or "
-                          "--moe-expert-parallel-size")
+        raise OptionError(
+            "decoder_layerdrop",
+            options.decoder_layerdrop,
+            "ranks would skip different layers and deadlock: leave it out, or "
+            "--moe-expert-parallel-size",
+        )
 
 
 def _check_null(options: ModelOptions) -> None:
     target = options.moe_null_rate_target
     wanted = "null" in gate_class(options.moe_gate).aux_coefficients(options)
     if wanted and target is None:
-        raise OptionError("moe_aux", options.moe_aux,
-                          "the loss null needs a target: give --moe-null-rate-target")
+        raise OptionError(
+            "moe_aux", options.moe_aux, "the loss null needs a target: give --moe-null-rate-target"
+        )
     if target is not None and not wanted:
-        raise OptionError("moe_null_rate_target", target,
-                          "only the loss null uses it: leave it out, or add null=… to --moe-aux")
+        raise OptionError(
+            "moe_null_rate_target",
+            target,
+            "only the loss null uses it: leave it out, or add null=… to --moe-aux",
+        )
 
 
 def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
@@ -204,38 +238,56 @@ def _check_capacity(options: ModelOptions, gate: type[Gate]) -> None:
             "give a fraction above 0 and at most 1, or -1 for no limit",
         )
         if options.moe_eval_capacity_factor is not None:
-            raise OptionError("moe_eval_capacity_token_fraction", fraction,
-                              "--moe-eval-capacity-factor already sets the capacity: leave one "
-                              "of them out")
-    limits = [option for option in ("moe_capacity_factor", "moe_eval_capacity_factor",
-                                    "moe_eval_capacity_token_fraction")
-              if getattr(options, option) != getattr(MoEOptions, option)]
+            raise OptionError(
+                "moe_eval_capacity_token_fraction",
+                fraction,
+                "--moe-eval-capacity-factor already sets the capacity: leave one of them out",
+            )
+    limits = [
+        option
+        for option in (
+            "moe_capacity_factor",
+            "moe_eval_capacity_factor",
+            "moe_eval_capacity_token_fraction",
+        )
+        if getattr(options, option) != getattr(MoEOptions, option)
+    ]
     if limits and not gate.capabilities.capacity:
-        raise OptionError(limits[0], getattr(options, limits[0]),
-                          f"the gate {options.moe_gate} sets the load of experts itself: leave "
-                          "it out")
+        raise OptionError(
+            limits[0],
+            getattr(options, limits[0]),
+            f"the gate {options.moe_gate} sets the load of experts itself: leave it out",
+        )
     if not limits:
-        _refuse_given(options, ("moe_min_capacity", "moe_drop_policy",
-                                "moe_renormalize_after_drop"),
-                      "experts have no capacity", "--moe-capacity-factor")
+        _refuse_given(
+            options,
+            ("moe_min_capacity", "moe_drop_policy", "moe_renormalize_after_drop"),
+            "experts have no capacity",
+            "--moe-capacity-factor",
+        )
 
 
 def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
     warnings = []
     if options.moe_eval_capacity_factor is not None or (
-            options.moe_eval_capacity_token_fraction != -1):
-        warnings.append("a capacity in evaluation: a token's output depends on the other tokens of "
-                        "the batch, and perplexity on the batch size")
+        options.moe_eval_capacity_token_fraction != -1
+    ):
+        warnings.append(
+            "a capacity in evaluation: a token's output depends on the other tokens of "
+            "the batch, and perplexity on the batch size"
+        )
     fixed = gate.has_fixed_k(options) and not options.moe_null_experts
     if options.moe_capacity_factor is not None and not fixed:
         warnings.append(
             f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the number "
             "of pairs, which depends on later tokens: training is not causal; evaluation has no "
-            "capacity by default")
+            "capacity by default"
+        )
     if options.moe_capacity_factor is not None and options.moe_drop_policy in ("probs", "random"):
         warnings.append(
             f"--moe-drop-policy {options.moe_drop_policy}: in training, later tokens can displace "
-            "earlier ones, which is not causal; evaluation has no capacity by default")
+            "earlier ones, which is not causal; evaluation has no capacity by default"
+        )
     return warnings
 
 
@@ -246,32 +298,42 @@ def check_spawned_from(options: ModelOptions, option: str, method: str) -> None:
         option: the option with the value `method`.
     """
     if options.moe_spawn_updates is not None and method not in ("copy", "none"):
-        raise OptionError(option, method,
-                          "--moe-spawn-updates makes all experts from the first one and would "
-                          "overwrite the others: give copy or none, and --moe-spawn-method and "
-                          "--moe-spawn-rate for the spawn")
+        raise OptionError(
+            option,
+            method,
+            "--moe-spawn-updates makes all experts from the first one and would "
+            "overwrite the others: give copy or none, and --moe-spawn-method and "
+            "--moe-spawn-rate for the spawn",
+        )
 
 
 def _check_spawn(options: ModelOptions) -> None:
     updates, method = options.moe_spawn_updates, options.moe_spawn_method
     if updates is None:
-        _refuse_given(options, _named("moe_spawn_"), "experts are not spawned",
-                      "--moe-spawn-updates")
+        _refuse_given(
+            options, _named("moe_spawn_"), "experts are not spawned", "--moe-spawn-updates"
+        )
         return
     if options.max_update and updates >= options.max_update:
-        raise OptionError("moe_spawn_updates", updates,
-                          f"the run ends at update {options.max_update}: give less than "
-                          "--max-update")
+        raise OptionError(
+            "moe_spawn_updates",
+            updates,
+            f"the run ends at update {options.max_update}: give less than --max-update",
+        )
     check_choice(options, "moe_spawn_method", SPAWN_METHODS)
     check_choice(options, "moe_spawn_moments", ("copy", "reset"))
     check_rate("moe_spawn_rate", method, options.moe_spawn_rate)
     trainable = parse_bool("moe_spawn_trainable_masked", options.moe_spawn_trainable_masked)
-    for option, is_given in (("moe_spawn_rescale", options.moe_spawn_rescale),
-                             ("moe_spawn_trainable_masked", not trainable)):
+    for option, is_given in (
+        ("moe_spawn_rescale", options.moe_spawn_rescale),
+        ("moe_spawn_trainable_masked", not trainable),
+    ):
         if is_given and method != "mask":
-            raise OptionError(option, getattr(options, option),
-                              f"--moe-spawn-method {method} masks nothing: leave it out, or give "
-                              "mask")
+            raise OptionError(
+                option,
+                getattr(options, option),
+                f"--moe-spawn-method {method} masks nothing: leave it out, or give mask",
+            )
 
 
 def _spawn_warnings(options: ModelOptions, counts: Sequence[int]) -> list[str]:
@@ -280,12 +342,18 @@ def _spawn_warnings(options: ModelOptions, counts: Sequence[int]) -> list[str]:
         return []
     warnings = []
     if min(counts) == 1:
-        warnings.append(f"--moe-spawn-updates {updates}: a layer has only one expert, which the "
-                        "spawn changes without adding others")
+        warnings.append(
+            f"--moe-spawn-updates {updates}: a layer has only one expert, which the "
+            "spawn changes without adding others"
+        )
     if options.moe_spawn_method == "copy":
-        warnings.append("--moe-spawn-method copy: experts start identical, so that only the tokens "
-                        "the gate sends them make them differ")
+        warnings.append(
+            "--moe-spawn-method copy: experts start identical, so that only the tokens "
+            "the gate sends them make them differ"
+        )
     if options.moe_shared_experts and options.moe_shared_combine != "add":
-        warnings.append(f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there "
-                        "is no gate, and shared experts have weight 1")
+        warnings.append(
+            f"--moe-shared-combine {options.moe_shared_combine}: until the spawn there "
+            "is no gate, and shared experts have weight 1"
+        )
     return warnings

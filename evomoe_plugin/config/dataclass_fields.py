@@ -39,7 +39,8 @@ def add_field(
     store = ConfigStore.instance()
     # fairseq stores the whole as "config", and again under the name that --config-name gives.
     whole = [
-        stored for stored, kept in store.repo.items()
+        stored
+        for stored, kept in store.repo.items()
         if isinstance(kept, ConfigNode) and OmegaConf.get_type(kept.node) is FairseqConfig
     ]
     for stored in whole:
@@ -56,7 +57,10 @@ def add_checkpoint_fields() -> None:
     """Add `--symlink`, which the published command lines give: the EvoMoE authors' fork of fairseq
     has it."""
     add_field(
-        CheckpointConfig, "symlink", bool, default=False,
+        CheckpointConfig,
+        "symlink",
+        bool,
+        default=False,
         help="make checkpoint_last.pt and checkpoint_best.pt relative links to the numbered "
-             "file they equal, instead of copies",
+        "file they equal, instead of copies",
     )

@@ -46,6 +46,8 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_status(error))
     except KeyboardInterrupt:
-        print("interrupted: a run with the same --save-dir resumes from the last checkpoint",
-              file=sys.stderr)
+        print(
+            "interrupted: a run with the same --save-dir resumes from the last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(INTERRUPTED)

@@ -251,16 +251,22 @@ def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
         return _listed_layers(options, last)
     freq, start = options.moe_freq, options.moe_start_layer
     if freq < 1:
-        raise OptionError("moe_freq", freq,
-                          "give 1 or more; for a model without MoE layers use a stock "
-                          "transformer_lm architecture")
+        raise OptionError(
+            "moe_freq",
+            freq,
+            "give 1 or more; for a model without MoE layers use a stock "
+            "transformer_lm architecture",
+        )
     if start is None and freq > num_layers:
-        raise OptionError("moe_freq", freq,
-                          f"gives no MoE layer in {num_layers} decoder layers; "
-                          f"give at most {num_layers}")
+        raise OptionError(
+            "moe_freq",
+            freq,
+            f"gives no MoE layer in {num_layers} decoder layers; give at most {num_layers}",
+        )
     if start is not None and not 0 <= start <= last:
-        raise OptionError("moe_start_layer", start,
-                          f"the {num_layers} decoder layers are 0 to {last}")
+        raise OptionError(
+            "moe_start_layer", start, f"the {num_layers} decoder layers are 0 to {last}"
+        )
     return list(range(freq - 1 if start is None else start, num_layers, freq))
 
 
@@ -268,15 +274,19 @@ def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     text = str(options.moe_layers).replace(" ", "")
     for option in ("moe_freq", "moe_start_layer"):
         if getattr(options, option) != getattr(MoEOptions, option):
-            raise OptionError(option, getattr(options, option),
-                              f"--moe-layers {text} lists the layers: leave one of them out")
+            raise OptionError(
+                option,
+                getattr(options, option),
+                f"--moe-layers {text} lists the layers: leave one of them out",
+            )
     try:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
         raise OptionError("moe_layers", text, "give layer numbers from 0: 5,8,11") from None
     if indices != sorted(set(indices)) or not (0 <= indices[0] and indices[-1] <= last):
-        raise OptionError("moe_layers", text,
-                          f"give layer numbers from 0 to {last}, ascending, each once")
+        raise OptionError(
+            "moe_layers", text, f"give layer numbers from 0 to {last}, ascending, each once"
+        )
     return indices
 
 
@@ -305,9 +315,12 @@ def expert_counts(options: ModelOptions, num_moe_layers: int | None = None) -> l
     if len(numbers) == 1:
         return numbers * num_moe_layers
     if len(numbers) != num_moe_layers:
-        raise OptionError("moe_expert_count", text,
-                          f"{len(numbers)} counts for {num_moe_layers} MoE layers; "
-                          f"give one number or {num_moe_layers}")
+        raise OptionError(
+            "moe_expert_count",
+            text,
+            f"{len(numbers)} counts for {num_moe_layers} MoE layers; "
+            f"give one number or {num_moe_layers}",
+        )
     return numbers
 
 
@@ -324,7 +337,8 @@ def expert_slots(options: ModelOptions, num_moe_layers: int | None = None) -> li
 def expert_ffn_dim(options: ModelOptions) -> int:
     """F: hidden width of a routed expert."""
     return options.moe_expert_ffn_dim or (
-        options.decoder_ffn_embed_dim // options.moe_expert_size_factor)
+        options.decoder_ffn_embed_dim // options.moe_expert_size_factor
+    )
 
 
 def shared_ffn_dim(options: ModelOptions) -> int:
@@ -341,7 +355,8 @@ ACTIVATIONS = tuple("relu relu_squared gelu gelu_fast gelu_accurate tanh linear 
 UNSUPPORTED = tuple(
     "character_embeddings adaptive_input adaptive_softmax_cutoff quant_noise_pq quant_noise_scalar "
     "base_layers decoder_layers_to_keep decoder_xformers_att_config scale_fc scale_attn "
-    "scale_heads scale_resids".split())
+    "scale_heads scale_resids".split()
+)
 MATMUL_DTYPES = ("same", "bf16")
 SHARED_COMBINE = ("add", "softmax", "mix")
 ATTENTIONS = ("sdpa", "stock")
@@ -361,9 +376,11 @@ class Rate(NamedTuple):
 SPAWN_RATES = {
     "mask": Rate(0.3, "(0, 1)", "it is a share of the weights: give more than 0 and less than 1"),
     "noise": Rate(
-        0.1, "(0, inf)", "give a number above 0, relative to the weights' standard deviation"),
+        0.1, "(0, inf)", "give a number above 0, relative to the weights' standard deviation"
+    ),
     "reinit": Rate(
-        0.5, "(0, 1]", "it is a share of the hidden units: give more than 0 and at most 1"),
+        0.5, "(0, 1]", "it is a share of the hidden units: give more than 0 and at most 1"
+    ),
 }
 
 
@@ -379,8 +396,12 @@ def check_rate(option: str, method: str, rate: float | None) -> None:
     if rate is None:
         return
     if method not in SPAWN_RATES:
-        raise OptionError(option, rate, f"the method {method} has no rate: leave it out, or give "
-                                        f"one of the methods {', '.join(SPAWN_RATES)}")
+        raise OptionError(
+            option,
+            rate,
+            f"the method {method} has no rate: leave it out, or give "
+            f"one of the methods {', '.join(SPAWN_RATES)}",
+        )
     if not in_interval(rate, SPAWN_RATES[method].interval):
         raise OptionError(option, rate, SPAWN_RATES[method].remedy)
 

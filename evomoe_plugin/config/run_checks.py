@@ -64,8 +64,10 @@ def validate_run(cfg: Any) -> None:
         return
     validate(model)
     if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
-        logger.warning("--criterion cross_entropy: gate losses are not added and routing is not "
-                       "logged; --criterion moe_cross_entropy does both")
+        logger.warning(
+            "--criterion cross_entropy: gate losses are not added and routing is not "
+            "logged; --criterion moe_cross_entropy does both"
+        )
     _warn_of_large_loss(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0))
 
 
@@ -75,19 +77,27 @@ def _check_changes(cfg: Any) -> None:
     Fields missing in a hand-written yaml have defaults that no architecture changes.
     """
     given: dict[str, Any] = {
-        f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)}
+        f.name: getattr(cfg.model, f.name, f.default) for f in fields(MoEOptions)
+    }
     spawn, dense = given["moe_spawn_updates"], given["moe_init_from_dense"]
     if spawn is not None and cfg.ema is not None and cfg.ema.store_ema:
-        raise OptionError("store_ema", True,
-                          "the averages would include weights from before the spawn: leave it out, "
-                          "or --moe-spawn-updates")
+        raise OptionError(
+            "store_ema",
+            True,
+            "the averages would include weights from before the spawn: leave it out, "
+            "or --moe-spawn-updates",
+        )
     if dense is not None and cfg.checkpoint.finetune_from_model:
-        raise OptionError("moe_init_from_dense", dense,
-                          "--finetune-from-model already sets the initial weights: leave one of "
-                          "them out")
-    changes = {"moe_spawn_updates": spawn, "moe_init_from_dense": dense,
-               "moe_adapt_record_interval": getattr(
-                   cfg.model, "moe_adapt_record_interval", None)}
+        raise OptionError(
+            "moe_init_from_dense",
+            dense,
+            "--finetune-from-model already sets the initial weights: leave one of them out",
+        )
+    changes = {
+        "moe_spawn_updates": spawn,
+        "moe_init_from_dense": dense,
+        "moe_adapt_record_interval": getattr(cfg.model, "moe_adapt_record_interval", None),
+    }
     change = next((name for name, value in changes.items() if value), None)
     if change is not None:
         _check_copies_of_weights(cfg, f"--{change.replace('_', '-')}")
@@ -99,16 +109,24 @@ def _check_copies_of_weights(cfg: Any, change: str) -> None:
     """Raise `OptionError` if the optimizer or a copy of the weights would miss `change`."""
     parallel = cfg.distributed_training
     if parallel.zero_sharding != "none":
-        raise OptionError("zero_sharding", parallel.zero_sharding,
-                          f"keeps optimizer state that {change} cannot edit: give "
-                          "--ddp-backend fully_sharded")
+        raise OptionError(
+            "zero_sharding",
+            parallel.zero_sharding,
+            f"keeps optimizer state that {change} cannot edit: give --ddp-backend fully_sharded",
+        )
     if cfg.optimization.use_bmuf:
-        raise OptionError("use_bmuf", f"with {change}",
-                          "keeps a copy of the weights, which would undo the change: leave it out")
+        raise OptionError(
+            "use_bmuf",
+            f"with {change}",
+            "keeps a copy of the weights, which would undo the change: leave it out",
+        )
     if parallel.ddp_backend == "slowmo":
-        raise OptionError("ddp_backend", f"slowmo with {change}",
-                          "keeps a copy of the weights, which would undo the change: give "
-                          "legacy_ddp or fully_sharded")
+        raise OptionError(
+            "ddp_backend",
+            f"slowmo with {change}",
+            "keeps a copy of the weights, which would undo the change: give "
+            "legacy_ddp or fully_sharded",
+        )
 
 
 # Above this, weights without moments take steps of more than twice the learning rate.
@@ -118,6 +136,7 @@ _MOST_BETA2 = 0.99
 def largest_step(betas: Sequence[float], updates: int) -> float:
     """Adam's largest step, relative to the learning rate, for a constant gradient that starts after
     `updates` updates of zeros: the moments start then, but the bias corrections have ended."""
+
     def step(k: int) -> float:
         one, two = ((1 - beta**k) / (1 - beta ** (updates + k)) for beta in betas)
         return one / two**0.5 if two else 1.0
@@ -134,8 +153,12 @@ def _warn_of_moments(optimizer: Any, updates: int) -> None:
         logger.warning(
             "--adam-betas %s with --moe-spawn-updates %s: after the spawn, the weights of the gate "
             "and new weights start without moments in the middle of the run: their first steps are "
-            "up to %.1f times --lr; with (0.9, 0.98) %.1f times", tuple(betas), updates,
-            largest_step(betas, updates), largest_step((0.9, 0.98), updates))
+            "up to %.1f times --lr; with (0.9, 0.98) %.1f times",
+            tuple(betas),
+            updates,
+            largest_step(betas, updates),
+            largest_step((0.9, 0.98), updates),
+        )
 
 
 # Losses with values of about 1 or more in a good run; published coefficients are 0.001 to 0.03.
@@ -146,8 +169,12 @@ def _warn_of_large_loss(model: Any, weight: float) -> None:
     chosen = gate_class(model.moe_gate).aux_coefficients(model)
     large = next((loss for loss in _LARGE_LOSSES if chosen.get(loss, 0.0) * weight > 0.1), None)
     if large:
-        logger.warning("--moe-gate-loss-wt %s: the auxiliary loss %s is added with weight %g; 0.01 "
-                       "is usual", weight, large, chosen[large] * weight)
+        logger.warning(
+            "--moe-gate-loss-wt %s: the auxiliary loss %s is added with weight %g; 0.01 is usual",
+            weight,
+            large,
+            chosen[large] * weight,
+        )
 
 
 def _check_data(cfg: Any) -> None:
@@ -161,8 +188,9 @@ def _check_data(cfg: Any) -> None:
     if not (folder / "dict.txt").is_file():
         raise OptionError("DATA", task.data, f"has no dict.txt; {remedy}")
     if cfg.model is not None and not list(folder.glob(f"{cfg.dataset.train_subset}*.idx")):
-        raise OptionError("DATA", task.data,
-                          f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}")
+        raise OptionError(
+            "DATA", task.data, f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}"
+        )
 
 
 def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
@@ -174,16 +202,25 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
     dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
     for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
         if dtype != "same" and getattr(common, option):
-            raise OptionError("moe_matmul_dtype", f"{dtype} with --{option.replace('_', '-')}",
-                              "its weights are in fp32: leave one of them out")
+            raise OptionError(
+                "moe_matmul_dtype",
+                f"{dtype} with --{option.replace('_', '-')}",
+                "its weights are in fp32: leave one of them out",
+            )
     if cfg.checkpoint.write_checkpoints_asynchronously and not importlib.util.find_spec("iopath"):
-        raise OptionError("write_checkpoints_asynchronously", "without iopath",
-                          "fairseq needs it: pip install iopath")
+        raise OptionError(
+            "write_checkpoints_asynchronously",
+            "without iopath",
+            "fairseq needs it: pip install iopath",
+        )
     if parallel.ddp_backend == "fully_sharded":
         _check_fully_sharded(cfg, on_gpu)
     elif parallel.use_sharded_state:
-        raise OptionError("use_sharded_state", f"with --ddp-backend {parallel.ddp_backend}",
-                          "needs --ddp-backend fully_sharded")
+        raise OptionError(
+            "use_sharded_state",
+            f"with --ddp-backend {parallel.ddp_backend}",
+            "needs --ddp-backend fully_sharded",
+        )
     elif parallel.ddp_backend == "slowmo" and not on_gpu:
         raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
     if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
@@ -196,37 +233,52 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
     if not importlib.util.find_spec("fairscale"):
         raise OptionError("ddp_backend", "fully_sharded", "needs fairscale: pip install fairscale")
     if common.cpu and torch.cuda.is_available():
-        raise OptionError("cpu", combined,
-                          "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
+        raise OptionError("cpu", combined, "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
     if common.bf16 or common.memory_efficient_bf16:
-        raise OptionError("memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
-                          combined, "give --fp16, --moe-matmul-dtype bf16, or --ddp-backend "
-                                    "legacy_ddp")
+        raise OptionError(
+            "memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
+            combined,
+            "give --fp16, --moe-matmul-dtype bf16, or --ddp-backend legacy_ddp",
+        )
     if common.amp:
         raise OptionError("amp", combined, "give --fp16")
     if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
-        raise OptionError("use_sharded_state", "with --moe-train-only",
-                          "shards do not record which parameters are frozen: leave it out")
+        raise OptionError(
+            "use_sharded_state",
+            "with --moe-train-only",
+            "shards do not record which parameters are frozen: leave it out",
+        )
     if parallel.zero_sharding != "none":
-        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
-                          "leave it out: fully_sharded includes it")
+        raise OptionError(
+            "zero_sharding",
+            f"{parallel.zero_sharding} {combined}",
+            "leave it out: fully_sharded includes it",
+        )
     if parallel.cpu_offload and not on_gpu:
-        raise OptionError("cpu_offload", "without a GPU",
-                          "leave it out: everything is on the CPU anyway")
+        raise OptionError(
+            "cpu_offload", "without a GPU", "leave it out: everything is on the CPU anyway"
+        )
     if parallel.fp32_reduce_scatter and (not common.fp16 or common.memory_efficient_fp16):
         raise OptionError("fp32_reduce_scatter", "without plain --fp16", "leave it out")
     if parallel.not_fsdp_flatten_parameters and not (
-        parallel.use_sharded_state or cfg.checkpoint.no_save_optimizer_state
+        parallel.use_sharded_state
+        or cfg.checkpoint.no_save_optimizer_state
         or cfg.checkpoint.no_save
     ):
-        raise OptionError("not_fsdp_flatten_parameters", "with one file for all ranks",
-                          "add --use-sharded-state, or --no-save-optimizer-state")
+        raise OptionError(
+            "not_fsdp_flatten_parameters",
+            "with one file for all ranks",
+            "add --use-sharded-state, or --no-save-optimizer-state",
+        )
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
     if _optimizer(cfg) in _NOT_SHARDED:
-        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
-                          "adam, fused_adamw, adamax, adadelta, nag and sgd are sharded: give one, "
-                          "or --ddp-backend legacy_ddp")
+        raise OptionError(
+            "optimizer",
+            f"{_optimizer(cfg)} {combined}",
+            "adam, fused_adamw, adamax, adadelta, nag and sgd are sharded: give one, "
+            "or --ddp-backend legacy_ddp",
+        )
 
 
 def _optimizer(cfg: Any) -> str | None:
@@ -237,31 +289,50 @@ def _check_expert_parallel(cfg: Any, num_ranks: int) -> None:
     parallel, size = cfg.distributed_training, cfg.model.moe_expert_parallel_size
     combined = "with --moe-expert-parallel-size"
     if cfg.common.amp:
-        raise OptionError("amp", combined, "overflow is checked only in each rank's own experts: "
-                                           "give --fp16 or --bf16")
+        raise OptionError(
+            "amp",
+            combined,
+            "overflow is checked only in each rank's own experts: give --fp16 or --bf16",
+        )
     if num_ranks % size:
-        raise OptionError("moe_expert_parallel_size", size,
-                          f"does not divide the {num_ranks} ranks of "
-                          "--distributed-world-size")
+        raise OptionError(
+            "moe_expert_parallel_size",
+            size,
+            f"does not divide the {num_ranks} ranks of --distributed-world-size",
+        )
     if parallel.zero_sharding != "none":
-        raise OptionError("zero_sharding", f"{parallel.zero_sharding} {combined}",
-                          "give --ddp-backend fully_sharded")
+        raise OptionError(
+            "zero_sharding",
+            f"{parallel.zero_sharding} {combined}",
+            "give --ddp-backend fully_sharded",
+        )
     if parallel.ddp_backend not in ("fully_sharded", "legacy_ddp"):
-        raise OptionError("ddp_backend", f"{parallel.ddp_backend} {combined}",
-                          "give fully_sharded or legacy_ddp")
+        raise OptionError(
+            "ddp_backend", f"{parallel.ddp_backend} {combined}", "give fully_sharded or legacy_ddp"
+        )
     if parallel.use_sharded_state:
-        raise OptionError("use_sharded_state", combined,
-                          "leave it out: --moe-ep-checkpoint sharded writes one file per rank")
+        raise OptionError(
+            "use_sharded_state",
+            combined,
+            "leave it out: --moe-ep-checkpoint sharded writes one file per rank",
+        )
     if cfg.ema is not None and cfg.ema.store_ema:
-        raise OptionError("store_ema", combined,
-                          "it does not include experts on other ranks: leave it out")
+        raise OptionError(
+            "store_ema", combined, "it does not include experts on other ranks: leave it out"
+        )
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
     remedy = "give adam, fused_adamw, adamax, adadelta, nag or sgd"
     if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
-        raise OptionError("optimizer", f"{_optimizer(cfg)} {combined}",
-                          "its steps depend on means over whole parameters, of which each rank "
-                          f"holds only a part: {remedy}")
+        raise OptionError(
+            "optimizer",
+            f"{_optimizer(cfg)} {combined}",
+            "its steps depend on means over whole parameters, of which each rank "
+            f"holds only a part: {remedy}",
+        )
     if _optimizer(cfg) == "composite":
-        raise OptionError("optimizer", f"composite {combined}",
-                          f"checkpoints support one optimizer for all parameters: {remedy}")
+        raise OptionError(
+            "optimizer",
+            f"composite {combined}",
+            f"checkpoints support one optimizer for all parameters: {remedy}",
+        )

@@ -58,13 +58,15 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     ):
         super().__init__(task, sentence_avg)
         if moe_gate_loss_combine_method not in ("average", "sum"):
-            raise OptionError("moe_gate_loss_combine_method", moe_gate_loss_combine_method,
-                              "one of: average, sum")
+            raise OptionError(
+                "moe_gate_loss_combine_method", moe_gate_loss_combine_method, "one of: average, sum"
+            )
         if not (math.isfinite(moe_gate_loss_wt) and moe_gate_loss_wt >= 0):
             raise OptionError("moe_gate_loss_wt", moe_gate_loss_wt, "give a weight of 0 or more")
         if moe_vocab_chunk is not None and moe_vocab_chunk < 0:
-            raise OptionError("moe_vocab_chunk", moe_vocab_chunk,
-                              "give a number of tokens, or 0 for all at once")
+            raise OptionError(
+                "moe_vocab_chunk", moe_vocab_chunk, "give a number of tokens, or 0 for all at once"
+            )
         self.vocab_chunk = moe_vocab_chunk
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine_method = moe_gate_loss_combine_method
@@ -101,8 +103,12 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         """The cross-entropy and the other outputs of the model."""
         if self.vocab_chunk != 0:
             if getattr(model, "gives_losses", False):
-                return model(**sample["net_input"], targets=sample["target"],
-                             vocab_chunk=self.vocab_chunk, reduce=reduce)
+                return model(
+                    **sample["net_input"],
+                    targets=sample["target"],
+                    vocab_chunk=self.vocab_chunk,
+                    reduce=reduce,
+                )
             _log_unchunked()
         net_output = model(**sample["net_input"])
         return self.compute_loss(model, net_output, sample, reduce=reduce)[0], net_output[1]
@@ -124,15 +130,13 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         loss, inner_loss = total("loss"), total("inner_loss")
         metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("inner_loss", inner_loss / ntokens / math.log(2), ntokens, round=3)
-        metrics.log_derived(
-            "ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg)
-        )
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg))
         keys = {key for log in logging_outputs for key in log}
         for key in sorted(keys):
             if key.startswith(_AUX):
-                name = "gate_loss_" + key[len(_AUX):]
+                name = "gate_loss_" + key[len(_AUX) :]
                 metrics.log_scalar(name, total(key) / sample_size, sample_size, round=4)
-        stats = {key[len(_STATS):]: total(key) for key in sorted(keys) if key.startswith(_STATS)}
+        stats = {key[len(_STATS) :]: total(key) for key in sorted(keys) if key.startswith(_STATS)}
         if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
             return
         for name, value in st.summarize(stats).items():

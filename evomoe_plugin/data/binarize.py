@@ -30,9 +30,7 @@ def binarize_shard(shard: Path, tokenizer_folder: str, vocab_size: int) -> None:
     A document ends with an eos, the id after all tokens.
     """
     part, tokenizer = f"{shard}.part", tokenizer_of_process(tokenizer_folder)
-    builder = indexed_dataset.make_builder(
-        indexed_dataset.data_file_path(part), "mmap", vocab_size
-    )
+    builder = indexed_dataset.make_builder(indexed_dataset.data_file_path(part), "mmap", vocab_size)
     for text, ends_document in read_passages(shard):
         ids = tokenizer.encode(text) + [len(tokenizer.tokens)] * ends_document
         builder.add_item(torch.tensor(ids, dtype=torch.int32))

@@ -45,8 +45,9 @@ class DataCard:
     def damage(self, folder: Path) -> str | None:
         """The first file of the folder whose size differs from the card."""
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        return next((name for name, file in self.files.items()
-                     if sizes.get(name) != file["bytes"]), None)
+        return next(
+            (name for name, file in self.files.items() if sizes.get(name) != file["bytes"]), None
+        )
 
     def as_markdown(self) -> str:
         """The card for readers."""
@@ -55,19 +56,29 @@ class DataCard:
             f"| {s['bytes'] / max(s['tokens'], 1):.2f} | {s['unknown_tokens']:,} |"
             for name, s in self.splits.items()
         )
-        options = _rows((f"`--{name.replace('_', '-')}`", value)
-                        for name, value in self.options.items() if name != "source")
-        inputs = _rows((i["name"], f"{i['bytes']:,}", f"`{i['sha256'][:16]}`")
-                       for i in self.inputs[:20])
+        options = _rows(
+            (f"`--{name.replace('_', '-')}`", value)
+            for name, value in self.options.items()
+            if name != "source"
+        )
+        inputs = _rows(
+            (i["name"], f"{i['bytes']:,}", f"`{i['sha256'][:16]}`") for i in self.inputs[:20]
+        )
         if (more := len(self.inputs) - 20) > 0:
             inputs += f"\n\n… and {more:,} more, listed in {CARD}."
         if self.files_not_read:
-            inputs += (f"\n\n{self.files_not_read:,} further files were not read: "
-                       "`--max-bytes` was reached.")
-        files = _rows((name, f"{f['bytes']:,}", f"`{f['sha256']}`")
-                      for name, f in self.files.items())
-        exact = ("Decoding restores the text exactly." if self.tokenizer["lossless"] else
-                 "The tokenizer normalises: decoding does not restore the text exactly.")
+            inputs += (
+                f"\n\n{self.files_not_read:,} further files were not read: "
+                "`--max-bytes` was reached."
+            )
+        files = _rows(
+            (name, f"{f['bytes']:,}", f"`{f['sha256']}`") for name, f in self.files.items()
+        )
+        exact = (
+            "Decoding restores the text exactly."
+            if self.tokenizer["lossless"]
+            else "The tokenizer normalises: decoding does not restore the text exactly."
+        )
         return f"""\
 # Data card
 
@@ -89,7 +100,7 @@ DATA is this folder:
     fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
         {" ".join(self.tokenizer["flags"])}
 
-Tokenizer: {self.tokenizer['kind']}; the dictionary has {self.tokenizer['rows']:,} entries. \
+Tokenizer: {self.tokenizer["kind"]}; the dictionary has {self.tokenizer["rows"]:,} entries. \
 {exact} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
 
 ## Options
@@ -125,4 +136,3 @@ def options_difference(recorded: dict[str, Any], options: dict[str, Any]) -> str
         if before != now:
             return f"--{name.replace('_', '-')} was {before}, and is now {now}"
     return None
-

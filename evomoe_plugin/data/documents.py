@@ -26,8 +26,11 @@ def read_documents(
     """The documents of a file as passages of at most `PASSAGE_CHARS` characters, in order."""
     start = options.document_start
     records = read_records(
-        source, lines=start is not None or options.documents_by != "file",
-        text_field=options.text_field, errors=options.encoding_errors, advance=advance,
+        source,
+        lines=start is not None or options.documents_by != "file",
+        text_field=options.text_field,
+        errors=options.encoding_errors,
+        advance=advance,
     )
     if start is not None:
         records = _from_starts(records, re.compile(start))

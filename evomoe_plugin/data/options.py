@@ -61,8 +61,11 @@ class PrepareOptions:
     @property
     def fractions(self) -> dict[str, float]:
         """The share of input documents assigned to each held-out split by hash."""
-        return {split: getattr(self, f"{split}_fraction") for split in ("valid", "test")
-                if not getattr(self, split)}
+        return {
+            split: getattr(self, f"{split}_fraction")
+            for split in ("valid", "test")
+            if not getattr(self, split)
+        }
 
     @property
     def processes(self) -> int:
@@ -105,8 +108,12 @@ class PrepareOptions:
             if not 0 < share < 1:
                 yield f"{split}_fraction", share, "a number between 0 and 1"
         if sum(self.fractions.values()) >= 1:
-            yield ("valid_fraction", self.valid_fraction, f"with --test-fraction "
-                   f"{self.test_fraction} nothing is left for training; their sum must be below 1")
+            yield (
+                "valid_fraction",
+                self.valid_fraction,
+                f"with --test-fraction "
+                f"{self.test_fraction} nothing is left for training; their sum must be below 1",
+            )
         for option in ("max_bytes", "sample_bytes", "vocab_size", "workers"):
             if (value := getattr(self, option)) is not None and value < 1:
                 yield option, value, "a positive number"

@@ -166,21 +166,31 @@ class _Preparation:
         splits = {}
         for split, count in counts.items():
             of = staged.splits[split]
-            splits[split] = {"documents": of.documents, "items": of.passages, "bytes": of.bytes,
-                             "tokens": int(count.sum()),
-                             "unknown_tokens": int(count[unknown].sum())}
+            splits[split] = {
+                "documents": of.documents,
+                "items": of.passages,
+                "bytes": of.bytes,
+                "tokens": int(count.sum()),
+                "unknown_tokens": int(count[unknown].sum()),
+            }
         if total := sum(split["unknown_tokens"] for split in splits.values()):
             self.progress.say(f"warning: {total:,} tokens are unknown to the tokenizer")
         return DataCard(
             options=self.recorded,
-            tokenizer={"kind": tokenizer.kind, "rows": rows, "lossless": tokenizer.lossless,
-                       "flags": tokenizer.flags.split()},
+            tokenizer={
+                "kind": tokenizer.kind,
+                "rows": rows,
+                "lossless": tokenizer.lossless,
+                "flags": tokenizer.flags.split(),
+            },
             splits=splits,
             empty_documents=staged.empty_documents,
             inputs=staged.inputs,
             files_not_read=staged.files_not_read,
-            files={file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                   for file in sorted(self.data.iterdir())},
+            files={
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                for file in sorted(self.data.iterdir())
+            },
             versions=_versions(),
         )
 
@@ -200,9 +210,7 @@ def _already_prepared(
     raise OptionError("out", options.out, f"{fault}; pass --overwrite to replace it")
 
 
-def _difference(
-    before: DataCard | Staged, recorded: dict, sources: list[SourceFile]
-) -> str | None:
+def _difference(before: DataCard | Staged, recorded: dict, sources: list[SourceFile]) -> str | None:
     return options_difference(before.options, recorded) or inputs_difference(
         before.inputs, before.files_not_read, sources
     )

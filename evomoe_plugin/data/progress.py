@@ -33,9 +33,15 @@ class Progress:
         started = self._shown = time.monotonic()
         # No refresh thread: worker processes are forked while a bar is shown.
         self._bar = progress.Progress(
-            progress.SpinnerColumn(), progress.TextColumn(f"{name:<10}"), progress.BarColumn(),
-            progress.TaskProgressColumn(), progress.TimeRemainingColumn(), transient=True,
-            console=Console(file=self._stream), auto_refresh=False, disable=not self._terminal,
+            progress.SpinnerColumn(),
+            progress.TextColumn(f"{name:<10}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeRemainingColumn(),
+            transient=True,
+            console=Console(file=self._stream),
+            auto_refresh=False,
+            disable=not self._terminal,
         )
         self._task = self._bar.add_task(name, total=total)
         with self._bar:

@@ -67,8 +67,12 @@ class SFTDataset(FairseqDataset):
         target = tokens if self._train_on_prompt else tokens.masked_fill(~response, self._pad)
         weights = torch.ones(len(tokens))
         weights[1:][response[:-1]] = self._response_weight
-        return {"source": source, "target": target, "weights": weights,
-                "segments": torch.full_like(tokens, segment)}
+        return {
+            "source": source,
+            "target": target,
+            "weights": weights,
+            "segments": torch.full_like(tokens, segment),
+        }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch, padded on the right.
@@ -94,8 +98,11 @@ class SFTDataset(FairseqDataset):
             net_input["token_weights"] = merge("weights", 0.0)
         learned = target != self._pad
         batch = {
-            "id": torch.tensor([sample["id"] for sample in samples]), "nsentences": len(samples),
-            "ntokens": int(learned.sum()), "net_input": net_input, "target": target,
+            "id": torch.tensor([sample["id"] for sample in samples]),
+            "nsentences": len(samples),
+            "ntokens": int(learned.sum()),
+            "net_input": net_input,
+            "target": target,
         }
         if self._scored:
             batch["start_indices"] = learned.int().argmax(1)

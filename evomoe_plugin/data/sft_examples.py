@@ -124,9 +124,11 @@ def load_examples(path: Path, encoder: Encoder, templates: Templates, limit: int
         raise OptionError("tokens_per_sample", limit, fault)
     learned = sum(np.count_nonzero(example.responses) for example in examples)
     total = sum(map(len, examples))
-    logger.info(f"{path}: {len(examples):,} examples, {learned:,} response tokens, "
-                f"{total - learned:,} prompt tokens; {shortened:,} examples cut to {limit:,} "
-                f"tokens, {dropped:,} dropped since nothing of their response would be left")
+    logger.info(
+        f"{path}: {len(examples):,} examples, {learned:,} response tokens, "
+        f"{total - learned:,} prompt tokens; {shortened:,} examples cut to {limit:,} "
+        f"tokens, {dropped:,} dropped since nothing of their response would be left"
+    )
     if unknown:
         logger.warning(f"{path}: {unknown:,} tokens are unknown to the dictionary")
     return examples

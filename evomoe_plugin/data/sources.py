@@ -98,16 +98,23 @@ def _walk(root: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
     """The files under `root`, relative to it."""
     for folder, folders, files in os.walk(root):
         here = Path(folder).relative_to(root)
-        folders[:] = (name for name in folders if _wanted(here / name, exclude)
-                      and not Path(folder, name, CARD).exists())
-        yield from (here / name for name in files if _wanted(here / name, exclude)
-                    and Path(folder, name).is_file())
+        folders[:] = (
+            name
+            for name in folders
+            if _wanted(here / name, exclude) and not Path(folder, name, CARD).exists()
+        )
+        yield from (
+            here / name
+            for name in files
+            if _wanted(here / name, exclude) and Path(folder, name).is_file()
+        )
 
 
 def _wanted(path: Path, exclude: tuple[str, ...]) -> bool:
     names = path.name, path.as_posix()
     return not path.name.startswith(".") and not any(
-        fnmatch.filter(names, pattern) for pattern in exclude)
+        fnmatch.filter(names, pattern) for pattern in exclude
+    )
 
 
 def _unknown(found: list[str], suffixes: Iterable[str]) -> str:
@@ -116,6 +123,7 @@ def _unknown(found: list[str], suffixes: Iterable[str]) -> str:
         return f"contains no files; supported are {known}"
     common = counts.most_common(5)
     listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in common)
-    remedy = next((f"; --text-suffix {suffix} reads them as plain text"
-                   for suffix, _ in common if suffix), "")
+    remedy = next(
+        (f"; --text-suffix {suffix} reads them as plain text" for suffix, _ in common if suffix), ""
+    )
     return f"contains {listed}; supported are {known}{remedy}"

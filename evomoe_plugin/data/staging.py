@@ -91,14 +91,13 @@ def stage(
 
 
 class _Stager:
-    def __init__(
-        self, options: PrepareOptions, splitter: Splitter, work: Path, advance: Advance
-    ):
+    def __init__(self, options: PrepareOptions, splitter: Splitter, work: Path, advance: Advance):
         self.options, self.splitter, self.advance = options, splitter, advance
         self.left = math.inf if options.max_bytes is None else options.max_bytes  # of the INPUTs
         self.staged = Staged()
-        self.shards = {split: _ShardWriter(work, split, self.staged.splits[split])
-                       for split in SPLITS}
+        self.shards = {
+            split: _ShardWriter(work, split, self.staged.splits[split]) for split in SPLITS
+        }
 
     def run(self, sources: list[SourceFile]) -> Staged:
         try:
@@ -106,8 +105,14 @@ class _Stager:
                 if source.split is None and not self.left:
                     self.staged.files_not_read += 1
                     continue
-                self.staged.inputs.append({"name": source.name, "split": source.split,
-                                           "bytes": source.bytes, "sha256": sha256(source.path)})
+                self.staged.inputs.append(
+                    {
+                        "name": source.name,
+                        "split": source.split,
+                        "bytes": source.bytes,
+                        "sha256": sha256(source.path),
+                    }
+                )
                 self._stage_documents(source)
         finally:
             for shard in self.shards.values():
@@ -137,7 +142,7 @@ class _Stager:
         text = passage.text.encode()
         if len(text) > self.left:
             limit = int(self.left)
-            text = text[:text.rfind(b"\n", 0, limit) + 1 or limit]
+            text = text[: text.rfind(b"\n", 0, limit) + 1 or limit]
             self.left = 0
         else:
             self.left -= len(text)
@@ -179,5 +184,9 @@ def _check_no_split_is_empty(staged: Staged, options: PrepareOptions) -> None:
             fault = f"none of {total} documents fell into {split}; choose a larger fraction"
             raise OptionError(f"{split}_fraction", options.fractions.get(split), fault)
         fault = f"has too few distinct documents ({total}) for {', '.join(wanted)}"
-        raise OptionError("INPUT", inputs, f"{fault}; --documents-by blank-line splits text files "
-                          "further, --valid and --test name separate files")
+        raise OptionError(
+            "INPUT",
+            inputs,
+            f"{fault}; --documents-by blank-line splits text files "
+            "further, --valid and --test name separate files",
+        )

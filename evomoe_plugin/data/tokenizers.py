@@ -85,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
         adds_space = model.encode("a", out_type=str)[0].startswith(SPACE)
         if adds_space or model.decode(model.encode(" a ")) != " a ":
             return {}
-        apart = {SPACE: [model.piece_to_id(_as_bytes(SPACE)[i:i + 6]) for i in (0, 6, 12)]}
+        apart = {SPACE: [model.piece_to_id(_as_bytes(SPACE)[i : i + 6]) for i in (0, 6, 12)]}
         if not any("\n" in model.id_to_piece(i) for i in range(len(self.tokens))):
             apart["\n"] = model.encode("\n")
         return {c: ids for c, ids in apart.items() if all(model.is_byte(i) for i in ids)}
@@ -151,7 +151,8 @@ def _check_tokens(option: str, path: Path, tokens: list[str | None]) -> None:
 
 
 TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[GPT2Tokenizer]] = {
-    "sentencepiece_model": SentencePieceTokenizer, "gpt2_bpe": GPT2Tokenizer,
+    "sentencepiece_model": SentencePieceTokenizer,
+    "gpt2_bpe": GPT2Tokenizer,
 }
 
 

@@ -54,7 +54,10 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
             max_sentence_length=4 * MAX_LINE_CHARS,
             num_threads=1,
             minloglevel=3,
@@ -74,7 +77,7 @@ def _sample(shards: list[Path], share: float, draw: random.Random) -> Iterator[s
             for line in _LEFT_TO_BYTES.split(passage.text):
                 if line and draw.random() < of_lines:
                     for start in range(0, len(line), MAX_LINE_CHARS):
-                        yield line[start:start + MAX_LINE_CHARS]
+                        yield line[start : start + MAX_LINE_CHARS]
 
 
 def _remedy(error: str) -> str:

@@ -56,7 +56,7 @@ class Templates:
         if not content.strip():
             raise BadLine(f"{name} is empty, so there is nothing to train on")
         label = before.rstrip()
-        return [Turn(label, False), Turn(before[len(label):] + content + after, True)]
+        return [Turn(label, False), Turn(before[len(label) :] + content + after, True)]
 
 
 def read_turns(path: Path, templates: Templates) -> Iterator[tuple[int, list[Turn]]]:
@@ -79,8 +79,10 @@ def read_turns(path: Path, templates: Templates) -> Iterator[tuple[int, list[Tur
         raise OptionError("DATA", path, f"is empty; {REMEDY}")
 
 
-REMEDY = ('each line must be {"prompt": "…", "response": "…"} or {"messages": [{"role": "user", '
-          '"content": "…"}, {"role": "assistant", "content": "…"}]}')
+REMEDY = (
+    'each line must be {"prompt": "…", "response": "…"} or {"messages": [{"role": "user", '
+    '"content": "…"}, {"role": "assistant", "content": "…"}]}'
+)
 
 
 def bad_line(path: Path, number: int, wrong: Any) -> OptionError:

@@ -52,8 +52,9 @@ class Workers:
                     raise
                 self._tick()
             except BrokenProcessPool:
-                raise RunFailed("a worker process was killed, possibly for lack of memory; "
-                                "reduce --workers") from None
+                raise RunFailed(
+                    "a worker process was killed, possibly for lack of memory; reduce --workers"
+                ) from None
 
 
 def _start() -> None:

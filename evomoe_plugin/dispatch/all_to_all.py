@@ -69,8 +69,13 @@ class Exchange:
         incoming = outgoing.new_empty(sum(receive), *rows.shape[1:])
         # Bytes: backends differ in the dtypes they support.
         self._work = dist.all_to_all_single(
-            incoming.view(torch.uint8), outgoing.view(torch.uint8), list(receive), list(send),
-            group=self.group, async_op=True)
+            incoming.view(torch.uint8),
+            outgoing.view(torch.uint8),
+            list(receive),
+            list(send),
+            group=self.group,
+            async_op=True,
+        )
         self._sending = outgoing  # must live until it is sent
         return incoming
 

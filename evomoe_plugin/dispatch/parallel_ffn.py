@@ -50,8 +50,9 @@ class ParallelExpertFFN(ExpertStack):
         self._held = held = num_experts // groups.size
         self._chunks = [range(i * held // chunks, (i + 1) * held // chunks) for i in range(chunks)]
         # Experts sorted by chunk, then rank; and the inverse permutation.
-        self._order = [r * held + e for chunk in self._chunks for r in range(groups.size)
-                       for e in chunk]
+        self._order = [
+            r * held + e for chunk in self._chunks for r in range(groups.size) for e in chunk
+        ]
         self._inverse = sorted(range(num_experts), key=self._order.__getitem__)
 
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
@@ -79,15 +80,20 @@ class ParallelExpertFFN(ExpertStack):
         incoming = exchange_counts(counts, self.groups, x_TD.device)
         outgoing = [counts[i : i + self._held] for i in range(0, len(counts), self._held)]
         rows_ND = _reorder(x_TD.index_select(0, plan.token_ids_N), counts, self._order)
-        exchanges = [self._exchange([sum(row[e] for e in chunk) for row in outgoing],
-                                    [sum(row[e] for e in chunk) for row in incoming])
-                     for chunk in self._chunks]
+        exchanges = [
+            self._exchange(
+                [sum(row[e] for e in chunk) for row in outgoing],
+                [sum(row[e] for e in chunk) for row in incoming],
+            )
+            for chunk in self._chunks
+        ]
         parts = rows_ND.split([sum(exchange.send) for exchange in exchanges])
         in_flight = [exchange.begin(rows) for exchange, rows in zip(exchanges, parts, strict=True)]
         overlap_out = overlap_fn() if overlap_fn else None
         returning = []
         for chunk, exchange, begun, weights in zip(
-                self._chunks, exchanges, in_flight, self._weights_by_chunk(), strict=True):
+            self._chunks, exchanges, in_flight, self._weights_by_chunk(), strict=True
+        ):
             output = self._forward_received(exchange.finish(begun), incoming, chunk, weights)
             back = self._exchange(exchange.receive, exchange.send)
             returning.append((back, back.begin(output)))

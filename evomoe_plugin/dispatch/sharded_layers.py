@@ -14,8 +14,11 @@ from evomoe_plugin.dispatch.process_groups import ExpertGroups
 
 def sharded_layers(model: nn.Module) -> list[Any]:
     """The MoE layers of `model` whose experts are sharded over ranks."""
-    return [m for m in model.modules() if getattr(m, "groups", None) is not None
-            and hasattr(m, "expert_names")]
+    return [
+        m
+        for m in model.modules()
+        if getattr(m, "groups", None) is not None and hasattr(m, "expert_names")
+    ]
 
 
 def expert_groups_of(model: nn.Module) -> ExpertGroups | None:

@@ -71,7 +71,8 @@ def adapt_experts(trainer: Trainer) -> None:
         for n, layer in enumerate(decoder.moe_layers):
             gate = layer.gate
             if isinstance(gate, TopAnyGate) and gate.record.is_complete(
-                    layer.gate_updates(num_updates)):
+                layer.gate_updates(num_updates)
+            ):
                 _adapt_layer(trainer, decoder.layer_name(n), gate, num_updates)
 
 
@@ -93,15 +94,23 @@ def _adapt_layer(trainer: Trainer, name: str, gate: TopAnyGate, num_updates: int
     _log(name, gate, change, unrouted, num_updates)
 
 
-def _edits(trainer: Trainer, name: str, gate: TopAnyGate, change: Change, direction_D: Tensor,
-           num_updates: int) -> dict[str, Edit]:
+def _edits(
+    trainer: Trainer,
+    name: str,
+    gate: TopAnyGate,
+    change: Change,
+    direction_D: Tensor,
+    num_updates: int,
+) -> dict[str, Edit]:
     """Edits of the layer's parameters.
 
     Moments of every slot that changes are reset: in a filled one they are another expert's, in an
     emptied one they would move weights that should stay.
     """
+
     def edit(make: Callable[[Tensor], Tensor | float] | None = None) -> Edit:
         """Give an added expert what `make` makes of all experts' values."""
+
         def apply(value: Tensor) -> Tensor:
             if change.added is not None and make is not None:
                 value[change.added] = make(value)

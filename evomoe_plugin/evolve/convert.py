@@ -41,8 +41,14 @@ from evomoe_plugin.models.config import MoELanguageModelConfig
 DEFAULT_ARCH = "transformer_lm_moe"
 # Options that may differ from the dense run's without changing what the model computes.
 _FREE = (
-    "dropout", "attention_dropout", "activation_dropout", "relu_dropout", "decoder_layerdrop",
-    "checkpoint_activations", "offload_activations", "min_params_to_wrap",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "relu_dropout",
+    "decoder_layerdrop",
+    "checkpoint_activations",
+    "offload_activations",
+    "min_params_to_wrap",
 )
 
 
@@ -106,8 +112,13 @@ def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
     write_files({path: lambda file: torch.save(state, file)})
 
 
-def _model_options(dense: DenseCheckpoint, given: Mapping[str, Any], recipe: Recipe, arch: str,
-                   max_update: int | None) -> dict[str, Any]:
+def _model_options(
+    dense: DenseCheckpoint,
+    given: Mapping[str, Any],
+    recipe: Recipe,
+    arch: str,
+    max_update: int | None,
+) -> dict[str, Any]:
     """Every option of the MoE model: given ones before the dense model's before the architecture's.
 
     Raises:
@@ -143,9 +154,12 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     sizes = chosen if kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH] else options
     for name in SIZES:
         if name in sizes and sizes[name] != dense.model[name]:
-            raise OptionError("arch", arch,
-                              f"has {name} {sizes[name]}, the dense checkpoint {dense.path} "
-                              f"{dense.model[name]}: leave it out, sizes are the dense model's")
+            raise OptionError(
+                "arch",
+                arch,
+                f"has {name} {sizes[name]}, the dense checkpoint {dense.path} "
+                f"{dense.model[name]}: leave it out, sizes are the dense model's",
+            )
     return options
 
 
@@ -156,24 +170,31 @@ def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
     return kind if is_moe else None
 
 
-def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any],
-                data: str | None) -> Dictionary:
+def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any], data: str | None) -> Dictionary:
     """The data's; without data a placeholder of that many rows."""
     if data is not None:
         path = os.path.join(data, "dict.txt")
         if not os.path.isfile(path):
-            raise OptionError("data", data, "has no dict.txt; give a folder made by `evomoe "
-                                            "prepare` or fairseq-preprocess")
+            raise OptionError(
+                "data",
+                data,
+                "has no dict.txt; give a folder made by `evomoe prepare` or fairseq-preprocess",
+            )
         dictionary = load_dictionary("data", path)
         if len(dictionary) != dense.vocabulary:
-            raise OptionError("data", data,
-                              f"its dict.txt has {len(dictionary)} tokens, the dense checkpoint "
-                              f"was trained with {dense.vocabulary}: give its data")
+            raise OptionError(
+                "data",
+                data,
+                f"its dict.txt has {len(dictionary)} tokens, the dense checkpoint "
+                f"was trained with {dense.vocabulary}: give its data",
+            )
         return dictionary
     if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
-        raise OptionError("moe_hash", options["moe_hash"],
-                          "needs the token counts of the data's dictionary: give --data, or "
-                          "--moe-hash random")
+        raise OptionError(
+            "moe_hash",
+            options["moe_hash"],
+            "needs the token counts of the data's dictionary: give --data, or --moe-hash random",
+        )
     return dense.dictionary
 
 
@@ -192,15 +213,23 @@ def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
     return weights
 
 
-def _run_config(cfg: DictConfig, model: Mapping[str, Any], seed: int, data: str | None,
-                max_update: int | None, user_dir: str | None) -> dict[str, Any]:
+def _run_config(
+    cfg: DictConfig,
+    model: Mapping[str, Any],
+    seed: int,
+    data: str | None,
+    max_update: int | None,
+    user_dir: str | None,
+) -> dict[str, Any]:
     """The dense run's configuration, with the new model and the criterion that goes with it."""
     run = plain_config(cfg)
     run["model"] = dict(model)
     criterion = CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]()
     run["criterion"] = {
-        **dataclasses.asdict(criterion), "_name": "moe_cross_entropy",
-        "sentence_avg": run["optimization"].get("sentence_avg", False)}
+        **dataclasses.asdict(criterion),
+        "_name": "moe_cross_entropy",
+        "sentence_avg": run["optimization"].get("sentence_avg", False),
+    }
     run["common"].update(seed=seed, user_dir=user_dir or "evomoe_plugin")
     if max_update is not None:
         run["optimization"]["max_update"] = max_update

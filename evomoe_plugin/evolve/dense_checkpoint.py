@@ -25,13 +25,18 @@ from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 # Options that decide what a dense transformer_lm computes; the MoE model has the same.
-SIZES = (
-    "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads"
-)
+SIZES = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
 STRUCTURE = (
-    *SIZES, "decoder_input_dim", "decoder_output_dim", "activation_fn",
-    "share_decoder_input_output_embed", "decoder_learned_pos", "no_scale_embedding",
-    "layernorm_embedding", "no_token_positional_embeddings", "no_decoder_final_norm",
+    *SIZES,
+    "decoder_input_dim",
+    "decoder_output_dim",
+    "activation_fn",
+    "share_decoder_input_output_embed",
+    "decoder_learned_pos",
+    "no_scale_embedding",
+    "layernorm_embedding",
+    "no_token_positional_embeddings",
+    "no_decoder_final_norm",
     "max_target_positions",
 )
 
@@ -76,8 +81,11 @@ class DenseCheckpoint:
         """The feed-forward network of a layer by the names of `ExpertFFN`: fc1_weight [F, D],
         fc1_bias [F], fc2_weight [F, D] (transposed), fc2_bias [D]."""
         prefix = f"decoder.layers.{layer}"
-        named = {f"{part}_{kind}": self.weights[f"{prefix}.{part}.{kind}"]
-                 for part in ("fc1", "fc2") for kind in ("weight", "bias")}
+        named = {
+            f"{part}_{kind}": self.weights[f"{prefix}.{part}.{kind}"]
+            for part in ("fc1", "fc2")
+            for kind in ("weight", "bias")
+        }
         return {**named, "fc2_weight": named["fc2_weight"].t()}
 
 
@@ -95,7 +103,8 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
     name = cfg.model.get("_name") or cfg.model.get("arch")
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     if any(".moe." in key for key in weights) or (
-            isinstance(kind, type) and issubclass(kind, MoELanguageModel)):
+        isinstance(kind, type) and issubclass(kind, MoELanguageModel)
+    ):
         raise misfit(f"is an MoE model already ({name}): give the checkpoint of a dense one")
     if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
         raise misfit(f"is a model {name}, not one of fairseq's transformer_lm")
@@ -103,8 +112,10 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
         model = _model_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
-            raise misfit(f"was trained with --{field.replace('_', '-')} {model[field]}, which no "
-                         "MoE architecture has")
+            raise misfit(
+                f"was trained with --{field.replace('_', '-')} {model[field]}, which no "
+                "MoE architecture has"
+            )
     dense = DenseCheckpoint(option, path, cfg, model, weights)
     with report_config_faults(option, path):
         _check_weights(dense)
@@ -118,12 +129,16 @@ def _check_weights(dense: DenseCheckpoint) -> None:
     shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
     wanted: dict[str, tuple[int, ...] | None] = {
         f"decoder.layers.{layer}.{name}": shape
-        for layer in range(model["decoder_layers"]) for name, shape in shapes.items()}
+        for layer in range(model["decoder_layers"])
+        for name, shape in shapes.items()
+    }
     wanted["decoder.embed_tokens.weight"] = None
     for name, value in weights.items():
         if value.layout != torch.strided or not value.is_floating_point():
-            raise dense.misfit(f"{name} is not a plain tensor of floating point numbers "
-                               f"({value.layout}, {value.dtype})")
+            raise dense.misfit(
+                f"{name} is not a plain tensor of floating point numbers "
+                f"({value.layout}, {value.dtype})"
+            )
         if not value.isfinite().all():
             raise dense.misfit(f"{name} holds NaN or infinity: take an earlier checkpoint")
     for name, shape in wanted.items():
@@ -131,8 +146,10 @@ def _check_weights(dense: DenseCheckpoint) -> None:
             raise dense.misfit(f"has no {name}, which its own options ask for")
         given = tuple(weights[name].shape)
         if len(given) != 2 if shape is None else given != shape:
-            raise dense.misfit(f"{name} has the shape {given}, where its own options ask for "
-                               f"{shape or 'two dimensions'}")
+            raise dense.misfit(
+                f"{name} has the shape {given}, where its own options ask for "
+                f"{shape or 'two dimensions'}"
+            )
 
 
 def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:

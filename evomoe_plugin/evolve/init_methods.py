@@ -76,9 +76,7 @@ def spawn_tensor(
     return value.to(source.dtype), kept
 
 
-def kept_mask(
-    name: str, shape: Sequence[int], method: str, *, key: int, rate: float
-) -> Tensor:
+def kept_mask(name: str, shape: Sequence[int], method: str, *, key: int, rate: float) -> Tensor:
     """Which elements of the tensor `name` come from the source.
 
     False: zeroed by `mask`, or of a hidden unit that `reinit` drew anew. The others may be rescaled

@@ -32,8 +32,10 @@ class LogitDifference:
 
     def __str__(self) -> str:
         verdict = "equal to" if self.equal else "differ from"
-        return (f"logits {verdict} the dense model's (max difference {self.largest:.2g} on "
-                f"{self.tokens} random tokens)")
+        return (
+            f"logits {verdict} the dense model's (max difference {self.largest:.2g} on "
+            f"{self.tokens} random tokens)"
+        )
 
 
 @torch.no_grad()
@@ -49,15 +51,20 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
         OptionError: no model can be built from the dense checkpoint.
     """
     weight, training = next(model.parameters()), model.training
-    tensors = {name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-               for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {
+        name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), model.not_recording():
         other = _build(dense).to(weight.device, weight.dtype).float()
         length = min(16, model.max_positions(), other.max_positions())
         tokens_BT = torch.randint(
-            dense.dictionary.nspecial, dense.vocabulary, (MAX_TOKENS // length, length),
-            generator=torch.Generator().manual_seed(1)).to(weight.device)
+            dense.dictionary.nspecial,
+            dense.vocabulary,
+            (MAX_TOKENS // length, length),
+            generator=torch.Generator().manual_seed(1),
+        ).to(weight.device)
         try:
             logits_BTV = torch.func.functional_call(model.eval(), tensors, (tokens_BT,))[0]
         finally:
@@ -71,8 +78,9 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
 def _build(dense: DenseCheckpoint) -> TransformerLanguageModel:
     """The dense model with its weights, fp32, in evaluation mode."""
     with report_config_faults(dense.option, dense.path):
-        task = types.SimpleNamespace(source_dictionary=dense.dictionary,
-                                     target_dictionary=dense.dictionary)
+        task = types.SimpleNamespace(
+            source_dictionary=dense.dictionary, target_dictionary=dense.dictionary
+        )
         cfg = OmegaConf.create({**plain_config(dense.cfg.model), **dense.model})
         model = models.build_model(cfg, task, from_checkpoint=True)
         model.load_state_dict(dict(dense.weights), strict=True, model_cfg=cfg)

@@ -33,8 +33,9 @@ dimensions other than the first."""
 
 @torch.no_grad()
 def edit_parameters(
-    trainer: Trainer, edits: Mapping[str, Edit],
-    moment_edits: Mapping[str, MomentEdit] | None = None
+    trainer: Trainer,
+    edits: Mapping[str, Edit],
+    moment_edits: Mapping[str, MomentEdit] | None = None,
 ) -> None:
     """Edit parameters, and zero the optimizer state of chosen elements.
 
@@ -67,8 +68,10 @@ def edit_parameters(
 
 
 def _edit_moments(
-    storage: Storage, edits: Mapping[str, MomentEdit], state: Mapping[str, Any],
-    groups: ExpertGroups | None
+    storage: Storage,
+    edits: Mapping[str, MomentEdit],
+    state: Mapping[str, Any],
+    groups: ExpertGroups | None,
 ) -> None:
     for own in storage.moments(state).values():
         whole, start = storage.gathered(own)
@@ -100,8 +103,10 @@ def _edit_factors(
 
 
 def _edit_storage(
-    storage: Storage, edits: Mapping[str, Edit], state: Mapping[str, Any],
-    groups: ExpertGroups | None
+    storage: Storage,
+    edits: Mapping[str, Edit],
+    state: Mapping[str, Any],
+    groups: ExpertGroups | None,
 ) -> None:
     own = storage.owner.data.view(-1)
     whole, start = storage.gathered(own)
@@ -111,7 +116,8 @@ def _edit_storage(
             continue
         # Always a copy: the stored dtype may be lower.
         value, rows = _all_experts(
-            name, whole[begin:end].view(shape).to(torch.float32, copy=True), groups)
+            name, whole[begin:end].view(shape).to(torch.float32, copy=True), groups
+        )
         reset_N[begin:end] = edits[name](value).expand(value.shape)[rows].reshape(-1)
         whole[begin:end] = value[rows].reshape(-1)
         if storage.copies:

@@ -41,9 +41,12 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
     with report_config_faults("path", path):
         most = _positions(state) - with_bos
     if not 1 <= length <= most:
-        raise OptionError("tokens_per_sample", length,
-                          f"{path} has positions for {most} tokens, longer rows would be left out "
-                          f"of the evaluation: give 1 to {most}")
+        raise OptionError(
+            "tokens_per_sample",
+            length,
+            f"{path} has positions for {most} tokens, longer rows would be left out "
+            f"of the evaluation: give 1 to {most}",
+        )
     rows = max(1, TOKENS_PER_BATCH // length)
     numbers = f"--tokens-per-sample {length} --batch-size {rows} --num-workers 0".split()
     arguments = [data, "--task", "language_modeling", "--path", path, "--gen-subset", subset]
@@ -65,8 +68,11 @@ def _positions(state: dict[str, Any]) -> int:
     if learned is not None:
         return learned.size(0) - 2  # fairseq adds two rows for the padding index and its offset
     # As fairseq resolves it.
-    return (getattr(model, "max_target_positions", None)
-            or getattr(model, "tokens_per_sample", None) or DEFAULT_MAX_TARGET_POSITIONS)
+    return (
+        getattr(model, "max_target_positions", None)
+        or getattr(model, "tokens_per_sample", None)
+        or DEFAULT_MAX_TARGET_POSITIONS
+    )
 
 
 def _check_split(data: str, subset: str) -> None:
@@ -79,8 +85,11 @@ def _check_split(data: str, subset: str) -> None:
         tokens = int(split.sizes.sum())
         split[len(split) - 1]  # fails in a truncated file
     except Exception as error:  # fairseq unpacks, asserts and maps whatever is there
-        raise OptionError("subset", subset,
-                          f"{path}.idx and {path}.bin hold nothing, are cut short or no data of "
-                          f"fairseq ({describe(error)}): make them anew") from error
+        raise OptionError(
+            "subset",
+            subset,
+            f"{path}.idx and {path}.bin hold nothing, are cut short or no data of "
+            f"fairseq ({describe(error)}): make them anew",
+        ) from error
     if not tokens:
         raise OptionError("subset", subset, f"{path}.bin holds no token")

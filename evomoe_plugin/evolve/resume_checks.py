@@ -40,25 +40,37 @@ def check_spawn(trainer: Trainer, state: dict[str, Any], path: str, resets: bool
     done = state["optimizer_history"][-1]["num_updates"]
     start = 0 if resets else done
     misfit = functools.partial(
-        OptionError, "moe_spawn_updates", "is not given" if now is None else now)
+        OptionError, "moe_spawn_updates", "is not given" if now is None else now
+    )
     if saved is not None and done < saved:
         if now is None:
-            raise misfit(f"only expert 0 of each layer of {path} is trained, its spawn was to be "
-                         f"at update {saved}: give an update above {start}")
+            raise misfit(
+                f"only expert 0 of each layer of {path} is trained, its spawn was to be "
+                f"at update {saved}: give an update above {start}"
+            )
         if now <= start:
-            raise misfit(f"{path} is of update {start} and not spawned, and never would be: give "
-                         f"an update above {start}")
+            raise misfit(
+                f"{path} is of update {start} and not spawned, and never would be: give "
+                f"an update above {start}"
+            )
     elif now is not None and (resets or saved is None):
         at = "" if saved is None else f", spawned at update {saved}"
-        raise misfit(f"all experts of {path} work already{at}, and another spawn would make them "
-                     "anew from expert 0: leave it out"
-                     + ("" if done else ", or give it to `evomoe upcycle` too"))
+        raise misfit(
+            f"all experts of {path} work already{at}, and another spawn would make them "
+            "anew from expert 0: leave it out"
+            + ("" if done else ", or give it to `evomoe upcycle` too")
+        )
     elif not resets and now != saved:
-        raise misfit(f"the experts of {path} were spawned at update {saved}, which schedules count "
-                     f"from: give --moe-spawn-updates {saved}")
+        raise misfit(
+            f"the experts of {path} were spawned at update {saved}, which schedules count "
+            f"from: give --moe-spawn-updates {saved}"
+        )
     elif resets and saved is not None:
-        masks = [name for name in state["model"]
-                 if is_expert_parameter(name) and name.endswith(frozen_name(""))]
+        masks = [
+            name
+            for name in state["model"]
+            if is_expert_parameter(name) and name.endswith(frozen_name(""))
+        ]
         if masks:
             logger.info("%s holds masked weights at zero; they are trained from here on", path)
         for name in masks:
@@ -86,6 +98,9 @@ def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bo
 
     if trained(saved) != trained(now):
         same = "leave it out" if saved is None else f"give --moe-train-only {saved}"
-        raise OptionError("moe_train_only", "is not given" if now is None else now,
-                          f"the optimizer's state in {path} is of other parameters: {same}, or "
-                          "give --reset-optimizer")
+        raise OptionError(
+            "moe_train_only",
+            "is not given" if now is None else now,
+            f"the optimizer's state in {path} is of other parameters: {same}, or "
+            "give --reset-optimizer",
+        )

@@ -67,8 +67,7 @@ def _edit(name: str, layer: MoELayer, options: MoELanguageModelConfig) -> Edit:
         reset = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         for e in range(value.size(0)):
             key = seed_of(options.seed, layer_id, e)
-            value[e], kept = spawn_tensor(
-                name, source, method, key=key, rate=rate, rescale=rescale)
+            value[e], kept = spawn_tensor(name, source, method, key=key, rate=rate, rescale=rescale)
             if frozen is not None and e in held:
                 frozen[e - held.start] = ~kept
             if not resets:

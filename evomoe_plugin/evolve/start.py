@@ -44,10 +44,17 @@ def init_from_dense(trainer: Trainer) -> None:
     path = decoder.args.moe_init_from_dense
     dense = read_dense_checkpoint("moe_init_from_dense", path)
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
-    trained = {name: shape for storage in storages(trainer) for name, shape, *_ in storage.pieces()
-               if not name.startswith("criterion.")}
-    frozen = {name: parameter for name, parameter in model.named_parameters()
-              if not (parameter.requires_grad or trainer.is_fsdp)}
+    trained = {
+        name: shape
+        for storage in storages(trainer)
+        for name, shape, *_ in storage.pieces()
+        if not name.startswith("criterion.")
+    }
+    frozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not (parameter.requires_grad or trainer.is_fsdp)
+    }
     groups, values = expert_groups_of(model), {}
     # All values are computed before the first is set: an error changes nothing.
     for name, shape in (*trained.items(), *((name, p.shape) for name, p in frozen.items())):
@@ -57,15 +64,19 @@ def init_from_dense(trainer: Trainer) -> None:
     buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
     upcycling.check_complete([*values, *buffers, "decoder.output_projection.weight"])
     found = {name: whole for name, whole in values.items() if whole is not None}
-    edit_parameters(trainer, {name: functools.partial(_set, whole)
-                              for name, whole in found.items() if name in trained})
+    edit_parameters(
+        trainer,
+        {name: functools.partial(_set, whole) for name, whole in found.items() if name in trained},
+    )
     for name in frozen.keys() & found.keys():
         whole = found[name]
         if groups is not None and is_expert_parameter(name):
             whole = whole[groups.own(len(whole))]
         frozen[name].data.copy_(whole)
-    logits: object = ("logits not compared with the dense model's, since no rank holds the whole "
-                      "model: `evomoe upcycle` with the same options compares them")
+    logits: object = (
+        "logits not compared with the dense model's, since no rank holds the whole "
+        "model: `evomoe upcycle` with the same options compares them"
+    )
     if not trainer.is_fsdp and groups is None:
         logits = measure_logit_difference(model, dense)
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)

@@ -82,7 +82,8 @@ class Recipe:
         check_rate(self.option("rate"), self.method, self.rate)
         if self.rescale and self.method not in ("mask", "slice"):
             raise self.misfit(
-                "rescale", f"the method {self.method} has nothing to rescale: leave it out")
+                "rescale", f"the method {self.method} has nothing to rescale: leave it out"
+            )
         self.gate_deviation  # noqa: B018  raises for what is no deviation
 
     @property
@@ -119,9 +120,12 @@ class Upcycling:
         check_structure(dense, options)
         if options.moe_post_norm != dense.post_norm:
             order, remedy = ("after", "give it") if dense.post_norm else ("before", "leave it out")
-            raise OptionError("moe_post_norm", options.moe_post_norm,
-                              f"the dense checkpoint {dense.path} normalises {order} each part of "
-                              f"a layer: {remedy}")
+            raise OptionError(
+                "moe_post_norm",
+                options.moe_post_norm,
+                f"the dense checkpoint {dense.path} normalises {order} each part of "
+                f"a layer: {remedy}",
+            )
         self.moe_layers = moe_layer_indices(options, options.decoder_layers)
         self._ids = {layer: n for n, layer in enumerate(self.moe_layers)}
         is_made = recipe.method != "none"
@@ -135,24 +139,34 @@ class Upcycling:
         options, recipe = self.options, self.recipe
         method = f"--{recipe.option('method').replace('_', '-')}"
         if options.moe_expert_gated:
-            raise OptionError("moe_expert_gated", True,
-                              "the dense model's feed-forward network is not gated: leave it out, "
-                              f"or start the experts afresh with {method} none")
+            raise OptionError(
+                "moe_expert_gated",
+                True,
+                "the dense model's feed-forward network is not gated: leave it out, "
+                f"or start the experts afresh with {method} none",
+            )
         ffn_dim, width = expert_ffn_dim(options), self.dense.model["decoder_ffn_embed_dim"]
         if recipe.method != "slice":
             if ffn_dim != width:
-                raise _width_misfit(options, "expert", f"experts of width {ffn_dim} are no "
-                                    f"{recipe.method} of the dense model's network of width {width}"
-                                    f": leave it out, or give {method} slice")
+                raise _width_misfit(
+                    options,
+                    "expert",
+                    f"experts of width {ffn_dim} are no "
+                    f"{recipe.method} of the dense model's network of width {width}"
+                    f": leave it out, or give {method} slice",
+                )
             return 1
         slices = self._count_slices("expert")
         layers = len(self.moe_layers)
         for count in {*expert_counts(options, layers), *expert_slots(options, layers)}:
             if count % slices:
-                raise OptionError("moe_expert_count", options.moe_expert_count,
-                                  f"{count} experts cannot hold {slices} slices (the dense width "
-                                  f"{width} over {ffn_dim}) equally often: give a multiple of "
-                                  f"{slices}, or other widths")
+                raise OptionError(
+                    "moe_expert_count",
+                    options.moe_expert_count,
+                    f"{count} experts cannot hold {slices} slices (the dense width "
+                    f"{width} over {ffn_dim}) equally often: give a multiple of "
+                    f"{slices}, or other widths",
+                )
         return slices
 
     def _count_slices(self, kind: str) -> int:
@@ -161,8 +175,12 @@ class Upcycling:
         ffn_dim = shared_ffn_dim(self.options) if is_shared else expert_ffn_dim(self.options)
         if width % ffn_dim:
             experts = "shared experts" if is_shared else "experts"
-            raise _width_misfit(self.options, kind, f"the dense model's width {width} cannot be "
-                                f"cut into {experts} of {ffn_dim}: give a divisor")
+            raise _width_misfit(
+                self.options,
+                kind,
+                f"the dense model's width {width} cannot be "
+                f"cut into {experts} of {ffn_dim}: give a divisor",
+            )
         return width // ffn_dim
 
     def _check_gate(self) -> None:
@@ -177,12 +195,18 @@ class Upcycling:
         scorer = getattr(self.options, "moe_scorer", "linear")
         if not capabilities.zero_init or scorer not in ("linear", "sigmoid"):
             with_scorer = f" with --moe-scorer {scorer}" if scorer != "linear" else ""
-            raise recipe.misfit("gate_init", f"the gate {gate}{with_scorer} cannot learn from "
-                                             "weights of 0: give default or normal:STD")
+            raise recipe.misfit(
+                "gate_init",
+                f"the gate {gate}{with_scorer} cannot learn from "
+                "weights of 0: give default or normal:STD",
+            )
         if capabilities.keeps_copies_equal and self._has_twins():
-            raise recipe.misfit("gate_init", f"with it the gate {gate} treats all experts alike, "
-                                "and experts that begin alike stay so for ever: give default or "
-                                "normal:STD, or a --activation-dropout")
+            raise recipe.misfit(
+                "gate_init",
+                f"with it the gate {gate} treats all experts alike, "
+                "and experts that begin alike stay so for ever: give default or "
+                "normal:STD, or a --activation-dropout",
+            )
 
     def _has_twins(self) -> bool:
         """Whether two experts of a layer start with equal weights and nothing random separates
@@ -194,7 +218,8 @@ class Upcycling:
             return False
         distinct = {"copy": 1, "slice": self.num_slices}.get(self.recipe.method)
         return distinct is not None and any(
-            slots > distinct for slots in expert_slots(options, len(self.moe_layers)))
+            slots > distinct for slots in expert_slots(options, len(self.moe_layers))
+        )
 
     def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
         """The initial value of the parameter `name`, fp32; None: its own initialisation.
@@ -222,11 +247,16 @@ class Upcycling:
         if value.shape == shape:
             return value
         if "embed_tokens" in name or "output_projection" in name:
-            raise OptionError("DATA", "dict.txt", f"has {shape[0]} tokens, the dense checkpoint "
-                                                  f"was trained with {value.shape[0]}: give the "
-                                                  "data that belongs to it")
+            raise OptionError(
+                "DATA",
+                "dict.txt",
+                f"has {shape[0]} tokens, the dense checkpoint "
+                f"was trained with {value.shape[0]}: give the "
+                "data that belongs to it",
+            )
         raise self.dense.misfit(
-            f"{name} has the shape {tuple(value.shape)}, the model {tuple(shape)}")
+            f"{name} has the shape {tuple(value.shape)}, the model {tuple(shape)}"
+        )
 
     def _routed(self, layer: int, name: str) -> Callable[[int], Tensor]:
         recipe, n = self.recipe, self._ids[layer]
@@ -235,7 +265,8 @@ class Upcycling:
         source = self.dense.ffn(layer)[name].float()
         rate = resolved_rate(recipe.method, recipe.rate)
         spawn = functools.partial(
-            spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale)
+            spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale
+        )
         return lambda expert: spawn(key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM))[0]
 
     def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
@@ -298,5 +329,8 @@ def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] =
         if field == "max_target_positions" and not dense.model["decoder_learned_pos"]:
             continue
         if wanted != value and not (wanted in _TANH_GELUS and value in _TANH_GELUS):
-            raise OptionError(field, value, f"the dense checkpoint {dense.path} has {wanted}: "
-                                            "leave it out, or give that")
+            raise OptionError(
+                field,
+                value,
+                f"the dense checkpoint {dense.path} has {wanted}: leave it out, or give that",
+            )

@@ -64,13 +64,16 @@ aten, F = torch.ops.aten, torch.nn.functional
 _KNOWN: dict[Callable, tuple[Callable, Callable]] = {
     F.gelu: (  # exact (Hendrycks and Gimpel, arXiv 1606.08415)
         lambda x, out: aten.gelu.out(x, out=out),
-        lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad)),
+        lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad),
+    ),
     F.relu: (
         lambda x, out: torch.clamp_min(x, 0, out=out),
-        lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)),
+        lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad),
+    ),
     F.silu: (
         lambda x, out: aten.silu.out(x, out=out),
-        lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad)),
+        lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad),
+    ),
 }
 
 

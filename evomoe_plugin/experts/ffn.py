@@ -77,10 +77,17 @@ class ExpertStack(nn.Module):
         """Name, shape and fan-in of the parameters."""
         matrix = (num_experts, ffn_dim, model_dim)
         if gated:
-            return [("fc1_weight", matrix, model_dim), ("fc3_weight", matrix, model_dim),
-                    ("fc2_weight", matrix, ffn_dim)]
-        return [("fc1_weight", matrix, model_dim), ("fc1_bias", matrix[:2], model_dim),
-                ("fc2_weight", matrix, ffn_dim), ("fc2_bias", matrix[::2], ffn_dim)]
+            return [
+                ("fc1_weight", matrix, model_dim),
+                ("fc3_weight", matrix, model_dim),
+                ("fc2_weight", matrix, ffn_dim),
+            ]
+        return [
+            ("fc1_weight", matrix, model_dim),
+            ("fc1_bias", matrix[:2], model_dim),
+            ("fc2_weight", matrix, ffn_dim),
+            ("fc2_bias", matrix[::2], ffn_dim),
+        ]
 
     @classmethod
     def num_parameters(
@@ -109,20 +116,29 @@ class ExpertStack(nn.Module):
         return weights
 
     def _grouped(
-        self, x: Tensor, counts: Sequence[int] | Tensor, weights: dict[str, Tensor],
-        token_ids_N: Tensor | None = None, weights_N: Tensor | None = None,
+        self,
+        x: Tensor,
+        counts: Sequence[int] | Tensor,
+        weights: dict[str, Tensor],
+        token_ids_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         """`grouped_ffn` with the weights of as many experts as there are counts."""
         drops = self.dropout.training or getattr(self.dropout, "apply_during_inference", False)
         return grouped_ffn(
-            x, weights, counts, find_activation(self.activation),
-            dropout=getattr(self.dropout, "p", 0.0) if drops else 0.0, grad_scale=self.grad_scale,
-            token_ids_N=token_ids_N, weights_N=weights_N)
+            x,
+            weights,
+            counts,
+            find_activation(self.activation),
+            dropout=getattr(self.dropout, "p", 0.0) if drops else 0.0,
+            grad_scale=self.grad_scale,
+            token_ids_N=token_ids_N,
+            weights_N=weights_N,
+        )
 
     def extra_repr(self) -> str:
         experts, ffn_dim, model_dim = self.fc1_weight.shape
-        return (f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, "
-                f"gated={self.gated}")
+        return f"experts={experts}, model_dim={model_dim}, ffn_dim={ffn_dim}, gated={self.gated}"
 
 
 class ExpertFFN(ExpertStack):
@@ -133,7 +149,10 @@ class ExpertFFN(ExpertStack):
         return self.forward_tokens(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
 
     def forward_tokens(
-        self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor | None,
+        self,
+        x_TD: Tensor,
+        token_ids_N: Tensor,
+        weights_N: Tensor | None,
         counts: Sequence[int] | Tensor,
     ) -> Tensor:
         """As `forward`.

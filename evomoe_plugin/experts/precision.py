@@ -29,10 +29,16 @@ def native_matmul_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
     A CPU without instructions for half precision emulates it, several times slower than fp32.
     """
-    if dtype not in INSTRUCTIONS or device_type != "cpu" or any(
-            torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS[dtype]):
+    if (
+        dtype not in INSTRUCTIONS
+        or device_type != "cpu"
+        or any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS[dtype])
+    ):
         return dtype
-    logger.info("this CPU has no instructions for matmuls in %s (%s): they are computed in fp32 "
-                "and rounded", str(dtype).removeprefix("torch."),
-                ", ".join(INSTRUCTIONS[dtype]))
+    logger.info(
+        "this CPU has no instructions for matmuls in %s (%s): they are computed in fp32 "
+        "and rounded",
+        str(dtype).removeprefix("torch."),
+        ", ".join(INSTRUCTIONS[dtype]),
+    )
     return torch.float32

@@ -40,16 +40,25 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
             work.mkdir()
             save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
             ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(work / "config.json", {
-                "model_type": "evomoe", "architectures": ["EvoMoEForCausalLM"], "dtype": "float32",
-                "auto_map": {"AutoConfig": "modeling_evomoe.EvoMoEConfig",
-                             "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM"},
-                **config})
+            write_json(
+                work / "config.json",
+                {
+                    "model_type": "evomoe",
+                    "architectures": ["EvoMoEForCausalLM"],
+                    "dtype": "float32",
+                    "auto_map": {
+                        "AutoConfig": "modeling_evomoe.EvoMoEConfig",
+                        "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM",
+                    },
+                    **config,
+                },
+            )
             write_json(work / "generation_config.json", ids)
             shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
             write_tokenizer(trained, work)
             work.rename(target)
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"cannot write {out}: {reason_of(error)}; partial output is removed"
-                        ) from error
+        raise RunFailed(
+            f"cannot write {out}: {reason_of(error)}; partial output is removed"
+        ) from error
     return target

@@ -47,8 +47,13 @@ def _gelu_tanh(x):
 
 
 ACTIVATIONS = {
-    "gelu": F.gelu, "gelu_accurate": _gelu_tanh, "gelu_fast": _gelu_tanh, "relu": F.relu,
-    "tanh": torch.tanh, "linear": lambda x: x, "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+    "swish": F.silu,
 }
 
 
@@ -88,8 +93,9 @@ class Gate(nn.Module):
         self.shared = config.num_shared_experts
         self.shared_combine = config.shared_combine
         if self.shared and self.shared_combine != "add":
-            self.shared_weight = _parameter(self.shared if self.shared_combine == "softmax" else 2,
-                                            D)
+            self.shared_weight = _parameter(
+                self.shared if self.shared_combine == "softmax" else 2, D
+            )
 
     def forward(self, x_TD, ids_T):
         """Selection (bool) and weights [T, C]; weights of shared experts [T, S], or None for 1."""
@@ -106,8 +112,8 @@ class Gate(nn.Module):
         else:
             chosen_TC = logits_TC.masked_fill(~mask_TC, float("-inf"))
             all_of_them = torch.softmax(torch.cat([chosen_TC, logits], dim=1), dim=1)
-            routed_T = all_of_them[:, :chosen_TC.size(1)].sum(1)
-            shared_TS = all_of_them[:, chosen_TC.size(1):]
+            routed_T = all_of_them[:, : chosen_TC.size(1)].sum(1)
+            shared_TS = all_of_them[:, chosen_TC.size(1) :]
         return mask_TC, weights_TC * routed_T.unsqueeze(1), shared_TS
 
     def _logits(self, x_TD):
@@ -185,8 +191,9 @@ class Gate(nn.Module):
 
     def _first(self, logits_TC, ids_T):
         """The only expert."""
-        return torch.ones(ids_T.size(0), 1, dtype=torch.bool, device=ids_T.device), \
-            torch.ones(ids_T.size(0), 1, device=ids_T.device)
+        return torch.ones(ids_T.size(0), 1, dtype=torch.bool, device=ids_T.device), torch.ones(
+            ids_T.size(0), 1, device=ids_T.device
+        )
 
     def _top_any(self, logits_TC, ids_T):
         """All candidates above their thresholds, or the best one."""
@@ -202,7 +209,9 @@ class Gate(nn.Module):
         """K selectors encode an expert index in soft bits (DSelect-k)."""
         E, K = self.num_experts, self.routing["top_k"]
         alpha_TK = torch.softmax(logits[:, :K], dim=1)
-        share = (logits[:, K:].unflatten(1, (K, self.bits)) / self.routing["width"]).clamp(-.5, .5)
+        share = (logits[:, K:].unflatten(1, (K, self.bits)) / self.routing["width"]).clamp(
+            -0.5, 0.5
+        )
         codes = share.new_ones(*share.shape[:2], 1)
         for one in ((1.5 - 2 * share * share) * share + 0.5).split(1, 2) if self.bits else ():
             codes = torch.cat([codes * (1 - one), codes * one], dim=2)
@@ -258,13 +267,16 @@ class Experts(nn.Module):
             self.fc2_bias = _parameter(count, config.hidden_size)
 
     def forward(self, rows_ND, counts):
-        return torch.cat([self._one(e, rows) for e, rows in enumerate(rows_ND.split(counts))
-                          if rows.size(0)] or [rows_ND])
+        return torch.cat(
+            [self._one(e, rows) for e, rows in enumerate(rows_ND.split(counts)) if rows.size(0)]
+            or [rows_ND]
+        )
 
     def _one(self, e, rows):
         if self.gated:
             hidden = self.activation(rows @ self.fc1_weight[e].t()) * (
-                rows @ self.fc3_weight[e].t())
+                rows @ self.fc3_weight[e].t()
+            )
             return hidden @ self.fc2_weight[e]
         hidden = self.activation(F.linear(rows, self.fc1_weight[e], self.fc1_bias[e]))
         return torch.addmm(self.fc2_bias[e], hidden, self.fc2_weight[e])
@@ -283,7 +295,7 @@ class MoE(nn.Module):
 
     def forward(self, x_TD, ids_T, keep_T):
         mask_TC, weights_TC, shared_TS = self.gate(x_TD, ids_T)
-        mask_TE = mask_TC[:, :self.gate.num_experts] & keep_T.unsqueeze(1)
+        mask_TE = mask_TC[:, : self.gate.num_experts] & keep_T.unsqueeze(1)
         expert_N, token_N = mask_TE.t().nonzero(as_tuple=True)
         rows_ND = self.experts(x_TD[token_N], mask_TE.sum(0).tolist())
         weights_N1 = weights_TC[token_N, expert_N].unsqueeze(1).to(rows_ND.dtype)
@@ -301,12 +313,13 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.heads, D = layer, config.num_attention_heads, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(D, D) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x_BLD, allowed, cache):
-        q, k, v = (project(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            project(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -375,8 +388,17 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
-                use_cache=None, labels=None, logits_to_keep=0, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        labels=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
         """Logits [B, L, V] of the next tokens.
 
         Args:
@@ -411,8 +433,9 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         logits = F.linear(x_BLD, (self.output_projection or self.embed_tokens).weight)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(),
-                                   labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _embed(self, ids_BL, positions_BL):
@@ -424,8 +447,10 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.position_embedding == "learned":
             longest = int(positions_BL.max()) + 1 if positions_BL.numel() else 0
             if longest > self.config.max_position_embeddings:
-                raise ValueError(f"{longest} tokens: the model has "
-                                 f"{self.config.max_position_embeddings} positions")
+                raise ValueError(
+                    f"{longest} tokens: the model has "
+                    f"{self.config.max_position_embeddings} positions"
+                )
             x_BLD = x_BLD + self.embed_positions(positions_BL)
         elif self.config.position_embedding == "sinusoidal":
             half = D // 2

@@ -31,8 +31,11 @@ def export_gate(layer: MoELayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.in_dense_phase:
         return {"fp32": gate.use_fp32, "scorer": "none", "select": "first"}, {}
     num_updates = layer.gate_updates(int(layer.get_buffer("num_updates")))
-    given = {"fp32": gate.use_fp32, **_scorer(getattr(gate, "scorer", None)),
-             **_EXPORTERS[name](gate, num_updates)}
+    given = {
+        "fp32": gate.use_fp32,
+        **_scorer(getattr(gate, "scorer", None)),
+        **_EXPORTERS[name](gate, num_updates),
+    }
     if gate.shared_weights is not None:
         given["shared_weight"] = gate.shared_weights.weight
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
@@ -41,8 +44,9 @@ def export_gate(layer: MoELayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def gate_name(gate: Gate) -> str:
     """Its registered name, or that of its class."""
-    return next((name for name in gate_names() if gate_class(name) is type(gate)),
-                type(gate).__name__)
+    return next(
+        (name for name in gate_names() if gate_class(name) is type(gate)), type(gate).__name__
+    )
 
 
 # Routing configuration and tensors, by name.
@@ -52,34 +56,53 @@ def _scorer(scorer: scorers.Scorer | None) -> dict[str, Any]:
     if scorer is None:
         return {"scorer": "none"}
     if isinstance(scorer, scorers.MLPScorer):
-        return {"scorer": "mlp", "scorer_dim": scorer.weight.size(1), "weight": scorer.weight,
-                "hidden_weight": scorer.hidden_weight, "hidden_bias": scorer.hidden_bias}
+        return {
+            "scorer": "mlp",
+            "scorer_dim": scorer.weight.size(1),
+            "weight": scorer.weight,
+            "hidden_weight": scorer.hidden_weight,
+            "hidden_bias": scorer.hidden_bias,
+        }
     if isinstance(scorer, scorers.CosineScorer):
         given: dict[str, Any] = {
-            "scorer": "cosine", "weight": scorer.centres,
-            "scale": scorer.log_scale.clamp(max=math.log(100)).exp()}
+            "scorer": "cosine",
+            "weight": scorer.centres,
+            "scale": scorer.log_scale.clamp(max=math.log(100)).exp(),
+        }
         if isinstance(scorer, scorers.GMMScorer):
-            given |= {"scorer": "gmm", "scorer_dim": scorer.centres.size(1),
-                      "projection": scorer.projection}
+            given |= {
+                "scorer": "gmm",
+                "scorer_dim": scorer.centres.size(1),
+                "projection": scorer.projection,
+            }
         return given
     if isinstance(scorer, scorers.LinearScorer):
         return {"scorer": "linear", "weight": scorer.weight}
-    raise OptionError("moe_scorer", type(scorer).__name__,
-                      "only scorers of this package can be exported")
+    raise OptionError(
+        "moe_scorer", type(scorer).__name__, "only scorers of this package can be exported"
+    )
 
 
 _SCORES = {"scores": "softmax", "temperature": 1.0, "weight_temperature": 1.0}
 
 
 def _top_k(top_k: int, **given: Any) -> dict[str, Any]:
-    return {"select": "top_k", "top_k": top_k, "rank": "logits", "normalized": False, **_SCORES,
-            **given}
+    return {
+        "select": "top_k",
+        "top_k": top_k,
+        "rank": "logits",
+        "normalized": False,
+        **_SCORES,
+        **given,
+    }
 
 
 def _dense_to_sparse(gate: Any, num_updates: int) -> dict[str, Any]:
     tau = gate.temperature(num_updates)
-    taus = {"temperature": tau,
-            "weight_temperature": tau if gate.combine_weights == "gate" else 1.0}
+    taus = {
+        "temperature": tau,
+        "weight_temperature": tau if gate.combine_weights == "gate" else 1.0,
+    }
     if gate.is_hard(num_updates):
         return _top_k(1, rank="scores", **taus)
     threshold = -1.0 if gate.eval_gate == "dense" else gate.threshold
@@ -95,15 +118,26 @@ def _stable(gate: Any, num_updates: int) -> dict[str, Any]:
 def _top_any(gate: Any, num_updates: int) -> dict[str, Any]:
     active_E = gate.active_E  # inactive experts are unreachable, and omitted
     scale = torch.as_tensor(gate._scale(torch.float32), dtype=gate.weight.dtype).reshape(1)
-    return {"scorer": "cosine", "select": "top_any", "scale": scale,
-            "weights": "score" if gate.weighted_by_score else "uniform",
-            "weight": gate.weight[active_E], "threshold": gate.threshold[active_E]}
+    return {
+        "scorer": "cosine",
+        "select": "top_any",
+        "scale": scale,
+        "weights": "score" if gate.weighted_by_score else "uniform",
+        "weight": gate.weight[active_E],
+        "threshold": gate.threshold[active_E],
+    }
 
 
 def _top_k_gate(gate: Any, num_updates: int) -> dict[str, Any]:
     scores = "sigmoid" if isinstance(gate.scorer, scorers.SigmoidScorer) else "softmax"
-    return _top_k(gate.top_k, rank="scores", scores=scores, normalized=gate.renormalized,
-                  bias=True, bias_bits=gate.bias_C_bits)
+    return _top_k(
+        gate.top_k,
+        rank="scores",
+        scores=scores,
+        normalized=gate.renormalized,
+        bias=True,
+        bias_bits=gate.bias_C_bits,
+    )
 
 
 # By registered name: from a gate and its number of updates.
@@ -111,8 +145,13 @@ _EXPORTERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "base": lambda gate, _: _top_k(1, scores="sigmoid"),
     "dense": lambda gate, _: {"select": "threshold", "threshold": -1.0, **_SCORES},
     "dense_to_sparse": _dense_to_sparse,
-    "dselect_k": lambda gate, _: {"scorer": "bits", "select": "bits", "top_k": gate.selectors,
-                                  "width": gate.width, "weight": gate.weight},
+    "dselect_k": lambda gate, _: {
+        "scorer": "bits",
+        "select": "bits",
+        "top_k": gate.selectors,
+        "width": gate.width,
+        "weight": gate.weight,
+    },
     "expert_choice": lambda gate, _: _top_k(gate.top_k),
     "gshard": lambda gate, _: _top_k(2, normalized=True),
     "hash": lambda gate, _: {"select": "table", "table": gate.table_V},
@@ -121,6 +160,11 @@ _EXPORTERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "switch": lambda gate, _: _top_k(1),
     "top_any": _top_any,
     "top_k": _top_k_gate,
-    "top_p": lambda gate, _: {"select": "top_p", "top_p": gate.top_p, "top_k": gate.top_k,
-                              "weights": gate.weights, "near_tie": NEAR_TIE},
+    "top_p": lambda gate, _: {
+        "select": "top_p",
+        "top_p": gate.top_p,
+        "top_k": gate.top_k,
+        "weights": gate.weights,
+        "near_tie": NEAR_TIE,
+    },
 }

@@ -43,8 +43,10 @@ class EvoMoETokenizer(PreTrainedTokenizer):
         model = self._model
         if model.is_control(piece_id) or model.is_unknown(piece_id) or model.is_unused(piece_id):
             return "<unk>"
-        return "".join("".join(f"<0x{byte:02X}>" for byte in c.encode()) if c.isspace() else c
-                       for c in model.id_to_piece(piece_id))
+        return "".join(
+            "".join(f"<0x{byte:02X}>" for byte in c.encode()) if c.isspace() else c
+            for c in model.id_to_piece(piece_id)
+        )
 
     @property
     def vocab_size(self):
@@ -78,8 +80,9 @@ class EvoMoETokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or ())]
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None,
-                                already_has_special_tokens=False):
+    def get_special_tokens_mask(
+        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+    ):
         special = set(self.all_special_ids)
         if already_has_special_tokens:
             return [int(i in special) for i in token_ids_0]

@@ -30,9 +30,12 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     dictionary, tokenizer = trained.dictionary, trained.codec.tokenizer
     start = dictionary[trained.start]
     config: dict[str, Any] = {
-        "bos_token": start, "eos_token": dictionary[dictionary.eos()],
-        "pad_token": dictionary[dictionary.pad()], "unk_token": dictionary[dictionary.unk()],
-        "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        "bos_token": start,
+        "eos_token": dictionary[dictionary.eos()],
+        "pad_token": dictionary[dictionary.pad()],
+        "unk_token": dictionary[dictionary.unk()],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
         "model_max_length": trained.model.max_decoder_positions(),
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -43,28 +46,47 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
         config |= {
             "tokenizer_class": "EvoMoETokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
-            "encoded_apart": {character: [tokenizer.tokens[i] for i in ids]
-                              for character, ids in tokenizer.encoded_apart.items()},
+            "encoded_apart": {
+                character: [tokenizer.tokens[i] for i in ids]
+                for character, ids in tokenizer.encoded_apart.items()
+            },
         }
     else:
-        sequence = [{"SpecialToken": {"id": start, "type_id": 0}},
-                    *({"Sequence": {"id": part, "type_id": 0}} for part in "AB")]
+        sequence = [
+            {"SpecialToken": {"id": start, "type_id": 0}},
+            *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"),
+        ]
         parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
-        write_json(folder / "tokenizer.json", {
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-            "added_tokens": [
-                {"id": i, "content": dictionary[i], "single_word": False, "lstrip": False,
-                 "rstrip": False, "normalized": False, "special": True}
-                for i in range(dictionary.nspecial)],
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": sequence[:2],
-                "pair": sequence,
-                "special_tokens": {start: {"id": start, "ids": [trained.start],
-                                           "tokens": [start]}},
+        write_json(
+            folder / "tokenizer.json",
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "normalizer": None,
+                "added_tokens": [
+                    {
+                        "id": i,
+                        "content": dictionary[i],
+                        "single_word": False,
+                        "lstrip": False,
+                        "rstrip": False,
+                        "normalized": False,
+                        "special": True,
+                    }
+                    for i in range(dictionary.nspecial)
+                ],
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": sequence[:2],
+                    "pair": sequence,
+                    "special_tokens": {
+                        start: {"id": start, "ids": [trained.start], "tokens": [start]}
+                    },
+                },
+                **parts,
             },
-            **parts,
-        })
+        )
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(folder / "tokenizer_config.json", config)
 
@@ -72,8 +94,12 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
 def _gpt2(trained: TrainedModel) -> dict[str, Any]:
     encoder = json.loads((trained.folder / GPT2_ENCODER).read_text(encoding="utf-8"))
     merges = (trained.folder / GPT2_MERGES).read_text(encoding="utf-8").split("\n")[1:-1]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     dictionary = trained.dictionary
     vocabulary = {token: dictionary.index(str(i)) for token, i in encoder.items()}
     # No merge produces the special tokens, but they must be listed here to keep their ids.
@@ -81,10 +107,17 @@ def _gpt2(trained: TrainedModel) -> dict[str, Any]:
     return {
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-                  "byte_fallback": False, "vocab": vocabulary,
-                  "merges": [merge.split() for merge in merges]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocabulary,
+            "merges": [merge.split() for merge in merges],
+        },
     }
 
 
@@ -92,8 +125,11 @@ def _words(dictionary: Dictionary) -> dict[str, Any]:
     return {
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": dictionary.indices,
-                  "unk_token": dictionary[dictionary.unk()]},
+        "model": {
+            "type": "WordLevel",
+            "vocab": dictionary.indices,
+            "unk_token": dictionary[dictionary.unk()],
+        },
     }
 
 

@@ -30,15 +30,21 @@ def exported_model(
     """
     model = trained.model
     if not isinstance(model, TransformerLanguageModel):
-        raise OptionError("arch", type(model).__name__,
-                          "cannot be exported: give a checkpoint of a transformer_lm")
+        raise OptionError(
+            "arch",
+            type(model).__name__,
+            "cannot be exported: give a checkpoint of a transformer_lm",
+        )
     decoder, args = model.decoder, model.decoder.args  # as built, with defaults filled in
     for option in UNSUPPORTED:
         if args.get(option):
             raise OptionError(option, args[option], "the exported model does not implement it")
     if args.activation_fn not in _ACTIVATIONS:
-        raise OptionError("activation_fn", args.activation_fn,
-                          f"the exported model implements {', '.join(_ACTIVATIONS)}")
+        raise OptionError(
+            "activation_fn",
+            args.activation_fn,
+            f"the exported model implements {', '.join(_ACTIVATIONS)}",
+        )
     tensors: dict[str, Tensor] = {}
 
     def add(prefix: str, module: nn.Module, *names: str) -> None:
@@ -50,9 +56,16 @@ def exported_model(
     if decoder.embed_positions is not None and args.decoder_learned_pos:
         # fairseq's positions start after the padding index.
         weight = decoder.embed_positions.weight
-        tensors["embed_positions.weight"] = weight[trained.dictionary.pad() + 1:]
-    add("", decoder, "embed_tokens", "project_in_dim", "project_out_dim", "layernorm_embedding",
-        "layer_norm")
+        tensors["embed_positions.weight"] = weight[trained.dictionary.pad() + 1 :]
+    add(
+        "",
+        decoder,
+        "embed_tokens",
+        "project_in_dim",
+        "project_out_dim",
+        "layernorm_embedding",
+        "layer_norm",
+    )
     if not decoder.share_input_output_embed:
         add("", decoder, "output_projection")
     config = _outside_of_layers(trained)
@@ -70,9 +83,12 @@ def exported_model(
         tensors |= {f"{prefix}moe.{name}": tensor for name, tensor in own.items()}
         for name, before in of_moe_layers.items():
             if before != given[name]:
-                raise OptionError("moe_gate", gate_name(layer.moe.gate),
-                                  f"layer {index} has {name} {given[name]}, an earlier one "
-                                  f"{before}: the exported model has one value for all layers")
+                raise OptionError(
+                    "moe_gate",
+                    gate_name(layer.moe.gate),
+                    f"layer {index} has {name} {given[name]}, an earlier one "
+                    f"{before}: the exported model has one value for all layers",
+                )
         of_moe_layers = given
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return config | of_moe_layers, tensors
@@ -107,15 +123,18 @@ def _outside_of_layers(trained: TrainedModel) -> dict[str, Any]:
 
 def _moe(layer: MoELayer, without_eval_capacity: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.eval_capacity and not without_eval_capacity:
-        raise OptionError("moe_eval_capacity_factor", "(or token fraction)",
-                          "dropped pairs depend on the batch, and the exported model drops "
-                          "none: give --without-eval-capacity to export without it")
+        raise OptionError(
+            "moe_eval_capacity_factor",
+            "(or token fraction)",
+            "dropped pairs depend on the batch, and the exported model drops "
+            "none: give --without-eval-capacity to export without it",
+        )
     gate, single = layer.gate, layer.in_dense_phase
     routing, gate_tensors = export_gate(layer)
     tensors = {f"gate.{name}": tensor for name, tensor in gate_tensors.items()}
     used: slice | Tensor = slice(1 if single else layer.num_experts)
     if not single and (active_C := gate.active()) is not None:
-        used = active_C[:layer.num_experts]
+        used = active_C[: layer.num_experts]
     tensors |= {f"experts.{n}": weight[used] for n, weight in layer.experts.named_parameters()}
     shared = None if layer.shared is None else layer.shared.experts
     if shared is not None:

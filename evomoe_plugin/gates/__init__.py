@@ -16,8 +16,15 @@ from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.choice import Choice
 
 __all__ = [
-    "Capabilities", "Choice", "Gate", "GateContext", "LayerInfo", "ScorerOptions",
-    "gate_class", "gate_names", "register_gate",
+    "Capabilities",
+    "Choice",
+    "Gate",
+    "GateContext",
+    "LayerInfo",
+    "ScorerOptions",
+    "gate_class",
+    "gate_names",
+    "register_gate",
 ]
 
 for _module in pkgutil.iter_modules(__path__):  # importing a gate's module registers it

@@ -98,8 +98,9 @@ def _check_name(
     options: MoEOptions, capabilities: Capabilities, has_vectors: bool, name: str
 ) -> None:
     gate = f"the gate {options.moe_gate}"
-    no_null = "give --moe-null-experts" if capabilities.null_experts else (
-        f"and {gate} cannot have any")
+    no_null = (
+        "give --moe-null-experts" if capabilities.null_experts else (f"and {gate} cannot have any")
+    )
     lacks = {
         "logits_TC": "" if capabilities.logits else f"{gate} has no logits",
         "vectors_CD": "" if has_vectors else f"{gate} has no vectors of experts here",
@@ -111,6 +112,9 @@ def _check_name(
 
     usable = [*capabilities.losses, *(loss for loss in LOSSES if not reasons(loss))]
     if name not in usable:
-        reason = f"{name}: {reasons(name)[0]}" if name in LOSSES else (
-            f"no loss named {name!r} for {gate}")
+        reason = (
+            f"{name}: {reasons(name)[0]}"
+            if name in LOSSES
+            else (f"no loss named {name!r} for {gate}")
+        )
         raise OptionError("moe_aux", options.moe_aux, f"{reason}; one of: {', '.join(usable)}")

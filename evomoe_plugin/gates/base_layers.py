@@ -41,7 +41,8 @@ class BASELayersGate(Gate[ModelOptions]):
     """
 
     capabilities = Capabilities(
-        default_aux="none", null_experts=False, capacity=False, vectors=True)
+        default_aux="none", null_experts=False, capacity=False, vectors=True
+    )
 
     def __init__(self, info: LayerInfo, options: ModelOptions):
         super().__init__(info, options)
@@ -49,12 +50,15 @@ class BASELayersGate(Gate[ModelOptions]):
 
     @classmethod
     def validate(cls, options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
-        warnings = ["--moe-gate base: in training, a token's expert depends on later tokens of the "
-                    "batch too, which is not causal; evaluation takes each token's best expert"]
+        warnings = [
+            "--moe-gate base: in training, a token's expert depends on later tokens of the "
+            "batch too, which is not causal; evaluation takes each token's best expert"
+        ]
         if max(expert_counts) > MANY_EXPERTS:
             warnings.append(
                 f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to more "
-                f"than {MANY_EXPERTS} experts takes seconds per layer and step on a CPU")
+                f"than {MANY_EXPERTS} experts takes seconds per layer and step on a CPU"
+            )
         return warnings
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:

@@ -23,9 +23,12 @@ class DenseGate(Gate[ScorerOptions]):
 
     @classmethod
     def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
-        return [f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
-                "loss is constant"
-                for name in cls.aux_coefficients(options) if name in ("balance", "switch", "load")]
+        return [
+            f"--moe-aux {name}: every expert gets every token with the gate dense, so this "
+            "loss is constant"
+            for name in cls.aux_coefficients(options)
+            if name in ("balance", "switch", "load")
+        ]
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

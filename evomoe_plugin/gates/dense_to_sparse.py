@@ -76,8 +76,12 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         tau = self.temperature(context.num_updates)
         hard = self.is_hard(context.num_updates)
         noisy_TC = logits_TC
-        if self.training and self.noise == "gumbel" and not hard and (
-                context.noise_keys_T is not None):
+        if (
+            self.training
+            and self.noise == "gumbel"
+            and not hard
+            and (context.noise_keys_T is not None)
+        ):
             noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
             noisy_TC = logits_TC + noise_TC
         gates_TC = torch.softmax(noisy_TC / tau, dim=1)
@@ -87,7 +91,10 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         else:
             weights_TC = torch.softmax(logits_TC, dim=1)
         return Choice(
-            mask_TC, weights_TC, gates_TC, logits_TC,
+            mask_TC,
+            weights_TC,
+            gates_TC,
+            logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
             stats={st.TEMPERATURE: tau * context.num_tokens(x_TD)},
         )

@@ -77,8 +77,11 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     for option in ("moe_temperature_start", "moe_temperature_end"):
         check_number(options, option, "(0, inf)", "give a temperature above 0")
     if start < end and not constant:
-        raise OptionError("moe_temperature_start", start,
-                          f"the temperature decreases: give at least --moe-temperature-end ({end})")
+        raise OptionError(
+            "moe_temperature_start",
+            start,
+            f"the temperature decreases: give at least --moe-temperature-end ({end})",
+        )
     check_number(
         options,
         "moe_gate_threshold",
@@ -92,17 +95,24 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
         "give the length of the annealing in updates, 0 or more",
     )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
-        raise OptionError("moe_temperature_updates", "(not given)",
-                          "give it, or --max-update, of which the annealing is 30 % by default")
+        raise OptionError(
+            "moe_temperature_updates",
+            "(not given)",
+            "give it, or --max-update, of which the annealing is 30 % by default",
+        )
     hard, annealing = hard_updates(options), annealing_updates(options)
     if hard < -1:
         raise OptionError("moe_hard_updates", hard, "give an update number, or -1 for never")
     warnings = []
     if 0 <= hard < annealing and not constant:
-        warnings.append(f"--moe-hard-updates {hard}: routing turns hard before the annealing ends "
-                        f"at update {annealing}")
+        warnings.append(
+            f"--moe-hard-updates {hard}: routing turns hard before the annealing ends "
+            f"at update {annealing}"
+        )
     last = (options.moe_spawn_updates or 0) + max(hard, 0 if constant else annealing)
     if options.max_update and last > options.max_update:
-        warnings.append(f"--max-update {options.max_update}: the run ends before the gate's "
-                        f"schedule does at update {last}")
+        warnings.append(
+            f"--max-update {options.max_update}: the run ends before the gate's "
+            f"schedule does at update {last}"
+        )
     return warnings

@@ -68,7 +68,10 @@ class DSelectKGate(Gate[DSelectKOptions]):
     capabilities = Capabilities(
         losses=("selector_entropy", "selector_validity"),
         default_aux="selector_entropy=0.01,selector_validity=0.01",
-        logits=False, null_experts=False, zero_init=False)
+        logits=False,
+        null_experts=False,
+        zero_init=False,
+    )
 
     def __init__(self, info: LayerInfo, options: DSelectKOptions):
         super().__init__(info, options)
@@ -79,7 +82,8 @@ class DSelectKGate(Gate[DSelectKOptions]):
         # sqrt(D), so z starts within a tenth of the step: fractional, and different for each bit.
         bound = 0.1 * self.width * info.model_dim**-0.5
         self.weight = nn.Parameter(
-            torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound))
+            torch.empty(self.selectors * (1 + self.bits), info.model_dim).uniform_(-bound, bound)
+        )
 
     @classmethod
     def validate(cls, options: DSelectKOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -102,11 +106,16 @@ class DSelectKGate(Gate[DSelectKOptions]):
         weight_T = context.loss_weights_T
         invalid_TK = 1 / valid_TK.clamp(min=LEAST_VALID_MASS, max=1) - 1
         return Choice(
-            weights_TE > 0, weights_TE, weights_TE,
+            weights_TE > 0,
+            weights_TE,
+            weights_TE,
             aux={
                 "selector_entropy": torch.stack(
-                    [entropy_loss(probs_TC=selected_TE, weight_T=weight_T)
-                     for selected_TE in selected_TKE.unbind(1)]).sum(),
+                    [
+                        entropy_loss(probs_TC=selected_TE, weight_T=weight_T)
+                        for selected_TE in selected_TKE.unbind(1)
+                    ]
+                ).sum(),
                 "selector_validity": weighted_mean(invalid_TK, weight_T).sum(),
             },
         )

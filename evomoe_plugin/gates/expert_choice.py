@@ -42,8 +42,9 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
     """
 
     Options = ExpertChoiceOptions
-    capabilities = Capabilities(default_aux="none", null_experts=False, capacity=False,
-                                keeps_copies_equal=True)
+    capabilities = Capabilities(
+        default_aux="none", null_experts=False, capacity=False, keeps_copies_equal=True
+    )
 
     def __init__(self, info: LayerInfo, options: ExpertChoiceOptions):
         super().__init__(info, options)
@@ -62,16 +63,23 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             "larger --moe-expert-count",
         )
         if not options.moe_allow_noncausal:
-            raise OptionError("moe_gate", "expert_choice",
-                              "experts choose among all tokens of a batch, so outputs depend on "
-                              "later tokens, which a causal model must not: use top_k, or give "
-                              "--moe-allow-noncausal to train anyway")
+            raise OptionError(
+                "moe_gate",
+                "expert_choice",
+                "experts choose among all tokens of a batch, so outputs depend on "
+                "later tokens, which a causal model must not: use top_k, or give "
+                "--moe-allow-noncausal to train anyway",
+            )
         return [
             "--moe-gate expert_choice: training is not causal, and evaluation routes each token to "
             "its best experts instead: perplexity is worse than the training loss suggests",
-            *(f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
-              "expert_choice, so this loss is constant"
-              for name in cls.aux_coefficients(options) if name in ("balance", "switch"))]
+            *(
+                f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
+                "expert_choice, so this loss is constant"
+                for name in cls.aux_coefficients(options)
+                if name in ("balance", "switch")
+            ),
+        ]
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
@@ -91,7 +99,8 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
         order_TE = probs_TE.argsort(dim=0, descending=True, stable=True)
         place_T1 = torch.arange(probs_TE.size(0), device=probs_TE.device).unsqueeze(1)
         return torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
-            0, order_TE, (place_T1 < capacity).expand_as(order_TE))
+            0, order_TE, (place_T1 < capacity).expand_as(order_TE)
+        )
 
 
 def _eval_top_k(options: ExpertChoiceOptions) -> int:

@@ -95,7 +95,8 @@ class Gate(nn.Module, Generic[OptionsT]):
         self.shared_weights: SharedWeights | None = None
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
-                info.model_dim, options.moe_shared_experts, options.moe_shared_combine)
+                info.model_dim, options.moe_shared_experts, options.moe_shared_combine
+            )
         self.aux_names = tuple(self.aux_coefficients(options))
         self.null_rate_target = options.moe_null_rate_target
         self.drop_policy = options.moe_drop_policy or "position"
@@ -126,7 +127,8 @@ class Gate(nn.Module, Generic[OptionsT]):
         """
         has_vectors = cls.capabilities.vectors or (
             hasattr(cls.Options, "moe_scorer")
-            and SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS)
+            and SCORERS[cast(ScorerOptions, options).moe_scorer].HAS_VECTORS
+        )
         return auxiliary.coefficients(options, cls.capabilities, has_vectors)
 
     @classmethod
@@ -151,16 +153,19 @@ class Gate(nn.Module, Generic[OptionsT]):
         """The statistics of the gate's choices for an empty batch: scalars, which are logged, and
         vectors for `after_update`."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return {**dict.fromkeys(self.capabilities.stats, zero),
-                st.REQUESTED_C: zero.expand(self.info.num_candidates)}
+        return {
+            **dict.fromkeys(self.capabilities.stats, zero),
+            st.REQUESTED_C: zero.expand(self.info.num_candidates),
+        }
 
     @property
     def learns_after_updates(self) -> bool:
         """Whether `after_update` must be called."""
         return type(self).after_update is not Gate.after_update
 
-    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
-                     layers: Mapping[str, Tensor]) -> None:
+    def after_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
         """Change buffers after an update, by its routing on all ranks.
 
         Args:
@@ -204,8 +209,14 @@ class Gate(nn.Module, Generic[OptionsT]):
                 weights_TC = weights_TC * routed_T.unsqueeze(1)
             with torch.no_grad():
                 stats = routing_stats(choice, context.token_mask_T, self.num_experts)
-            return self._plan(choice, weights_TC, context, aux=aux, stats=stats,
-                              shared_weights_TS=shared_weights_TS)
+            return self._plan(
+                choice,
+                weights_TC,
+                context,
+                aux=aux,
+                stats=stats,
+                shared_weights_TS=shared_weights_TS,
+            )
 
     def _aux(self, choice: Choice, weight_T: Tensor | None) -> dict[str, Tensor]:
         vectors_CD = None
@@ -213,12 +224,17 @@ class Gate(nn.Module, Generic[OptionsT]):
             # As precise as the gate computes, whatever the dtype of the parameters.
             vectors_CD = self.vectors().to(choice.probs_TC.dtype)
         given = {
-            **vars(choice), "weight_T": weight_T, "active_C": self.active(),
-            "vectors_CD": vectors_CD, "num_null": self.info.num_null,
+            **vars(choice),
+            "weight_T": weight_T,
+            "active_C": self.active(),
+            "vectors_CD": vectors_CD,
+            "num_null": self.info.num_null,
             "target": self.null_rate_target,
         }
-        return {name: choice.aux[name] if name in choice.aux else auxiliary.compute(name, given)
-                for name in self.aux_names}
+        return {
+            name: choice.aux[name] if name in choice.aux else auxiliary.compute(name, given)
+            for name in self.aux_names
+        }
 
     def _plan(
         self, choice: Choice, weights_TC: Tensor, context: GateContext, **fields: Any
@@ -255,8 +271,10 @@ _GATES: dict[str, type[Gate]] = {}
 _listeners: list[Callable[[type[Gate]], None]] = []
 
 
-_FORMER_FLAGS = ("SCORERS LOSSES DEFAULT_AUX STATS HAS_LOGITS TAKES_NULL TAKES_CAPACITY "
-                 "HAS_WEIGHTS LEARNS_FROM_ZERO KEEPS_ALIKE").split()
+_FORMER_FLAGS = (
+    "SCORERS LOSSES DEFAULT_AUX STATS HAS_LOGITS TAKES_NULL TAKES_CAPACITY "
+    "HAS_WEIGHTS LEARNS_FROM_ZERO KEEPS_ALIKE"
+).split()
 
 
 def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
@@ -271,8 +289,10 @@ def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
         if _GATES.get(name, cls) is not cls:
             raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
         if flags := [name for name in _FORMER_FLAGS if hasattr(cls, name)]:
-            raise ValueError(f"{cls.__name__}: {', '.join(flags)} have no effect any more: give "
-                             "capabilities = Capabilities(…)")
+            raise ValueError(
+                f"{cls.__name__}: {', '.join(flags)} have no effect any more: give "
+                "capabilities = Capabilities(…)"
+            )
         for option in own_options(cls):
             _check_option(cls, option)
         for listener in _listeners:
@@ -314,8 +334,9 @@ def gate_class(name: str) -> type[Gate]:
 def own_options(cls: type[Gate]) -> list[dataclasses.Field]:
     """The options of a gate, without those of every model."""
     of_models = ModelOptions.__dataclass_fields__
-    return [field for field in dataclasses.fields(cls.Options)
-            if of_models.get(field.name) is not field]
+    return [
+        field for field in dataclasses.fields(cls.Options) if of_models.get(field.name) is not field
+    ]
 
 
 def option_fields() -> dict[str, dataclasses.Field]:
@@ -336,17 +357,29 @@ def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[s
     for name, field in option_fields().items():
         if name not in used and getattr(options, name, field.default) != field.default:
             users = [gate for gate in gate_names() if hasattr(_GATES[gate].Options, name)]
-            raise OptionError(name, getattr(options, name),
-                              f"the gate {options.moe_gate} does not use it: leave it out, or "
-                              f"use a gate that does ({', '.join(users)})")
+            raise OptionError(
+                name,
+                getattr(options, name),
+                f"the gate {options.moe_gate} does not use it: leave it out, or "
+                f"use a gate that does ({', '.join(users)})",
+            )
     if options.moe_null_experts and not cls.capabilities.null_experts:
-        raise OptionError("moe_null_experts", options.moe_null_experts,
-                          f"the gate {options.moe_gate} cannot select null experts: give 0")
+        raise OptionError(
+            "moe_null_experts",
+            options.moe_null_experts,
+            f"the gate {options.moe_gate} cannot select null experts: give 0",
+        )
     if "moe_scorer" in used:
         validate_scorer(cast(ScorerOptions, options), cls.capabilities.scorers)
-    if options.moe_shared_experts and options.moe_shared_combine == "softmax" and (
-            not cls.capabilities.logits):
-        raise OptionError("moe_shared_combine", "softmax",
-                          f"the gate {options.moe_gate} has no logits: give add or mix")
+    if (
+        options.moe_shared_experts
+        and options.moe_shared_combine == "softmax"
+        and (not cls.capabilities.logits)
+    ):
+        raise OptionError(
+            "moe_shared_combine",
+            "softmax",
+            f"the gate {options.moe_gate} has no logits: give add or mix",
+        )
     cls.aux_coefficients(options)
     return cls.validate(options, expert_counts)

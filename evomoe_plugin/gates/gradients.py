@@ -17,8 +17,9 @@ class _AttachZeroGrads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return grad, *(torch.zeros(shape, dtype=dtype, device=device)
-                       for shape, dtype, device in ctx.like)
+        return grad, *(
+            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like
+        )
 
 
 def attach_zero_grads(y: Tensor, module: nn.Module) -> Tensor:

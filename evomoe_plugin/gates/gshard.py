@@ -65,9 +65,12 @@ class GShardGate(Gate[GShardOptions]):
     def validate(cls, options: GShardOptions, expert_counts: Sequence[int]) -> list[str]:
         check_choice(options, "moe_second_expert_policy", POLICIES)
         if min(expert_counts) + options.moe_null_experts < 2:
-            raise OptionError("moe_expert_count", options.moe_expert_count,
-                              "the gate gshard selects two candidates: give at least 2 experts, "
-                              "or --moe-gate switch")
+            raise OptionError(
+                "moe_expert_count",
+                options.moe_expert_count,
+                "the gate gshard selects two candidates: give at least 2 experts, "
+                "or --moe-gate switch",
+            )
         if options.moe_normalize_gate_prob_before_dropping:
             cls._validate_normalization(options)
         return validate_priority(options)
@@ -76,15 +79,21 @@ class GShardGate(Gate[GShardOptions]):
     def _validate_normalization(cls, options: GShardOptions) -> None:
         option = "moe_normalize_gate_prob_before_dropping"
         if options.moe_renormalize_after_drop:
-            raise OptionError(option, True, "--moe-renormalize-after-drop normalises again after "
-                                            "dropping: leave one of them out")
+            raise OptionError(
+                option,
+                True,
+                "--moe-renormalize-after-drop normalises again after "
+                "dropping: leave one of them out",
+            )
         drops = options.moe_second_expert_policy == "random" or (
             options.moe_capacity_factor is not None
             or options.moe_eval_capacity_factor is not None
-            or options.moe_eval_capacity_token_fraction != -1)
+            or options.moe_eval_capacity_token_fraction != -1
+        )
         if not drops:
-            raise OptionError(option, True, "nothing is dropped: leave it out, or give "
-                                            "--moe-capacity-factor")
+            raise OptionError(
+                option, True, "nothing is dropped: leave it out, or give --moe-capacity-factor"
+            )
 
     @classmethod
     def renormalizes_after_drop(cls, options: GShardOptions) -> bool:
@@ -112,7 +121,10 @@ class GShardGate(Gate[GShardOptions]):
         if self.prioritized:
             priority_TC = priority_TC + probs_TC.detach().amax(1, keepdim=True).double()
         return Choice(
-            mask_TC, weights_TC, probs_TC, logits_TC,
+            mask_TC,
+            weights_TC,
+            probs_TC,
+            logits_TC,
             priority_TC=priority_TC,
             balance_mask_TC=first_TC,
         )

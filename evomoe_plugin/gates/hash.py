@@ -96,8 +96,9 @@ class HashGate(Gate[HashOptions]):
     """
 
     Options = HashOptions
-    capabilities = Capabilities(default_aux="none", logits=False, null_experts=False,
-                                gate_init=False, fixed_k=True)
+    capabilities = Capabilities(
+        default_aux="none", logits=False, null_experts=False, gate_init=False, fixed_k=True
+    )
 
     table_V: Tensor
 
@@ -105,8 +106,11 @@ class HashGate(Gate[HashOptions]):
         super().__init__(info, options)
         counts_V, E = info.token_counts_V, info.num_experts
         if not counts_V:
-            raise OptionError("moe_gate", "hash", "it assigns an expert to each token id, and "
-                                                  "no vocabulary is known here")
+            raise OptionError(
+                "moe_gate",
+                "hash",
+                "it assigns an expert to each token id, and no vocabulary is known here",
+            )
         if options.moe_hash == "random":
             table_V = random_table(len(counts_V), E, info.layer_id, info.seed)
         elif options.moe_hash == "balanced":

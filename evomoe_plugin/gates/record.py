@@ -53,10 +53,16 @@ class RoutingRecord(nn.Module):
 
     def zeros(self, device: torch.device) -> dict[str, Tensor]:
         """The result of `measure` while recording is off."""
-        sizes = {"recorded_routed": self.routed_E.numel(), "recorded_unrouted": 1,
-                 "recorded_unrouted_sum": self.unrouted_sum_D.numel()}
-        return {name: torch.zeros(size, dtype=torch.float64, device=device)
-                for name, size in sizes.items() if self.is_wanted}
+        sizes = {
+            "recorded_routed": self.routed_E.numel(),
+            "recorded_unrouted": 1,
+            "recorded_unrouted_sum": self.unrouted_sum_D.numel(),
+        }
+        return {
+            name: torch.zeros(size, dtype=torch.float64, device=device)
+            for name, size in sizes.items()
+            if self.is_wanted
+        }
 
     def begin(self) -> None:
         """Clear the record and start recording."""
@@ -85,8 +91,9 @@ class RoutingRecord(nn.Module):
             return num_updates % self.interval == 0
         return self._state == _ENDING
 
-    def measure(self, x_TD: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None,
-                num_updates: int) -> dict[str, Tensor]:
+    def measure(
+        self, x_TD: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None, num_updates: int
+    ) -> dict[str, Tensor]:
         """The sums to record for these tokens, fp64; zeros while recording is off.
 
         Args:
@@ -104,8 +111,11 @@ class RoutingRecord(nn.Module):
             unrouted_T = unrouted_T & token_mask_T
         # masked_fill instead of a product: padding may hold NaN.
         lost_TD = x_TD.detach().masked_fill(~unrouted_T.unsqueeze(1), 0.0)
-        values = (mask_TE.sum(0).double(), unrouted_T.sum().double().view(1),
-                  lost_TD.sum(0, dtype=torch.float64))
+        values = (
+            mask_TE.sum(0).double(),
+            unrouted_T.sum().double().view(1),
+            lost_TD.sum(0, dtype=torch.float64),
+        )
         return dict(zip(zeros, values, strict=True))
 
     def add(self, measured: Mapping[str, Tensor], num_updates: int) -> None:

@@ -59,8 +59,13 @@ class ReluGate(Gate[ReluOptions]):
 
     Options = ReluOptions
     # From 0 no logit would be above 0, no expert have a token, and no parameter a gradient.
-    capabilities = Capabilities(losses=("l1",), default_aux="l1=1", stats=(st.COEFFICIENT,),
-                                null_experts=False, zero_init=False)
+    capabilities = Capabilities(
+        losses=("l1",),
+        default_aux="l1=1",
+        stats=(st.COEFFICIENT,),
+        null_experts=False,
+        zero_init=False,
+    )
 
     def __init__(self, info: LayerInfo, options: ReluOptions):
         super().__init__(info, options)
@@ -80,8 +85,10 @@ class ReluGate(Gate[ReluOptions]):
         )
         if cls.aux_coefficients(options).get("l1"):
             return []
-        return ["--moe-aux without l1: nothing drives the number of experts per token towards "
-                "--moe-top-k"]
+        return [
+            "--moe-aux without l1: nothing drives the number of experts per token towards "
+            "--moe-top-k"
+        ]
 
     @property
     def coefficient(self) -> Tensor:
@@ -92,10 +99,17 @@ class ReluGate(Gate[ReluOptions]):
         logits_TE = self.score(x_TD)
         weights_TE = torch.relu(logits_TE)
         mask_TE = weights_TE > 0
-        l1 = balanced_l1_loss(weights_TE=weights_TE, mask_TE=mask_TE, top_k=self.top_k,
-                              weight_T=context.loss_weights_T)
+        l1 = balanced_l1_loss(
+            weights_TE=weights_TE,
+            mask_TE=mask_TE,
+            top_k=self.top_k,
+            weight_T=context.loss_weights_T,
+        )
         return Choice(
-            mask_TE, weights_TE, _shares(weights_TE), logits_TE,
+            mask_TE,
+            weights_TE,
+            _shares(weights_TE),
+            logits_TE,
             aux={"l1": self.coefficient.to(l1.dtype, copy=True) * l1},
             stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
         )
@@ -104,16 +118,18 @@ class ReluGate(Gate[ReluOptions]):
     def learns_after_updates(self) -> bool:
         return "l1" in self.aux_names
 
-    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
-                     layers: Mapping[str, Tensor]) -> None:
+    def after_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
         pairs = layers[st.PAIRS].sum()
         if st.DROPPED in layers:
             pairs = pairs + layers[st.DROPPED].sum()
         # sparsity = 1 - pairs / (E T): below its target exactly when tokens have more than k.
         excess = pairs - self.top_k * layers[st.TOKENS].sum()
         self.coefficient.mul_(self.l1_factor ** torch.sign(excess))
-        self.coefficient.clamp_(self.l1_start / COEFFICIENT_RANGE,
-                                self.l1_start * COEFFICIENT_RANGE)
+        self.coefficient.clamp_(
+            self.l1_start / COEFFICIENT_RANGE, self.l1_start * COEFFICIENT_RANGE
+        )
 
 
 def _shares(weights_TE: Tensor) -> Tensor:

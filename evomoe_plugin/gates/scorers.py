@@ -139,7 +139,10 @@ class GMMScorer(CosineScorer):
 
 
 SCORERS: dict[str, type[Scorer]] = {
-    "linear": LinearScorer, "mlp": MLPScorer, "gmm": GMMScorer, "cosine": CosineScorer,
+    "linear": LinearScorer,
+    "mlp": MLPScorer,
+    "gmm": GMMScorer,
+    "cosine": CosineScorer,
     "sigmoid": SigmoidScorer,
 }
 SOFTMAX_SCORERS = ("linear", "mlp", "gmm", "cosine")
@@ -150,15 +153,23 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
     scorer = options.moe_scorer
     if scorer not in allowed:
         known = "; unknown scorer" if scorer not in SCORERS else ""
-        raise OptionError("moe_scorer", scorer,
-                          f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}")
+        raise OptionError(
+            "moe_scorer",
+            scorer,
+            f"with --moe-gate {options.moe_gate} one of: {', '.join(allowed)}{known}",
+        )
     check_number(options, "moe_scorer_dim", "[1, inf)", "give a width of at least 1")
     check_number(options, "moe_scorer_dropout", "[0, 1)", "give 0 or more and less than 1")
     if scorer not in ("mlp", "gmm") and options.moe_scorer_dim != ScorerOptions.moe_scorer_dim:
-        raise OptionError("moe_scorer_dim", options.moe_scorer_dim,
-                          f"the scorer {scorer} has no hidden width: leave it out, or "
-                          "give --moe-scorer mlp or gmm")
+        raise OptionError(
+            "moe_scorer_dim",
+            options.moe_scorer_dim,
+            f"the scorer {scorer} has no hidden width: leave it out, or "
+            "give --moe-scorer mlp or gmm",
+        )
     if options.moe_scorer_dropout and scorer != "mlp":
-        raise OptionError("moe_scorer_dropout", options.moe_scorer_dropout,
-                          f"the scorer {scorer} has no hidden layer: leave it out, or give "
-                          "--moe-scorer mlp")
+        raise OptionError(
+            "moe_scorer_dropout",
+            options.moe_scorer_dropout,
+            f"the scorer {scorer} has no hidden layer: leave it out, or give --moe-scorer mlp",
+        )

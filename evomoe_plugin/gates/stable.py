@@ -71,8 +71,13 @@ class StableGate(Gate[StableOptions]):
 
     Options = StableOptions
     capabilities = Capabilities(
-        losses=("greedy_balance", "distill"), default_aux="greedy_balance=0.3,distill=0.3",
-        null_experts=False, zero_init=False, vectors=True, fixed_k=True)
+        losses=("greedy_balance", "distill"),
+        default_aux="greedy_balance=0.3,distill=0.3",
+        null_experts=False,
+        zero_init=False,
+        vectors=True,
+        fixed_k=True,
+    )
 
     table_V: Tensor
     frozen_at: Tensor
@@ -81,8 +86,9 @@ class StableGate(Gate[StableOptions]):
         super().__init__(info, options)
         vocabulary, dim = len(info.token_counts_V), options.moe_stable_dim
         if not vocabulary:
-            raise OptionError("moe_gate", "stable", "it routes by token ids, and no vocabulary is "
-                                                    "known here")
+            raise OptionError(
+                "moe_gate", "stable", "it routes by token ids, and no vocabulary is known here"
+            )
         self.stable_updates = stable_updates(options)
         self.scorer = centroids(info)
         self.word_embedding = nn.Parameter(torch.randn(vocabulary, dim) * dim**-0.5)
@@ -97,17 +103,23 @@ class StableGate(Gate[StableOptions]):
         check_number(options, "moe_stable_updates", "[0, inf)", "give 0 or more")
         check_number(options, "moe_stable_dim", "[1, inf)", "give a width of at least 1")
         if options.moe_stable_updates is None and not options.max_update:
-            raise OptionError("moe_stable_updates", "(not given)",
-                              "give it, or --max-update, of which stage 1 is 10 % by default")
+            raise OptionError(
+                "moe_stable_updates",
+                "(not given)",
+                "give it, or --max-update, of which stage 1 is 10 % by default",
+            )
         warnings = []
         if not cls.aux_coefficients(options).get("distill") or stable_updates(options) == 0:
             warnings.append(
                 "--moe-gate stable: the frozen routing will be that of an untrained router; "
-                "--moe-aux distill=0.3 trains it until --moe-stable-updates")
+                "--moe-aux distill=0.3 trains it until --moe-stable-updates"
+            )
         frozen = stable_updates(options) + (options.moe_spawn_updates or 0)
         if options.max_update and frozen >= options.max_update:
-            warnings.append(f"--max-update {options.max_update}: the run ends before routing is "
-                            f"frozen at update {frozen}")
+            warnings.append(
+                f"--max-update {options.max_update}: the run ends before routing is "
+                f"frozen at update {frozen}"
+            )
         return warnings
 
     def flops_per_token(self) -> int:
@@ -141,10 +153,14 @@ class StableGate(Gate[StableOptions]):
         words_TE = self._word_logits(F.embedding(token_ids_T, self.word_embedding))
         loss_T = F.cross_entropy(words_TE, expert_T, reduction="none")
         return Choice(
-            mask_TE, scores_TE, torch.softmax(logits_TE, dim=1), logits_TE,
+            mask_TE,
+            scores_TE,
+            torch.softmax(logits_TE, dim=1),
+            logits_TE,
             aux={
                 "greedy_balance": greedy_balance_loss(
-                    scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T),
+                    scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T
+                ),
                 "distill": weighted_mean(loss_T.unsqueeze(1), weight_T).squeeze(0),
             },
         )
@@ -153,7 +169,10 @@ class StableGate(Gate[StableOptions]):
         logits_TE = self.score(x_TD)
         mask_TE = F.one_hot(self.table_V[token_ids_T], self.num_experts).bool()
         return Choice(
-            mask_TE, torch.sigmoid(logits_TE), mask_TE.to(logits_TE.dtype), logits_TE,
+            mask_TE,
+            torch.sigmoid(logits_TE),
+            mask_TE.to(logits_TE.dtype),
+            logits_TE,
             aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 

@@ -26,8 +26,10 @@ class SwitchGate(Gate[ScorerOptions]):
     def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
         if not options.moe_renormalize_after_drop:
             return []
-        return ["--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
-                "or dropped; this changes nothing"]
+        return [
+            "--moe-renormalize-after-drop: the gate switch selects one expert, which is kept "
+            "or dropped; this changes nothing"
+        ]
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD)

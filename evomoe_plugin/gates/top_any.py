@@ -78,8 +78,13 @@ class TopAnyGate(Gate[TopAnyOptions]):
     # No logits: scores are compared with thresholds, not with each other. No null experts: a token
     # may have no expert anyway.
     capabilities = Capabilities(
-        losses=("efficiency",), default_aux="diversity=1,simplicity=1", logits=False,
-        null_experts=False, zero_init=False, vectors=True)
+        losses=("efficiency",),
+        default_aux="diversity=1,simplicity=1",
+        logits=False,
+        null_experts=False,
+        zero_init=False,
+        vectors=True,
+    )
 
     active_E: Tensor
     record: RoutingRecord
@@ -111,9 +116,12 @@ class TopAnyGate(Gate[TopAnyOptions]):
         start, most = max(expert_counts), options.moe_max_experts
         check_number(options, "moe_max_experts", "[0, inf)", "give 0 or more")
         if 0 < most < start:
-            raise OptionError("moe_max_experts", most,
-                              f"a layer starts with {start} experts: give at least that, or a "
-                              "smaller --moe-expert-count")
+            raise OptionError(
+                "moe_max_experts",
+                most,
+                f"a layer starts with {start} experts: give at least that, or a "
+                "smaller --moe-expert-count",
+            )
         return cls._validate_adaptation(options, min(expert_counts))
 
     @classmethod
@@ -123,28 +131,39 @@ class TopAnyGate(Gate[TopAnyOptions]):
             check_number(options, option, "[0, inf)", "give a number of updates, 0 or more")
         window = options.moe_adapt_window
         if window and not interval:
-            raise OptionError("moe_adapt_window", window,
-                              "routing is not recorded: leave it out, or give "
-                              "--moe-adapt-record-interval")
+            raise OptionError(
+                "moe_adapt_window",
+                window,
+                "routing is not recorded: leave it out, or give --moe-adapt-record-interval",
+            )
         if window > interval:
-            raise OptionError("moe_adapt_window", window,
-                              f"give at most --moe-adapt-record-interval ({interval})")
+            raise OptionError(
+                "moe_adapt_window", window, f"give at most --moe-adapt-record-interval ({interval})"
+            )
         if interval and options.moe_max_experts <= start:
-            raise OptionError("moe_adapt_record_interval", interval,
-                              "there is no slot for another expert: give --moe-max-experts above "
-                              f"{start}, or a smaller --moe-expert-count")
+            raise OptionError(
+                "moe_adapt_record_interval",
+                interval,
+                "there is no slot for another expert: give --moe-max-experts above "
+                f"{start}, or a smaller --moe-expert-count",
+            )
         check_choice(options, "moe_adapt_source", ("most_used", "keep"))
         check_number(options, "moe_adapt_noise", "[0, inf)", "give 0 or more")
         if options.moe_adapt_source == "keep" and (
-                options.moe_adapt_noise != TopAnyOptions.moe_adapt_noise):
-            raise OptionError("moe_adapt_noise", options.moe_adapt_noise,
-                              "--moe-adapt-source keep copies nothing: leave it out, or give "
-                              "most_used")
+            options.moe_adapt_noise != TopAnyOptions.moe_adapt_noise
+        ):
+            raise OptionError(
+                "moe_adapt_noise",
+                options.moe_adapt_noise,
+                "--moe-adapt-source keep copies nothing: leave it out, or give most_used",
+            )
         if options.moe_max_experts <= start or interval:
             return []
-        return [f"--moe-max-experts {options.moe_max_experts} without --moe-adapt-record-interval: "
-                "experts are added only if the model's begin_record_routing() and "
-                "end_record_routing() are called"]
+        return [
+            f"--moe-max-experts {options.moe_max_experts} without --moe-adapt-record-interval: "
+            "experts are added only if the model's begin_record_routing() and "
+            "end_record_routing() are called"
+        ]
 
     def vectors(self) -> Tensor:
         return self.weight
@@ -164,8 +183,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
         threshold_E = scale * self.threshold.to(dtype)
         # Not the sigmoids, which saturate.
         mask_TE = (logits_TE > threshold_E) & self.active_E
-        stats = dict(self.record.measure(x_TD, mask_TE, context.token_mask_T,
-                                         context.num_updates))
+        stats = dict(self.record.measure(x_TD, mask_TE, context.token_mask_T, context.num_updates))
         if not self.training:
             mask_TE = mask_TE | self._best_of_unrouted(logits_TE, mask_TE)
 
@@ -178,7 +196,10 @@ class TopAnyGate(Gate[TopAnyOptions]):
             weights_TE = _shares(reached_TE * scores_TE, routed_T1)
         stats[st.EXPERTS] = self.active_E.sum().double() * context.num_tokens(x_TD)
         return Choice(
-            mask_TE, weights_TE, share_TE, logits_TE,
+            mask_TE,
+            weights_TE,
+            share_TE,
+            logits_TE,
             aux=self._losses(reached_TE, share_TE, mask_TE, context.loss_weights_T),
             stats=stats,
         )
@@ -194,8 +215,9 @@ class TopAnyGate(Gate[TopAnyOptions]):
         margin_TE = margin_TE.masked_fill(~learns_TE, 0.0)
         return mask_TE.to(margin_TE.dtype) + (margin_TE - margin_TE.detach())
 
-    def _losses(self, reached_TE: Tensor, share_TE: Tensor, mask_TE: Tensor,
-                weight_T: Tensor | None) -> Mapping[str, Tensor]:
+    def _losses(
+        self, reached_TE: Tensor, share_TE: Tensor, mask_TE: Tensor, weight_T: Tensor | None
+    ) -> Mapping[str, Tensor]:
         aux = {}
         num_active = self.active_E.sum()
         if "efficiency" in self.aux_names:
@@ -217,8 +239,9 @@ class TopAnyGate(Gate[TopAnyOptions]):
     def learns_after_updates(self) -> bool:
         return self.record.is_wanted
 
-    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
-                     layers: Mapping[str, Tensor]) -> None:
+    def after_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
         self.record.add(own, num_updates)
 
 

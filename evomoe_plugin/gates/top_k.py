@@ -84,13 +84,18 @@ class TopKGate(Gate[TopKOptions]):
             "scores are at most 1: give a number from 0 to 1, such as 0.001",
         )
         if options.moe_sample_top_k and options.moe_bias_update_rate:
-            raise OptionError("moe_sample_top_k", options.moe_sample_top_k,
-                              "sampling ignores the bias, which would grow without bound: leave "
-                              "out this or --moe-bias-update-rate")
+            raise OptionError(
+                "moe_sample_top_k",
+                options.moe_sample_top_k,
+                "sampling ignores the bias, which would grow without bound: leave "
+                "out this or --moe-bias-update-rate",
+            )
         warnings = validate_priority(options)
         if options.moe_top_k_weights == "renormalized" and options.moe_top_k == 1:
-            warnings.append("--moe-top-k-weights renormalized: with --moe-top-k 1 the weight is "
-                            "always 1, so the gate learns from auxiliary losses only")
+            warnings.append(
+                "--moe-top-k-weights renormalized: with --moe-top-k 1 the weight is "
+                "always 1, so the gate learns from auxiliary losses only"
+            )
         return warnings
 
     @property
@@ -114,7 +119,10 @@ class TopKGate(Gate[TopKOptions]):
         if self.prioritized:
             priority_TC = scores_TC.amax(1, keepdim=True).expand_as(scores_TC)
         return Choice(
-            mask_TC, weights_TC, probs_TC, logits_TC,
+            mask_TC,
+            weights_TC,
+            probs_TC,
+            logits_TC,
             priority_TC=priority_TC,
         )
 
@@ -131,7 +139,8 @@ class TopKGate(Gate[TopKOptions]):
     def learns_after_updates(self) -> bool:
         return self.bias_update_rate > 0
 
-    def after_update(self, num_updates: int, own: Mapping[str, Tensor],
-                     layers: Mapping[str, Tensor]) -> None:
+    def after_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
         load_C = own[st.REQUESTED_C]
         self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)

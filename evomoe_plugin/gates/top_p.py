@@ -83,17 +83,22 @@ class TopPGate(Gate[TopPOptions]):
         if options.moe_top_p == 0:
             validate_top_k(options, expert_counts)
             if options.moe_top_k == 1:
-                warnings.append("--moe-top-p 0 --moe-top-k 1: the weight of the one selected "
-                                f"candidate is 1; the gate {only}")
+                warnings.append(
+                    "--moe-top-p 0 --moe-top-k 1: the weight of the one selected "
+                    f"candidate is 1; the gate {only}"
+                )
         elif options.moe_top_k != TopKCountOptions.moe_top_k:
             warnings.append(
                 f"--moe-top-k {options.moe_top_k}: --moe-top-p {options.moe_top_p} determines how "
-                "many candidates are selected; give --moe-top-p 0 to use --moe-top-k")
+                "many candidates are selected; give --moe-top-p 0 to use --moe-top-k"
+            )
         if options.moe_top_p_weights == "uniform":
             warnings.append(f"--moe-top-p-weights uniform: the gate {only}")
         if options.moe_top_p_weights == "sparsemixer":
-            warnings.append("--moe-top-p-weights sparsemixer: except for tokens with near ties, "
-                            f"the gate {only}")
+            warnings.append(
+                "--moe-top-p-weights sparsemixer: except for tokens with near ties, "
+                f"the gate {only}"
+            )
         return warnings
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
@@ -110,7 +115,8 @@ class TopPGate(Gate[TopPOptions]):
         else:
             rank_C = torch.arange(logits_TC.size(1), device=logits_TC.device)
             mask_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter_(
-                1, order_TC, rank_C < count_T1)
+                1, order_TC, rank_C < count_T1
+            )
             values_TC = probs_TC if self.weights == "softmax" else torch.ones_like(probs_TC)
         return Choice(mask_TC, normalized(values_TC, mask_TC), probs_TC, logits_TC)
 
@@ -157,8 +163,9 @@ def sparsemixer(
             noise_TC = gumbel(fold(fold(keys_T, _SELECTION_STREAM), r), columns)
             ranked_TC = bare_TC + noise_TC.to(bare_TC.dtype)
         selected_T1 = ranked_TC.masked_fill(~near_TC, float("-inf")).argmax(1, keepdim=True)
-        value_T1 = torch.softmax(
-            logits_TC.masked_fill(~near_TC, float("-inf")), dim=1).gather(1, selected_T1)
+        value_T1 = torch.softmax(logits_TC.masked_fill(~near_TC, float("-inf")), dim=1).gather(
+            1, selected_T1
+        )
         if keys_T is not None:
             chance_T1 = uniform(fold(fold(keys_T, _SCALE_STREAM), r), 1)
             whole_T1 = (bare_TC.gather(1, selected_T1) == largest_T1) | (chance_T1 > 0.75)

@@ -35,9 +35,12 @@ def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> N
     check_number(options, "moe_top_k", "[1, inf)", "give 1 or more")
     candidates = min(expert_counts) + options.moe_null_experts
     if options.moe_top_k > candidates:
-        raise OptionError("moe_top_k", options.moe_top_k,
-                          f"an MoE layer has {candidates} candidates: give at most that, or a "
-                          "larger --moe-expert-count")
+        raise OptionError(
+            "moe_top_k",
+            options.moe_top_k,
+            f"an MoE layer has {candidates} candidates: give at most that, or a "
+            "larger --moe-expert-count",
+        )
 
 
 def validate_priority(options: PriorityOptions) -> list[str]:
@@ -45,15 +48,21 @@ def validate_priority(options: PriorityOptions) -> list[str]:
     if not options.moe_batch_prioritized_routing:
         return []
     if options.moe_capacity_factor is None:
-        raise OptionError("moe_batch_prioritized_routing", True,
-                          "experts have no capacity in training: leave it out, or give "
-                          "--moe-capacity-factor")
+        raise OptionError(
+            "moe_batch_prioritized_routing",
+            True,
+            "experts have no capacity in training: leave it out, or give --moe-capacity-factor",
+        )
     if options.moe_drop_policy not in (None, "position"):
-        raise OptionError("moe_drop_policy", options.moe_drop_policy,
-                          "--moe-batch-prioritized-routing already sets the priority: leave one "
-                          "of them out")
-    return ["--moe-batch-prioritized-routing: in training, later tokens can displace earlier ones, "
-            "which is not causal; evaluation has no capacity by default"]
+        raise OptionError(
+            "moe_drop_policy",
+            options.moe_drop_policy,
+            "--moe-batch-prioritized-routing already sets the priority: leave one of them out",
+        )
+    return [
+        "--moe-batch-prioritized-routing: in training, later tokens can displace earlier ones, "
+        "which is not causal; evaluation has no capacity by default"
+    ]
 
 
 def selection_mask(ids_TK: Tensor, num_candidates: int) -> Tensor:

@@ -47,7 +47,9 @@ class Generation:
 
 
 def generate(
-    trained: TrainedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+    trained: TrainedModel,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
     device: torch.device | str = "cpu",
 ) -> Generation:
     """Continue each of `prompts`, given as token ids.
@@ -65,18 +67,26 @@ def generate(
     longest = model.max_decoder_positions() - 2  # the start and one new token
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > longest:
-            raise OptionError("prompt", f"(number {number})", f"has {len(prompt)} tokens: give at "
-                              f"most {longest}, which leaves a position for one new token")
+            raise OptionError(
+                "prompt",
+                f"(number {number})",
+                f"has {len(prompt)} tokens: give at "
+                f"most {longest}, which leaves a position for one new token",
+            )
         if dictionary.eos() in prompt:
-            raise OptionError("prompt", f"(number {number})", "contains "
-                              f"{dictionary[dictionary.eos()]}, which ends a text: split it there")
+            raise OptionError(
+                "prompt",
+                f"(number {number})",
+                f"contains {dictionary[dictionary.eos()]}, which ends a text: split it there",
+            )
     lengths_P = torch.tensor([len(p) for p in prompts], device=device)
     limits_P = (lengths_P + options.max_new_tokens).clamp(max=longest + 1)
     allowed = Prompts(dictionary, lengths_P, limits_P, trained.codec.without_text())
     search: Search = PromptedBeamSearch(dictionary, allowed)
     if options.samples:
-        search = KeyedSampling(dictionary, allowed, options.seed, options.top_k or 0,
-                               options.top_p or 1.0)
+        search = KeyedSampling(
+            dictionary, allowed, options.seed, options.top_k or 0, options.top_p or 1.0
+        )
     done = Generation()
 
     def count(layer: nn.Module, _inputs: object, output: tuple) -> None:
@@ -91,21 +101,35 @@ def generate(
             if isinstance(module, MoELayer):
                 hooks.enter_context(module.register_forward_hook(count))
         for first in range(0, len(prompts), options.batch_size):
-            rows = prompts[first:first + options.batch_size]
+            rows = prompts[first : first + options.batch_size]
             numbers = torch.arange(first, first + len(rows), device=device)
             generator = SequenceGenerator(
-                [model], dictionary, beam_size=options.beam, min_len=0,
-                max_len_b=int(limits_P[numbers].max()), temperature=options.temperature or 1.0,
-                search_strategy=search)
-            prefix = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows],
-                                  batch_first=True, padding_value=dictionary.pad()).to(device)
+                [model],
+                dictionary,
+                beam_size=options.beam,
+                min_len=0,
+                max_len_b=int(limits_P[numbers].max()),
+                temperature=options.temperature or 1.0,
+                search_strategy=search,
+            )
+            prefix = pad_sequence(
+                [torch.tensor(row, dtype=torch.int64) for row in rows],
+                batch_first=True,
+                padding_value=dictionary.pad(),
+            ).to(device)
             found = generator.generate(
-                [model], {"id": numbers, "net_input": {"src_tokens": prefix,
-                                                       "src_lengths": lengths_P[numbers]}},
-                prefix_tokens=prefix, bos_token=trained.start)
+                [model],
+                {
+                    "id": numbers,
+                    "net_input": {"src_tokens": prefix, "src_lengths": lengths_P[numbers]},
+                },
+                prefix_tokens=prefix,
+                bos_token=trained.start,
+            )
             for row, (best, *_) in zip(rows, found, strict=True):
                 tokens, length = best["tokens"].tolist(), len(row)
                 done.continuations.append(
-                    Continuation(tokens[:length], tokens[length:-1], float(best["score"])))
+                    Continuation(tokens[:length], tokens[length:-1], float(best["score"]))
+                )
     done.seconds = time.perf_counter() - began
     return done

@@ -54,14 +54,20 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
         task = state["cfg"].get("task") or {}
         name = task.get("_name")
         if not str(name).startswith("language_modeling"):
-            raise OptionError(option, path, f"was trained with the task {name}: give a "
-                                            "checkpoint of a language model")
+            raise OptionError(
+                option,
+                path,
+                f"was trained with the task {name}: give a checkpoint of a language model",
+            )
         given = utils.split_paths(str(task.get("data") or ""))[0] if data is None else data
         folder = Path(given)
         if not (folder / "dict.txt").is_file():
             whose = " (the folder it was trained with)" if data is None else ""
-            raise OptionError("data", f"{folder}{whose}", "has no dict.txt: give --data, the "
-                                                          "folder written by evomoe prepare")
+            raise OptionError(
+                "data",
+                f"{folder}{whose}",
+                "has no dict.txt: give --data, the folder written by evomoe prepare",
+            )
         load_dictionary("data", folder / "dict.txt")
         with open_dict(state["cfg"]):
             task["data"] = str(folder)
@@ -69,16 +75,25 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
         # user imports and runs.
         model = state["cfg"].model
         arch, gate = model.get("_name") or model.get("arch"), model.get("moe_gate")
-        for kind, name, registered in (("architecture", arch, ARCH_MODEL_REGISTRY),
-                                       ("gate", gate, (None, *gate_names()))):
+        for kind, name, registered in (
+            ("architecture", arch, ARCH_MODEL_REGISTRY),
+            ("gate", gate, (None, *gate_names())),
+        ):
             if name not in registered:
-                raise OptionError(option, path, f"has the {kind} {name}: give --user-dir, the "
-                                                "package that registers it")
+                raise OptionError(
+                    option,
+                    path,
+                    f"has the {kind} {name}: give --user-dir, the package that registers it",
+                )
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-            [existing_file(option, path)], state=state)
+            [existing_file(option, path)], state=state
+        )
     dictionary = task.source_dictionary
     if len(task.target_dictionary) != len(dictionary):
-        raise OptionError("output_dictionary_size", len(task.target_dictionary),
-                          f"its input dictionary has another size ({len(dictionary)}): the "
-                          "model cannot continue its own output")
+        raise OptionError(
+            "output_dictionary_size",
+            len(task.target_dictionary),
+            f"its input dictionary has another size ({len(dictionary)}): the "
+            "model cannot continue its own output",
+        )
     return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)

@@ -31,14 +31,22 @@ class GenerationOptions:
 
         for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
             check_number(self, option, "[1, inf)", "give 1 or more")
-        check_number(self, "temperature", "(0, inf)",
-                     "give a number above 0; omit it for greedy decoding")
-        check_number(self, "top_p", "(0, 1]",
-                     "it is a probability: give a number above 0 and at most 1")
+        check_number(
+            self, "temperature", "(0, inf)", "give a number above 0; omit it for greedy decoding"
+        )
+        check_number(
+            self, "top_p", "(0, 1]", "it is a probability: give a number above 0 and at most 1"
+        )
         check_number(self, "seed", f"[0, {2**63})", "give a number from 0")
         if self.beam > 1 and self.samples:
-            raise OptionError("beam", self.beam, "beam search does not sample: omit it, or omit "
-                                                 "--temperature, --top-k and --top-p")
+            raise OptionError(
+                "beam",
+                self.beam,
+                "beam search does not sample: omit it, or omit --temperature, --top-k and --top-p",
+            )
         if self.beam > max(1, (vocabulary - 1) // 2):
-            raise OptionError("beam", self.beam, f"the dictionary has {vocabulary} tokens: give "
-                                                 f"at most {(vocabulary - 1) // 2}")
+            raise OptionError(
+                "beam",
+                self.beam,
+                f"the dictionary has {vocabulary} tokens: give at most {(vocabulary - 1) // 2}",
+            )

@@ -26,8 +26,9 @@ class Prompts:
         never: token ids that are never generated.
     """
 
-    def __init__(self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor,
-                 never: list[int]):
+    def __init__(
+        self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor, never: list[int]
+    ):
         self.lengths_P, self.limits_P = lengths_P, limits_P
         tokens_V = torch.arange(len(dictionary), device=lengths_P.device)
         self.never_V = torch.isin(tokens_V, torch.tensor(never, device=lengths_P.device))
@@ -76,8 +77,14 @@ class KeyedSampling(Search):
         top_p: 1: all.
     """
 
-    def __init__(self, dictionary: Dictionary, prompts: Prompts, seed: int, top_k: int = 0,
-                 top_p: float = 1.0):
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        prompts: Prompts,
+        seed: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
         super().__init__(dictionary)
         self.prompts, self.seed, self.top_k, self.top_p = prompts, seed, top_k, top_p
 
@@ -87,7 +94,7 @@ class KeyedSampling(Search):
         lprobs = self.prompts.restrict(step, lprobs, numbers_B)[:, 0]
         ranked, tokens = lprobs.sort(dim=1, descending=True, stable=True)
         if self.top_k:
-            ranked[:, self.top_k:] = float("-inf")
+            ranked[:, self.top_k :] = float("-inf")
         probs = ranked.double().softmax(1)
         before = probs.cumsum(1) - probs
         probs = probs.masked_fill(before >= self.top_p, 0.0)

@@ -37,8 +37,12 @@ class TextCodec:
             tokens = self.tokenizer.tokens
             for token in filter(None, tokens):
                 if token not in dictionary:
-                    raise OptionError("data", folder, "its tokenizer and its dict.txt do not "
-                                      f"match: there is no {token!r} in dict.txt")
+                    raise OptionError(
+                        "data",
+                        folder,
+                        "its tokenizer and its dict.txt do not "
+                        f"match: there is no {token!r} in dict.txt",
+                    )
             self._token_ids = [dictionary.index(token or "<unk>") for token in tokens]
             self._piece_ids = {self._token_ids[i]: i for i, token in enumerate(tokens) if token}
 
@@ -65,6 +69,9 @@ class TextCodec:
         if self.tokenizer is not None:
             known = set(self._piece_ids)
         else:
-            known = {token for token in range(self.dictionary.nspecial, len(self.dictionary))
-                     if not self.dictionary[token].startswith(_PADDING_WORD)}
+            known = {
+                token
+                for token in range(self.dictionary.nspecial, len(self.dictionary))
+                if not self.dictionary[token].startswith(_PADDING_WORD)
+            }
         return sorted(set(range(len(self.dictionary))) - known - {self.dictionary.eos()})

@@ -43,9 +43,12 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
         count = process_count(cfg.distributed_training)
         check_run(cfg, count)
         if count > 1 and "eval_lm" in main.__globals__:
-            raise OptionError("distributed_world_size", count,
-                              "fairseq-eval-lm would print the perplexity of each rank's share of "
-                              "the data: start one process")
+            raise OptionError(
+                "distributed_world_size",
+                count,
+                "fairseq-eval-lm would print the perplexity of each rank's share of "
+                "the data: start one process",
+            )
         main = functools.partial(run_main, main)
         if torch.cuda.is_available() and not cfg.common.cpu:
             _launch_on_gpus(upstream, cfg, main, kwargs)
@@ -57,13 +60,20 @@ def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) 
     options = cfg.distributed_training
     if options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded":
         _in_group_of_one("nccl", main, cfg, kwargs)
-    elif options.distributed_init_method is None and not started_by_torchrun() and (
-        options.distributed_world_size > torch.cuda.device_count()
-        and "SLURM_JOB_ID" not in os.environ
+    elif (
+        options.distributed_init_method is None
+        and not started_by_torchrun()
+        and (
+            options.distributed_world_size > torch.cuda.device_count()
+            and "SLURM_JOB_ID" not in os.environ
+        )
     ):
-        raise OptionError("distributed_world_size", options.distributed_world_size,
-                          f"this machine has {torch.cuda.device_count()} GPUs; give at most that "
-                          "many, or --distributed-init-method for several machines")
+        raise OptionError(
+            "distributed_world_size",
+            options.distributed_world_size,
+            f"this machine has {torch.cuda.device_count()} GPUs; give at most that "
+            "many, or --distributed-init-method for several machines",
+        )
     else:
         upstream(cfg, main, **kwargs)
 
@@ -114,8 +124,12 @@ def _threads_per_rank(count: int) -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // count)
-    logger.info("%d ranks share %s cores: OMP_NUM_THREADS=%d for each, unless you set it",
-                count, cores, threads)
+    logger.info(
+        "%d ranks share %s cores: OMP_NUM_THREADS=%d for each, unless you set it",
+        count,
+        cores,
+        threads,
+    )
     return threads
 
 

@@ -82,7 +82,8 @@ def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:
         if status is None:
             story = traceback.format_exc()
             error = RunFailed(
-                f"rank {start + i} stopped with {type(error).__name__}: {error}".split("\n")[0])
+                f"rank {start + i} stopped with {type(error).__name__}: {error}".split("\n")[0]
+            )
         reports.put((error, story))
         # The peers notice our end by their broken connections: let the report arrive first.
         time.sleep(0.2)
@@ -94,14 +95,21 @@ def _first_failure(ranks: list, reports: Any) -> BaseException:
         if (rank.exitcode or 0) < 0:
             name = signal.Signals(-rank.exitcode).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
-            return RunFailed(f"rank {i} was ended by {name}{hint}; the other ranks were stopped, "
-                             "the last checkpoint is intact")
+            return RunFailed(
+                f"rank {i} was ended by {name}{hint}; the other ranks were stopped, "
+                "the last checkpoint is intact"
+            )
     if any(rank.exitcode == 128 + signal.SIGINT for rank in ranks):
         return KeyboardInterrupt()
     if reports.empty():
-        return RunFailed("a rank ended without a report: "
-                         + ", ".join(f"rank {i} with status {rank.exitcode}"
-                                     for i, rank in enumerate(ranks) if rank.exitcode))
+        return RunFailed(
+            "a rank ended without a report: "
+            + ", ".join(
+                f"rank {i} with status {rank.exitcode}"
+                for i, rank in enumerate(ranks)
+                if rank.exitcode
+            )
+        )
     error, story = reports.get()
     if story:
         print(story, file=sys.stderr)

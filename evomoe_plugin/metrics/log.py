@@ -106,11 +106,16 @@ def read_log(path: str | Path) -> TrainingLog:
         with open(path, encoding="utf-8", errors="replace") as lines:
             log = parse_log(lines, path.stem)
     except FileNotFoundError:
-        raise OptionError("LOG", path, "no such file; give the saved output of fairseq-train, or "
-                          "its --log-file") from None
+        raise OptionError(
+            "LOG", path, "no such file; give the saved output of fairseq-train, or its --log-file"
+        ) from None
     except OSError as error:
         raise OptionError("LOG", path, f"cannot be read ({error.strerror})") from None
     if not log.intervals:
-        raise OptionError("LOG", path, "has no training metrics; log with --log-format json, and "
-                          "train for at least --log-interval updates")
+        raise OptionError(
+            "LOG",
+            path,
+            "has no training metrics; log with --log-format json, and "
+            "train for at least --log-interval updates",
+        )
     return log

@@ -74,8 +74,14 @@ def _draw_loss(axes: Any, log: TrainingLog, style: Style) -> None:
     loss = smooth(loss, style.smoothing)
     axes.plot(updates, loss, color=style.colour, linewidth=2, label=smoothed)
     for subset in log.summaries.keys() - {"train"}:
-        axes.plot(*_loss(log, subset), "o", markersize=5, color=style.colour,
-                  markerfacecolor="white", label=f"{style.name} {subset}".strip())
+        axes.plot(
+            *_loss(log, subset),
+            "o",
+            markersize=5,
+            color=style.colour,
+            markerfacecolor="white",
+            label=f"{style.name} {subset}".strip(),
+        )
 
 
 def _add_perplexity(axes: Any, logs: Sequence[TrainingLog]) -> None:

@@ -60,8 +60,11 @@ def spawn_update(log: TrainingLog) -> int | None:
 
 def _before_spawn(log: TrainingLog) -> list[Record]:
     """The initial intervals with one active expert."""
-    return list(itertools.takewhile(
-        lambda r: r.values.get(ACTIVE) == 1 and r.values.get(EXPERTS) == 1, log.intervals))
+    return list(
+        itertools.takewhile(
+            lambda r: r.values.get(ACTIVE) == 1 and r.values.get(EXPERTS) == 1, log.intervals
+        )
+    )
 
 
 def _phase(log: TrainingLog, records: list[Record]) -> Phase | None:

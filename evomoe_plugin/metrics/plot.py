@@ -15,8 +15,11 @@ from evomoe_plugin.metrics.phases import annealing_end, spawn_update, top1_start
 
 _COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#444444")
 _GREY = "#6b6b6b"
-_EVENTS = {spawn_update: "experts spawned", annealing_end: "annealing ends",
-           top1_start: "top-1 starts"}
+_EVENTS = {
+    spawn_update: "experts spawned",
+    annealing_end: "annealing ends",
+    top1_start: "top-1 starts",
+}
 
 
 def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -> None:
@@ -56,7 +59,7 @@ def _figure(out: Path) -> Any:
 def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
     drawn = [panel for panel in panels.PANELS if any(panel.series(log)[0] for log in logs)]
     grid = figure.subplots(math.ceil(len(drawn) / 2), min(len(drawn), 2), squeeze=False).flat
-    for axes in grid[len(drawn):]:
+    for axes in grid[len(drawn) :]:
         axes.remove()
     last = max(log.intervals[-1].update for log in logs)
     for panel, axes in zip(drawn, grid, strict=False):
@@ -82,9 +85,18 @@ def _mark_events(axes: Any, log: TrainingLog, named: bool) -> None:
     for update, texts in marks.items():
         axes.axvline(update, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         if named:
-            axes.annotate(", ".join(texts), (update, 1), xycoords=axes.get_xaxis_transform(),
-                          color=_GREY, xytext=(-4, -4), textcoords="offset points", rotation=90,
-                          fontsize=8, ha="right", va="top")
+            axes.annotate(
+                ", ".join(texts),
+                (update, 1),
+                xycoords=axes.get_xaxis_transform(),
+                color=_GREY,
+                xytext=(-4, -4),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=8,
+                ha="right",
+                va="top",
+            )
 
 
 def _save(figure: Any, out: Path) -> None:

@@ -29,8 +29,13 @@ def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) ->
     """
     first = one_expert_start(log), dense_start(log), sparse_end(log)
     *before, start, end = phases = [phase for phase in first if phase is not None]
-    table = _table("", *("one expert" for _ in before), "dense start", "sparse end",
-                   title="From dense to sparse")
+    table = _table(
+        "",
+        *("one expert" for _ in before),
+        "dense start",
+        "sparse end",
+        title="From dense to sparse",
+    )
     for name, cells in evaluated.items():
         table.add_row(name, *("" for _ in before), *cells)
     table.add_row("experts per token", *(f"{p.experts_per_token:.2f}" for p in phases))
@@ -39,10 +44,14 @@ def closing_table(log: TrainingLog, evaluated: Mapping[str, tuple[str, str]]) ->
         *times, last = (_cell(p.seconds_per_update, "{:.2f} s") for p in phases)
         table.add_row("time per update (median)", *times, f"{last} ({faster:.1f} times as fast)")
     if start.mflops_per_token and end.mflops_per_token:
-        table.add_row("forward MFLOPs per token",
-                      *(_cell(p.mflops_per_token, "{:.1f}") for p in phases))
-    table.add_row("measured over updates",
-                  *(f"{p.first_update:,} to {p.last_update:,}" for p in phases), style="dim")
+        table.add_row(
+            "forward MFLOPs per token", *(_cell(p.mflops_per_token, "{:.1f}") for p in phases)
+        )
+    table.add_row(
+        "measured over updates",
+        *(f"{p.first_update:,} to {p.last_update:,}" for p in phases),
+        style="dim",
+    )
     return table
 
 

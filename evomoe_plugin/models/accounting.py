@@ -36,8 +36,12 @@ def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
     with torch.random.fork_rng(devices=[]):
         for count in counts:
             if count not in made:
-                info = LayerInfo(options.decoder_embed_dim, count, options.moe_null_experts,
-                                 token_counts_V=(1,) * vocabulary)
+                info = LayerInfo(
+                    options.decoder_embed_dim,
+                    count,
+                    options.moe_null_experts,
+                    token_counts_V=(1,) * vocabulary,
+                )
                 made[count] = gate_class(options.moe_gate)(info, options)
     return [made[count] for count in counts]
 
@@ -55,7 +59,8 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     gated = options.moe_expert_gated
     one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options), gated)
     shared = len(moe_layers) * ExpertFFN.num_parameters(
-        options.moe_shared_experts, width, shared_ffn_dim(options), gated)
+        options.moe_shared_experts, width, shared_ffn_dim(options), gated
+    )
     routed = sum(counts) * one_expert
     gates = sum(p.numel() for gate in _gates(options, vocabulary) for p in gate.parameters())
 
@@ -106,7 +111,11 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
         options.decoder_layers * attention
         + dense_layers * 4 * width * options.decoder_ffn_embed_dim
         + gates
-        + len(moe_layers) * options.moe_shared_experts * 2 * matrices * width
+        + len(moe_layers)
+        * options.moe_shared_experts
+        * 2
+        * matrices
+        * width
         * shared_ffn_dim(options)
         + 2 * (options.decoder_output_dim or width) * vocabulary
     )

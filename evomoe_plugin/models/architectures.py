@@ -17,6 +17,9 @@ ARCHITECTURES: dict[str, type[config.MoELanguageModelConfig]] = {
     "transformer_lm_gptxl_moe": config.GPTXLMoEConfig,
 }
 for _name, _options in ARCHITECTURES.items():
-    _model = type(_options.__name__.removesuffix("Config"), (MoELanguageModel,),
-                  {"__doc__": _options.__doc__, "__module__": __name__})
+    _model = type(
+        _options.__name__.removesuffix("Config"),
+        (MoELanguageModel,),
+        {"__doc__": _options.__doc__, "__module__": __name__},
+    )
     register_model(_name, dataclass=_options)(_model)

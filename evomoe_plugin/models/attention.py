@@ -82,9 +82,12 @@ class SelfAttention(MultiheadAttention):
         Returns:
             [T, B, D], and None.
         """
-        ours = attn_mask if isinstance(attn_mask, Mask) or (
-            attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4
-        ) else None
+        ours = (
+            attn_mask
+            if isinstance(attn_mask, Mask)
+            or (attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4)
+            else None
+        )
         both = incremental_state is not None and ours is not None
         reasons = {
             "xFormers is used": self.use_xformers,
@@ -102,12 +105,23 @@ class SelfAttention(MultiheadAttention):
             if ours is not None:
                 attn_mask = self._additive(ours, query)
             return super().forward(
-                query, key, value, key_padding_mask, incremental_state, need_weights, static_kv,
-                attn_mask, before_softmax, need_head_weights)
+                query,
+                key,
+                value,
+                key_padding_mask,
+                incremental_state,
+                need_weights,
+                static_kv,
+                attn_mask,
+                before_softmax,
+                need_head_weights,
+            )
 
         T, B, _ = query.shape
-        q, k, v = (project(query).view(T, B, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            project(query).view(T, B, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if incremental_state is not None:
             k, v, key_padding_mask = self._with_past(k, v, key_padding_mask, incremental_state)
         if attn_mask is None and key_padding_mask is not None:
@@ -123,8 +137,12 @@ class SelfAttention(MultiheadAttention):
         if dropout and causal and q.device.type == "cpu":
             return attend_with_dropout(q, k, v, self.scaling, dropout)
         attend = functools.partial(
-            F.scaled_dot_product_attention, dropout_p=dropout, is_causal=causal,
-            attn_mask=None if isinstance(mask, Mask) else mask, scale=self.scaling)
+            F.scaled_dot_product_attention,
+            dropout_p=dropout,
+            is_causal=causal,
+            attn_mask=None if isinstance(mask, Mask) else mask,
+            scale=self.scaling,
+        )
         if emulated(q) is None:
             return attend(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
@@ -139,8 +157,12 @@ class SelfAttention(MultiheadAttention):
             k = torch.cat([saved["prev_key"], k], 2)
             v = torch.cat([saved["prev_value"], v], 2)
         key_padding_mask = self._append_prev_key_padding_mask(
-            key_padding_mask, saved.get("prev_key_padding_mask"), k.size(0), k.size(2),
-            static_kv=False)
+            key_padding_mask,
+            saved.get("prev_key_padding_mask"),
+            k.size(0),
+            k.size(2),
+            static_kv=False,
+        )
         saved.update(prev_key=k, prev_value=v, prev_key_padding_mask=key_padding_mask)
         self._set_input_buffer(incremental_state, saved)
         return k, v, key_padding_mask

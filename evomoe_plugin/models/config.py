@@ -13,10 +13,13 @@ from evomoe_plugin.config.dataclass_fields import add_field
 from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions, flag
 from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
-GateOptions: Any = dataclasses.make_dataclass("GateOptions", [
-    (option.name, option.type, field(default=option.default, metadata=option.metadata))
-    for option in option_fields().values()
-])
+GateOptions: Any = dataclasses.make_dataclass(
+    "GateOptions",
+    [
+        (option.name, option.type, field(default=option.default, metadata=option.metadata))
+        for option in option_fields().values()
+    ],
+)
 
 
 @dataclass
@@ -50,19 +53,32 @@ class GPTTinyMoEConfig(MoELanguageModelConfig):
 
 def _sized(cls_name: str, layers: int, width: int, heads: int) -> type[GPTTinyMoEConfig]:
     """The options of a larger model of EvoMoE's code."""
-    sizes = {"decoder_layers": layers, "decoder_embed_dim": width,
-             "decoder_ffn_embed_dim": 4 * width, "decoder_attention_heads": heads}
+    sizes = {
+        "decoder_layers": layers,
+        "decoder_embed_dim": width,
+        "decoder_ffn_embed_dim": 4 * width,
+        "decoder_attention_heads": heads,
+    }
     doc = f"{layers} layers, width {width}, {heads} heads (EvoMoE's code)."
     fields = [(name, int, size) for name, size in sizes.items()]
-    return dataclasses.make_dataclass(cls_name, fields, bases=(GPTTinyMoEConfig,), namespace={
-        "__doc__": doc, "__module__": __name__})
+    return dataclasses.make_dataclass(
+        cls_name,
+        fields,
+        bases=(GPTTinyMoEConfig,),
+        namespace={"__doc__": doc, "__module__": __name__},
+    )
 
 
 GPTSmallMoEConfig = _sized("GPTSmallMoEConfig", 12, 768, 12)
 GPTMediumMoEConfig = _sized("GPTMediumMoEConfig", 24, 1024, 16)
 GPTXLMoEConfig = _sized("GPTXLMoEConfig", 48, 1600, 25)
-CONFIGS = (MoELanguageModelConfig, GPTTinyMoEConfig, GPTSmallMoEConfig, GPTMediumMoEConfig,
-           GPTXLMoEConfig)
+CONFIGS = (
+    MoELanguageModelConfig,
+    GPTTinyMoEConfig,
+    GPTSmallMoEConfig,
+    GPTMediumMoEConfig,
+    GPTXLMoEConfig,
+)
 
 
 def _add_options(gate: type[Gate]) -> None:
@@ -72,7 +88,8 @@ def _add_options(gate: type[Gate]) -> None:
         if known is not None and (known.type, known.default) != (option.type, option.default):
             raise ValueError(
                 f"{gate.__name__}: there is an option {option.name} already, of type {known.type} "
-                f"and with the default {known.default}: name yours differently")
+                f"and with the default {known.default}: name yours differently"
+            )
         for config in CONFIGS:
             add_field(config, option.name, option.type, option.default, option.metadata["help"])
 

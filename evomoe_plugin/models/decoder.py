@@ -140,8 +140,14 @@ class MoEDecoder(TransformerDecoder):
             segments=segments,
         )
         if targets is not None:
-            x = vocabulary_loss(x.reshape(-1, x.size(-1)), self.output_projection.weight,
-                                targets.reshape(-1), self.padding_idx, vocab_chunk, reduce)
+            x = vocabulary_loss(
+                x.reshape(-1, x.size(-1)),
+                self.output_projection.weight,
+                targets.reshape(-1),
+                self.padding_idx,
+                vocab_chunk,
+                reduce,
+            )
         elif not features_only:
             x = self.output_layer(x)
         return x, extra
@@ -173,14 +179,19 @@ class MoEDecoder(TransformerDecoder):
             exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN).
         """
         if segments is not None and (incremental_state is not None or full_context_alignment):
-            raise ValueError("rows of several examples support neither incremental decoding nor "
-                             "bidirectional attention")
+            raise ValueError(
+                "rows of several examples support neither incremental decoding nor "
+                "bidirectional attention"
+            )
         padding_mask = prev_output_tokens.eq(self.padding_idx)
         packed = None if segments is None else Segments(segments, padding_mask)
         token_keys = None
         if self.training:
-            keys_BT = (packed.token_keys(prev_output_tokens) if packed
-                       else sequence_keys(prev_output_tokens, ~padding_mask))
+            keys_BT = (
+                packed.token_keys(prev_output_tokens)
+                if packed
+                else sequence_keys(prev_output_tokens, ~padding_mask)
+            )
             token_keys = keys_BT.t()
         positions = None
         if self.embed_positions is not None and packed:
@@ -196,7 +207,7 @@ class MoEDecoder(TransformerDecoder):
 
         tokens = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
         if token_weights is not None:
-            tokens["token_weights"] = token_weights[:, -prev_output_tokens.size(1):].t()
+            tokens["token_weights"] = token_weights[:, -prev_output_tokens.size(1) :].t()
 
         x = self.embed_scale * self.embed_tokens(prev_output_tokens)
         if self.project_in_dim is not None:
@@ -234,8 +245,12 @@ class MoEDecoder(TransformerDecoder):
             aux_LA = torch.stack(list(aux.values()))
             moe_aux = dict(zip(self._aux_coefficients, aux_LA.unbind(1), strict=True))
         extra = {"attn": [None], "inner_states": inner_states}
-        return x, {**extra, "moe_aux": moe_aux, "moe_stats": moe_stats,
-                   "moe_aux_coefficients": dict(self._aux_coefficients)}
+        return x, {
+            **extra,
+            "moe_aux": moe_aux,
+            "moe_stats": moe_stats,
+            "moe_aux_coefficients": dict(self._aux_coefficients),
+        }
 
     def _attention_mask(
         self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
@@ -257,15 +272,21 @@ class MoEDecoder(TransformerDecoder):
             fill = (0, most - layer.num_experts)
             row[st.LOAD_E] = nn.functional.pad(row[st.LOAD_E], fill, value=float("nan"))
             rows.append(row)
-        return {name: torch.stack([row[name] for row in rows])
-                for name, value in rows[0].items() if st.is_logged(name, value)}
+        return {
+            name: torch.stack([row[name] for row in rows])
+            for name, value in rows[0].items()
+            if st.is_logged(name, value)
+        }
 
     # Statistics of an update, from which gates learn. They are summed here and not in the layers,
     # whose forward pass activation checkpointing runs twice.
 
     def _add_to_update(self, stats: Mapping[int, Mapping[str, Tensor]]) -> None:
-        if self.in_dense_phase or not self._recording or not any(
-                layer.gate.learns_after_updates for layer in self.moe_layers):
+        if (
+            self.in_dense_phase
+            or not self._recording
+            or not any(layer.gate.learns_after_updates for layer in self.moe_layers)
+        ):
             return
         for n, row in stats.items():
             known = self._update_totals.get(n, {})
@@ -301,7 +322,8 @@ class MoEDecoder(TransformerDecoder):
             # In the same order on all ranks.
             flat = {(n, name): row[name] for n, row in enumerate(rows) for name in sorted(row)}
             for (n, name), total in all_reduce_dict(
-                    flat, self.embed_tokens.weight.device, group).items():
+                flat, self.embed_tokens.weight.device, group
+            ).items():
                 rows[n][name] = total
         layers = self._stack_stats(dict(enumerate(rows)))
         for layer, row in zip(self.moe_layers, rows, strict=True):
@@ -333,12 +355,18 @@ class MoEDecoder(TransformerDecoder):
     def _manual_gates(self) -> list[TopAnyGate]:
         gates = [layer.gate for layer in self.moe_layers if isinstance(layer.gate, TopAnyGate)]
         if len(gates) < len(self.moe_layers):
-            raise OptionError("moe_gate", self.args.moe_gate,
-                              "its number of experts is fixed: give top_any to record routing")
+            raise OptionError(
+                "moe_gate",
+                self.args.moe_gate,
+                "its number of experts is fixed: give top_any to record routing",
+            )
         interval = self.args.moe_adapt_record_interval
         if interval:
-            raise OptionError("moe_adapt_record_interval", interval,
-                              "it sets what is recorded: give 0 to start and end by calls")
+            raise OptionError(
+                "moe_adapt_record_interval",
+                interval,
+                "it sets what is recorded: give 0 to start and end by calls",
+            )
         return gates
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:

@@ -29,15 +29,23 @@ class DecoderLayer(TransformerDecoderLayerBase):
         super().__init__(cfg, no_encoder_attn=True)
 
     def build_self_attention(
-        self, embed_dim: int, cfg: TransformerConfig, add_bias_kv: bool = False,
+        self,
+        embed_dim: int,
+        cfg: TransformerConfig,
+        add_bias_kv: bool = False,
         add_zero_attn: bool = False,
     ) -> MultiheadAttention:
         """Called by fairseq."""
         if self._attention == "stock":
             return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
         return SelfAttention(
-            embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout,
-            add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, self_attention=True)
+            embed_dim,
+            cfg.decoder.attention_heads,
+            dropout=cfg.attention_dropout,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            self_attention=True,
+        )
 
     def build_fc1(self, *args, **kwargs) -> Module | None:
         """Called by fairseq."""
@@ -104,12 +112,14 @@ class MoEDecoderLayer(DecoderLayer):
             x = self.final_layer_norm(x)
         token_mask_T = None
         if self_attn_padding_mask is not None:
-            token_mask_T = ~self_attn_padding_mask[:, -x.size(0):].t().reshape(-1)
+            token_mask_T = ~self_attn_padding_mask[:, -x.size(0) :].t().reshape(-1)
         y_TD, aux, stats = self.moe(
             x.reshape(-1, x.size(-1)),
             token_mask_T,
-            *(None if known is None else known.reshape(-1)
-              for known in (token_keys, token_ids, token_weights)),
+            *(
+                None if known is None else known.reshape(-1)
+                for known in (token_keys, token_ids, token_weights)
+            ),
         )
         x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
         if not self.normalize_before:

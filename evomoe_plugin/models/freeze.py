@@ -38,18 +38,25 @@ def trained_names(names: Iterable[str], train_only: str) -> set[str]:
         try:
             expression = re.compile(WORDS.get(pattern, pattern))
         except re.error as error:
-            raise OptionError("moe_train_only", train_only,
-                              f"{pattern} is neither one of {', '.join(WORDS)} nor a regular "
-                              f"expression ({error})") from error
+            raise OptionError(
+                "moe_train_only",
+                train_only,
+                f"{pattern} is neither one of {', '.join(WORDS)} nor a regular "
+                f"expression ({error})",
+            ) from error
         matched = {name for name in names if expression.search(name)}
         if not matched:
-            raise OptionError("moe_train_only", train_only,
-                              f"{pattern} matches no parameter; one of {', '.join(WORDS)}, or a "
-                              f"regular expression over names such as {names[-1]}")
+            raise OptionError(
+                "moe_train_only",
+                train_only,
+                f"{pattern} matches no parameter; one of {', '.join(WORDS)}, or a "
+                f"regular expression over names such as {names[-1]}",
+            )
         chosen |= matched
     if not chosen:
-        raise OptionError("moe_train_only", train_only,
-                          f"matches no parameter: give one of {', '.join(WORDS)}")
+        raise OptionError(
+            "moe_train_only", train_only, f"matches no parameter: give one of {', '.join(WORDS)}"
+        )
     return chosen
 
 
@@ -85,14 +92,16 @@ def _with_gradient(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]
 
 def check_frozen(options: ModelOptions, trained: set[str], names: Iterable[str]) -> None:
     """Raise `OptionError` if the run changes experts that are frozen."""
-    changes = {"moe_spawn_updates": ("experts",),
-               "moe_adapt_record_interval": ("experts", "gate")}
+    changes = {"moe_spawn_updates": ("experts",), "moe_adapt_record_interval": ("experts", "gate")}
     for option, words in changes.items():
         for word in words if getattr(options, option) else ():
             if any(re.search(WORDS[word], name) and name not in trained for name in names):
-                raise OptionError(option, getattr(options, option),
-                                  f"--moe-train-only {options.moe_train_only} freezes the {word}, "
-                                  "which it changes: leave one of them out")
+                raise OptionError(
+                    option,
+                    getattr(options, option),
+                    f"--moe-train-only {options.moe_train_only} freezes the {word}, "
+                    "which it changes: leave one of them out",
+                )
 
 
 def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -109,18 +118,22 @@ def wrap_apart(model: nn.Module, train_only: str, wrap: Callable[[nn.Module], nn
 
 def _cut(module: nn.Module, path: str, train_only: str) -> Iterator[tuple[nn.Module, str]]:
     """Submodules of `module` (parent and name) outside of which all parameters are frozen."""
+
     def inseparable(what: str) -> OptionError:
         reason = f"--ddp-backend fully_sharded cannot shard {what}, or use another --ddp-backend"
         return OptionError("moe_train_only", train_only, reason)
 
     if _holds_tied_weights(module):
-        raise inseparable(f"{path}, whose weights may be tied, separately from frozen ones: leave "
-                          "embeddings out")
+        raise inseparable(
+            f"{path}, whose weights may be tied, separately from frozen ones: leave embeddings out"
+        )
     own = dict(module.named_parameters(recurse=False))
     trained = [name for name, parameter in own.items() if parameter.requires_grad]
     if trained:
-        raise inseparable(f"a part of {path} apart from the rest: match all of its parameters, "
-                          f"not {trained[0]} alone")
+        raise inseparable(
+            f"a part of {path} apart from the rest: match all of its parameters, "
+            f"not {trained[0]} alone"
+        )
     for name, child in module.named_children():
         kinds = {p.requires_grad for p in child.parameters()}
         if True not in kinds or is_wrapped(child):
@@ -130,7 +143,8 @@ def _cut(module: nn.Module, path: str, train_only: str) -> Iterator[tuple[nn.Mod
             words = ["experts", "gate", *(["shared"] if getattr(module, "shared", None) else [])]
             raise inseparable(f"the gate {inside} apart from its experts: train {','.join(words)}")
         if False not in kinds and not (
-                isinstance(child, nn.ModuleList) or _holds_tied_weights(child)):
+            isinstance(child, nn.ModuleList) or _holds_tied_weights(child)
+        ):
             yield module, name
         else:
             yield from _cut(child, inside, train_only)

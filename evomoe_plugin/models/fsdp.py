@@ -15,8 +15,9 @@ def wrap_experts(layer: Any) -> None:
     """Wrap sharded experts of an `MoELayer` in an FSDP instance of their own, if FSDP is used."""
     if layer.groups is not None:
         replicas = layer.groups.replicas
-        layer.experts = fsdp_wrap(layer.experts, process_group=replicas,
-                                  process_group_reduce_scatter=replicas)
+        layer.experts = fsdp_wrap(
+            layer.experts, process_group=replicas, process_group_reduce_scatter=replicas
+        )
 
 
 @contextlib.contextmanager

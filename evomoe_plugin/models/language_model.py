@@ -100,9 +100,12 @@ class MoELanguageModel(TransformerLanguageModel):
         saved = state_dict.get(f"{prefix}decoder.embed_tokens.weight")
         vocabulary = self.decoder.embed_tokens.num_embeddings
         if saved is not None and saved.size(0) != vocabulary:
-            raise OptionError("DATA", "dict.txt",
-                              f"has {vocabulary} token ids, the checkpoint has "
-                              f"{saved.size(0)}: give the data of the checkpoint")
+            raise OptionError(
+                "DATA",
+                "dict.txt",
+                f"has {vocabulary} token ids, the checkpoint has "
+                f"{saved.size(0)}: give the data of the checkpoint",
+            )
         super().upgrade_state_dict_named(state_dict, name)
 
 
@@ -110,8 +113,11 @@ def _log_sizes(args: ModelOptions, vocabulary: int) -> None:
     counts, slots = expert_counts(args), expert_slots(args)
     sizes = count_parameters(args, vocabulary)
     logger.info(
-        "MoE: %d of %d layers, gate %s, experts per layer %s%s", len(counts), args.decoder_layers,
-        args.moe_gate, counts[0] if len(set(counts)) == 1 else counts,
+        "MoE: %d of %d layers, gate %s, experts per layer %s%s",
+        len(counts),
+        args.decoder_layers,
+        args.moe_gate,
+        counts[0] if len(set(counts)) == 1 else counts,
         "" if slots == counts else f", {max(slots)} slots",
     )
     logger.info(

@@ -68,7 +68,8 @@ class Linear(torch.nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype).float()
             return functional.linear(
-                input.to(dtype).float(), self.weight.to(dtype).float(), bias).to(dtype)
+                input.to(dtype).float(), self.weight.to(dtype).float(), bias
+            ).to(dtype)
 
 
 def emulated(x: Tensor) -> torch.dtype | None:
@@ -81,7 +82,13 @@ def emulated(x: Tensor) -> torch.dtype | None:
 def warn_if_emulated(dtype: str) -> None:
     """Log a warning where a CPU computes matmuls in `dtype` no faster than in fp32."""
     chosen = _TORCH[dtype]
-    if chosen is not None and not torch.cuda.is_available() and (
-            native_matmul_dtype(chosen, "cpu") is not chosen):
-        logger.warning("--moe-matmul-dtype %s: this CPU has no instructions for it: rounded "
-                       "operands are multiplied in fp32, slower than fp32 matmuls", dtype)
+    if (
+        chosen is not None
+        and not torch.cuda.is_available()
+        and (native_matmul_dtype(chosen, "cpu") is not chosen)
+    ):
+        logger.warning(
+            "--moe-matmul-dtype %s: this CPU has no instructions for it: rounded "
+            "operands are multiplied in fp32, slower than fp32 matmuls",
+            dtype,
+        )

@@ -36,9 +36,7 @@ class Segments:
         sums_BT = torch.zeros_like(hashed_BT).scatter_add_(1, self._index_BT, hashed_BT)
         return noise.fold(sums_BT.gather(1, self._index_BT), self.positions_BT)
 
-    def embed_positions(
-        self, embedding: Callable[[Tensor], Tensor], padding_idx: int
-    ) -> Tensor:
+    def embed_positions(self, embedding: Callable[[Tensor], Tensor], padding_idx: int) -> Tensor:
         """[B, T, D]: fairseq's learned or sinusoidal positions, which restart in each example.
 
         Args:

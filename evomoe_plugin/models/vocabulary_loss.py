@@ -72,8 +72,9 @@ class _Chunks:
         dtype: of matmul operands.
     """
 
-    def __init__(self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int,
-                 dtype: torch.dtype):
+    def __init__(
+        self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int, dtype: torch.dtype
+    ):
         computed = native_matmul_dtype(dtype, x_ND.device.type)
         self.x_ND, self.weight_VD = (given.to(dtype).to(computed) for given in (x_ND, weight_VD))
         self.targets_N1 = targets_N.unsqueeze(1)

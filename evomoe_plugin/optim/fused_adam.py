@@ -50,7 +50,8 @@ class FusedAdam(Adam):
             for p in (p for p in group["params"] if p.grad is not None):
                 if p.grad.is_sparse:
                     raise RuntimeError(
-                        "fused_adamw takes no sparse gradients: give --optimizer adam")
+                        "fused_adamw takes no sparse gradients: give --optimizer adam"
+                    )
                 state = self.state[p]
                 # Apex's newer Adam counts once for all parameters.
                 state["step"] = int(state.get("step", group.get("step", 0)))
@@ -83,8 +84,15 @@ class FusedAdam(Adam):
             [state["exp_avg_sq"] for state in states],
             [],
             list(torch.full((len(weights),), float(done), device=device).unbind()),
-            fused=True, grad_scale=scale, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps, maximize=False,
+            fused=True,
+            grad_scale=scale,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=eps,
+            maximize=False,
         )
         for p, weight, state in zip(parameters, weights, states, strict=True):
             state["step"] = done + 1
@@ -96,7 +104,8 @@ def _is_direct(p: Tensor) -> bool:
     """Whether the kernel can update p: not in half precision, and dense in any order of
     dimensions."""
     return p.dtype not in (torch.float16, torch.bfloat16) and (
-        p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride())
+        p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+    )
 
 
 def _copied(p: Tensor) -> Tensor:

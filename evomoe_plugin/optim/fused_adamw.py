@@ -25,12 +25,8 @@ logger = logging.getLogger(__name__)
 class FusedAdamWConfig(FairseqDataclass):
     """The options of fairseq's adam that change the result."""
 
-    adam_betas: Any = field(
-        default=(0.9, 0.999), metadata={"help": "betas for Adam optimizer"}
-    )
-    adam_eps: float = field(
-        default=1e-8, metadata={"help": "epsilon for Adam optimizer"}
-    )
+    adam_betas: Any = field(default=(0.9, 0.999), metadata={"help": "betas for Adam optimizer"})
+    adam_eps: float = field(default=1e-8, metadata={"help": "epsilon for Adam optimizer"})
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
     lr: Any = II("optimization.lr")
 
@@ -91,8 +87,11 @@ class FusedAdamW(FairseqAdam):
         """Norm of the gradients without `grad_factor`."""
         grads = [p.grad for p in self.params if p.grad is not None]
         # Elsewhere one gradient after the other, as fairseq does.
-        if not grads or any(hasattr(p, "expert") for p in self.params) or not all(
-                g.is_cuda and g.dtype is torch.float32 for g in grads):
+        if (
+            not grads
+            or any(hasattr(p, "expert") for p in self.params)
+            or not all(g.is_cuda and g.dtype is torch.float32 for g in grads)
+        ):
             return super().clip_grad_norm(0, aggregate_norm_fn)
         norm = nn.utils.get_total_norm(grads)
         return norm if aggregate_norm_fn is None else aggregate_norm_fn(norm)

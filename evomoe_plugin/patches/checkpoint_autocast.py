@@ -21,7 +21,8 @@ def _checkpointed_forward(
 def _as_now(forward: Callable) -> Callable:
     """`forward` under the autocast state of this moment, whenever it is called."""
     wanted = [
-        (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
         if torch.is_autocast_enabled(kind)
     ]
     if not wanted:
@@ -40,7 +41,7 @@ def _as_now(forward: Callable) -> Callable:
 PATCH = Patch(
     name="checkpoint-autocast",
     broken="with --checkpoint-activations the second forward pass is not in the precision of the "
-           "first under autocast: gradients are of other numbers than the loss, also with --amp",
+    "first under autocast: gradients are of other numbers than the loss, also with --amp",
     upstream="fairseq/modules/checkpoint_activations.py: CheckpointFunction.backward",
     remove_when="fairseq saves the state of autocast as torch.utils.checkpoint does",
     needed=always("the matmul dtype may differ from that of the weights"),

@@ -62,9 +62,9 @@ def apply() -> None:
 PATCH = Patch(
     name="checkpoint-loading",
     broken=f"torch {torch.__version__} refuses checkpoints that hold an argparse.Namespace or a "
-           "numpy number; unreadable files, those of another model and folders that cannot be "
-           "written end in a traceback; fairseq-eval-lm prefers old shards to the file it is "
-           "given, and cannot read shards",
+    "numpy number; unreadable files, those of another model and folders that cannot be "
+    "written end in a traceback; fairseq-eval-lm prefers old shards to the file it is "
+    "given, and cannot read shards",
     upstream="fairseq/checkpoint_utils.py",
     remove_when="fairseq lists what its checkpoints hold as safe, and explains such files",
     needed=always("checkpoints are data, whole, and explained"),

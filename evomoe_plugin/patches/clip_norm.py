@@ -29,7 +29,7 @@ def _clip_grad_norm(
 PATCH = Patch(
     name="clip-norm-cpu",
     broken="--cpu on a machine with a GPU ends in the first update: RuntimeError: scalar tensor is "
-           "expected to be on cpu but is on cuda:0",
+    "expected to be on cpu but is on cuda:0",
     upstream="fairseq/utils.py: clip_grad_norm_ takes the norm to the GPU if there is one",
     remove_when="the norm stays on the gradients' device",
     needed=lambda: "there is a GPU, and --cpu may be given" if torch.cuda.is_available() else None,

@@ -20,10 +20,9 @@ def _distributed_data_parallel(
 PATCH = Patch(
     name="ddp-on-cpu",
     broken="--ddp-backend pytorch_ddp, the default of several ranks, ends in an error about "
-           "device_ids on CPUs",
+    "device_ids on CPUs",
     upstream="fairseq/models/distributed_fairseq_model.py",
     remove_when="fairseq gives device_ids on GPUs only",
     needed=without_gpu,
-    apply=replacing(
-        distributed_fairseq_model, DistributedDataParallel=_distributed_data_parallel),
+    apply=replacing(distributed_fairseq_model, DistributedDataParallel=_distributed_data_parallel),
 )

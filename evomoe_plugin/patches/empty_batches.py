@@ -22,7 +22,7 @@ def _valid_step(
 PATCH = Patch(
     name="empty-batches",
     broken="fairseq-validate on several ranks ends in KeyError: 'net_input' unless each has "
-           "as many batches as the others",
+    "as many batches as the others",
     upstream="fairseq_cli/validate.py: main; fairseq/tasks/fairseq_task.py: valid_step",
     remove_when="fairseq-validate leaves out the batches that pad a rank's share",
     needed=always("the number of batches need not be a multiple of the number of ranks"),

@@ -39,9 +39,9 @@ def _get_batch_iterator(upstream: Callable, task: Any, *args: Any, **kwargs: Any
 PATCH = Patch(
     name="epoch-batches",
     broken="a run resumed in its second epoch or later trains on other batches than the unbroken "
-           "run, so that its losses differ",
+    "run, so that its losses differ",
     upstream="fairseq/tasks/fairseq_task.py: get_batch_iterator seeds the order of samples with "
-             "the epoch it is first called in, and then keeps the batches",
+    "the epoch it is first called in, and then keeps the batches",
     remove_when="fairseq seeds reused batches without the epoch",
     needed=always("resuming is exact in every epoch"),
     apply=wrapping(FairseqTask, get_batch_iterator=_get_batch_iterator),

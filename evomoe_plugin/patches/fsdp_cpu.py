@@ -27,7 +27,7 @@ PATCH = Patch(
     name="fsdp-on-cpu",
     broken="--ddp-backend fully_sharded ends in AssertionError: Torch not compiled with CUDA",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py, "
-             "fairscale/internal/reduce_scatter_bucketer.py",
+    "fairscale/internal/reduce_scatter_bucketer.py",
     remove_when="training moves to torch's own fully_shard, or fairscale asks the device",
     needed=without_gpu,
     apply=apply,

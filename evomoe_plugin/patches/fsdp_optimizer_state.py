@@ -74,11 +74,11 @@ def apply() -> None:
 PATCH = Patch(
     name="fsdp-optimizer-state",
     broken="on a CPU Adam's second moment is saved in place of the first, and a resumed run is "
-           "silently wrong; with one rank saving ends in AttributeError: _full_param_padded, "
-           "as does loading shards into nested FSDP, on any device; modules over fewer ranks "
-           "than the whole get parts of another size",
+    "silently wrong; with one rank saving ends in AttributeError: _full_param_padded, "
+    "as does loading shards into nested FSDP, on any device; modules over fewer ranks "
+    "than the whole get parts of another size",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
-             "get_shard_from_optim_state_dict, load_local_state_dict",
+    "get_shard_from_optim_state_dict, load_local_state_dict",
     remove_when="training moves to torch's own fully_shard",
     needed=always(f"fairscale {fairscale.__version__}"),
     apply=apply,

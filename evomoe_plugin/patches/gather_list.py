@@ -22,8 +22,8 @@ def all_gather_list(data: Any, group: Any = None, max_size: int = 0) -> list[Any
 PATCH = Patch(
     name="gather-list",
     broken="fairseq-validate on several ranks ends in an error about CUDA where there is no "
-           "GPU, and elsewhere if what it logs has more than --all-gather-list-size bytes, which "
-           "the routing of a few hundred batches has",
+    "GPU, and elsewhere if what it logs has more than --all-gather-list-size bytes, which "
+    "the routing of a few hundred batches has",
     upstream="fairseq/distributed/utils.py: all_gather_list",
     remove_when="fairseq gathers objects with torch's all_gather_object",
     needed=always("validation on several ranks"),

@@ -17,15 +17,17 @@ _HELP = {"-h", "--help"}
 
 
 def _parse(
-    upstream: Callable, parser: ArgumentParser, input_args: Sequence[str] | None = None,
-    *args: Any, **kwargs: Any,
+    upstream: Callable,
+    parser: ArgumentParser,
+    input_args: Sequence[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """As upstream, but `--help` is answered once the parser has all options."""
     given = list(sys.argv[1:] if input_args is None else input_args)
     if not _HELP & set(given):
         return upstream(parser, input_args, *args, **kwargs)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(
-            SystemExit, RuntimeError):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit, RuntimeError):
         # Whatever is missing or wrong, the parser has all options by the time it is noticed.
         upstream(parser, [word for word in given if word not in _HELP], *args, **kwargs)
     parser.print_help()
@@ -35,7 +37,7 @@ def _parse(
 PATCH = Patch(
     name="help",
     broken="fairseq-train --arch … --help shows none of the options of the architecture, task, "
-           "criterion and optimizer",
+    "criterion and optimizer",
     upstream="fairseq/options.py: parse_args_and_arch parses once before it adds them",
     remove_when="fairseq adds them first",
     needed=always("options of the architecture"),

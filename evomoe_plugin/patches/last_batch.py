@@ -19,14 +19,14 @@ def _batch_by_size(
     batches = upstream(indices, *args, fixed_shapes=fixed_shapes, **kwargs)
     if fixed_shapes is not None:
         return batches
-    left = indices[sum(map(len, batches)):]
+    left = indices[sum(map(len, batches)) :]
     return [*batches, left] if len(left) else batches
 
 
 PATCH = Patch(
     name="last-batch",
     broken="training, validation and fairseq-validate silently leave out the last batch, so that "
-           "perplexity depends on the batch size and differs from fairseq-eval-lm's",
+    "perplexity depends on the batch size and differs from fairseq-eval-lm's",
     upstream="fairseq/data/data_utils.py: batch_by_size (fairseq issue 5036)",
     remove_when="fairseq keeps the last batch under --required-batch-size-multiple",
     needed=always("no sample is left out"),

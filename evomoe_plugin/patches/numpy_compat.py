@@ -14,7 +14,7 @@ def needed() -> str | None:
 PATCH = Patch(
     name="numpy-compat",
     broken="--sample-break-mode eos, fairseq-generate and fairseq-interactive end in "
-           "AttributeError: module 'numpy' has no attribute 'compat'",
+    "AttributeError: module 'numpy' has no attribute 'compat'",
     upstream="fairseq/data/token_block_dataset.py and language_pair_dataset.py",
     remove_when="fairseq no longer names np.compat",
     needed=needed,

@@ -9,14 +9,18 @@ from evomoe_plugin.quiet_imports import ignore_warnings
 def apply() -> None:
     ignore_warnings()
     # Not in `IGNORED`, which holds for every program with torch: fairseq always pins memory.
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator",
-                            module=r"torch\.utils\.data\.", append=True)
+    warnings.filterwarnings(
+        "ignore",
+        "'pin_memory' argument is set as true but no accelerator",
+        module=r"torch\.utils\.data\.",
+        append=True,
+    )
 
 
 PATCH = Patch(
     name="quiet-imports",
     broken="every command prints FutureWarnings of fairscale, and fairseq-hydra-train warns of its "
-           "own configuration",
+    "own configuration",
     upstream="fairscale/experimental/nn/offload.py; fairseq_cli/hydra_train.py and fairseq/config",
     remove_when="fairscale uses torch.amp, and fairseq follows Hydra 1.1",
     needed=always("warnings that no user can do anything about"),

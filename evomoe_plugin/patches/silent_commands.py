@@ -16,7 +16,8 @@ def _unasked_handler() -> logging.Handler | None:
         return None
     handler = root.handlers[0]
     unasked = (
-        type(handler) is logging.StreamHandler and handler.stream is sys.stderr
+        type(handler) is logging.StreamHandler
+        and handler.stream is sys.stderr
         and getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
     )
     return handler if unasked else None
@@ -51,7 +52,7 @@ PATCH = Patch(
     name="silent-commands",
     broken="fairseq-eval-lm, -validate and -generate log nothing, not even the perplexity",
     upstream="fairseq/file_io.py calls logging.debug while it is imported, which sets up the root "
-             "logger before fairseq_cli/eval_lm.py and others do",
+    "logger before fairseq_cli/eval_lm.py and others do",
     remove_when="fairseq's modules log through loggers of their own",
     needed=needed,
     apply=apply,

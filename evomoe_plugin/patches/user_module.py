@@ -40,7 +40,7 @@ def _import_user_module(upstream: Callable, args: Any) -> None:
 PATCH = Patch(
     name="user-dir",
     broken="common.user_dir is not found after Hydra's change of folder, and is 'not globally "
-           "unique' where the package is both installed and cloned",
+    "unique' where the package is both installed and cloned",
     upstream="fairseq/utils.py: import_user_module",
     remove_when="fairseq takes a user-dir by its package name",
     needed=always("imported once, found everywhere"),

@@ -63,8 +63,9 @@ def _auction(values_TE: Tensor) -> Tensor:
     return _give_away(values_TE, expert_T, capacity_E)
 
 
-def _sell(values_TE: Tensor, price_E: Tensor, capacity_E: Tensor, epsilon: float
-          ) -> tuple[Tensor, Tensor]:
+def _sell(
+    values_TE: Tensor, price_E: Tensor, capacity_E: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """Tokens bid the gain of their best expert over the second best; the highest bids win.
 
     Returns:
@@ -103,8 +104,11 @@ def _give_away(values_TE: Tensor, expert_T: Tensor, capacity_E: Tensor) -> Tenso
     for expert, free in enumerate(free_E.tolist()):
         if free:
             free_N = (expert_T < 0).nonzero().squeeze(1)
-            others_N = values_TE[free_N].index_fill(
-                1, torch.tensor([expert], device=free_N.device), -2.0).amax(1)
+            others_N = (
+                values_TE[free_N]
+                .index_fill(1, torch.tensor([expert], device=free_N.device), -2.0)
+                .amax(1)
+            )
             gain_N = values_TE[free_N, expert] - others_N
             order_N = gain_N.argsort(descending=True, stable=True)
             expert_T[free_N[order_N[:free]]] = expert

@@ -69,7 +69,8 @@ def apply_capacity(
     token_ids_N, weights_N = plan.token_ids_N[keep_N], plan.weights_N[keep_N]
     if renormalize:
         before_T = plan.weights_N.new_zeros(plan.num_tokens).index_add(
-            0, plan.token_ids_N, plan.weights_N)
+            0, plan.token_ids_N, plan.weights_N
+        )
         after_T = weights_N.new_zeros(plan.num_tokens).index_add(0, token_ids_N, weights_N)
         tiny = torch.finfo(weights_N.dtype).tiny
         weights_N = weights_N * (before_T / after_T.clamp(min=tiny))[token_ids_N]

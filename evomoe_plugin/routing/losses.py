@@ -37,7 +37,10 @@ def _active(x_TC: Tensor, active_C: Tensor | None) -> Tensor:
 
 
 def switch_loss(
-    *, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None = None,
+    *,
+    probs_TC: Tensor,
+    mask_TC: Tensor,
+    weight_T: Tensor | None = None,
     active_C: Tensor | None = None,
 ) -> Tensor:
     """The balance loss of shares: C * <p / sum p, n / sum n>; 1 for an even load of any k.
@@ -88,7 +91,10 @@ def importance_loss(
 
 
 def load_loss(
-    *, logits_TC: Tensor, mask_TC: Tensor, noise: float | None = None,
+    *,
+    logits_TC: Tensor,
+    mask_TC: Tensor,
+    noise: float | None = None,
     weight_T: Tensor | None = None,
 ) -> Tensor:
     """CV^2 of the smooth load: the probability of each candidate's selection under fresh noise.
@@ -124,8 +130,9 @@ def diversity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Ten
     """
     rows_CD = vectors_CD if active_C is None else vectors_CD[active_C]
     rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
-    gram_CC = rows_CD @ rows_CD.t() - torch.eye(rows_CD.size(0), dtype=rows_CD.dtype,
-                                                device=rows_CD.device)
+    gram_CC = rows_CD @ rows_CD.t() - torch.eye(
+        rows_CD.size(0), dtype=rows_CD.dtype, device=rows_CD.device
+    )
     square = gram_CC.square().sum()
     # No gradient of the root at 0, the value for one expert or orthogonal ones.
     return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)

@@ -68,7 +68,11 @@ def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan
 
 
 def first_expert_plan(
-    x_TD: Tensor, token_mask_T: Tensor | None, num_experts: int, *, aux_names: Iterable[str] = (),
+    x_TD: Tensor,
+    token_mask_T: Tensor | None,
+    num_experts: int,
+    *,
+    aux_names: Iterable[str] = (),
     zero_stats: Iterable[str] = (),
 ) -> RoutingPlan:
     """The plan that routes each token to expert 0 with weight 1.
@@ -91,7 +95,10 @@ def first_expert_plan(
         x_TD.new_ones(()).expand(mask_TE.shape),
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
-            st.TOKENS: tokens, st.PAIRS: tokens, st.EXPERTS: tokens, st.LOAD_E: load_E,
+            st.TOKENS: tokens,
+            st.PAIRS: tokens,
+            st.EXPERTS: tokens,
+            st.LOAD_E: load_E,
             **dict.fromkeys([st.ENTROPY, st.NONFINITE, *zero_stats], zero),
         },
     )

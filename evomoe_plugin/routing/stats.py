@@ -31,8 +31,9 @@ RECEIVED_R = "received"  # pairs received by each of them, [R]
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 
 
-def routing_stats(choice: Choice, token_mask_T: Tensor | None, num_experts: int) -> dict[
-        str, Tensor]:
+def routing_stats(
+    choice: Choice, token_mask_T: Tensor | None, num_experts: int
+) -> dict[str, Tensor]:
     """The statistics of every gate, detached, fp64.
 
     Args:
@@ -123,9 +124,12 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
         loads = {
             "ep_sent_max": stats[SENT_R],
             "ep_received_max": stats[RECEIVED_R],
-            "ep_load_max": torch.stack([  # layers may differ in E
-                load_E[:slots].view(ranks, -1).sum(1)
-                for load_E, slots in zip(load_LE, slots_L.tolist(), strict=True)]),
+            "ep_load_max": torch.stack(
+                [  # layers may differ in E
+                    load_E[:slots].view(ranks, -1).sum(1)
+                    for load_E, slots in zip(load_LE, slots_L.tolist(), strict=True)
+                ]
+            ),
         }
         for name, load_LR in loads.items():
             numbers[name] = (load_LR.amax(1) / load_LR.mean(1).clamp(min=1e-12)).mean()

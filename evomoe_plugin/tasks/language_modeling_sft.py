@@ -33,26 +33,33 @@ class LanguageModelingSFTConfig(FairseqDataclass):
     """`data` is positional on the command line."""
 
     data: Optional[str] = _option(
-        None, "folder with train.jsonl and valid.jsonl, and dict.txt and the tokenizer that the "
-              "model was trained with")
+        None,
+        "folder with train.jsonl and valid.jsonl, and dict.txt and the tokenizer that the "
+        "model was trained with",
+    )
     tokens_per_sample: int = _option(
-        1024, "maximum tokens of an example, or of a row with --pack-examples; in longer examples "
-              "the prompt is cut from the left, then the response from the right")
+        1024,
+        "maximum tokens of an example, or of a row with --pack-examples; in longer examples "
+        "the prompt is cut from the left, then the response from the right",
+    )
     max_target_positions: Optional[int] = _option(
-        None, "positions of the model (default: --tokens-per-sample)")
+        None, "positions of the model (default: --tokens-per-sample)"
+    )
     add_bos_token: bool = _option(False, "not supported")
     train_on_prompt: bool = _option(False, "train on prompt tokens too")
     pack_examples: bool = _option(
-        False, "put several examples into a row; they do not attend to each other")
+        False, "put several examples into a row; they do not attend to each other"
+    )
     moe_aux_balance_weight: float = _option(
-        1.0, "weight of response tokens in the gates' auxiliary losses; prompt tokens have 1")
+        1.0, "weight of response tokens in the gates' auxiliary losses; prompt tokens have 1"
+    )
     prompt_template: str = _option(Templates.prompt, "text around prompts; {} is the prompt")
     response_template: str = _option(Templates.response, "text around responses")
     system_template: str = _option(Templates.system, "text around a chat's system messages")
     user_template: str = _option(Templates.user, "text around a chat's user messages")
     assistant_template: str = _option(
-        Templates.assistant,
-        "text around a chat's responses; text before {} is not trained on")
+        Templates.assistant, "text around a chat's responses; text before {} is not trained on"
+    )
 
 
 @register_task("language_modeling_sft", dataclass=LanguageModelingSFTConfig)
@@ -79,15 +86,20 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         check_number(args, "moe_aux_balance_weight", "[0, inf)", "give a weight of 0 or more")
         positions = args.max_target_positions
         if positions is not None and args.tokens_per_sample > positions:
-            raise OptionError("tokens_per_sample", args.tokens_per_sample,
-                              f"give at most --max-target-positions ({positions})")
+            raise OptionError(
+                "tokens_per_sample",
+                args.tokens_per_sample,
+                f"give at most --max-target-positions ({positions})",
+            )
         if args.add_bos_token:
             raise OptionError("add_bos_token", True, "examples start with </s>: omit it")
         templates = Templates(*(getattr(args, f"{f.name}_template") for f in fields(Templates)))
         templates.validate()
         folder = Path(str(args.data))
-        remedy = ("give a folder with train.jsonl, valid.jsonl, and dict.txt and the tokenizer "
-                  "that the model was trained with")
+        remedy = (
+            "give a folder with train.jsonl, valid.jsonl, and dict.txt and the tokenizer "
+            "that the model was trained with"
+        )
         for path, fault in ((folder, "no such folder"), (folder / "dict.txt", "has no dict.txt")):
             if not path.exists():
                 raise OptionError("DATA", args.data, f"{fault}; {remedy}")
@@ -117,39 +129,63 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         """
         path = Path(self.args.data) / f"{split}.jsonl"
         if not path.is_file():
-            raise OptionError("DATA", self.args.data, f"has no {path.name}: each name in "
-                              "--train-subset, --valid-subset and --gen-subset needs such a file")
+            raise OptionError(
+                "DATA",
+                self.args.data,
+                f"has no {path.name}: each name in "
+                "--train-subset, --valid-subset and --gen-subset needs such a file",
+            )
         row_size = self.args.tokens_per_sample
         examples = load_examples(path, self.encoder, self.templates, row_size)
         dataset = SFTDataset(
-            examples, self.dictionary, train_on_prompt=self.args.train_on_prompt,
+            examples,
+            self.dictionary,
+            train_on_prompt=self.args.train_on_prompt,
             response_weight=self.args.moe_aux_balance_weight,
             row_size=row_size if self.args.pack_examples else None,
         )
         if self.args.pack_examples:
-            logger.info("%s: packed into %s rows, %.1f %% full", path, f"{len(dataset):,}",
-                        100 * dataset.sizes.sum() / (len(dataset) * row_size))
+            logger.info(
+                "%s: packed into %s rows, %.1f %% full",
+                path,
+                f"{len(dataset):,}",
+                100 * dataset.sizes.sum() / (len(dataset) * row_size),
+            )
         self.datasets[split] = dataset
 
-    def eval_lm_dataloader(self, dataset: SFTDataset, *args: Any, max_positions: Any = None,
-                           context_window: int = 0, **kwargs: Any):
+    def eval_lm_dataloader(
+        self,
+        dataset: SFTDataset,
+        *args: Any,
+        max_positions: Any = None,
+        context_window: int = 0,
+        **kwargs: Any,
+    ):
         """Batches for fairseq-eval-lm, which then reports the perplexity of responses.
 
         Raises:
             OptionError: a context window is given, or an example is too long for the model.
         """
         if context_window:
-            raise OptionError("context_window", context_window,
-                              "every response is scored with its full prompt: omit it")
+            raise OptionError(
+                "context_window",
+                context_window,
+                "every response is scored with its full prompt: omit it",
+            )
         longest = max(map(len, dataset.examples))
         if max_positions is not None and longest > max_positions:
-            raise OptionError("tokens_per_sample", self.args.tokens_per_sample,
-                              f"an example has {longest} tokens, the model {max_positions} "
-                              "positions: give at most that many")
+            raise OptionError(
+                "tokens_per_sample",
+                self.args.tokens_per_sample,
+                f"an example has {longest} tokens, the model {max_positions} "
+                "positions: give at most that many",
+            )
         whole = self.args.train_on_prompt
         scored = SFTDataset(
-            dataset.examples if whole else scoring_examples(dataset.examples), self.dictionary,
-            train_on_prompt=whole, scored=True,
+            dataset.examples if whole else scoring_examples(dataset.examples),
+            self.dictionary,
+            train_on_prompt=whole,
+            scored=True,
         )
         return super().eval_lm_dataloader(scored, *args, max_positions=max_positions, **kwargs)
 

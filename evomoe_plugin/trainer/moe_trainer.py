@@ -87,7 +87,8 @@ class MoETrainer(Trainer):
                 overflow = True  # AMP's scaler needs the optimizer step nevertheless
             with record_function("optimizer"):
                 self.task.optimizer_step(
-                    self.optimizer, model=self.model, update_num=self.get_num_updates())
+                    self.optimizer, model=self.model, update_num=self.get_num_updates()
+                )
         except FloatingPointError:
             self._save_crash_checkpoint()
             self._find_nan(samples)
@@ -107,7 +108,8 @@ class MoETrainer(Trainer):
 
         if hasattr(self.model, "perform_slowmo"):
             self.model.perform_slowmo(
-                self.optimizer.optimizer, getattr(self.optimizer, "fp32_params", None))
+                self.optimizer.optimizer, getattr(self.optimizer, "fp32_params", None)
+            )
         logged = None
         if overflow and self.cfg.distributed_training.ddp_backend != "slowmo":
             self._discard_update()
@@ -125,9 +127,14 @@ class MoETrainer(Trainer):
             try:
                 with self._no_sync(i < len(samples) - 1), self._not_recording(done.is_dummy):
                     _loss, size, logging_output = self.task.train_step(
-                        sample=sample, model=self.model, criterion=self.criterion,
-                        optimizer=self.optimizer, update_num=self.get_num_updates(),
-                        ignore_grad=done.is_dummy, **self._ema_arguments)
+                        sample=sample,
+                        model=self.model,
+                        criterion=self.criterion,
+                        optimizer=self.optimizer,
+                        update_num=self.get_num_updates(),
+                        ignore_grad=done.is_dummy,
+                        **self._ema_arguments,
+                    )
                 done.logging_outputs.append(logging_output)
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:
@@ -161,8 +168,12 @@ class MoETrainer(Trainer):
 
     def _no_sync(self, accumulates: bool) -> contextlib.AbstractContextManager[Any]:
         """Inside, DDP leaves gradients local. FSDP would hold unsharded ones, and reduces."""
-        if accumulates and self.data_parallel_world_size > 1 and not self.is_fsdp and hasattr(
-                self.model, "no_sync"):
+        if (
+            accumulates
+            and self.data_parallel_world_size > 1
+            and not self.is_fsdp
+            and hasattr(self.model, "no_sync")
+        ):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
@@ -176,8 +187,13 @@ class MoETrainer(Trainer):
     def _sum_over_ranks(self, done: _Accumulated) -> None:
         done.logging_outputs, (done.sample_size, done.ooms, seconds) = (
             self._aggregate_logging_outputs(
-                done.logging_outputs, done.sample_size, done.ooms,
-                self._local_cumulative_training_time(), ignore=done.is_dummy))
+                done.logging_outputs,
+                done.sample_size,
+                done.ooms,
+                self._local_cumulative_training_time(),
+                ignore=done.is_dummy,
+            )
+        )
         self._cumulative_training_time = seconds / self.data_parallel_world_size
 
     def _reduce_and_clip_grads(self, sample_size: Any) -> Tensor:
@@ -202,7 +218,8 @@ class MoETrainer(Trainer):
         with record_function("clip-grads"):
             grad_norm = self.clip_grad_norm(self.cfg.optimization.clip_norm)
         if not self.cfg.optimization.use_bmuf and (
-                self.cfg.distributed_training.ddp_backend != "slowmo"):
+            self.cfg.distributed_training.ddp_backend != "slowmo"
+        ):
             self._check_grad_norms(grad_norm)
         return grad_norm
 
@@ -213,11 +230,16 @@ class MoETrainer(Trainer):
         def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
             if groups is not None and not self.is_fsdp:
                 return sharded_gradients.grad_norm(self, groups)
-            return distributed_utils.all_reduce(
-                norm_of_this_rank.float() ** 2, group=self.data_parallel_process_group) ** 0.5
+            return (
+                distributed_utils.all_reduce(
+                    norm_of_this_rank.float() ** 2, group=self.data_parallel_process_group
+                )
+                ** 0.5
+            )
 
         return self.optimizer.clip_grad_norm(
-            clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None)
+            clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None
+        )
 
     def _retries_batch(self) -> bool:
         """Whether AMP, after an overflow, tries the same batch again with a smaller scale."""
@@ -239,8 +261,9 @@ class MoETrainer(Trainer):
         if self.cuda and self.cuda_env is not None:
             used = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
-            metrics.log_scalar("gb_free", self.cuda_env.total_memory_in_GB - used, priority=1500,
-                               round=1, weight=0)
+            metrics.log_scalar(
+                "gb_free", self.cuda_env.total_memory_in_GB - used, priority=1500, round=1, weight=0
+            )
         logged = self._reduce_and_log_stats(done.logging_outputs, done.sample_size, grad_norm)
         every = self.cfg.common.empty_cache_freq
         if self.cuda and every > 0 and (self.get_num_updates() - 1) % every == 0:
@@ -284,15 +307,23 @@ class MoETrainer(Trainer):
         with NanDetector(self.get_model()):
             for sample in samples:
                 sample, _ = self._prepare_sample(sample)
-                self.task.train_step(sample, self.model, self.criterion, self.optimizer,
-                                     self.get_num_updates(), ignore_grad=False,
-                                     **self._ema_arguments)
+                self.task.train_step(
+                    sample,
+                    self.model,
+                    self.criterion,
+                    self.optimizer,
+                    self.get_num_updates(),
+                    ignore_grad=False,
+                    **self._ema_arguments,
+                )
 
     def _save_crash_checkpoint(self) -> None:
         """Write crash.pt, if this rank can alone: the others may not have met the exception."""
         if self.data_parallel_world_size > 1:
-            logger.error("no crash.pt: with several ranks it would need them all; "
-                         "the last checkpoint is intact")
+            logger.error(
+                "no crash.pt: with several ranks it would need them all; "
+                "the last checkpoint is intact"
+            )
             return
         try:
             self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
@@ -324,9 +355,11 @@ class MoETrainer(Trainer):
         # fairseq's Adagrad is pointwise, though it does not say so.
         pointwise = self.optimizer.supports_flat_params or name == "adagrad"
         if sharded_layers(self.get_model()) and not pointwise:
-            raise OptionError("optimizer", f"{name} with --moe-expert-parallel-size",
-                              "it must treat each weight by itself, and say so "
-                              "(supports_flat_params): give adam")
+            raise OptionError(
+                "optimizer",
+                f"{name} with --moe-expert-parallel-size",
+                "it must treat each weight by itself, and say so (supports_flat_params): give adam",
+            )
 
     # --- checkpoints
 
@@ -337,9 +370,11 @@ class MoETrainer(Trainer):
         model = state["model"]
         # By address, since shared parameters have several names. Copies, since a file would hold
         # all of the flat master for every view of it.
-        masters = {model[name].data_ptr(): master.clone()
-                   for name, master in fp32_masters(self).items()
-                   if name in model and master.numel()}
+        masters = {
+            model[name].data_ptr(): master.clone()
+            for name, master in fp32_masters(self).items()
+            if name in model and master.numel()
+        }
         for name, value in model.items():
             model[name] = masters.get(value.data_ptr(), value)
         if "last_optimizer_state" in state and not self.is_fsdp:
@@ -354,8 +389,10 @@ class MoETrainer(Trainer):
                 `fairseq.checkpoint_utils.save_checkpoint`, on all ranks, writes checkpoints.
         """
         if sharded_layers(self.get_model()):
-            raise RunFailed(f"cannot write {filename}: with --moe-expert-parallel-size checkpoints "
-                            "are written by fairseq.checkpoint_utils.save_checkpoint, on all ranks")
+            raise RunFailed(
+                f"cannot write {filename}: with --moe-expert-parallel-size checkpoints "
+                "are written by fairseq.checkpoint_utils.save_checkpoint, on all ranks"
+            )
         state = TrainerState(self)
         if not self.should_save_checkpoint_on_current_rank:
             return None
@@ -405,8 +442,12 @@ class MoETrainer(Trainer):
         self._load_progress(extra_state, reset_meters)
         self._set_model_updates()  # 0 with --reset-optimizer
         self._check_same_on_all_ranks(path, filename)
-        logger.info("Loaded checkpoint %s (epoch %d @ %d updates)", path,
-                    extra_state["train_iterator"]["epoch"], self.get_num_updates())
+        logger.info(
+            "Loaded checkpoint %s (epoch %d @ %d updates)",
+            path,
+            extra_state["train_iterator"]["epoch"],
+            self.get_num_updates(),
+        )
         return extra_state
 
     def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
@@ -420,8 +461,11 @@ class MoETrainer(Trainer):
             check_all_ranks_see(path, exists)
         if not exists:
             return None
-        on_all_ranks = (is_sharded or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
-                        or resume.reads_own_shard(self))
+        on_all_ranks = (
+            is_sharded
+            or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
+            or resume.reads_own_shard(self)
+        )
 
         def check(state: dict[str, Any], path: str) -> None:
             for function in hooks.LOADING:
@@ -437,7 +481,8 @@ class MoETrainer(Trainer):
             # Each rank is sent its shard of it when the optimizer loads it.
             kept, state["last_optimizer_state"] = state.get("last_optimizer_state"), "SHARDED"
         state = distributed_utils.broadcast_object(
-            state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device)
+            state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
+        )
         if kept is not None:
             state["last_optimizer_state"] = kept
         return state
@@ -454,8 +499,11 @@ class MoETrainer(Trainer):
         try:
             exact = {}
             if (self.cfg.common.fp16 or self.cfg.common.bf16) and not self.is_fsdp:
-                exact = {name: weights[name] for name, p in self.get_model().named_parameters()
-                         if name in weights and weights[name].dtype == torch.float32 != p.dtype}
+                exact = {
+                    name: weights[name]
+                    for name, p in self.get_model().named_parameters()
+                    if name in weights and weights[name].dtype == torch.float32 != p.dtype
+                }
             if self.is_fsdp and not resume.reads_own_shard(self):
                 # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
                 super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
@@ -479,9 +527,13 @@ class MoETrainer(Trainer):
             ("Optimizer", last["optimizer_name"], type(self.optimizer).__name__),
         ):
             if saved != now:
-                raise OptionError("checkpoint", path, f"{what} does not match; please reset the "
-                                                      f"optimizer (--reset-optimizer). {saved} vs "
-                                                      f"{now}")
+                raise OptionError(
+                    "checkpoint",
+                    path,
+                    f"{what} does not match; please reset the "
+                    f"optimizer (--reset-optimizer). {saved} vs "
+                    f"{now}",
+                )
         if not reset_lr_scheduler:
             self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
         if self.is_fsdp and not resume.reads_own_shard(self):
@@ -507,10 +559,10 @@ class MoETrainer(Trainer):
         if not self.cfg.ema.store_ema:
             return
         if "ema" not in extra_state:
-            logger.warning("the checkpoint has no moving average of the weights: it starts from "
-                           "the weights")
-            self.ema.restore(self.get_model().state_dict(),
-                             build_fp32_params=self.cfg.ema.ema_fp32)
+            logger.warning(
+                "the checkpoint has no moving average of the weights: it starts from the weights"
+            )
+            self.ema.restore(self.get_model().state_dict(), build_fp32_params=self.cfg.ema.ema_fp32)
             return
         self.ema.restore(extra_state["ema"], build_fp32_params=False)
         if self.cfg.ema.ema_fp32:

@@ -61,8 +61,9 @@ def _gradients(trainer: Any) -> Iterator[tuple[Tensor, bool]]:
     if isinstance(masters, dict):  # all of them end to end, by device
         (flat,) = masters.values()
         parts = flat.grad.split([p.numel() for p in model_parameters])
-        yield from ((part, id(p) in sharded)
-                    for part, p in zip(parts, model_parameters, strict=True))
+        yield from (
+            (part, id(p) in sharded) for part, p in zip(parts, model_parameters, strict=True)
+        )
         return
     for p, master in zip(model_parameters, masters, strict=True):
         if master.grad is not None:

@@ -33,8 +33,9 @@ class StepFailed(Exception):
     def __init__(self, command: list[str], log: Path, how: str):
         with open(log, errors="replace") as lines:
             end = "".join(collections.deque(lines, TAIL)).rstrip()
-        super().__init__(f"{end}\n\nerror: {Path(command[0]).name} {how}; its full log is "
-                         f"{shown(log)}")
+        super().__init__(
+            f"{end}\n\nerror: {Path(command[0]).name} {how}; its full log is {shown(log)}"
+        )
 
 
 def program(name: str) -> str:
@@ -80,8 +81,13 @@ def run(
         lines.seek(0, os.SEEK_END)
         # In a separate session, so that Ctrl-C reaches it only once, through this process.
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=[] if keep_open is None else [keep_open],
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[] if keep_open is None else [keep_open],
             env={"PYTHONWARNINGS": "ignore", **threads, **os.environ},
         )
         try:

@@ -40,9 +40,17 @@ class RunFolder:
 
     def _ours(self) -> list[Path]:
         return [
-            self.data, self.path / ".data.preparing", self.path / ".data.replaced",
-            self.checkpoints, self.prepare_log, self.train_log, self.first_log, self.last_log,
-            self.plot_log, self.picture, self._settings,
+            self.data,
+            self.path / ".data.preparing",
+            self.path / ".data.replaced",
+            self.checkpoints,
+            self.prepare_log,
+            self.train_log,
+            self.first_log,
+            self.last_log,
+            self.plot_log,
+            self.picture,
+            self._settings,
         ]
 
     @contextlib.contextmanager
@@ -53,19 +61,24 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"--dir {self.path} is a file; give a folder")
-        foreign = self.path.exists() and not self._settings.exists() and any(
-            entry not in (self._lock, *self._ours()) for entry in self.path.iterdir()
+        foreign = (
+            self.path.exists()
+            and not self._settings.exists()
+            and any(entry not in (self._lock, *self._ours()) for entry in self.path.iterdir())
         )
         if foreign:
-            raise Refused(f"--dir {self.path} has files that are not of a quickstart; give "
-                          "another folder")
+            raise Refused(
+                f"--dir {self.path} has files that are not of a quickstart; give another folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Refused(f"another quickstart is running in {self.path}; wait for it, or "
-                              "give another folder with --dir") from None
+                raise Refused(
+                    f"another quickstart is running in {self.path}; wait for it, or "
+                    "give another folder with --dir"
+                ) from None
             yield lock.fileno()
 
     def clear(self) -> None:
@@ -78,8 +91,11 @@ class RunFolder:
 
     def claim(self, recipe: Recipe) -> None:
         """Record `recipe` in the folder; raises Refused if it has the run of another one."""
-        settings = json.loads(json.dumps(  # tuples become lists, as in the file
-            {"asked": recipe.asked, "prepare": recipe.prepare, "train": recipe.train}))
+        settings = json.loads(
+            json.dumps(  # tuples become lists, as in the file
+                {"asked": recipe.asked, "prepare": recipe.prepare, "train": recipe.train}
+            )
+        )
         if not self._settings.exists():
             write_atomically(self._settings, json.dumps(settings, indent=1))
             return
@@ -87,21 +103,23 @@ class RunFolder:
         difference = (
             _difference(before["asked"], settings["asked"])
             or _difference(dict(before["train"]), dict(settings["train"]))
-            or _difference({"evomoe prepare": before["prepare"]},
-                           {"evomoe prepare": settings["prepare"]})
+            or _difference(
+                {"evomoe prepare": before["prepare"]}, {"evomoe prepare": settings["prepare"]}
+            )
             or self._text_difference(recipe)
         )
         if difference:
-            raise Refused(f"{self.path} has a run with other settings ({difference}); "
-                          f"{REMEDY}")
+            raise Refused(f"{self.path} has a run with other settings ({difference}); {REMEDY}")
 
     def _text_difference(self, recipe: Recipe) -> str | None:
         card = DataCard.load(self.data)
         if card is None:
             return None
         options = PrepareOptions(
-            inputs=tuple(recipe.inputs), out=str(self.data),
-            text_suffix=recipe.given("--text-suffix"), exclude=recipe.given("--exclude"),
+            inputs=tuple(recipe.inputs),
+            out=str(self.data),
+            text_suffix=recipe.given("--text-suffix"),
+            exclude=recipe.given("--exclude"),
         )
         difference = inputs_difference(card.inputs, card.files_not_read, find_sources(options))
         return f"of the text, {difference}" if difference else None
@@ -123,7 +141,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Describe the options that differ."""
     changed = [
         f"{name} {_shown(before.get(name))}, now {_shown(now.get(name))}"
-        for name in {**before, **now} if before.get(name) != now.get(name)
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]
     return "; ".join(changed) or None
 

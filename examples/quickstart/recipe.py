@@ -11,8 +11,18 @@ EXPERTS = 8
 
 # The standard library without tests, character tables and additions of distributions.
 STANDARD_LIBRARY_EXCLUDES = (
-    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
-    "turtledemo", "encodings", "pydoc_data", "ensurepip", "config-*",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+    "config-*",
 )
 
 
@@ -31,8 +41,11 @@ class Recipe:
     @property
     def asked(self) -> dict[str, object]:
         """The user's choices, by option of the quickstart."""
-        return {"--updates": self.updates, "--quick": self.quick,
-                "--text": list(self.text) or "the Python standard library"}
+        return {
+            "--updates": self.updates,
+            "--quick": self.quick,
+            "--text": list(self.text) or "the Python standard library",
+        }
 
     @property
     def annealing(self) -> int:
@@ -74,29 +87,45 @@ class Recipe:
         tokens, batch = self._batch
         interval = max(1, self.updates // 40)
         return [
-            ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
-            ("--arch", "transformer_lm_gpttiny_moe"), ("--share-decoder-input-output-embed", None),
-            ("--decoder-embed-dim", width), ("--decoder-ffn-embed-dim", ffn_dim),
+            ("--user-dir", "evomoe_plugin"),
+            ("--task", "language_modeling"),
+            ("--cpu", None),
+            ("--arch", "transformer_lm_gpttiny_moe"),
+            ("--share-decoder-input-output-embed", None),
+            ("--decoder-embed-dim", width),
+            ("--decoder-ffn-embed-dim", ffn_dim),
             ("--moe-expert-ffn-dim", expert_ffn_dim),
-            ("--moe-expert-count", str(EXPERTS)), ("--moe-freq", "2"),
-            ("--dropout", "0"), ("--attention-dropout", "0"),
+            ("--moe-expert-count", str(EXPERTS)),
+            ("--moe-freq", "2"),
+            ("--dropout", "0"),
+            ("--attention-dropout", "0"),
             # With an exponential schedule the experts per token fall evenly. After annealing the
             # sparse model is trained for the rest of the run.
-            ("--moe-temperature-start", "2"), ("--moe-temperature-end", "0.1"),
+            ("--moe-temperature-start", "2"),
+            ("--moe-temperature-end", "0.1"),
             ("--moe-temperature-schedule", "exp"),
             ("--moe-temperature-updates", str(self.annealing)),
             ("--moe-hard-updates", str(self.annealing)),
-            ("--criterion", "moe_cross_entropy"), ("--moe-gate-loss-wt", "0.03"),
-            ("--tokens-per-sample", tokens), ("--batch-size", batch),
-            ("--optimizer", "adam"), ("--adam-betas", "(0.9, 0.98)"), ("--clip-norm", "1.0"),
-            ("--lr", "0.005"), ("--lr-scheduler", "polynomial_decay"),
+            ("--criterion", "moe_cross_entropy"),
+            ("--moe-gate-loss-wt", "0.03"),
+            ("--tokens-per-sample", tokens),
+            ("--batch-size", batch),
+            ("--optimizer", "adam"),
+            ("--adam-betas", "(0.9, 0.98)"),
+            ("--clip-norm", "1.0"),
+            ("--lr", "0.005"),
+            ("--lr-scheduler", "polynomial_decay"),
             ("--warmup-updates", str(self.updates // 20)),
             ("--total-num-update", str(self.updates)),
-            ("--seed", "1"), ("--num-workers", "0"),
-            ("--save-interval-updates", str(4 * interval)), ("--keep-interval-updates", "1"),
-            ("--no-epoch-checkpoints", None), ("--best-checkpoint-metric", "ppl"),
+            ("--seed", "1"),
+            ("--num-workers", "0"),
+            ("--save-interval-updates", str(4 * interval)),
+            ("--keep-interval-updates", "1"),
+            ("--no-epoch-checkpoints", None),
+            ("--best-checkpoint-metric", "ppl"),
             ("--max-valid-steps", "10"),
-            ("--log-format", "json"), ("--log-interval", str(interval)),
+            ("--log-format", "json"),
+            ("--log-interval", str(interval)),
         ]
 
     @property
@@ -104,8 +133,12 @@ class Recipe:
         """Options of `fairseq-eval-lm`."""
         tokens, batch = self._batch
         return [
-            ("--user-dir", "evomoe_plugin"), ("--task", "language_modeling"), ("--cpu", None),
-            ("--gen-subset", "test"), ("--tokens-per-sample", tokens), ("--batch-size", batch),
+            ("--user-dir", "evomoe_plugin"),
+            ("--task", "language_modeling"),
+            ("--cpu", None),
+            ("--gen-subset", "test"),
+            ("--tokens-per-sample", tokens),
+            ("--batch-size", batch),
         ]
 
     @property

@@ -63,20 +63,37 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Prepare a text, train a small MoE language model on it from dense to hard "
-                    "top-1 routing, and evaluate it before and after: about 5 minutes on 2 cores.",
+        "top-1 routing, and evaluate it before and after: about 5 minutes on 2 cores.",
     )
-    parser.add_argument("--dir", default=ROOT / "quickstart-run", metavar="DIR",
-                        help="output folder (default: quickstart-run in the clone)")
-    parser.add_argument("--text", action="append", metavar="PATH",
-                        help="train on this file or folder of .txt, .py, .jsonl or .parquet files "
-                             "instead of the Python standard library; repeatable")
-    parser.add_argument("--updates", type=_count, metavar="N",
-                        help=f"length of the run; the schedules follow (default: {UPDATES})")
-    parser.add_argument("--quick", action="store_true",
-                        help="run all steps with a toy model, "
-                             f"{QUICK_UPDATES} updates unless --updates is given")
-    parser.add_argument("--fresh", action="store_true",
-                        help="delete the files of an earlier quickstart in DIR, and start over")
+    parser.add_argument(
+        "--dir",
+        default=ROOT / "quickstart-run",
+        metavar="DIR",
+        help="output folder (default: quickstart-run in the clone)",
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="PATH",
+        help="train on this file or folder of .txt, .py, .jsonl or .parquet files "
+        "instead of the Python standard library; repeatable",
+    )
+    parser.add_argument(
+        "--updates",
+        type=_count,
+        metavar="N",
+        help=f"length of the run; the schedules follow (default: {UPDATES})",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"run all steps with a toy model, {QUICK_UPDATES} updates unless --updates is given",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="delete the files of an earlier quickstart in DIR, and start over",
+    )
     return parser
 
 
@@ -98,11 +115,15 @@ class Quickstart:
         trained = self.folder.trained_updates()
         finished = trained >= self.recipe.updates
         if finished:
-            print(f"{shown(self.folder.path)} has a finished run: nothing is retrained. "
-                  "(--fresh retrains.)")
+            print(
+                f"{shown(self.folder.path)} has a finished run: nothing is retrained. "
+                "(--fresh retrains.)"
+            )
         elif trained:
-            print(f"{shown(self.folder.path)} has a run that was interrupted after "
-                  f"{trained:,} of {self.recipe.updates:,} updates: resuming.")
+            print(
+                f"{shown(self.folder.path)} has a run that was interrupted after "
+                f"{trained:,} of {self.recipe.updates:,} updates: resuming."
+            )
         self.prepare()
         if not self.folder.first.exists():
             self.train_first()
@@ -117,31 +138,49 @@ class Quickstart:
         if DataCard.load(self.folder.data) is not None:
             return
         self._say("Preparing the text: documents, a tokenizer, fairseq's binary files")
-        command = [program("evomoe"), "prepare", *map(shown, self.recipe.inputs),
-                   "--out", self.data, *flags(self.recipe.prepare)]
+        command = [
+            program("evomoe"),
+            "prepare",
+            *map(shown, self.recipe.inputs),
+            "--out",
+            self.data,
+            *flags(self.recipe.prepare),
+        ]
         run(command, self.folder.prepare_log, _echo, keep_open=self.lock)
 
     def train_first(self) -> None:
         if self.folder.trained_updates() == 0:
             self._say("Training one update, for comparison")
-            self._train(1, show=f"{program('fairseq-train')} {self.data} … --max-update 1   "
-                                "(the other options are those of the next command)")
+            self._train(
+                1,
+                show=f"{program('fairseq-train')} {self.data} … --max-update 1   "
+                "(the other options are those of the next command)",
+            )
         # Copied under another name, so that checkpoint_first.pt is always complete.
         part = self.folder.first.with_suffix(".part")
         shutil.copyfile(self.folder.last, part)
         part.rename(self.folder.first)
 
     def train(self) -> None:
-        self._say(f"Training to update {self.recipe.updates:,}: all {EXPERTS} experts per token at "
-                  f"first, one from update {self.recipe.annealing:,} on")
+        self._say(
+            f"Training to update {self.recipe.updates:,}: all {EXPERTS} experts per token at "
+            f"first, one from update {self.recipe.annealing:,} on"
+        )
         self.folder.train_log.touch()
         with open(self.folder.train_log, errors="replace") as lines:
             progress = Progress(parse_log(lines))
         self._train(self.recipe.updates, on_line=progress)
 
     def _train(self, updates: int, **options) -> None:
-        command = [program("fairseq-train"), self.data, *flags(self.recipe.train),
-                   "--save-dir", self.checkpoints, "--max-update", str(updates)]
+        command = [
+            program("fairseq-train"),
+            self.data,
+            *flags(self.recipe.train),
+            "--save-dir",
+            self.checkpoints,
+            "--max-update",
+            str(updates),
+        ]
         run(command, self.folder.train_log, append=True, keep_open=self.lock, **options)
 
     def evaluate(self, checkpoint: Path, log: Path, when: str) -> float:
@@ -149,8 +188,13 @@ class Quickstart:
         perplexity = _perplexity(log)
         if perplexity is None:
             self._say(f"Evaluating on the test split, {when} training")
-            command = [program("fairseq-eval-lm"), self.data, *flags(self.recipe.evaluate),
-                       "--path", shown(checkpoint)]
+            command = [
+                program("fairseq-eval-lm"),
+                self.data,
+                *flags(self.recipe.evaluate),
+                "--path",
+                shown(checkpoint),
+            ]
             run(command, log, keep_open=self.lock)
             perplexity = _perplexity(log)
             if perplexity is None:
@@ -162,21 +206,37 @@ class Quickstart:
         if self.folder.picture.exists():
             return
         self._say("Plotting the run")
-        run([program("evomoe"), "plot", shown(self.folder.train_log),
-             "--out", shown(self.folder.picture)], self.folder.plot_log, keep_open=self.lock)
+        run(
+            [
+                program("evomoe"),
+                "plot",
+                shown(self.folder.train_log),
+                "--out",
+                shown(self.folder.picture),
+            ],
+            self.folder.plot_log,
+            keep_open=self.lock,
+        )
 
     def report(self, before: float, after: float) -> None:
         log = read_log(self.folder.train_log)
         console = Console()
         console.print()
-        console.print(closing_table(log, {
-            "test perplexity": (f"{before:,.1f}", f"{after:,.1f}"),
-            "evaluated after update": ("1", f"{self.recipe.updates:,}"),
-        }))
+        console.print(
+            closing_table(
+                log,
+                {
+                    "test perplexity": (f"{before:,.1f}", f"{after:,.1f}"),
+                    "evaluated after update": ("1", f"{self.recipe.updates:,}"),
+                },
+            )
+        )
         console.print(course_table(log))
         for name, path in [
-            ("checkpoint", self.folder.last), ("picture", self.folder.picture),
-            ("log", self.folder.train_log), ("data card", self.folder.data / "DATA_CARD.md"),
+            ("checkpoint", self.folder.last),
+            ("picture", self.folder.picture),
+            ("log", self.folder.train_log),
+            ("data card", self.folder.data / "DATA_CARD.md"),
         ]:
             print(f"  {name:<12}{shown(path)}")
 
@@ -200,9 +260,11 @@ class Progress:
             print("   update  perplexity  temperature  experts/token  seconds/update")
             self._headed = True
         values = record.values
-        print(f"  {record.update:7,}  {values['ppl']:10,.1f}  {values['temperature']:11.3f}  "
-              f"{values['experts_per_token']:13.2f}  {seconds_per_update(self.log)[1][-1]:14.2f}",
-              flush=True)
+        print(
+            f"  {record.update:7,}  {values['ppl']:10,.1f}  {values['temperature']:11.3f}  "
+            f"{values['experts_per_token']:13.2f}  {seconds_per_update(self.log)[1][-1]:14.2f}",
+            flush=True,
+        )
 
 
 def _echo(line: str) -> None:

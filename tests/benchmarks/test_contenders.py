@@ -42,8 +42,9 @@ def test_contenders_equal_our_layer(case):
 
 
 @pytest.mark.slow  # imports transformers
-@pytest.mark.parametrize("case", [case for case in CASES if case.gate == "top_k"],
-                         ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.gate == "top_k"], ids=lambda case: case.name
+)
 def test_hugging_face_equals_our_gated_experts(case):
     inputs = Inputs(case)
     y, dx = outputs(contenders.OursGated(inputs))
@@ -56,16 +57,18 @@ def test_hugging_face_equals_our_gated_experts(case):
 def test_their_gradients_equal_ours():
     """Gradients of gate and experts, without auxiliary losses."""
     inputs = Inputs(CASES[0])
-    ours, loop, grouped = (kind(inputs) for kind in (
-        contenders.Ours, contenders.Loop, contenders.GroupedMM))
+    ours, loop, grouped = (
+        kind(inputs) for kind in (contenders.Ours, contenders.Loop, contenders.GroupedMM)
+    )
     for contender in (ours, loop, grouped):
         outputs(contender)
     experts = ours.layer.experts
     torch.testing.assert_close(grouped.w1.grad, experts.fc1_weight.grad)
     torch.testing.assert_close(grouped.w2.grad, experts.fc2_weight.grad)
     for networks, grad_EFD, bias in (
-            (loop.fc1, experts.fc1_weight.grad, experts.fc1_bias),
-            (loop.fc2, experts.fc2_weight.grad.transpose(1, 2), experts.fc2_bias)):
+        (loop.fc1, experts.fc1_weight.grad, experts.fc1_bias),
+        (loop.fc2, experts.fc2_weight.grad.transpose(1, 2), experts.fc2_bias),
+    ):
         torch.testing.assert_close(torch.stack([fc.weight.grad for fc in networks]), grad_EFD)
         torch.testing.assert_close(torch.stack([fc.bias.grad for fc in networks]), bias.grad)
     for contender in (loop, grouped):

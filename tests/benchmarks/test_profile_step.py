@@ -46,8 +46,11 @@ def test_operations_of_both_passes_are_found(profile_step):
     def experts_alone(x):
         experts(x).sum().backward()
 
-    for of, part in ((both, "attention"), (experts_alone, "matmul"),
-                     (lambda x: norms(x.requires_grad_()).sum().backward(), "norms")):
+    for of, part in (
+        (both, "attention"),
+        (experts_alone, "matmul"),
+        (lambda x: norms(x.requires_grad_()).sum().backward(), "norms"),
+    ):
         found = parts(of)
         others = {"attention", "matmul", "norms"} - {part}
         assert found[part] > 0 and not any(found[other] for other in others)

@@ -25,8 +25,10 @@ def test_a_slow_step_is_measured_in_few_rounds(monkeypatch):
     taken = {"bound": 1.0, "slow": clock.SLOW + 1.0}
     monkeypatch.setattr(clock, "seconds", lambda step, device: taken[step()])
     times = clock.take_turns({name: lambda name=name: name for name in taken}, 5, "cpu", "bound")
-    assert times == {"bound": [1.0] * 5,
-                     "slow": [taken["slow"]] * clock.FEW + [None] * (5 - clock.FEW)}
+    assert times == {
+        "bound": [1.0] * 5,
+        "slow": [taken["slow"]] * clock.FEW + [None] * (5 - clock.FEW),
+    }
 
 
 def test_a_fork_says_why_it_failed():
@@ -62,6 +64,7 @@ def test_cases_are_chosen_by_parts_of_their_names():
 
 def row(ours, **others):
     """Rows of a result, ours and others, relative to limit and floor."""
+
     def numbers(value):
         spread = clock.spread([value])
         return {"of_limit": spread, "of_floor": spread, "ours_of_it": clock.spread([ours / value])}
@@ -70,17 +73,30 @@ def row(ours, **others):
 
 
 def layer(rows, rows_per_expert=1024, dtype="fp32"):
-    return {"name": "a case", "gate": "top_k", "dtype": dtype, "threads": 1, "wanted": 0,
-            "width": 512, "experts": 8, "rows_per_expert": rows_per_expert, "rows": rows,
-            "memory": {"Ours": {"of_goal": 1.05}}, "failed": {},
-            "routing_share": clock.spread([0.05])}
+    return {
+        "name": "a case",
+        "gate": "top_k",
+        "dtype": dtype,
+        "threads": 1,
+        "wanted": 0,
+        "width": 512,
+        "experts": 8,
+        "rows_per_expert": rows_per_expert,
+        "rows": rows,
+        "memory": {"Ours": {"of_goal": 1.05}},
+        "failed": {},
+        "routing_share": clock.spread([0.05]),
+    }
 
 
-@pytest.mark.parametrize(("ours", "loop", "status"), [
-    (1.10, 1.2, {"1.12 of the limit": "**met**", "fastest": "**met**", "dense FFN": "missed"}),
-    (1.13, 1.1, {"1.12 of the limit": "missed", "fastest": "missed", "dense FFN": "missed"}),
-    (1.04, 1.1, {"1.12 of the limit": "**met**", "fastest": "**met**", "dense FFN": "**met**"}),
-])
+@pytest.mark.parametrize(
+    ("ours", "loop", "status"),
+    [
+        (1.10, 1.2, {"1.12 of the limit": "**met**", "fastest": "**met**", "dense FFN": "missed"}),
+        (1.13, 1.1, {"1.12 of the limit": "missed", "fastest": "missed", "dense FFN": "missed"}),
+        (1.04, 1.1, {"1.12 of the limit": "**met**", "fastest": "**met**", "dense FFN": "**met**"}),
+    ],
+)
 def test_goals_are_met_or_missed_by_the_numbers(ours, loop, status):
     found = {"layers": [layer(row(ours, Loop=loop, Dense=1.05))]}
     lines = goals.goals_table(found).splitlines()
@@ -93,10 +109,15 @@ def test_goals_are_met_or_missed_by_the_numbers(ours, loop, status):
 
 def test_a_whole_step_is_held_against_the_best_of_the_peers():
     of = {"ours": 2.0, "HF slow": 5.0, "HF fast": 2.9}
-    step = {"name": "a model", "dtype": "fp32", "threads": 1,
-            "rows": {label: {"of_limit": clock.spread([value])} for label, value in of.items()}}
-    (line,) = (line for line in goals.goals_table({"steps": [step]}).splitlines()
-               if "whole step" in line)
+    step = {
+        "name": "a model",
+        "dtype": "fp32",
+        "threads": 1,
+        "rows": {label: {"of_limit": clock.spread([value])} for label, value in of.items()},
+    }
+    (line,) = (
+        line for line in goals.goals_table({"steps": [step]}).splitlines() if "whole step" in line
+    )
     assert "missed" in line and "1.45" in line and "HF fast" in line
 
 

@@ -32,18 +32,31 @@ def whole_state(seed=0, update=UPDATE, with_optimizer=True):
         weights[f"{prefix}moe.experts.fc1_frozen"] = numbers(count, 6, 5) > 1
         weights[f"{prefix}moe.shared.fc1_weight"] = numbers(1, 6, 5)
     weights["decoder.layer_norm.weight"] = numbers(5)
-    model = {**vars(MoEOptions()), "_name": "transformer_lm_gpt_moe", "moe_expert_count": "4,8",
-             "moe_max_experts": 0, "decoder_layers": 4}
-    cfg = {"model": model, "optimizer": {"_name": "adam"},
-           "distributed_training": {"distributed_world_size": 1}}
+    model = {
+        **vars(MoEOptions()),
+        "_name": "transformer_lm_gpt_moe",
+        "moe_expert_count": "4,8",
+        "moe_max_experts": 0,
+        "decoder_layers": 4,
+    }
+    cfg = {
+        "model": model,
+        "optimizer": {"_name": "adam"},
+        "distributed_training": {"distributed_world_size": 1},
+    }
     state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
     state["optimizer_history"][-1]["num_updates"] = update
     if with_optimizer:
         trained = parameters(state)
         state["last_optimizer_state"] = {
-            "state": {i: {"step": update, "exp_avg": numbers(*weights[name].shape),
-                          "exp_avg_sq": numbers(*weights[name].shape).abs()}
-                      for i, name in enumerate(trained)},
+            "state": {
+                i: {
+                    "step": update,
+                    "exp_avg": numbers(*weights[name].shape),
+                    "exp_avg_sq": numbers(*weights[name].shape).abs(),
+                }
+                for i, name in enumerate(trained)
+            },
             "param_groups": [{"lr": 0.1, "params": list(range(len(trained)))}],
             "loss_scale": 4.0,
         }
@@ -51,8 +64,9 @@ def whole_state(seed=0, update=UPDATE, with_optimizer=True):
 
 
 def parameters(state):
-    return [name for name in state["model"]
-            if not name.endswith(("version", "num_updates", "_frozen"))]
+    return [
+        name for name in state["model"] if not name.endswith(("version", "num_updates", "_frozen"))
+    ]
 
 
 def save(path, **given):
@@ -82,5 +96,6 @@ def assert_same(state, wanted):
         for i, entry in before["state"].items():
             assert after["state"][i].keys() == entry.keys()
             for key, value in entry.items():
-                assert torch.equal(torch.as_tensor(after["state"][i][key]),
-                                   torch.as_tensor(value)), (i, key)
+                assert torch.equal(
+                    torch.as_tensor(after["state"][i][key]), torch.as_tensor(value)
+                ), (i, key)

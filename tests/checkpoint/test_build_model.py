@@ -49,8 +49,11 @@ def reshape(state):
 CANNOT = "no model can be built from the options and weights that it holds"
 ALL, BUILDERS = ("upcycle", "generate", "export"), ("generate", "export")
 SPOILT = {
-    "a string as cfg.model": (lambda s: s["cfg"].update(model="transformer_lm"), ALL,
-                              "is no checkpoint of fairseq"),
+    "a string as cfg.model": (
+        lambda s: s["cfg"].update(model="transformer_lm"),
+        ALL,
+        "is no checkpoint of fairseq",
+    ),
     "a list as cfg": (lambda s: s.update(cfg=[1, 2]), ALL, "is no checkpoint of fairseq"),
     "names that are numbers": (rename, ALL, "is no checkpoint of fairseq"),
     "heads that do not divide": (option("decoder_attention_heads", 3), ALL, CANNOT),

@@ -37,12 +37,18 @@ def load(path, content):
 
 def test_what_fairseq_stores_is_loaded(tmp_path):
     cfg = omegaconf.OmegaConf.create({"a": [1, {"b": "c"}]})
-    loaded = load(tmp_path / "c.pt", state(
-        task_state={
-            "cfg": cfg, "score": np.float64(1.5), "count": np.int64(2), "array": np.ones(3),
-            "args": argparse.Namespace(x=1),
-        },
-    ))
+    loaded = load(
+        tmp_path / "c.pt",
+        state(
+            task_state={
+                "cfg": cfg,
+                "score": np.float64(1.5),
+                "count": np.int64(2),
+                "array": np.ones(3),
+                "args": argparse.Namespace(x=1),
+            },
+        ),
+    )
     assert loaded["task_state"]["score"] == 1.5
     assert loaded["task_state"]["cfg"] == cfg
     assert loaded["task_state"]["args"].x == 1
@@ -57,11 +63,21 @@ def test_a_config_with_a_namespace_is_loaded(tmp_path):
 
 def test_every_rank_gets_all_experts(tmp_path):
     """Without sharded experts the options that belong to them are refused."""
-    given = {"moe_expert_parallel_size": 2, "moe_ep_chunks": 2, "moe_ep_wire_dtype": "bf16",
-             "moe_ep_checkpoint": "sharded", "moe_freq": 1}
+    given = {
+        "moe_expert_parallel_size": 2,
+        "moe_ep_chunks": 2,
+        "moe_ep_wire_dtype": "bf16",
+        "moe_ep_checkpoint": "sharded",
+        "moe_freq": 1,
+    }
     model = load(tmp_path / "c.pt", state(cfg={"model": given}))["cfg"].model
-    assert model == {"moe_expert_parallel_size": 1, "moe_ep_chunks": 1, "moe_ep_wire_dtype": "same",
-                     "moe_ep_checkpoint": "auto", "moe_freq": 1}
+    assert model == {
+        "moe_expert_parallel_size": 1,
+        "moe_ep_chunks": 1,
+        "moe_ep_wire_dtype": "same",
+        "moe_ep_checkpoint": "auto",
+        "moe_freq": 1,
+    }
 
 
 class Malicious:
@@ -97,10 +113,15 @@ def pickled_as(path, content):
     return path
 
 
-@pytest.mark.parametrize(("content", "cause"), [
-    (b"\x80\x02a.", IndexError), (b"\x80\x02}]Ns.", TypeError),
-    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", TypeError),
-    (b"\x80\x02cargparse\nNamespace\n)RK\x01b.", TypeError)])
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"\x80\x02a.", IndexError),
+        (b"\x80\x02}]Ns.", TypeError),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", TypeError),
+        (b"\x80\x02cargparse\nNamespace\n)RK\x01b.", TypeError),
+    ],
+)
 def test_damage_that_leads_the_unpickler_astray(tmp_path, content, cause):
     with pytest.raises(OptionError, match=r"c\.pt: cannot be read, it is cut short") as caught:
         with open(pickled_as(tmp_path / "c.pt", content), "rb") as file:

@@ -44,9 +44,7 @@ def files_of_at_most(size):
 def test_written_in_the_background_is_what_was_trained(runs, options):
     """Each file is of its own update, although training goes on while it is written."""
     direct = runs.train("direct", *options, "--save-interval-updates", "1", validate=True)
-    behind = runs.train(
-        "behind", *options, *ASYNC, "--save-interval-updates", "1", validate=True
-    )
+    behind = runs.train("behind", *options, *ASYNC, "--save-interval-updates", "1", validate=True)
     assert behind.status == 0
     names = sorted(path.name for path in direct.folder.glob("*.pt"))
     assert sorted(path.name for path in behind.folder.glob("*.pt")) == names
@@ -107,7 +105,12 @@ def test_killed_while_saving(runs, tmp_path, options):
     folder = tmp_path / "run"
     folder.mkdir()
     arguments = runs.arguments(
-        folder, *options, "--save-interval-updates", "1", "--keep-interval-updates", "3",
+        folder,
+        *options,
+        "--save-interval-updates",
+        "1",
+        "--keep-interval-updates",
+        "3",
         updates=100_000,
     )
     process = runs.start("train", *arguments)
@@ -130,8 +133,6 @@ def test_killed_while_saving(runs, tmp_path, options):
 
 def test_a_folder_that_cannot_be_written_is_named(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    status = runs.run(
-        "train", *runs.arguments(tmp_path / "file", "--log-file", tmp_path / "log")
-    )
+    status = runs.run("train", *runs.arguments(tmp_path / "file", "--log-file", tmp_path / "log"))
     assert status == 2
     assert f"error: --save-dir {tmp_path / 'file'}: cannot be written" in capsys.readouterr().err

@@ -33,8 +33,9 @@ def last(tmp_path):
 
 
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
-                  if "elsewhere" not in path.parts)
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if "elsewhere" not in path.parts
+    )
 
 
 def test_a_copy_has_the_same_experts(last, tmp_path):
@@ -87,8 +88,16 @@ class Killed(BaseException):
     pass
 
 
-CHANGES = [(os, "replace"), (os, "remove"), (os, "link"), (os, "symlink"), (os, "makedirs"),
-           (os, "rmdir"), (os, "fsync"), (shutil, "rmtree")]
+CHANGES = [
+    (os, "replace"),
+    (os, "remove"),
+    (os, "link"),
+    (os, "symlink"),
+    (os, "makedirs"),
+    (os, "rmdir"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+]
 
 
 def killed_at(patch, step, action):
@@ -105,6 +114,7 @@ def killed_at(patch, step, action):
             if count >= step:
                 raise Killed
             return original(*args, **kwargs)
+
         return call
 
     with patch.context() as context:
@@ -173,8 +183,7 @@ def test_what_a_killed_run_left_goes_at_the_next_start(last, tmp_path):
     assert alone.exists() and (tmp_path / "checkpoint_cut.experts/u1-b").exists()
 
 
-@pytest.mark.parametrize("form", [pytest.param("sharded", marks=pytest.mark.slow),
-                                  "consolidated"])
+@pytest.mark.parametrize("form", [pytest.param("sharded", marks=pytest.mark.slow), "consolidated"])
 def test_killed_while_writing(clean, tmp_path, monkeypatch, form):
     folder, prepare = clean
     last, new = folder / "checkpoint_last.pt", read_main_file("CKPT", str(tmp_path / "new.pt"))
@@ -215,8 +224,12 @@ def test_killed_while_copying(clean, tmp_path, monkeypatch):
         matches(best)
         assert len(list(best.with_suffix(".experts").iterdir())) == 1
 
-    assert every_kill(monkeypatch, prepared, lambda: copy(
-        str(tmp_path / "newer.pt"), str(best)), check) > 5
+    assert (
+        every_kill(
+            monkeypatch, prepared, lambda: copy(str(tmp_path / "newer.pt"), str(best)), check
+        )
+        > 5
+    )
 
 
 @pytest.mark.parametrize("linked", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -42,8 +42,10 @@ def assert_saved(folder, update):
     manifest = manifest_of(torch.load(path, weights_only=True), path)
     assert manifest.update == update
     shards = ExpertShards(path, manifest)
-    assert torch.equal(shards.rows(f"model/{WEIGHT}"),
-                       torch.cat([experts_of(r, update)[f"model/{WEIGHT}"] for r in range(SIZE)]))
+    assert torch.equal(
+        shards.rows(f"model/{WEIGHT}"),
+        torch.cat([experts_of(r, update)[f"model/{WEIGHT}"] for r in range(SIZE)]),
+    )
     assert manifest.optimizer[WEIGHT] == Entry(5, {"step": update})
     assert expert_files.tags(path) == [manifest.tag]
 
@@ -51,8 +53,9 @@ def assert_saved(folder, update):
 def process(rank, folder, body, reports):
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
-                                world_size=SIZE)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE
+        )
         body(rank, folder)
         reports.put(None)
     except BaseException:
@@ -63,8 +66,9 @@ def run(tmp_path, body):
     """Run `body(rank, folder)` in two processes, which share what is imported here."""
     context = multiprocessing.get_context("fork")
     reports = context.SimpleQueue()
-    ranks = [context.Process(target=process, args=(r, str(tmp_path), body, reports))
-             for r in range(SIZE)]
+    ranks = [
+        context.Process(target=process, args=(r, str(tmp_path), body, reports)) for r in range(SIZE)
+    ]
     for rank in ranks:
         rank.start()
     told = [reports.get() for _ in ranks]
@@ -88,8 +92,10 @@ def one_cannot_write(rank, folder):
     save(rank, folder, 1)
     upstream = expert_saving.write_shard
     if rank == 1:
+
         def full(*_):
             raise RunFailed("cannot write: no space left")
+
         expert_saving.write_shard = full
     with pytest.raises(RunFailed, match="no space left"):  # on both
         save(rank, folder, 2)
@@ -104,7 +110,8 @@ def the_others_are_not_seen(rank, folder):
     own = folder if rank == 0 else os.path.join(folder, "another machine's disk")
     upstream = expert_saving.write_shard
     expert_saving.write_shard = lambda path, *args: upstream(
-        os.path.join(own, os.path.basename(path)), *args)
+        os.path.join(own, os.path.basename(path)), *args
+    )
     if rank == 0:
         with pytest.raises(RunFailed, match="is not visible here: give a --save-dir that all mach"):
             save(rank, folder, 2)
@@ -126,8 +133,15 @@ def one_does_not_see_the_checkpoint(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("body", [one_after_the_other, one_cannot_write, the_others_are_not_seen,
-                                  one_does_not_see_the_checkpoint],
-                         ids=lambda body: body.__name__)
+@pytest.mark.parametrize(
+    "body",
+    [
+        one_after_the_other,
+        one_cannot_write,
+        the_others_are_not_seen,
+        one_does_not_see_the_checkpoint,
+    ],
+    ids=lambda body: body.__name__,
+)
 def test_two_processes(tmp_path, body):
     run(tmp_path, body)

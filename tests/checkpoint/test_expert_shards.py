@@ -58,8 +58,11 @@ def divided(whole, tmp_path):
 def test_tensors_of_any_kind_are_written(tmp_path):
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
     tensors = {str(dtype): (torch.rand(3, 4) * 9).to(dtype) for dtype in dtypes}
-    tensors |= {"none": torch.empty(0, 5), "number": torch.tensor(3.0),
-                "columns": torch.rand(4, 6)[:, ::2]}
+    tensors |= {
+        "none": torch.empty(0, 5),
+        "number": torch.tensor(3.0),
+        "columns": torch.rand(4, 6)[:, ::2],
+    }
     written = write_shard(str(tmp_path / "some.pt"), "tag", 0, 1, tensors)
     path = tmp_path / "some.experts/tag" / written.name
     assert (written.bytes, written.sha256) == (path.stat().st_size, sha256(path))
@@ -185,10 +188,21 @@ def exchanged(folder, _tmp_path):
     return "00000-of-00002.safetensors has been altered"
 
 
-@pytest.mark.parametrize("fault", [
-    missing, all_missing, extra, of_another_number, altered, altered_header, cut_short,
-    of_another_update, exchanged,
-], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        missing,
+        all_missing,
+        extra,
+        of_another_number,
+        altered,
+        altered_header,
+        cut_short,
+        of_another_update,
+        exchanged,
+    ],
+    ids=lambda fault: fault.__name__,
+)
 def test_a_fault_is_named_and_refused(divided, tmp_path, capsys, fault):
     wanted = fault(folder_of(divided), tmp_path)
     with pytest.raises(OptionError, match=wanted) as raised:
@@ -202,14 +216,18 @@ def test_a_fault_is_named_and_refused(divided, tmp_path, capsys, fault):
     assert not (tmp_path / "out.pt").exists()
 
 
-@pytest.mark.parametrize("change, wanted", [
-    (lambda m: m.update(version=2), "later version"),
-    (lambda m: m["files"][0].update(name="../elsewhere"), "is invalid"),
-    (lambda m: m.update(tag=".."), "is invalid"),
-    (lambda m: m.pop("files"), "is invalid"),
-    (lambda m: m["tensors"].update(x={"shape": [3], "dtype": "float32"}), "is invalid"),
-    (lambda m: m["tensors"].update(x={"shape": [4], "dtype": "load"}), "is invalid"),
-], ids=["version", "path", "tag", "no files", "indivisible", "dtype"])
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        (lambda m: m.update(version=2), "later version"),
+        (lambda m: m["files"][0].update(name="../elsewhere"), "is invalid"),
+        (lambda m: m.update(tag=".."), "is invalid"),
+        (lambda m: m.pop("files"), "is invalid"),
+        (lambda m: m["tensors"].update(x={"shape": [3], "dtype": "float32"}), "is invalid"),
+        (lambda m: m["tensors"].update(x={"shape": [4], "dtype": "load"}), "is invalid"),
+    ],
+    ids=["version", "path", "tag", "no files", "indivisible", "dtype"],
+)
 def test_a_list_of_experts_that_cannot_be_is_refused(divided, change, wanted):
     state = torch.load(divided, weights_only=True)
     change(state["moe_experts"])
@@ -219,14 +237,32 @@ def test_a_list_of_experts_that_cannot_be_is_refused(divided, change, wanted):
 
 def test_numbers_and_layers_are_verified(tmp_path, capsys):
     for name, change, wanted in [
-        ("nan", lambda s: s["model"]["decoder.layers.1.moe.experts.fc1_bias"].view(-1)[3:4].fill_(
-            float("nan")), "fc1_bias has 1 NaN/Inf values"),
-        ("inf", lambda s: s["last_optimizer_state"]["state"][0]["exp_avg"].view(-1)[:2].fill_(
-            float("inf")), "parameter 0: exp_avg has 2 NaN/Inf values"),
-        ("layer", lambda s: [s["model"].pop(n) for n in list(s["model"])
-                             if "layers.3.moe.experts" in n], "has no experts of layer 3"),
-        ("count", lambda s: s["cfg"]["model"].update(moe_expert_count="4"),
-         "has 8 experts in layer 3, its options say 4"),
+        (
+            "nan",
+            lambda s: (
+                s["model"]["decoder.layers.1.moe.experts.fc1_bias"]
+                .view(-1)[3:4]
+                .fill_(float("nan"))
+            ),
+            "fc1_bias has 1 NaN/Inf values",
+        ),
+        (
+            "inf",
+            lambda s: (
+                s["last_optimizer_state"]["state"][0]["exp_avg"].view(-1)[:2].fill_(float("inf"))
+            ),
+            "parameter 0: exp_avg has 2 NaN/Inf values",
+        ),
+        (
+            "layer",
+            lambda s: [s["model"].pop(n) for n in list(s["model"]) if "layers.3.moe.experts" in n],
+            "has no experts of layer 3",
+        ),
+        (
+            "count",
+            lambda s: s["cfg"]["model"].update(moe_expert_count="4"),
+            "has 8 experts in layer 3, its options say 4",
+        ),
     ]:
         state = whole_state()
         change(state)
@@ -241,8 +277,9 @@ def test_numbers_and_layers_are_verified(tmp_path, capsys):
 
 
 def test_an_altered_main_file_is_found(whole, capsys):
-    position = whole.read_bytes().index(whole_state()["model"]["decoder.embed_tokens.weight"]
-                                        .numpy().tobytes())
+    position = whole.read_bytes().index(
+        whole_state()["model"]["decoder.embed_tokens.weight"].numpy().tobytes()
+    )
     damage(whole, at=position)
     assert evomoe(["checkpoint", "verify", str(whole)]) == 1
     assert "altered" in capsys.readouterr().out

@@ -26,10 +26,18 @@ def gpt2(tmp_path_factory):
     def make(**given):
         save = given.pop("save", {})
         torch.manual_seed(1)
-        config = GPT2Config(**{
-            "vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 3,
-            "n_head": 2, "eos_token_id": END, "bos_token_id": END,
-            **given})
+        config = GPT2Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "n_positions": LENGTH,
+                "n_embd": 16,
+                "n_layer": 3,
+                "n_head": 2,
+                "eos_token_id": END,
+                "bos_token_id": END,
+                **given,
+            }
+        )
         model = GPT2LMHeadModel(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -52,12 +60,20 @@ def both_logits(model, imported, rows=None):
     return theirs, ours[..., rows], ours
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"activation_function": "gelu"}, {"activation_function": "relu"},
-    {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 40},
-    {"tie_word_embeddings": False}, {"n_head": 4, "n_layer": 1},
-    {"save": {"max_shard_size": "10KB"}},
-], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"n_inner": 40},
+        {"tie_word_embeddings": False},
+        {"n_head": 4, "n_layer": 1},
+        {"save": {"max_shard_size": "10KB"}},
+    ],
+    ids=str,
+)
 def test_equal_logits(gpt2, given):
     model, folder = gpt2(**given)
     theirs, ours, _ = both_logits(model, import_gpt2(folder))
@@ -127,8 +143,12 @@ def test_an_imported_model_is_upcycled_with_equal_logits(gpt2, tmp_path):
     model, folder = gpt2()
     imported = import_gpt2(folder)
     torch.save(imported.state, tmp_path / "dense.pt")
-    converted = convert(str(tmp_path / "dense.pt"),
-                        {"moe_gate": "top_p", "moe_expert_count": "3"}, Recipe(), max_update=10)
+    converted = convert(
+        str(tmp_path / "dense.pt"),
+        {"moe_gate": "top_p", "moe_expert_count": "3"},
+        Recipe(),
+        max_update=10,
+    )
     ids = torch.randint(0, VOCABULARY, (2, LENGTH))
     with torch.no_grad():
         ours = build(converted.state, imported.dictionary)(ROWS[ids])[0][..., ROWS]
@@ -143,13 +163,20 @@ def changed(folder, **values):
         json.dump({**config, **values}, file)
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("tie_word_embeddings", False, "its weights have no lm_head.weight"),
-    ("vocab_size", 100, r"wte.weight has the shape \(50, 16\), where config.json says \(100, 16\)"),
-    ("n_layer", 2, "its weights have h.2.*, for which"),
-    ("n_layer", 4, "its weights have no h.3.ln_1.weight"),
-    ("n_inner", 30, r"h.0.mlp.c_fc.weight has the shape \(16, 64\), where config.json says"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tie_word_embeddings", False, "its weights have no lm_head.weight"),
+        (
+            "vocab_size",
+            100,
+            r"wte.weight has the shape \(50, 16\), where config.json says \(100, 16\)",
+        ),
+        ("n_layer", 2, "its weights have h.2.*, for which"),
+        ("n_layer", 4, "its weights have no h.3.ln_1.weight"),
+        ("n_inner", 30, r"h.0.mlp.c_fc.weight has the shape \(16, 64\), where config.json says"),
+    ],
+)
 def test_models_that_do_not_fit(gpt2, name, value, message):
     _, folder = gpt2()
     changed(folder, **{name: value})
@@ -165,16 +192,33 @@ def spoil(weights, **given):
         weights[name] = change(weights[name])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: spoil(w, wte_weight=lambda t: t[0].clone()), r"wte.weight has the shape \(16,\)"),
-    (lambda w: spoil(w, wte_weight=lambda t: t[:0].clone()), r"wte.weight has the shape \(0, 16\)"),
-    (lambda w: spoil(w, h_1_mlp_c_fc_weight=lambda t: t.to(torch.int8)),
-     "h.1.mlp.c_fc.weight is of the type torch.int8: give weights of 16 or 32 bits"),
-    (lambda w: w.update({"wte.weight": w["transformer.wte.weight"].clone()}), "wte.weight twice"),
-    (lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}),
-     "have lm_head.weight beside wte.weight, though config.json has tie_word_embeddings true"),
-    (lambda w: w.update({"extra": torch.ones(1)}), "have extra, for which"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: spoil(w, wte_weight=lambda t: t[0].clone()),
+            r"wte.weight has the shape \(16,\)",
+        ),
+        (
+            lambda w: spoil(w, wte_weight=lambda t: t[:0].clone()),
+            r"wte.weight has the shape \(0, 16\)",
+        ),
+        (
+            lambda w: spoil(w, h_1_mlp_c_fc_weight=lambda t: t.to(torch.int8)),
+            "h.1.mlp.c_fc.weight is of the type torch.int8: give weights of 16 or 32 bits",
+        ),
+        (
+            lambda w: w.update({"wte.weight": w["transformer.wte.weight"].clone()}),
+            "wte.weight twice",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}),
+            "have lm_head.weight beside wte.weight, though config.json has "
+            "tie_word_embeddings true",
+        ),
+        (lambda w: w.update({"extra": torch.ones(1)}), "have extra, for which"),
+    ],
+)
 def test_weights_that_do_not_fit(gpt2, change, message):
     _, folder = gpt2()
     weights = load_file(f"{folder}/model.safetensors")
@@ -210,6 +254,7 @@ def test_folders_that_do_not_fit(gpt2, tmp_path):
     with pytest.raises(OptionError, match="pickled weights, which could run a program, are not"):
         import_gpt2(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+        json.dumps({"weight_map": {"a": "../other.safetensors"}})
+    )
     with pytest.raises(OptionError, match="names files of other folders"):
         import_gpt2(str(tmp_path))

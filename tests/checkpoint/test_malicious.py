@@ -54,15 +54,28 @@ def test_as_the_dense_model_of_a_start(bad, make_model):  # noqa: F811
     refused(bad, run)
 
 
-@pytest.mark.parametrize("bad, option", [
-    *((part, "restore_file") for part in ("cfg", "model", "extra_state", "last_optimizer_state")),
-    ("extra_state", "finetune_from_model"),
-], indirect=["bad"])
+@pytest.mark.parametrize(
+    "bad, option",
+    [
+        *(
+            (part, "restore_file")
+            for part in ("cfg", "model", "extra_state", "last_optimizer_state")
+        ),
+        ("extra_state", "finetune_from_model"),
+    ],
+    indirect=["bad"],
+)
 def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     cfg = dense_config("--save-dir", str(tmp_path / "run"))
     trainer = types.SimpleNamespace(
-        cfg=cfg, is_fsdp=False, tpu=False, data_parallel_world_size=1, data_parallel_rank=0,
-        checkpoint_suffix="", get_model=torch.nn.Identity)
+        cfg=cfg,
+        is_fsdp=False,
+        tpu=False,
+        data_parallel_world_size=1,
+        data_parallel_rank=0,
+        checkpoint_suffix="",
+        get_model=torch.nn.Identity,
+    )
     trainer.load_checkpoint = functools.partial(MoETrainer.load_checkpoint, trainer)
     trainer._read_checkpoint = functools.partial(MoETrainer._read_checkpoint, trainer)
 
@@ -78,8 +91,10 @@ def test_as_the_model_to_evaluate(bad, tmp_path):
     dictionary_of().save(str(tmp_path / "dict.txt"))
 
     def run(path):
-        args = options.parse_args_and_arch(options.get_eval_lm_parser(), [
-            str(tmp_path), "--task", "language_modeling", "--path", path])
+        args = options.parse_args_and_arch(
+            options.get_eval_lm_parser(),
+            [str(tmp_path), "--task", "language_modeling", "--path", path],
+        )
         eval_lm.main(convert_namespace_to_omegaconf(args))
 
     refused(bad, run)

@@ -38,8 +38,15 @@ def test_an_old_one_with_arguments_in_place_of_a_configuration_is_read(dense, tm
     model = state["cfg"]["model"]
     old = {name: value for name, value in model.items() if name != "_name"}
     state["args"] = argparse.Namespace(
-        **old, arch="transformer_lm", task="language_modeling", data="data-bin",
-        criterion="cross_entropy", optimizer="adam", lr_scheduler="fixed", lr=[0.1])
+        **old,
+        arch="transformer_lm",
+        task="language_modeling",
+        data="data-bin",
+        criterion="cross_entropy",
+        optimizer="adam",
+        lr_scheduler="fixed",
+        lr=[0.1],
+    )
     state["cfg"] = None
     torch.save(state, tmp_path / "old.pt")
     assert read_checkpoint("DENSE", str(tmp_path / "old.pt"))["cfg"].model.decoder_layers == 4
@@ -74,16 +81,36 @@ def test_a_file_that_is_cut_short(dense, tmp_path, keep):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"weights": torch.zeros(2)}, "it has no 'model'"),
-    (torch.zeros(2), "it has no 'model'"),
-    ({"model": {"w": torch.zeros(2)}}, "no checkpoint of fairseq"),
-    ({"model": {"w": torch.zeros(2)}, "cfg": None, "extra_state": {}, "optimizer_history": [{
-        "optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 0}]}, "no checkpoint of"),
-    ({"model": {"w": 3}, "cfg": {"model": {"_name": "x"}}, "extra_state": {"train_iterator": {}},
-      "optimizer_history": [{"optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 0}]},
-     "not tensors by name"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.zeros(2)}, "it has no 'model'"),
+        (torch.zeros(2), "it has no 'model'"),
+        ({"model": {"w": torch.zeros(2)}}, "no checkpoint of fairseq"),
+        (
+            {
+                "model": {"w": torch.zeros(2)},
+                "cfg": None,
+                "extra_state": {},
+                "optimizer_history": [
+                    {"optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 0}
+                ],
+            },
+            "no checkpoint of",
+        ),
+        (
+            {
+                "model": {"w": 3},
+                "cfg": {"model": {"_name": "x"}},
+                "extra_state": {"train_iterator": {}},
+                "optimizer_history": [
+                    {"optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 0}
+                ],
+            },
+            "not tensors by name",
+        ),
+    ],
+)
 def test_a_file_of_something_else(tmp_path, content, message):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(OptionError, match=message) as caught:

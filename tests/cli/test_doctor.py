@@ -16,8 +16,7 @@ from evomoe_plugin.cli import VERBS, doctor, main
 from evomoe_plugin.config.errors import OptionError
 
 ROOT = Path(evomoe_plugin.__file__).parents[1]
-EVOMOE = [sys.executable, "-c",
-          "import sys; from evomoe_plugin.cli import main; sys.exit(main())"]
+EVOMOE = [sys.executable, "-c", "import sys; from evomoe_plugin.cli import main; sys.exit(main())"]
 
 
 def diagnosed(capsys):
@@ -39,7 +38,9 @@ def test_sound_environment(capsys):
     assert statuses.keys() <= rows.keys()
     for name, status in statuses.items():
         assert (rows[name]["found"] == "active", rows[name]["remark"]) == (
-            status.active, status.reason)
+            status.active,
+            status.reason,
+        )
 
 
 def test_fairseq_that_cannot_be_imported(capsys, monkeypatch):
@@ -66,21 +67,25 @@ def test_fairseq_that_lacks_another_package_is_not_reinstalled(monkeypatch):
 
 
 def test_two_distributions_of_fairseq(monkeypatch):
-    monkeypatch.setattr(doctor, "version_of",
-                        {"ve-fairseq": "0.12.3", "fairseq-fixed": "0.12.3.1"}.get)
+    monkeypatch.setattr(
+        doctor, "version_of", {"ve-fairseq": "0.12.3", "fairseq-fixed": "0.12.3.1"}.get
+    )
     row = doctor.fairseq_row({"fairseq-fixed": "==0.12.3.1"})
     assert row.state == "fix"
     assert row.found == "ve-fairseq 0.12.3, fairseq-fixed 0.12.3.1"
     assert "pip uninstall -y ve-fairseq; " in row.remark
 
 
-@pytest.mark.parametrize(("name", "version", "specifier", "state", "remark"), [
-    ("torch", "2.12.1", ">=2.13", "STOP", "pip install 'torch>=2.13'"),
-    ("torch", "2.13.0+cpu", ">=2.13", "ok", ""),
-    ("hydra-core", "1.4.0", "<1.4,>=1.3.2", "STOP", "pip install 'hydra-core<1.4,>=1.3.2'"),
-    ("fairscale", None, ">=0.4.13", "STOP", "pip install 'fairscale>=0.4.13'"),
-    ("pyarrow", None, "", "fix", "pip install 'pyarrow'"),
-])
+@pytest.mark.parametrize(
+    ("name", "version", "specifier", "state", "remark"),
+    [
+        ("torch", "2.12.1", ">=2.13", "STOP", "pip install 'torch>=2.13'"),
+        ("torch", "2.13.0+cpu", ">=2.13", "ok", ""),
+        ("hydra-core", "1.4.0", "<1.4,>=1.3.2", "STOP", "pip install 'hydra-core<1.4,>=1.3.2'"),
+        ("fairscale", None, ">=0.4.13", "STOP", "pip install 'fairscale>=0.4.13'"),
+        ("pyarrow", None, "", "fix", "pip install 'pyarrow'"),
+    ],
+)
 def test_versions(capsys, monkeypatch, name, version, specifier, state, remark):
     real = doctor.version_of
     monkeypatch.setattr(doctor, "version_of", lambda n: version if n == name else real(n))
@@ -98,10 +103,16 @@ def test_package_that_is_installed_but_broken(monkeypatch):
     assert "pip install --force-reinstall 'wreck==1.0'" in row.remark
 
 
-@pytest.mark.parametrize(("message", "fix"), [
-    ("Could not load this library: torchaudio/lib/_torchaudio.abi3.so", "pip uninstall -y torcha"),
-    ("cannot import name 'GPT2LMHeadModel'", "pip install --force-reinstall transformers"),
-])
+@pytest.mark.parametrize(
+    ("message", "fix"),
+    [
+        (
+            "Could not load this library: torchaudio/lib/_torchaudio.abi3.so",
+            "pip uninstall -y torcha",
+        ),
+        ("cannot import name 'GPT2LMHeadModel'", "pip install --force-reinstall transformers"),
+    ],
+)
 def test_transformers_whose_models_cannot_be_imported(monkeypatch, message, fix):
     class Broken:
         def __getattr__(self, name):
@@ -151,33 +162,55 @@ def test_nvidias_apex_is_known(capsys, fake_apex):
 
 def test_table_shows_every_row_as_it_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    rows = [doctor.Row("versions", "torch", "2.13.0", "ok", "[bold]"),
-            doctor.Row("devices", "GPU", "none", "off", "on [the] CPU")]
+    rows = [
+        doctor.Row("versions", "torch", "2.13.0", "ok", "[bold]"),
+        doctor.Row("devices", "GPU", "none", "off", "on [the] CPU"),
+    ]
     lines = [line.split() for line in doctor.as_table(rows).splitlines() if line.strip()]
-    assert lines[1:] == [["versions"], ["torch", "2.13.0", "ok", "[bold]"],
-                         ["devices"], ["GPU", "none", "off", "on", "[the]", "CPU"]]
+    assert lines[1:] == [
+        ["versions"],
+        ["torch", "2.13.0", "ok", "[bold]"],
+        ["devices"],
+        ["GPU", "none", "off", "on", "[the]", "CPU"],
+    ]
 
 
 def test_table_closes_with_what_stands_in_the_way(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "diagnosis", lambda: [
-        doctor.Row("versions", "torch", "missing", "STOP"),
-        doctor.Row("fast paths", "apex", "here", "fix"),
-        doctor.Row("versions", "numpy", "2")])
+    monkeypatch.setattr(
+        doctor,
+        "diagnosis",
+        lambda: [
+            doctor.Row("versions", "torch", "missing", "STOP"),
+            doctor.Row("fast paths", "apex", "here", "fix"),
+            doctor.Row("versions", "numpy", "2"),
+        ],
+    )
     assert main(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "Training cannot work here until this is fixed: torch.", "Fix recommended: apex."]
+        "Training cannot work here until this is fixed: torch.",
+        "Fix recommended: apex.",
+    ]
 
 
 # The command
 
 
-@pytest.mark.parametrize(("error", "status", "message"), [
-    (OptionError("vocab_size", 3, "give 8 or more"), 2,
-     "error: --vocab-size 3: give 8 or more\n"),
-    (OSError(28, "No space left on device", "train.bin"), 1,
-     "error: [Errno 28] No space left on device: 'train.bin'\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"),
-])
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            OptionError("vocab_size", 3, "give 8 or more"),
+            2,
+            "error: --vocab-size 3: give 8 or more\n",
+        ),
+        (
+            OSError(28, "No space left on device", "train.bin"),
+            1,
+            "error: [Errno 28] No space left on device: 'train.bin'\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
 def test_errors_of_users_and_machines_take_one_line(capsys, monkeypatch, error, status, message):
     def run(args):
         raise error
@@ -198,7 +231,8 @@ def test_verbs_that_need_fairseq_send_to_the_doctor(capsys, monkeypatch):
     monkeypatch.setattr("evomoe_plugin.cli.prepare.run", lambda args: 1 / 0)
     assert main(["prepare", "text", "--out", "folder"]) == 1
     assert capsys.readouterr().err == (
-        "error: fairseq cannot be imported (no fairseq); run `evomoe doctor` for the fix\n")
+        "error: fairseq cannot be imported (no fairseq); run `evomoe doctor` for the fix\n"
+    )
 
 
 def test_help_version_and_typos(capsys):
@@ -217,9 +251,15 @@ def test_help_version_and_typos(capsys):
         assert printed in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--version"], ["--help"], *([verb, "--help"] for verb in VERBS if verb != "upcycle"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        *([verb, "--help"] for verb in VERBS if verb != "upcycle"),
+    ],
+    ids=" ".join,
+)
 def test_help_imports_neither_torch_nor_fairseq(arguments):
     """`upcycle --help` lists the options of every gate, as fairseq-train does."""
     program = f"""if True:
@@ -229,16 +269,25 @@ def test_help_imports_neither_torch_nor_fairseq(arguments):
             main({arguments})
         sys.exit(", ".join(sys.modules.keys() & {{"torch", "fairseq", "transformers"}}) or 0)
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert "evomoe" in done.stdout
 
 
 @pytest.mark.distributed
 def test_closed_pipe_is_no_error():
-    process = subprocess.Popen([*EVOMOE, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [*EVOMOE, "doctor"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     process.stdout.close()
     errors = process.stderr.read()
     assert (process.wait(), errors) == (128 + signal.SIGPIPE, "")

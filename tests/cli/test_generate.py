@@ -28,24 +28,53 @@ def checkpoint(make_trained, tmp_path):  # noqa: F811
 def test_text_numbers_and_experts(checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w3\n\nw9 w30 w2 w2\n")
-    common = ["generate", "--path", str(checkpoint), "--prompts-file", str(prompts), "--prompt",
-              "w1 w2", "--max-new-tokens", "6", "--cpu"]
+    common = [
+        "generate",
+        "--path",
+        str(checkpoint),
+        "--prompts-file",
+        str(prompts),
+        "--prompt",
+        "w1 w2",
+        "--max-new-tokens",
+        "6",
+        "--cpu",
+    ]
     assert main([*common, "--batch-size", "1"]) == 0
     out, err = capsys.readouterr()
     texts = re.split(r"^--- \d\n", out, flags=re.M)[1:]
-    assert [text.startswith(prompt) for text, prompt in zip(
-        texts, ("w1 w2", "w3", "w9 w30 w2 w2"), strict=True)] == [True] * 3
+    assert [
+        text.startswith(prompt)
+        for text, prompt in zip(texts, ("w1 w2", "w3", "w9 w30 w2 w2"), strict=True)
+    ] == [True] * 3
     new = len(out.split()) - 3 * 2 - 7
-    assert re.search(rf"^{new} new tokens in [\d.]+ s: [\d,.]+ tokens per second; [\d,.]+ with the "
-                     r"prompts$", err, re.M)
+    assert re.search(
+        rf"^{new} new tokens in [\d.]+ s: [\d,.]+ tokens per second; [\d,.]+ with the "
+        r"prompts$",
+        err,
+        re.M,
+    )
     assert "2.00 of 5 experts per token were used in each MoE layer, on average" in err
     assert main([*common, "--batch-size", "8"]) == 0
     assert capsys.readouterr().out == out
 
 
 def test_unknown_words_are_reported(checkpoint, capsys):
-    assert main(["generate", "--path", str(checkpoint), "--prompt", "w1 x", "--max-new-tokens",
-                 "1", "--cpu"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--path",
+                str(checkpoint),
+                "--prompt",
+                "w1 x",
+                "--max-new-tokens",
+                "1",
+                "--cpu",
+            ]
+        )
+        == 0
+    )
     assert "warning: 1 tokens of the prompts are not in" in capsys.readouterr().err
 
 
@@ -66,22 +95,38 @@ def test_bad_input_is_one_line(checkpoint, capsys, given, message):
     assert message in err
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("latin.txt", b"w1 \xe9\n", "is not UTF-8"),
-    ("empty.txt", b"\n\n", "--prompt (not given)"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("latin.txt", b"w1 \xe9\n", "is not UTF-8"),
+        ("empty.txt", b"\n\n", "--prompt (not given)"),
+    ],
+)
 def test_bad_files_of_prompts(checkpoint, tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content)
-    assert main(["generate", "--path", str(checkpoint), "--prompts-file",
-                 str(tmp_path / name)]) == 2
+    assert (
+        main(["generate", "--path", str(checkpoint), "--prompts-file", str(tmp_path / name)]) == 2
+    )
     assert message in capsys.readouterr().err
 
 
 def test_another_dictionary(checkpoint, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/dict.txt").write_text("w1 1\nw2 1\n")
-    assert main(["generate", "--path", str(checkpoint), "--prompt", "w1", "--data",
-                 str(tmp_path / "other")]) == 2
+    assert (
+        main(
+            [
+                "generate",
+                "--path",
+                str(checkpoint),
+                "--prompt",
+                "w1",
+                "--data",
+                str(tmp_path / "other"),
+            ]
+        )
+        == 2
+    )
     assert "has 6 token ids, the checkpoint has 40" in capsys.readouterr().err
 
 
@@ -97,8 +142,10 @@ def test_a_checkpoint_of_another_task(checkpoint, capsys):
     state["cfg"]["task"]["_name"] = "translation"
     torch.save(state, checkpoint)
     assert main(["generate", "--path", str(checkpoint), "--prompt", "w1"]) == 2
-    assert "was trained with the task translation: give a checkpoint of a language model" in \
-        capsys.readouterr().err
+    assert (
+        "was trained with the task translation: give a checkpoint of a language model"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("is_plain", [False, True])
@@ -132,19 +179,58 @@ def test_every_option_has_a_flag():
 @pytest.mark.slow
 def test_as_fairseq_interactive(checkpoint):
     """The same greedy tokens as fairseq's own command, where that is right: one prompt a batch."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                   "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     data = checkpoint.parent / "data"
     theirs = subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.interactive", str(data), "--user-dir", "evomoe_plugin",
-         "--task", "language_modeling", "--path", str(checkpoint), "--beam", "1", "--max-len-b",
-         "9", "--cpu"], cwd=ROOT, env=environment, input="w1 w2 w30\n", text=True,
-        capture_output=True, timeout=300)
+        [
+            sys.executable,
+            "-m",
+            "fairseq_cli.interactive",
+            str(data),
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            "--path",
+            str(checkpoint),
+            "--beam",
+            "1",
+            "--max-len-b",
+            "9",
+            "--cpu",
+        ],
+        cwd=ROOT,
+        env=environment,
+        input="w1 w2 w30\n",
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert theirs.returncode == 0, theirs.stderr[-3000:]
     (line,) = [line for line in theirs.stdout.splitlines() if line.startswith("H-")]
     ours = subprocess.run(
-        [sys.executable, "-c", "import sys; from evomoe_plugin.cli import main; sys.exit(main())",
-         "generate", "--path", str(checkpoint), "--prompt", "w1 w2 w30", "--max-new-tokens", "6"],
-        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+        [
+            sys.executable,
+            "-c",
+            "import sys; from evomoe_plugin.cli import main; sys.exit(main())",
+            "generate",
+            "--path",
+            str(checkpoint),
+            "--prompt",
+            "w1 w2 w30",
+            "--max-new-tokens",
+            "6",
+        ],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout.split() == line.split("\t")[2].split()

@@ -20,21 +20,40 @@ V, D, F, LENGTH = 12, 8, 20, 16
 @pytest.fixture
 def folder(tmp_path):
     """A model as transformers would have saved it, without transformers."""
-    shapes = {"wte.weight": (V, D), "wpe.weight": (LENGTH, D), "ln_f.weight": (D,),
-              "ln_f.bias": (D,)}
+    shapes = {
+        "wte.weight": (V, D),
+        "wpe.weight": (LENGTH, D),
+        "ln_f.weight": (D,),
+        "ln_f.bias": (D,),
+    }
     for n in range(2):
         for norm in ("ln_1", "ln_2"):
             shapes |= {f"h.{n}.{norm}.weight": (D,), f"h.{n}.{norm}.bias": (D,)}
-        for name, into, out in (("attn.c_attn", D, 3 * D), ("attn.c_proj", D, D),
-                                ("mlp.c_fc", D, F), ("mlp.c_proj", F, D)):
+        for name, into, out in (
+            ("attn.c_attn", D, 3 * D),
+            ("attn.c_proj", D, D),
+            ("mlp.c_fc", D, F),
+            ("mlp.c_proj", F, D),
+        ):
             shapes |= {f"h.{n}.{name}.weight": (into, out), f"h.{n}.{name}.bias": (out,)}
         shapes[f"h.{n}.attn.bias"] = (1, 1, LENGTH, LENGTH)  # the mask of old files
     path = tmp_path / "hf"
     path.mkdir()
     written(path / "model.safetensors", {k: torch.randn(shape) for k, shape in shapes.items()})
-    (path / "config.json").write_text(json.dumps({
-        "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": D, "n_inner": F,
-        "n_positions": LENGTH, "vocab_size": V, "eos_token_id": V - 1}))
+    (path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "gpt2",
+                "n_layer": 2,
+                "n_head": 2,
+                "n_embd": D,
+                "n_inner": F,
+                "n_positions": LENGTH,
+                "vocab_size": V,
+                "eos_token_id": V - 1,
+            }
+        )
+    )
     return path
 
 
@@ -51,8 +70,22 @@ def test_a_folder_of_checkpoint_and_dictionary(folder, tmp_path, capsys):
     with torch.no_grad():
         assert model(torch.arange(4, V + 4).unsqueeze(0))[0].shape == (1, V, V + 4)
     moe = tmp_path / "moe.pt"
-    assert main(["upcycle", str(out / "model.pt"), str(moe), "--moe-gate", "hash",
-                 "--moe-expert-count", "2", "--moe-hash", "random"]) == 0
+    assert (
+        main(
+            [
+                "upcycle",
+                str(out / "model.pt"),
+                str(moe),
+                "--moe-gate",
+                "hash",
+                "--moe-expert-count",
+                "2",
+                "--moe-hash",
+                "random",
+            ]
+        )
+        == 0
+    )
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(folder, tmp_path, capsys):
@@ -94,14 +127,18 @@ def test_two_files_or_none(folder, tmp_path, capsys, monkeypatch, full):
     assert main(["import-hf", str(folder), str(out), "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert re.search(rf"{full}: No space left on device \(\d+ MiB free\); nothing is changed",
-                     error)
+    assert re.search(
+        rf"{full}: No space left on device \(\d+ MiB free\); nothing is changed", error
+    )
     assert {path.name: path.read_text() for path in out.iterdir()} == {
-        "dict.txt": "precious", "model.pt": "precious"}
+        "dict.txt": "precious",
+        "model.pt": "precious",
+    }
 
 
 def test_a_write_that_fails_inside_torch(folder, tmp_path, capsys, monkeypatch):
     """torch reports a full disk as a RuntimeError."""
+
     def fail(state, file):
         try:
             raise OSError(28, "No space left on device")
@@ -110,15 +147,19 @@ def test_a_write_that_fails_inside_torch(folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     assert main(["import-hf", str(folder), str(tmp_path / "out")]) == 1
-    assert re.search(r"model.pt: No space left on device \(\d+ MiB free\); nothing is changed",
-                     capsys.readouterr().err)
+    assert re.search(
+        r"model.pt: No space left on device \(\d+ MiB free\); nothing is changed",
+        capsys.readouterr().err,
+    )
     assert not os.listdir(tmp_path / "out")
 
 
 def test_a_place_that_cannot_be_written(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for out, message in ((tmp_path / "file", "is no folder"),
-                         (tmp_path / "file" / "deep" / "out", "is no folder")):
+    for out, message in (
+        (tmp_path / "file", "is no folder"),
+        (tmp_path / "file" / "deep" / "out", "is no folder"),
+    ):
         assert main(["import-hf", str(folder), str(out)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
@@ -130,8 +171,12 @@ def test_a_place_that_cannot_be_written(folder, tmp_path, capsys):
 @pytest.mark.parametrize(("content", "message"), BAD_DICTIONARIES)
 def test_a_dictionary_that_is_none(folder, tmp_path, capsys, content, message):
     (tmp_path / "dict.txt").write_bytes(content)
-    assert main(["import-hf", str(folder), str(tmp_path / "out"), "--dict",
-                 str(tmp_path / "dict.txt")]) == 2
+    assert (
+        main(
+            ["import-hf", str(folder), str(tmp_path / "out"), "--dict", str(tmp_path / "dict.txt")]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--dict {tmp_path}/dict.txt: {message}" in error
     assert not (tmp_path / "out").exists()
@@ -142,8 +187,12 @@ def test_the_order_of_a_prepared_dictionary(folder, tmp_path):
     (tmp_path / "dict.txt").write_text("".join(f"{n} 5\n" for n in rows))
     for name, given in (("own", ()), ("given", ("--dict", str(tmp_path / "dict.txt")))):
         assert main(["import-hf", str(folder), str(tmp_path / name), *given]) == 0
-    own, given = (torch.load(tmp_path / name / "model.pt", weights_only=True)["model"][
-        "decoder.embed_tokens.weight"] for name in ("own", "given"))
+    own, given = (
+        torch.load(tmp_path / name / "model.pt", weights_only=True)["model"][
+            "decoder.embed_tokens.weight"
+        ]
+        for name in ("own", "given")
+    )
     assert torch.equal(given[4:], own[4:][rows])
     assert torch.equal(own[[0, 1, 3, 4 + V - 1]], own[:1].expand(4, -1))  # those without a token
     assert not torch.equal(own[0], own[2])

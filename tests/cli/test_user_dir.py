@@ -88,15 +88,28 @@ def upcycle(folder, *given) -> dict:
 
 
 def test_a_users_gate_from_upcycling_to_generation(folder, capsys):
-    state = upcycle(folder, "--moe-gate", "user_first", "--moe-user-experts", "2",
-                    "--moe-expert-count", "4")
+    state = upcycle(
+        folder, "--moe-gate", "user_first", "--moe-user-experts", "2", "--moe-expert-count", "4"
+    )
     assert "logits equal to the dense model's (max difference" in capsys.readouterr().out
     assert state["cfg"]["model"]["moe_user_experts"] == 2
     assert state["cfg"]["common"]["user_dir"] == str(folder / "user_moe_package")
     out = []
     for path in ("dense.pt", "moe.pt"):
-        assert run(folder, "generate", "--path", folder / path, "--prompt", "w1 w2",
-                   "--max-new-tokens", "4", "--cpu") == 0
+        assert (
+            run(
+                folder,
+                "generate",
+                "--path",
+                folder / path,
+                "--prompt",
+                "w1 w2",
+                "--max-new-tokens",
+                "4",
+                "--cpu",
+            )
+            == 0
+        )
         printed = capsys.readouterr()
         out.append(printed.out)
     assert out[0] == out[1]
@@ -108,7 +121,8 @@ def test_a_users_gate_is_not_exported(folder, capsys):
     capsys.readouterr()
     assert run(folder, "export", folder / "moe.pt", folder / "out") == 2
     assert "--moe-gate user_first: only gates of this package can be exported" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
     assert not (folder / "out").exists()
 
 
@@ -131,26 +145,41 @@ def refused(capsys, status) -> str:
 
 
 def test_a_users_architecture_of_other_sizes(folder, tmp_path, capsys):
-    err = refused(capsys, run(folder, "upcycle", folder / "dense.pt", tmp_path / "moe.pt",
-                              "--arch", "user_moe_deep"))
+    err = refused(
+        capsys,
+        run(folder, "upcycle", folder / "dense.pt", tmp_path / "moe.pt", "--arch", "user_moe_deep"),
+    )
     assert "--arch user_moe_deep: has decoder_layers 48, the dense checkpoint" in err
-    err = refused(capsys, run(folder, "upcycle", folder / "dense.pt", tmp_path / "moe.pt",
-                              "--arch", "transformer_lm"))
+    err = refused(
+        capsys,
+        run(
+            folder, "upcycle", folder / "dense.pt", tmp_path / "moe.pt", "--arch", "transformer_lm"
+        ),
+    )
     assert "one of: transformer_lm_gptmedium_moe" in err and "user_moe, user_moe_deep" in err
 
 
-@pytest.mark.parametrize(("option", "value", "message"), [
-    ("moe_gate", "of_mine", "has the gate of_mine: give --user-dir, the package that registers it"),
-    ("_name", "of_mine", "has the architecture of_mine: give --user-dir, the package"),
-])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "moe_gate",
+            "of_mine",
+            "has the gate of_mine: give --user-dir, the package that registers it",
+        ),
+        ("_name", "of_mine", "has the architecture of_mine: give --user-dir, the package"),
+    ],
+)
 def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, message):
     state = upcycle(folder, "--moe-gate", "gshard")
     state["cfg"]["model"][option] = value
     state["cfg"]["common"]["user_dir"] = "my/own"
     torch.save(state, tmp_path / "moe.pt")
     capsys.readouterr()
-    for arguments in (["generate", "--path", tmp_path / "moe.pt", "--prompt", "w1"],
-                      ["export", tmp_path / "moe.pt", tmp_path / "out"]):
+    for arguments in (
+        ["generate", "--path", tmp_path / "moe.pt", "--prompt", "w1"],
+        ["export", tmp_path / "moe.pt", tmp_path / "out"],
+    ):
         line = refused(capsys, main(list(map(str, arguments))))
         assert message in line
         assert "my/own" not in line  # a file must not name code to run

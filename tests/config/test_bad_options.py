@@ -21,8 +21,14 @@ def capped(**given):
 
 
 def grow(**given):
-    return {"moe_gate": "top_any", "moe_expert_count": "4", "moe_max_experts": 8,
-            "moe_adapt_record_interval": 100, "moe_adapt_window": 20, **given}
+    return {
+        "moe_gate": "top_any",
+        "moe_expert_count": "4",
+        "moe_max_experts": 8,
+        "moe_adapt_record_interval": 100,
+        "moe_adapt_window": 20,
+        **given,
+    }
 
 
 # Options (4 decoder layers of width 8 and hidden width 32, 16 experts, 100 updates), and what the
@@ -37,12 +43,18 @@ BAD = [
     ({"moe_attention": "flash"}, "--moe-attention flash: one of: sdpa, stock"),
     # where experts are
     ({"moe_expert_parallel_size": 0}, "--moe-expert-parallel-size 0: give 1 or more"),
-    ({"moe_expert_parallel_size": 3},
-     "--moe-expert-parallel-size 3: does not divide the 16 experts of a layer"),
-    ({"moe_expert_parallel_size": 8, "moe_expert_count": "8,12"},
-     "--moe-expert-parallel-size 8: does not divide the 12 experts"),
-    ({"moe_expert_parallel_size": 4, "moe_ep_chunks": 5},
-     "--moe-ep-chunks 5: give 1 to 4, the number of experts of a layer on each rank"),
+    (
+        {"moe_expert_parallel_size": 3},
+        "--moe-expert-parallel-size 3: does not divide the 16 experts of a layer",
+    ),
+    (
+        {"moe_expert_parallel_size": 8, "moe_expert_count": "8,12"},
+        "--moe-expert-parallel-size 8: does not divide the 12 experts",
+    ),
+    (
+        {"moe_expert_parallel_size": 4, "moe_ep_chunks": 5},
+        "--moe-ep-chunks 5: give 1 to 4, the number of experts of a layer on each rank",
+    ),
     ({"moe_ep_chunks": 0}, "--moe-ep-chunks 0: give 1 to 16"),
     ({"moe_ep_wire_dtype": "fp8"}, "--moe-ep-wire-dtype fp8: one of: same, fp32, fp16, bf16"),
     ({"moe_ep_checkpoint": "many"}, "--moe-ep-checkpoint many: one of: auto, consolidated"),
@@ -84,8 +96,10 @@ BAD = [
     ({"moe_expert_size_factor": -4}, "--moe-expert-size-factor -4: give 1 or more"),
     ({"moe_expert_size_factor": 5}, "5: give a divisor of --decoder-ffn-embed-dim (32)"),
     ({"moe_expert_size_factor": 64}, "64: give a divisor of --decoder-ffn-embed-dim (32)"),
-    ({"moe_expert_size_factor": 2, "moe_expert_ffn_dim": 8},
-     "--moe-expert-size-factor 2: --moe-expert-ffn-dim already sets the width"),
+    (
+        {"moe_expert_size_factor": 2, "moe_expert_ffn_dim": 8},
+        "--moe-expert-size-factor 2: --moe-expert-ffn-dim already sets the width",
+    ),
     ({"activation_fn": "silu"}, "--activation-fn silu: one of: relu, relu_squared, gelu"),
     # shared experts
     ({"moe_shared_experts": -1}, "--moe-shared-experts -1: give 0 or more"),
@@ -96,33 +110,61 @@ BAD = [
     (shared(moe_shared_ffn_dim=-8), "--moe-shared-ffn-dim -8: give a width of at least 1"),
     (shared(moe_shared_size_factor=-1), "--moe-shared-size-factor -1: give 1 or more, or 0"),
     (shared(moe_shared_size_factor=3), "--moe-shared-size-factor 3: give a divisor"),
-    (shared(moe_shared_size_factor=2, moe_shared_ffn_dim=8),
-     "--moe-shared-size-factor 2: --moe-shared-ffn-dim already sets the width"),
-    (gate("hash", **shared(moe_shared_combine="softmax")),
-     "--moe-shared-combine softmax: the gate hash has no logits: give add or mix"),
-    (gate("dselect_k", **shared(moe_shared_combine="softmax")),
-     "--moe-shared-combine softmax: the gate dselect_k has no logits"),
-    (gate("top_any", **shared(moe_shared_combine="softmax")),
-     "--moe-shared-combine softmax: the gate top_any has no logits"),
+    (
+        shared(moe_shared_size_factor=2, moe_shared_ffn_dim=8),
+        "--moe-shared-size-factor 2: --moe-shared-ffn-dim already sets the width",
+    ),
+    (
+        gate("hash", **shared(moe_shared_combine="softmax")),
+        "--moe-shared-combine softmax: the gate hash has no logits: give add or mix",
+    ),
+    (
+        gate("dselect_k", **shared(moe_shared_combine="softmax")),
+        "--moe-shared-combine softmax: the gate dselect_k has no logits",
+    ),
+    (
+        gate("top_any", **shared(moe_shared_combine="softmax")),
+        "--moe-shared-combine softmax: the gate top_any has no logits",
+    ),
     # null experts
     ({"moe_null_experts": -1}, "--moe-null-experts -1: give 0 or more"),
     (gate("top_k", moe_null_experts=-20), "--moe-null-experts -20: give 0 or more"),
-    (gate("top_any", moe_aux="null=1"), "null: there are no null experts; and the gate top_any "
-                                        "cannot have any"),
-    *((gate(name, moe_null_experts=1, **more),
-       f"--moe-null-experts 1: the gate {name} cannot select null experts: give 0")
-      for name, more in [("hash", {}), ("base", {}), ("stable", {}), ("dselect_k", {}),
-                         ("relu", {}), ("top_any", {}),
-                         ("expert_choice", {"moe_allow_noncausal": True})]),
+    (
+        gate("top_any", moe_aux="null=1"),
+        "null: there are no null experts; and the gate top_any cannot have any",
+    ),
+    *(
+        (
+            gate(name, moe_null_experts=1, **more),
+            f"--moe-null-experts 1: the gate {name} cannot select null experts: give 0",
+        )
+        for name, more in [
+            ("hash", {}),
+            ("base", {}),
+            ("stable", {}),
+            ("dselect_k", {}),
+            ("relu", {}),
+            ("top_any", {}),
+            ("expert_choice", {"moe_allow_noncausal": True}),
+        ]
+    ),
     ({"moe_null_rate_target": 0.2}, "--moe-null-rate-target 0.2: only the loss null uses it"),
-    ({"moe_null_experts": 1, "moe_null_rate_target": 1.5, "moe_aux": "null=1"},
-     "--moe-null-rate-target 1.5: it is a probability"),
-    ({"moe_null_experts": 1, "moe_null_rate_target": -0.5, "moe_aux": "null=1"},
-     "--moe-null-rate-target -0.5: it is a probability"),
-    ({"moe_null_experts": 1, "moe_aux": "null=1"},
-     "--moe-aux null=1: the loss null needs a target: give --moe-null-rate-target"),
-    ({"moe_aux": "null=1", "moe_null_rate_target": 0.3},
-     "--moe-aux null=1: null: there are no null experts; give --moe-null-experts"),
+    (
+        {"moe_null_experts": 1, "moe_null_rate_target": 1.5, "moe_aux": "null=1"},
+        "--moe-null-rate-target 1.5: it is a probability",
+    ),
+    (
+        {"moe_null_experts": 1, "moe_null_rate_target": -0.5, "moe_aux": "null=1"},
+        "--moe-null-rate-target -0.5: it is a probability",
+    ),
+    (
+        {"moe_null_experts": 1, "moe_aux": "null=1"},
+        "--moe-aux null=1: the loss null needs a target: give --moe-null-rate-target",
+    ),
+    (
+        {"moe_aux": "null=1", "moe_null_rate_target": 0.3},
+        "--moe-aux null=1: null: there are no null experts; give --moe-null-experts",
+    ),
     # capacity
     ({"moe_capacity_factor": 0.0}, "--moe-capacity-factor 0.0: give a number above 0"),
     ({"moe_capacity_factor": -1.0}, "--moe-capacity-factor -1.0: give a number above 0"),
@@ -133,23 +175,35 @@ BAD = [
     ({"moe_eval_capacity_token_fraction": 0.0}, "0.0: give a fraction above 0 and at most 1"),
     ({"moe_eval_capacity_token_fraction": 1.1}, "1.1: give a fraction above 0 and at most 1"),
     ({"moe_eval_capacity_token_fraction": -0.5}, "-0.5: give a fraction above 0 and at most 1"),
-    ({"moe_eval_capacity_token_fraction": 0.5, "moe_eval_capacity_factor": 1.0},
-     "0.5: --moe-eval-capacity-factor already sets the capacity"),
+    (
+        {"moe_eval_capacity_token_fraction": 0.5, "moe_eval_capacity_factor": 1.0},
+        "0.5: --moe-eval-capacity-factor already sets the capacity",
+    ),
     (capped(moe_min_capacity=-1), "--moe-min-capacity -1: give 0 or more"),
     ({"moe_min_capacity": 8}, "--moe-min-capacity 8: experts have no capacity"),
     ({"moe_min_capacity": 0}, "--moe-min-capacity 0: experts have no capacity"),
     ({"moe_drop_policy": "probs"}, "--moe-drop-policy probs: experts have no capacity"),
     ({"moe_renormalize_after_drop": True}, "--moe-renormalize-after-drop True: experts have no"),
     (capped(moe_drop_policy="newest"), "--moe-drop-policy newest: one of: position"),
-    *((gate(name, moe_capacity_factor=1.0, **more),
-       f"--moe-capacity-factor 1.0: the gate {name} sets the load of experts itself")
-      for name, more in [("base", {}), ("dense", {}),
-                         ("expert_choice", {"moe_allow_noncausal": True})]),
+    *(
+        (
+            gate(name, moe_capacity_factor=1.0, **more),
+            f"--moe-capacity-factor 1.0: the gate {name} sets the load of experts itself",
+        )
+        for name, more in [
+            ("base", {}),
+            ("dense", {}),
+            ("expert_choice", {"moe_allow_noncausal": True}),
+        ]
+    ),
     (gate("base", moe_eval_capacity_factor=1.0), "--moe-eval-capacity-factor 1.0: the gate base"),
     (gate("base", moe_eval_capacity_token_fraction=0.5), "0.5: the gate base sets the load"),
     # auxiliary losses
-    ({"moe_aux": "ballance=1"}, "--moe-aux ballance=1: no loss named 'ballance' for the gate "
-                                "dense_to_sparse; one of: balance, switch, mi"),
+    (
+        {"moe_aux": "ballance=1"},
+        "--moe-aux ballance=1: no loss named 'ballance' for the gate "
+        "dense_to_sparse; one of: balance, switch, mi",
+    ),
     ({"moe_aux": "balance=much"}, "give a number for balance: balance=0.01"),
     ({"moe_aux": "balance="}, "give a number for balance"),
     ({"moe_aux": "balance=-1"}, "give balance a coefficient of 0 or more"),
@@ -163,8 +217,10 @@ BAD = [
     ({"moe_aux": "l1=1"}, "no loss named 'l1' for the gate dense_to_sparse"),
     ({"moe_aux": "efficiency=1"}, "no loss named 'efficiency' for the gate dense_to_sparse"),
     ({"moe_aux": "distill=0.3"}, "no loss named 'distill' for the gate dense_to_sparse"),
-    ({"moe_aux": "diversity=1", "moe_scorer": "mlp"},
-     "diversity: the gate dense_to_sparse has no vectors of experts here"),
+    (
+        {"moe_aux": "diversity=1", "moe_scorer": "mlp"},
+        "diversity: the gate dense_to_sparse has no vectors of experts here",
+    ),
     ({"moe_aux": "simplicity=1", "moe_scorer": "mlp"}, "simplicity: the gate dense_to_sparse has"),
     (gate("hash", moe_aux="z=1"), "z: the gate hash has no logits"),
     (gate("hash", moe_aux="load=1"), "load: the gate hash has no logits"),
@@ -187,8 +243,11 @@ BAD = [
     (gate("base", moe_scorer="mlp"), "--moe-scorer mlp: the gate base does not use it"),
     (gate("top_any", moe_scorer="mlp"), "--moe-scorer mlp: the gate top_any does not use it"),
     # options of another gate
-    ({"moe_top_k": 1}, "--moe-top-k 1: the gate dense_to_sparse does not use it: leave it out, or "
-                       "use a gate that does (dselect_k, relu, top_k, top_p)"),
+    (
+        {"moe_top_k": 1},
+        "--moe-top-k 1: the gate dense_to_sparse does not use it: leave it out, or "
+        "use a gate that does (dselect_k, relu, top_k, top_p)",
+    ),
     ({"moe_top_p": 0.5}, "--moe-top-p 0.5: the gate dense_to_sparse does not use it"),
     ({"moe_bias_update_rate": 0.1}, "--moe-bias-update-rate 0.1: the gate dense_to_sparse does"),
     ({"moe_hash": "random"}, "--moe-hash random: the gate dense_to_sparse does not use it"),
@@ -196,8 +255,10 @@ BAD = [
     ({"moe_adapt_record_interval": 10}, "--moe-adapt-record-interval 10: the gate dense_to_sparse"),
     ({"moe_l1_factor": 1.5}, "--moe-l1-factor 1.5: the gate dense_to_sparse does not use it"),
     ({"moe_allow_noncausal": True}, "--moe-allow-noncausal True: the gate dense_to_sparse does"),
-    (gate("top_k", moe_temperature_start=3.0), "--moe-temperature-start 3.0: the gate top_k does "
-                                               "not use it"),
+    (
+        gate("top_k", moe_temperature_start=3.0),
+        "--moe-temperature-start 3.0: the gate top_k does not use it",
+    ),
     (gate("top_k", moe_hard_updates=5), "--moe-hard-updates 5: the gate top_k does not use it"),
     (gate("top_k", moe_second_expert_policy="all"), "--moe-second-expert-policy all: the gate"),
     (gate("gshard", moe_top_k=1), "--moe-top-k 1: the gate gshard does not use it"),
@@ -209,8 +270,11 @@ BAD = [
     ({"moe_gate_threshold": 1.0}, "--moe-gate-threshold 1.0: gate values are probabilities"),
     ({"moe_gate_threshold": -0.1}, "--moe-gate-threshold -0.1"),
     ({"moe_gate_threshold": NAN}, "--moe-gate-threshold nan"),
-    ({"moe_temperature_start": 0.2, "moe_temperature_end": 0.5},
-     "--moe-temperature-start 0.2: the temperature decreases: give at least --moe-temperature-end"),
+    (
+        {"moe_temperature_start": 0.2, "moe_temperature_end": 0.5},
+        "--moe-temperature-start 0.2: the temperature decreases: give at least "
+        "--moe-temperature-end",
+    ),
     ({"moe_temperature_end": 0.0}, "--moe-temperature-end 0.0: give a temperature above 0"),
     ({"moe_temperature_start": NAN}, "--moe-temperature-start nan"),
     ({"moe_temperature_start": INF}, "--moe-temperature-start inf"),
@@ -233,20 +297,37 @@ BAD = [
     (gate("top_k", moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1: scores are at most 1"),
     (gate("top_k", moe_bias_update_rate=NAN), "--moe-bias-update-rate nan: scores are at most 1"),
     (gate("top_k", moe_bias_update_rate=2.0), "--moe-bias-update-rate 2.0: scores are at most 1"),
-    (gate("top_k", moe_bias_update_rate=0.01, moe_sample_top_k=1),
-     "--moe-sample-top-k 1: sampling ignores the bias"),
-    (gate("top_k", moe_batch_prioritized_routing=True),
-     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
-    (gate("top_k", moe_batch_prioritized_routing=True, moe_capacity_factor=1.0,
-          moe_drop_policy="probs"), "--moe-batch-prioritized-routing already sets"),
+    (
+        gate("top_k", moe_bias_update_rate=0.01, moe_sample_top_k=1),
+        "--moe-sample-top-k 1: sampling ignores the bias",
+    ),
+    (
+        gate("top_k", moe_batch_prioritized_routing=True),
+        "--moe-batch-prioritized-routing True: experts have no capacity in training",
+    ),
+    (
+        gate(
+            "top_k",
+            moe_batch_prioritized_routing=True,
+            moe_capacity_factor=1.0,
+            moe_drop_policy="probs",
+        ),
+        "--moe-batch-prioritized-routing already sets",
+    ),
     # switch, gshard
     (gate("gshard", moe_expert_count="1"), "the gate gshard selects two candidates: give"),
     (gate("gshard", moe_second_expert_policy="best"), "--moe-second-expert-policy best: one of"),
-    (gate("gshard", moe_batch_prioritized_routing=True),
-     "--moe-batch-prioritized-routing True: experts have no capacity"),
-    (gate("gshard", **capped(moe_normalize_gate_prob_before_dropping=True,
-                             moe_renormalize_after_drop=True)),
-     "--moe-normalize-gate-prob-before-dropping True: --moe-renormalize-after-drop normalises"),
+    (
+        gate("gshard", moe_batch_prioritized_routing=True),
+        "--moe-batch-prioritized-routing True: experts have no capacity",
+    ),
+    (
+        gate(
+            "gshard",
+            **capped(moe_normalize_gate_prob_before_dropping=True, moe_renormalize_after_drop=True),
+        ),
+        "--moe-normalize-gate-prob-before-dropping True: --moe-renormalize-after-drop normalises",
+    ),
     # top_p
     (gate("top_p", moe_top_p=1.5), "--moe-top-p 1.5: it is a probability"),
     (gate("top_p", moe_top_p=-0.1), "--moe-top-p -0.1: it is a probability"),
@@ -280,13 +361,19 @@ BAD = [
     (gate("relu", moe_top_k=17), "--moe-top-k 17: "),
     (gate("relu", moe_l1_start=0.0), "--moe-l1-start 0.0: give a number above 0"),
     (gate("relu", moe_l1_factor=1.0), "--moe-l1-factor 1.0: give a factor above 1"),
-    (gate("expert_choice", moe_allow_noncausal=True, moe_expert_choice_factor=0.0),
-     "--moe-expert-choice-factor 0.0: "),
-    (gate("expert_choice", moe_allow_noncausal=True, moe_expert_choice_factor=17.0),
-     "--moe-expert-choice-factor 17.0: an MoE layer has 16 experts"),
+    (
+        gate("expert_choice", moe_allow_noncausal=True, moe_expert_choice_factor=0.0),
+        "--moe-expert-choice-factor 0.0: ",
+    ),
+    (
+        gate("expert_choice", moe_allow_noncausal=True, moe_expert_choice_factor=17.0),
+        "--moe-expert-choice-factor 17.0: an MoE layer has 16 experts",
+    ),
     # parts of fairseq that do not go with MoE layers
-    ({"decoder_input_dim": 4, "share_decoder_input_output_embed": True}, "--decoder-output-dim 8: "
-     "with --share-decoder-input-output-embed it must be 4"),
+    (
+        {"decoder_input_dim": 4, "share_decoder_input_output_embed": True},
+        "--decoder-output-dim 8: with --share-decoder-input-output-embed it must be 4",
+    ),
     ({"adaptive_input": True}, "--adaptive-input True: not supported by the MoE architectures"),
     ({"base_layers": 1}, "--base-layers 1: not supported by the MoE architectures"),
     ({"scale_heads": True}, "--scale-heads True: not supported by the MoE architectures"),

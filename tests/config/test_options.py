@@ -14,8 +14,10 @@ from evomoe_plugin.config.run_checks import validate_run
 @pytest.mark.parametrize(
     "given, warning",
     [
-        ({"moe_temperature_updates": 50, "moe_hard_updates": 10},
-         "routing turns hard before the annealing ends at update 50"),
+        (
+            {"moe_temperature_updates": 50, "moe_hard_updates": 10},
+            "routing turns hard before the annealing ends at update 50",
+        ),
         ({"moe_temperature_updates": 5000}, "--max-update 100: the run ends before"),
         ({"moe_hard_updates": 200}, "--max-update 100: the run ends before"),
     ],
@@ -53,8 +55,15 @@ def test_layer_placement(moe_options, freq, layers, indices):
 
 @pytest.mark.parametrize(
     "text, layers, counts",
-    [("16", 3, [16] * 3), (16, 2, [16] * 2), ("4, 8,16", 3, [4, 8, 16]),
-     ("4:16", 4, [4, 8, 12, 16]), ("4:16", 1, [4]), ("8:8", 2, [8, 8]), ("16:4", 3, [16, 10, 4])],
+    [
+        ("16", 3, [16] * 3),
+        (16, 2, [16] * 2),
+        ("4, 8,16", 3, [4, 8, 16]),
+        ("4:16", 4, [4, 8, 12, 16]),
+        ("4:16", 1, [4]),
+        ("8:8", 2, [8, 8]),
+        ("16:4", 3, [16, 10, 4]),
+    ],
 )
 def test_expert_counts(moe_options, text, layers, counts):
     assert expert_counts(moe_options(moe_expert_count=text), layers) == counts
@@ -71,13 +80,15 @@ def test_the_error_survives_a_process_boundary():
 
 
 def run_config(moe_options, data, **given):
-    return OmegaConf.create({
-        "task": {"_name": "language_modeling", "data": str(data)},
-        "dataset": {"train_subset": "train"},
-        "criterion": {"_name": "moe_cross_entropy"},
-        "model": vars(moe_options()),
-        **given,
-    })
+    return OmegaConf.create(
+        {
+            "task": {"_name": "language_modeling", "data": str(data)},
+            "dataset": {"train_subset": "train"},
+            "criterion": {"_name": "moe_cross_entropy"},
+            "model": vars(moe_options()),
+            **given,
+        }
+    )
 
 
 @pytest.fixture

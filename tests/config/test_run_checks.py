@@ -15,31 +15,67 @@ from evomoe_plugin.launch.environment import process_count
 @pytest.fixture(scope="module")
 def divided():
     """Options of four processes that divide the experts by two; the data is not there."""
-    args = options.parse_args_and_arch(options.get_training_parser(), [
-        "no-data", "--user-dir", "evomoe_plugin", "--task", "language_modeling", "--arch",
-        "transformer_lm_gpttiny_moe", "--optimizer", "adam", "--lr", "0.1", "--max-update", "10",
-        "--criterion", "moe_cross_entropy", "--ddp-backend", "legacy_ddp",
-        "--distributed-world-size", "4", "--moe-expert-parallel-size", "2"])
+    args = options.parse_args_and_arch(
+        options.get_training_parser(),
+        [
+            "no-data",
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            "--arch",
+            "transformer_lm_gpttiny_moe",
+            "--optimizer",
+            "adam",
+            "--lr",
+            "0.1",
+            "--max-update",
+            "10",
+            "--criterion",
+            "moe_cross_entropy",
+            "--ddp-backend",
+            "legacy_ddp",
+            "--distributed-world-size",
+            "4",
+            "--moe-expert-parallel-size",
+            "2",
+        ],
+    )
     return convert_namespace_to_omegaconf(args)
 
 
 BAD = [
-    ({"distributed_training.distributed_world_size": 3},
-     "--moe-expert-parallel-size 2: does not divide the 3 ranks"),
-    ({"distributed_training.ddp_backend": "pytorch_ddp"},
-     "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fully_sharded or legacy_ddp"),
-    ({"distributed_training.zero_sharding": "os"},
-     "--zero-sharding os with --moe-expert-parallel-size: give --ddp-backend fully_sharded"),
-    ({"distributed_training.ddp_backend": "fully_sharded",
-      "distributed_training.use_sharded_state": True},
-     "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint"),
+    (
+        {"distributed_training.distributed_world_size": 3},
+        "--moe-expert-parallel-size 2: does not divide the 3 ranks",
+    ),
+    (
+        {"distributed_training.ddp_backend": "pytorch_ddp"},
+        "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fully_sharded or "
+        "legacy_ddp",
+    ),
+    (
+        {"distributed_training.zero_sharding": "os"},
+        "--zero-sharding os with --moe-expert-parallel-size: give --ddp-backend fully_sharded",
+    ),
+    (
+        {
+            "distributed_training.ddp_backend": "fully_sharded",
+            "distributed_training.use_sharded_state": True,
+        },
+        "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint",
+    ),
     ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it does not include"),
     ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
-    ({"optimizer._name": "adafactor"},
-     "--optimizer adafactor with --moe-expert-parallel-size: its steps depend on means"),
+    (
+        {"optimizer._name": "adafactor"},
+        "--optimizer adafactor with --moe-expert-parallel-size: its steps depend on means",
+    ),
     ({"optimizer._name": "composite"}, "--optimizer composite with --moe-expert-parallel-size: "),
-    ({"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
-     "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta"),
+    (
+        {"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
+        "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta",
+    ),
 ]
 
 
@@ -71,11 +107,15 @@ def test_adagrad_is_none_of_them(divided):
     assert "no such folder" in refused(cfg)  # which is what is looked at next
 
 
-@pytest.mark.parametrize("environment, refused_for", [
-    ({"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the 5 ranks"),
-    ({"SLURM_NTASKS": "7"}, "the 7 ranks"),
-    ({"SLURM_NTASKS": "8"}, "no such folder"),  # which is what is looked at next
-], ids=["torchrun", "slurm", "slurm with as many as needed"])
+@pytest.mark.parametrize(
+    "environment, refused_for",
+    [
+        ({"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "the 5 ranks"),
+        ({"SLURM_NTASKS": "7"}, "the 7 ranks"),
+        ({"SLURM_NTASKS": "8"}, "no such folder"),  # which is what is looked at next
+    ],
+    ids=["torchrun", "slurm", "slurm with as many as needed"],
+)
 def test_processes_are_counted_whoever_starts_them(divided, monkeypatch, environment, refused_for):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

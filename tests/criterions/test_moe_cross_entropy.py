@@ -27,14 +27,19 @@ class FakeModel(torch.nn.Module):
 
     def forward(self):
         stats = {
-            "tokens": torch.tensor([3.0, 3.0]), "pairs": self.pairs,
+            "tokens": torch.tensor([3.0, 3.0]),
+            "pairs": self.pairs,
             "experts": torch.tensor([6.0, 6.0]),
             "tokens_per_expert": torch.stack([self.pairs, torch.zeros(2)], 1),
-            "entropy": torch.tensor([3.0, 6.0]), "nonfinite": torch.zeros(2),
+            "entropy": torch.tensor([3.0, 6.0]),
+            "nonfinite": torch.zeros(2),
             "temperature": torch.tensor([4.5, 4.5]),
         }
-        return self.logits, {"moe_aux": {"balance": self.aux}, "moe_stats": stats,
-                             "moe_aux_coefficients": self.coefficients}
+        return self.logits, {
+            "moe_aux": {"balance": self.aux},
+            "moe_stats": stats,
+            "moe_aux_coefficients": self.coefficients,
+        }
 
     def get_normalized_probs(self, net_output, log_probs):
         return F.log_softmax(net_output[0], -1)
@@ -127,9 +132,12 @@ def test_perplexity_is_of_the_tokens_also_with_sentence_avg():
 
 @pytest.mark.parametrize(
     "given, message",
-    [((-1.0, "sum"), "--moe-gate-loss-wt -1.0"), ((float("nan"), "sum"), "--moe-gate-loss-wt nan"),
-     ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum"),
-     ((1.0, "sum", False, -1), "--moe-vocab-chunk -1: give a number")],
+    [
+        ((-1.0, "sum"), "--moe-gate-loss-wt -1.0"),
+        ((float("nan"), "sum"), "--moe-gate-loss-wt nan"),
+        ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum"),
+        ((1.0, "sum", False, -1), "--moe-vocab-chunk -1: give a number"),
+    ],
 )
 def test_bad_options(given, message):
     with pytest.raises(OptionError, match=message):

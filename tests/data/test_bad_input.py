@@ -67,14 +67,21 @@ def test_the_vocab_size_that_is_named_works(tmp_path, folder, quiet, size):
 INPUTS = {
     "missing": ({}, "INPUT .*given: no such file or folder"),
     "empty folder": ({"given": None}, r"contains no files; supported are .jsonl, .parquet, .txt"),
-    "suffixes": ({"given/a.py": "x", "given/b.py": "x", "given/README": "x"},
-                 r"contains 2 .py, 1 without suffix; .* --text-suffix .py reads them"),
+    "suffixes": (
+        {"given/a.py": "x", "given/b.py": "x", "given/README": "x"},
+        r"contains 2 .py, 1 without suffix; .* --text-suffix .py reads them",
+    ),
     "hidden": ({"given/.a.txt": "x", "given/.git/b.txt": "x"}, "contains no files"),
-    "prepared": ({"given/DATA/dict.txt": "x", "given/DATA/DATA_CARD.json": "{}"},
-                 "contains no files"),
+    "prepared": (
+        {"given/DATA/dict.txt": "x", "given/DATA/DATA_CARD.json": "{}"},
+        "contains no files",
+    ),
     "no text": ({"given/a.txt": "", "given/b.txt": " \n\n"}, "INPUT .*given: contains no text"),
-    "one document": ({"given/a.txt": "a b c"}, r"too few distinct documents \(1\) for train, "
-                     "valid, test; --documents-by blank-line"),
+    "one document": (
+        {"given/a.txt": "a b c"},
+        r"too few distinct documents \(1\) for train, "
+        "valid, test; --documents-by blank-line",
+    ),
     "one text": ({f"given/{n}.txt": "all the same" for n in range(9)}, "too few distinct"),
     "no field": ({"given/a.jsonl": json.dumps({"body": "x"})}, "--text-field text: no such field"),
 }
@@ -101,18 +108,31 @@ def test_a_file_of_another_kind(tmp_path, quiet):
 def test_held_out_files(tmp_path, folder, quiet):
     every = tuple(str(path) for path in sorted(folder.iterdir()))
     refuse(tmp_path, quiet, "none is left for training", folder, valid=every)
-    refuse(tmp_path, quiet, "the same file is given to --valid", folder, valid=every[:1],
-           test=every[:1])
+    refuse(
+        tmp_path,
+        quiet,
+        "the same file is given to --valid",
+        folder,
+        valid=every[:1],
+        test=every[:1],
+    )
     (folder / "zz.txt").write_text("\n")
-    refuse(tmp_path, quiet, "test .*zz.txt: contains no text", folder,
-           test=(str(folder / "zz.txt"),))
+    refuse(
+        tmp_path, quiet, "test .*zz.txt: contains no text", folder, test=(str(folder / "zz.txt"),)
+    )
 
 
 def test_a_fraction_that_takes_nothing_of_many(tmp_path, quiet):
     text = tmp_path / "a.txt"
     text.write_text("".join(f"document {n}\n" for n in range(10_500)))
-    refuse(tmp_path, quiet, r"--valid-fraction 1e-12: none of 10500 documents fell into valid",
-           text, documents_by="line", valid_fraction=1e-12)
+    refuse(
+        tmp_path,
+        quiet,
+        r"--valid-fraction 1e-12: none of 10500 documents fell into valid",
+        text,
+        documents_by="line",
+        valid_fraction=1e-12,
+    )
 
 
 def test_out_that_is_not_ours(tmp_path, folder, quiet):
@@ -121,6 +141,12 @@ def test_out_that_is_not_ours(tmp_path, folder, quiet):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        refuse(tmp_path, quiet, "is not empty, and was not written by evomoe prepare", folder,
-               out=str(tmp_path / "full"), overwrite=overwrite)
+        refuse(
+            tmp_path,
+            quiet,
+            "is not empty, and was not written by evomoe prepare",
+            folder,
+            out=str(tmp_path / "full"),
+            overwrite=overwrite,
+        )
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"

@@ -8,8 +8,10 @@ from evomoe_plugin.data.dictionary import load_dictionary
 BAD_DICTIONARIES = [
     (b"the 10\nof\n", "is not a fairseq dictionary: Incorrect dictionary format"),
     (b"the 10\nof many\n", "is not a fairseq dictionary: Incorrect dictionary format"),
-    (b"the 10\nof 5\nthe 3\n", "is not a fairseq dictionary: Duplicate word found when loading "
-                               "Dictionary: 'the'"),
+    (
+        b"the 10\nof 5\nthe 3\n",
+        "is not a fairseq dictionary: Duplicate word found when loading Dictionary: 'the'",
+    ),
     (b"caf\xe9 10\n", "is not a fairseq dictionary: it is not UTF-8"),
 ]
 

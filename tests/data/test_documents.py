@@ -41,12 +41,14 @@ WIKITEXT = " \n = One = \n \n First . \n Second . \n\n = Two = \n\n = = Part = =
 GROUPED = {
     "file": ({}, [WIKITEXT]),
     "line": ({"documents_by": "line"}, WIKITEXT.split("\n")[:-1]),
-    "blank-line": ({"documents_by": "blank-line"},
-                   [" = One = ", " First . \n Second . ", " = Two = ",
-                    " = = Part = = \n Third . "]),
-    "start": ({"document_start": "^ = [^=]"},
-              [" ", " = One = \n \n First . \n Second . \n",
-               " = Two = \n\n = = Part = = \n Third . "]),
+    "blank-line": (
+        {"documents_by": "blank-line"},
+        [" = One = ", " First . \n Second . ", " = Two = ", " = = Part = = \n Third . "],
+    ),
+    "start": (
+        {"document_start": "^ = [^=]"},
+        [" ", " = One = \n \n First . \n Second . \n", " = Two = \n\n = = Part = = \n Third . "],
+    ),
 }
 
 
@@ -65,7 +67,8 @@ def test_rows_are_documents_or_are_joined(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     assert grouped(tmp_path / "a.jsonl") == rows
     assert grouped(tmp_path / "a.jsonl", document_start="^ = ") == [
-        " = A = \n\n b \n", " = C = \n d"
+        " = A = \n\n b \n",
+        " = C = \n d",
     ]
 
 
@@ -88,8 +91,9 @@ def test_passages_are_short_and_hold_all_text(fragments, limit):
 @given(st.lists(st.text("a =\t", max_size=6), max_size=8), st.integers(1, 4), st.integers(1, 9))
 def test_blank_lines_divide_as_a_regular_expression_does(lines, limit, width):
     fragments = [
-        Fragment(line[start:start + width], start + width >= len(line))
-        for line in lines for start in range(0, max(len(line), 1), width)
+        Fragment(line[start : start + width], start + width >= len(line))
+        for line in lines
+        for start in range(0, max(len(line), 1), width)
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PASSAGE_CHARS", limit)
@@ -109,5 +113,9 @@ def test_a_passage_is_cut_after_a_line(monkeypatch):
     monkeypatch.setattr(documents, "PASSAGE_CHARS", 10)
     text = "one\ntwo\nthree\n" + "x" * 25
     assert [p.text for p in _passages([Fragment(text, True)])] == [
-        "one\ntwo\n", "three\n", "x" * 10, "x" * 10, "x" * 5,
+        "one\ntwo\n",
+        "three\n",
+        "x" * 10,
+        "x" * 10,
+        "x" * 5,
     ]

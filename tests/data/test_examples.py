@@ -35,8 +35,11 @@ def commands(tmp_path, monkeypatch):
     def run(script, *arguments, **environment):
         log.unlink(missing_ok=True)
         paths = os.pathsep.join([str(binaries), os.environ["PATH"]])
-        subprocess.run(["bash", EXAMPLES / script, *arguments], check=True,
-                       env={**os.environ, "PATH": paths, **environment})
+        subprocess.run(
+            ["bash", EXAMPLES / script, *arguments],
+            check=True,
+            env={**os.environ, "PATH": paths, **environment},
+        )
         return [json.loads(line) for line in log.read_text().splitlines()]
 
     return run
@@ -45,8 +48,11 @@ def commands(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", ["wikitext103", "openwebtext"])
 def test_only_the_download_needs_the_network(commands, recipe):
     assert {command[0] for command in commands(f"{recipe}/download.sh")} <= {"hf", "curl"}
-    for step, command in (("prepare", "evomoe"), ("train", "fairseq-train"),
-                          ("evaluate", "fairseq-eval-lm")):
+    for step, command in (
+        ("prepare", "evomoe"),
+        ("train", "fairseq-train"),
+        ("evaluate", "fairseq-eval-lm"),
+    ):
         script = EXAMPLES / recipe / f"{step}.sh"
         assert [argv[0] for argv in commands(f"{recipe}/{step}.sh")] == [command]
         assert "://" not in script.read_text()
@@ -55,6 +61,7 @@ def test_only_the_download_needs_the_network(commands, recipe):
 @pytest.mark.parametrize("recipe", ["wikitext103", "openwebtext"])
 def test_fairseq_understands_training_and_evaluation(commands, recipe):
     """Parsed as fairseq's commands do; options that are added override the script's."""
+
     def parsed(get_parser, script, *arguments, **environment):
         [command] = commands(f"{recipe}/{script}", *arguments, **environment)
         return options.parse_args_and_arch(get_parser(), command[1:])
@@ -78,8 +85,12 @@ def article(number):
 def test_wikitext_rows_become_articles(commands, tmp_path, capsys):
     folder = tmp_path / "wikitext-103/wikitext-103-raw-v1"
     folder.mkdir(parents=True)
-    for name, articles in (("train-0", range(9)), ("train-1", range(9, 20)),
-                           ("validation-0", range(20, 22)), ("test-0", range(22, 25))):
+    for name, articles in (
+        ("train-0", range(9)),
+        ("train-1", range(9, 20)),
+        ("validation-0", range(20, 22)),
+        ("test-0", range(22, 25)),
+    ):
         rows = [row for number in articles for row in article(number)]
         parquet.write_table(pa.table({"text": rows}), folder / f"{name}.parquet")
     [command] = commands("wikitext103/prepare.sh", "--vocab-size", "400", "--workers", "1")
@@ -98,8 +109,9 @@ def test_openwebtext_rows_are_documents(commands, tmp_path, gpt2_files, capsys):
         (folder / Path(file).name).write_bytes(Path(file).read_bytes())
     texts = [words(number, 50) for number in range(40)]
     for part in range(2):
-        parquet.write_table(pa.table({"text": texts[part::2]}),
-                            folder / f"plain_text/train-{part}.parquet")
+        parquet.write_table(
+            pa.table({"text": texts[part::2]}), folder / f"plain_text/train-{part}.parquet"
+        )
     [command] = commands("openwebtext/prepare.sh", "--workers", "1")
     assert main(command[1:]) == 0
     card = DataCard.load(Path("data-bin/openwebtext"))

@@ -57,10 +57,16 @@ def test_the_language_modeling_task_reads_it(make, tmp_path):
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     card = make()
-    task = LanguageModelingTask.setup_task(LanguageModelingConfig(
-        data=str(tmp_path / "out"), sample_break_mode="none", tokens_per_sample=32,
-        dataset_impl=None, use_plasma_view=False, seed=1,
-    ))
+    task = LanguageModelingTask.setup_task(
+        LanguageModelingConfig(
+            data=str(tmp_path / "out"),
+            sample_break_mode="none",
+            tokens_per_sample=32,
+            dataset_impl=None,
+            use_plasma_view=False,
+            seed=1,
+        )
+    )
     for split in SPLITS:
         task.load_dataset(split)
         assert task.datasets[split].sizes.sum() == card.splits[split]["tokens"]
@@ -118,7 +124,8 @@ def test_given_splits(make, folder, tmp_path):
     assert prepared.documents("test") == ["a test"]
     assert card.splits["train"]["documents"] == 25
     assert {i["name"]: i["split"] for i in card.inputs if i["split"]} == {
-        "held.txt": "valid", "b.jsonl": "test",
+        "held.txt": "valid",
+        "b.jsonl": "test",
     }
 
 
@@ -145,12 +152,16 @@ def test_unknown_tokens_are_counted_and_reported(make, tmp_path, log):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e f g h"] * 9), model_prefix=str(tmp_path / "m"),
-        vocab_size=20, hard_vocab_limit=False, minloglevel=3,
+        sentence_iterator=iter(["a b c d e f g h"] * 9),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=3,
     )
     (tmp_path / "a.txt").write_text("a b\nc Ω d\ne f\n")
-    card = make(tmp_path / "a.txt", sentencepiece_model=str(tmp_path / "m.model"),
-                documents_by="line")
+    card = make(
+        tmp_path / "a.txt", sentencepiece_model=str(tmp_path / "m.model"), documents_by="line"
+    )
     assert sum(card.splits[split]["unknown_tokens"] for split in SPLITS) == 1
     assert "warning: 1 tokens are unknown" in log.getvalue()
 
@@ -165,9 +176,13 @@ def test_the_card_records_everything(make, folder, tmp_path):
     assert len(card.inputs) == 26 and card.inputs[0]["name"] == "text/00.txt"
     assert set(card.files) | {CARD, CARD_TEXT} == set(os.listdir(out))
     text = (out / CARD_TEXT).read_text()
-    for part in ("Made up. Public domain.", "--sentencepiece-model DATA/sentencepiece.model",
-                 f"{card.splits['train']['tokens']:,}", card.files["train.bin"]["sha256"],
-                 "Decoding restores the text exactly."):
+    for part in (
+        "Made up. Public domain.",
+        "--sentencepiece-model DATA/sentencepiece.model",
+        f"{card.splits['train']['tokens']:,}",
+        card.files["train.bin"]["sha256"],
+        "Decoding restores the text exactly.",
+    ):
         assert part in text
     assert str(tmp_path) not in (out / CARD).read_text()
 

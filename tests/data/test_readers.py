@@ -54,8 +54,16 @@ def test_plain_text_is_exact_whatever_the_block(tmp_path, monkeypatch, text, blo
     assert records(path, lines=True) == (lines if lines[-1] else lines[:-1])
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(),
-                                  pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+)
 def test_parquet_text_columns(tmp_path, kind):
     rows = ["one\n two ", "", "é😀", None] * 100
     if kind == pa.binary():
@@ -66,8 +74,9 @@ def test_parquet_text_columns(tmp_path, kind):
 
 def test_jsonl_rows_and_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('\ufeff{"text": "a\\nb"}\n\n{"text": null}\r\n{"text": "\\ud83d\\ude00"}',
-                    encoding="utf-8")
+    path.write_text(
+        '\ufeff{"text": "a\\nb"}\n\n{"text": null}\r\n{"text": "\\ud83d\\ude00"}', encoding="utf-8"
+    )
     assert records(path) == ["a\nb", "", "😀"]
 
 
@@ -96,8 +105,11 @@ UNREADABLE = {
     "jsonl byte": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "byte 0xff at offset 24 "),
     "jsonl": ("a.jsonl", b'{"text": "a"}\n{text}', "line 2 is not JSON"),
     "jsonl value": ("a.jsonl", b"[1]", "no such field in line 1 of .*it has none"),
-    "jsonl field": ("a.jsonl", b'{"body": "a", "id": 1}',
-                    "--text-field text: no such field in line 1 of .*its fields are body, id"),
+    "jsonl field": (
+        "a.jsonl",
+        b'{"body": "a", "id": 1}',
+        "--text-field text: no such field in line 1 of .*its fields are body, id",
+    ),
     "jsonl type": ("a.jsonl", b'{"text": 5}', "--text-field text: is a int in line 1"),
     "surrogate": ("a.jsonl", b'{"text": "\\ud800"}', "line 1: character 0 .* lone surrogate"),
     "parquet": ("a.parquet", b"PAR1 it is not", "cannot be read as Parquet"),
@@ -122,10 +134,13 @@ def test_offset_beyond_the_first_block(tmp_path, monkeypatch):
         records(path)
 
 
-@pytest.mark.parametrize(("rows", "kind", "message"), [
-    ([1, 2], pa.int64(), "--text-field text: is int64 in .*a.parquet"),
-    ([b"a", b"\xff"], pa.binary(), "a.parquet row 2: byte 0xff at offset 0 is not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([1, 2], pa.int64(), "--text-field text: is int64 in .*a.parquet"),
+        ([b"a", b"\xff"], pa.binary(), "a.parquet row 2: byte 0xff at offset 0 is not UTF-8"),
+    ],
+)
 def test_parquet_columns_that_are_no_text(tmp_path, rows, kind, message):
     path = write_rows(tmp_path / "a.parquet", rows, kind)
     with pytest.raises(OptionError, match=message):
@@ -158,8 +173,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     pool.release_unused()
     before, most_arrow, chars, passed = pool.bytes_allocated(), 0, 0, []
     tracemalloc.start()
-    for text, _ in read_records(source(path), lines=name != "a.txt", text_field="text",
-                                errors="strict", advance=passed.append):
+    for text, _ in read_records(
+        source(path),
+        lines=name != "a.txt",
+        text_field="text",
+        errors="strict",
+        advance=passed.append,
+    ):
         chars += len(text)
         most_arrow = max(most_arrow, pool.bytes_allocated() - before)
     peak = tracemalloc.get_traced_memory()[1]

@@ -57,8 +57,11 @@ CHANGES = {
     "text": (change_text, {}, "text/03.txt has changed"),
     "same size": (change_as_much, {}, "text/03.txt has changed"),
     "missing": (lambda folder: (folder / "07.txt").unlink(), {}, "text/07.txt is missing"),
-    "more": (lambda folder: (folder / "zz.txt").write_text("x"), {}, "there were 25 files, "
-             "now there are 26"),
+    "more": (
+        lambda folder: (folder / "zz.txt").write_text("x"),
+        {},
+        "there were 25 files, now there are 26",
+    ),
 }
 
 
@@ -121,9 +124,15 @@ class Interrupting(Progress):
         super().advance(units)
 
 
-@pytest.mark.parametrize(("stage", "count", "kept"), [
-    ("read", 0, False), ("read", 20, False), ("binarise", 0, True), ("binarise", 2, True),
-])
+@pytest.mark.parametrize(
+    ("stage", "count", "kept"),
+    [
+        ("read", 0, False),
+        ("read", 20, False),
+        ("binarise", 0, True),
+        ("binarise", 2, True),
+    ],
+)
 def test_interrupted_it_goes_on_to_the_same_result(
     folder, tmp_path, shards, log, stage, count, kept
 ):
@@ -207,10 +216,16 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", [
-    (staging._ShardWriter, "write"), (pipeline, "train_sentencepiece"), (binarize, "rename"),
-    (binarize, "merge"), (OutputFolder, "publish"),
-])
+@pytest.mark.parametrize(
+    "where",
+    [
+        (staging._ShardWriter, "write"),
+        (pipeline, "train_sentencepiece"),
+        (binarize, "rename"),
+        (binarize, "merge"),
+        (OutputFolder, "publish"),
+    ],
+)
 def test_a_full_disk_is_one_line_and_leaves_no_rubbish(make, tmp_path, monkeypatch, where):
     make()
     before = contents(tmp_path / "out")
@@ -267,5 +282,3 @@ def test_an_unreadable_file_is_one_line(make, folder, monkeypatch):
     monkeypatch.setattr(staging, "read_documents", deny)
     with pytest.raises(RunFailed, match=r"03.txt: Permission denied"):
         make()
-
-

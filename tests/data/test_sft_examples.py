@@ -8,8 +8,9 @@ from evomoe_plugin.data.sft_examples import Example, truncate
 
 def example(responses):
     """Tokens 10, 11, … with these response numbers."""
-    return Example(np.arange(10, 10 + len(responses), dtype=np.int32),
-                   np.array(responses, dtype=np.int32))
+    return Example(
+        np.arange(10, 10 + len(responses), dtype=np.int32), np.array(responses, dtype=np.int32)
+    )
 
 
 CASES = {
@@ -20,12 +21,10 @@ CASES = {
     "without a prompt": ([1, 1, 1], 2, ([10, 11], [1, 1])),
     "one token of the response": ([0, 0, 0, 1, 1], 2, ([12, 13], [0, 1])),
     "nothing of the response": ([0, 1, 1], 1, None),
-    "no earlier response is lost": (
-        [0, 0, 1, 1, 0, 2], 5, ([11, 12, 13, 14, 15], [0, 1, 1, 0, 2])),
+    "no earlier response is lost": ([0, 0, 1, 1, 0, 2], 5, ([11, 12, 13, 14, 15], [0, 1, 1, 0, 2])),
     "half of an earlier response": ([0, 1, 1, 0, 2, 2], 4, ([12, 13, 14, 15], [0, 0, 2, 2])),
     "the whole of an earlier response": ([0, 1, 1, 0, 2, 2], 3, ([13, 14, 15], [0, 2, 2])),
-    "the beginning of a middle response": (
-        [1, 0, 2, 2, 0, 3], 3, ([13, 14, 15], [0, 0, 3])),
+    "the beginning of a middle response": ([1, 0, 2, 2, 0, 3], 3, ([13, 14, 15], [0, 0, 3])),
     "a response right before the last": ([1, 1, 2, 2], 3, ([11, 12, 13], [0, 2, 2])),
 }
 

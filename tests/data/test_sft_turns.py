@@ -33,22 +33,35 @@ def test_prompt_and_response_are_taken_as_they_are(turns):
 
 
 def test_templates(turns):
-    found = turns({"prompt": "2 + 2?", "response": "4"},
-                  prompt="Question: {}\\n", response="Answer: {}!")
+    found = turns(
+        {"prompt": "2 + 2?", "response": "4"}, prompt="Question: {}\\n", response="Answer: {}!"
+    )
     assert found == [("Question: 2 + 2?\nAnswer:", False), (" 4!", True)]
 
 
 def test_chat_reads_all_but_the_assistant(turns):
-    found = turns(chat(("system", "Be short."), ("user", "Hi."), ("assistant", "Hello."),
-                       ("user", "Bye?"), ("assistant", "Bye."), ("user", "Thanks.")))
+    found = turns(
+        chat(
+            ("system", "Be short."),
+            ("user", "Hi."),
+            ("assistant", "Hello."),
+            ("user", "Bye?"),
+            ("assistant", "Bye."),
+            ("user", "Thanks."),
+        )
+    )
     assert found == [
-        ("Be short. User: Hi. Assistant:", False), (" Hello.", True),
-        ("User: Bye? Assistant:", False), (" Bye.", True)]
+        ("Be short. User: Hi. Assistant:", False),
+        (" Hello.", True),
+        ("User: Bye? Assistant:", False),
+        (" Bye.", True),
+    ]
 
 
 def test_two_responses_in_a_row_end_both(turns):
-    found = turns(chat(("user", "Hi."), ("assistant", "One."), ("assistant", "Two.")),
-                  assistant="{}")
+    found = turns(
+        chat(("user", "Hi."), ("assistant", "One."), ("assistant", "Two.")), assistant="{}"
+    )
     assert found == [("User: Hi. ", False), ("One.", True), ("Two.", True)]
 
 
@@ -68,17 +81,24 @@ BAD = {
     "messages not a list": ('{"messages": {}}', "messages is not a list but an object"),
     "no messages": ('{"messages": []}', "has no assistant message"),
     "no assistant message": (
-        '{"messages": [{"role": "user", "content": "a"}]}', "has no assistant message"),
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "has no assistant message",
+    ),
     "message not an object": ('{"messages": ["hi"]}', "message 1 is not an object but a text"),
     "no role": ('{"messages": [{"content": "a"}]}', "has no role of message 1"),
     "no content": ('{"messages": [{"role": "user"}]}', "has no content of message 1"),
-    "unknown role": ('{"messages": [{"role": "tool", "content": "a"}]}',
-                     "role 'tool' of message 1 is none of: system, user, assistant"),
-    "content a list": ('{"messages": [{"role": "user", "content": []}]}',
-                       "content of message 1 is not a text but a list"),
+    "unknown role": (
+        '{"messages": [{"role": "tool", "content": "a"}]}',
+        "role 'tool' of message 1 is none of: system, user, assistant",
+    ),
+    "content a list": (
+        '{"messages": [{"role": "user", "content": []}]}',
+        "content of message 1 is not a text but a list",
+    ),
     "empty assistant message": (
-        '{"messages": [{"role": "user", "content": "a"}, '
-        '{"role": "assistant", "content": ""}]}', "content of message 2 is empty"),
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+        "content of message 2 is empty",
+    ),
     "deeply nested": ("[" * 100_000, "is nested too deeply"),
 }
 GOOD = '{"prompt": "a", "response": "b"}\n'
@@ -112,7 +132,8 @@ def test_the_last_line_needs_no_end(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(GOOD + GOOD.strip())
     assert list(read_turns(path, Templates())) == [
-        (n, [Turn("a", False), Turn("b", True)]) for n in (1, 2)]
+        (n, [Turn("a", False), Turn("b", True)]) for n in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("template", ["no place", "{} and {}", ""])

@@ -9,9 +9,20 @@ from evomoe_plugin.data.sources import find_sources
 @pytest.fixture
 def tree(tmp_path):
     root = tmp_path / "root"
-    for name in ("b.txt", "a/c.jsonl", "a/b.parquet", "a/b/z.txt", "B.txt", "x.py", "test/t.txt",
-                 "a/test_x.txt", ".git/g.txt", "a/.hidden.txt", "data/dict.txt",
-                 "data/DATA_CARD.json"):
+    for name in (
+        "b.txt",
+        "a/c.jsonl",
+        "a/b.parquet",
+        "a/b/z.txt",
+        "B.txt",
+        "x.py",
+        "test/t.txt",
+        "a/test_x.txt",
+        ".git/g.txt",
+        "a/.hidden.txt",
+        "data/dict.txt",
+        "data/DATA_CARD.json",
+    ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
@@ -25,8 +36,13 @@ def names(*inputs, **given):
 
 def test_folders_are_sorted_and_inputs_keep_their_order(tree):
     assert names(tree) == [
-        "root/B.txt", "root/a/b.parquet", "root/a/b/z.txt", "root/a/c.jsonl",
-        "root/a/test_x.txt", "root/b.txt", "root/test/t.txt",
+        "root/B.txt",
+        "root/a/b.parquet",
+        "root/a/b/z.txt",
+        "root/a/c.jsonl",
+        "root/a/test_x.txt",
+        "root/b.txt",
+        "root/test/t.txt",
     ]
     assert names(tree / "b.txt", tree / "a")[:2] == ["b.txt", "a/b.parquet"]
 
@@ -34,7 +50,10 @@ def test_folders_are_sorted_and_inputs_keep_their_order(tree):
 def test_text_suffix_and_exclude(tree):
     assert "root/x.py" in names(tree, text_suffix=(".py",))
     assert names(tree, exclude=("test*", "a/b")) == [
-        "root/B.txt", "root/a/b.parquet", "root/a/c.jsonl", "root/b.txt",
+        "root/B.txt",
+        "root/a/b.parquet",
+        "root/a/c.jsonl",
+        "root/b.txt",
     ]
     assert names(tree, exclude=("a/*",)) == ["root/B.txt", "root/b.txt", "root/test/t.txt"]
 
@@ -47,12 +66,17 @@ def test_no_file_is_read_twice(tree):
 
 
 def test_held_out_files_leave_the_inputs(tree):
-    options = PrepareOptions(inputs=(str(tree),), out="out", valid=(str(tree / "a"),),
-                             test=(str(tree / "b.txt"),))
+    options = PrepareOptions(
+        inputs=(str(tree),), out="out", valid=(str(tree / "a"),), test=(str(tree / "b.txt"),)
+    )
     assert [(source.name, source.split) for source in find_sources(options)] == [
-        ("root/B.txt", None), ("root/test/t.txt", None),
-        ("a/b.parquet", "valid"), ("a/b/z.txt", "valid"), ("a/c.jsonl", "valid"),
-        ("a/test_x.txt", "valid"), ("b.txt", "test"),
+        ("root/B.txt", None),
+        ("root/test/t.txt", None),
+        ("a/b.parquet", "valid"),
+        ("a/b/z.txt", "valid"),
+        ("a/c.jsonl", "valid"),
+        ("a/test_x.txt", "valid"),
+        ("b.txt", "test"),
     ]
 
 

@@ -19,9 +19,7 @@ def test_shares_are_about_right_and_do_not_depend_on_order():
 
 
 def test_seed_changes_the_splits():
-    one, two = (
-        [Splitter(seed, SHARES).split_of(text) for text in TEXTS[:500]] for seed in (1, 2)
-    )
+    one, two = ([Splitter(seed, SHARES).split_of(text) for text in TEXTS[:500]] for seed in (1, 2))
     assert one != two
 
 
@@ -31,8 +29,11 @@ def test_known_value():
     assert "".join(splitter.split_of(text)[0] for text in "abcdefghijklmnop") == "tvvttvvvtvttvtvt"
 
 
-@given(st.sets(st.text(min_size=1), min_size=3, max_size=40),
-       st.floats(0.001, 0.49), st.floats(0.001, 0.49))
+@given(
+    st.sets(st.text(min_size=1), min_size=3, max_size=40),
+    st.floats(0.001, 0.49),
+    st.floats(0.001, 0.49),
+)
 def test_ranks_fill_every_split(texts, valid, test):
     splitter = Splitter(1, {"valid": valid, "test": test})
     for text in texts:

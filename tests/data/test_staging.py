@@ -46,24 +46,36 @@ def staged_text(work, options):
 def test_max_bytes_keeps_whole_lines(tmp_path, work, held_out, limit):
     lines = [f"line {number:04d} of this text" for number in range(400)]  # 22 bytes each
     for name in range(4):
-        text = "\n".join(lines[name * 100:(name + 1) * 100])
+        text = "\n".join(lines[name * 100 : (name + 1) * 100])
         (tmp_path / f"{name}.txt").write_text(text)
-    options = options_for(tmp_path, *(tmp_path / f"{n}.txt" for n in range(4)), **held_out,
-                          max_bytes=limit, documents_by="line")
+    options = options_for(
+        tmp_path,
+        *(tmp_path / f"{n}.txt" for n in range(4)),
+        **held_out,
+        max_bytes=limit,
+        documents_by="line",
+    )
     staged, documents = staged_text(work, options)
     whole = min(limit // 22, 400)
     assert documents[:whole] == lines[:whole]
     assert staged.splits["train"].bytes == min(limit, 400 * 22)
     read = [i["name"] for i in staged.inputs if i["split"] is None]
-    assert read == [f"{n}.txt" for n in range(4)][:len(read)]
+    assert read == [f"{n}.txt" for n in range(4)][: len(read)]
     assert len(read) + staged.files_not_read == 4
     assert len(read) == min(4, -(-limit // 2200))
 
 
-@pytest.mark.parametrize(("limit", "kept"), [
-    (1, ["o"]), (3, ["one"]), (4, ["one", "t"]), (12, ["one", "two\n"]),
-    (13, ["one", "two\nthré\n"]), (100, ["one", "two\nthré\nfour", "five"]),
-])
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (1, ["o"]),
+        (3, ["one"]),
+        (4, ["one", "t"]),
+        (12, ["one", "two\n"]),
+        (13, ["one", "two\nthré\n"]),
+        (100, ["one", "two\nthré\nfour", "five"]),
+    ],
+)
 def test_max_bytes_cuts_a_document_after_a_line(tmp_path, work, held_out, limit, kept):
     (tmp_path / "a.jsonl").write_text(
         '{"text": "one"}\n{"text": ""}\n{"text": "two\\nthré\\nfour"}\n{"text": "five"}\n',

@@ -80,8 +80,7 @@ def test_code_keeps_indentation_in_few_tokens(tokenizer):
     assert "".join(tokenizer.tokens[i] for i in tokenizer.encode(text)) == (
         f"<0x0A>{SPACE * 4}abc<0x0A>{SPACE * 8}abc<0x0A>"
     )
-    assert any(token and set(token) == {SPACE} and len(token) > 1
-               for token in tokenizer.tokens)
+    assert any(token and set(token) == {SPACE} and len(token) > 1 for token in tokenizer.tokens)
 
 
 @pytest.mark.parametrize("text", ["abc de  f", " a<s>é😀", "x" * 50])
@@ -89,10 +88,13 @@ def test_fairseq_encodes_a_line_alike(trained, tokenizer, gpt2, gpt2_files, text
     from fairseq.data.encoders.gpt2_bpe import GPT2BPE
     from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 
-    stock = SentencepieceBPE(SimpleNamespace(
-        sentencepiece_model=str(trained / "sentencepiece.model"),
-        sentencepiece_enable_sampling=False, sentencepiece_alpha=None,
-    ))
+    stock = SentencepieceBPE(
+        SimpleNamespace(
+            sentencepiece_model=str(trained / "sentencepiece.model"),
+            sentencepiece_enable_sampling=False,
+            sentencepiece_alpha=None,
+        )
+    )
     assert stock.encode(text).split(" ") == [tokenizer.tokens[i] for i in tokenizer.encode(text)]
     stock = GPT2BPE(SimpleNamespace(gpt2_encoder_json=gpt2_files[0], gpt2_vocab_bpe=gpt2_files[1]))
     tokens = [gpt2.tokens[i] for i in gpt2.encode(text)]
@@ -104,27 +106,38 @@ def model(tmp_path, **given):
     """A SentencePiece model as others train them."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words(1, 2000).splitlines()), model_writer=written,
-        minloglevel=3, **{"vocab_size": 200, "hard_vocab_limit": False, **given},
+        sentence_iterator=iter(words(1, 2000).splitlines()),
+        model_writer=written,
+        minloglevel=3,
+        **{"vocab_size": 200, "hard_vocab_limit": False, **given},
     )
     path = tmp_path / "given.model"
     path.write_bytes(written.getvalue())
     return path
 
 
-@pytest.mark.parametrize("given", [
-    {},
-    {"byte_fallback": True, "vocab_size": 400},
-    {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400},
-    {"add_dummy_prefix": False, "byte_fallback": True, "vocab_size": 400},
-    {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
-    {"user_defined_symbols": ["\n", "\n\n"], "add_dummy_prefix": False,
-     "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
-], ids=["stock", "bytes", "bpe", "no prefix", "identity", "newlines"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"byte_fallback": True, "vocab_size": 400},
+        {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400},
+        {"add_dummy_prefix": False, "byte_fallback": True, "vocab_size": 400},
+        {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        {
+            "user_defined_symbols": ["\n", "\n\n"],
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "normalization_rule_name": "identity",
+        },
+    ],
+    ids=["stock", "bytes", "bpe", "no prefix", "identity", "newlines"],
+)
 def test_a_given_model_encodes_as_it_always_does(tmp_path, given):
     path = model(tmp_path, **given)
     stock, ours = (
-        sentencepiece.SentencePieceProcessor(model_file=str(path)), SentencePieceTokenizer(path)
+        sentencepiece.SentencePieceProcessor(model_file=str(path)),
+        SentencePieceTokenizer(path),
     )
     for text in ("abc  de \n\n f", " a\n\n\nb", "é \t", words(3)):
         assert ours.encode(text) == stock.encode(text)
@@ -145,11 +158,16 @@ def test_a_given_model_may_hold_control_tokens_of_fairseq(tmp_path):
 
 UNFIT = {
     "no model": (lambda path: path.write_text("no"), "not a SentencePiece model"),
-    "reserved": (lambda path: model(path.parent, user_defined_symbols=["<pad>"]).rename(path),
-                 "its piece '<pad>' encodes text"),
-    "twins": (lambda path: model(path.parent, byte_fallback=True, vocab_size=400,
-                                 user_defined_symbols=["\n"]).rename(path),
-              "two of its pieces would be written '<0x0A>'"),
+    "reserved": (
+        lambda path: model(path.parent, user_defined_symbols=["<pad>"]).rename(path),
+        "its piece '<pad>' encodes text",
+    ),
+    "twins": (
+        lambda path: model(
+            path.parent, byte_fallback=True, vocab_size=400, user_defined_symbols=["\n"]
+        ).rename(path),
+        "two of its pieces would be written '<0x0A>'",
+    ),
 }
 
 

@@ -86,9 +86,16 @@ def test_flag(given, name):
     assert given == [PrepareOptions(inputs=("a",), out="c", **{name: value})]
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("12", 12), ("5k", 5000), ("5MB", 5_000_000), ("0.5G", 500_000_000), (" 7 ", 7),
-])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12", 12),
+        ("5k", 5000),
+        ("5MB", 5_000_000),
+        ("0.5G", 500_000_000),
+        (" 7 ", 7),
+    ],
+)
 def test_sizes(text, size):
     assert verb._size(text) == size
 
@@ -103,16 +110,12 @@ def test_invalid_sizes(text, capsys):
 
 def test_interrupted(given, capsys):
     assert run("a", "--out", "c") == 130
-    assert capsys.readouterr().err == (
-        "interrupted: c is unchanged; the same command resumes\n"
-    )
+    assert capsys.readouterr().err == ("interrupted: c is unchanged; the same command resumes\n")
 
 
 def test_errors_are_one_line(monkeypatch, tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "no"), "--out", "c"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: INPUT {tmp_path / 'no'}: no such file or folder\n"
-    )
+    assert capsys.readouterr().err == (f"error: INPUT {tmp_path / 'no'}: no such file or folder\n")
 
     def fail(options):
         raise RunFailed("the disk is full")

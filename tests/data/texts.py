@@ -16,8 +16,7 @@ def words(seed, count=300):
     draw = random.Random(seed)
     vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(80)]
     return "".join(
-        draw.choice(vocabulary) + draw.choice([" ", " ", " ", "\n", "\n    "])
-        for _ in range(count)
+        draw.choice(vocabulary) + draw.choice([" ", " ", " ", "\n", "\n    "]) for _ in range(count)
     )
 
 

@@ -37,8 +37,10 @@ def on_ranks(world: int, check, *given) -> None:
     port = context.Value("i", 0)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     port.value = store.port
-    ranks = [context.Process(target=_rank, args=(r, world, port.value, errors, check, given))
-             for r in range(world)]
+    ranks = [
+        context.Process(target=_rank, args=(r, world, port.value, errors, check, given))
+        for r in range(world)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -50,8 +52,9 @@ def on_ranks(world: int, check, *given) -> None:
 def _rank(rank, world, port, errors, check, given) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
-                            timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     try:
         check(rank, *given)
     except BaseException:
@@ -74,9 +77,13 @@ def make(kind, dtype=torch.float64, **given):
 
 
 def parallel(groups, transport_dtype=None, chunks=1, **given):
-    return partial(ParallelExpertFFN, groups=groups, chunks=chunks,
-                   exchange=partial(Exchange, groups.exchange, transport_dtype=transport_dtype),
-                   **given)
+    return partial(
+        ParallelExpertFFN,
+        groups=groups,
+        chunks=chunks,
+        exchange=partial(Exchange, groups.exchange, transport_dtype=transport_dtype),
+        **given,
+    )
 
 
 def check_equal(rank: int, size: int) -> None:
@@ -90,11 +97,13 @@ def check_equal(rank: int, size: int) -> None:
         whole = make(ExpertFFN, gated=gated)
         sharded = make(parallel(groups, chunks=chunks), gated=gated)
         state = whole.state_dict()
-        assert all(torch.equal(value, state[key][own])
-                   for key, value in sharded.state_dict().items())
+        assert all(
+            torch.equal(value, state[key][own]) for key, value in sharded.state_dict().items()
+        )
         plan = plan_of(load(rank))
-        x = torch.randn(T, D, dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        x = torch.randn(
+            T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)
+        ).requires_grad_()
         x2 = x.detach().clone().requires_grad_()
         y, overlap_out = sharded(x, plan, overlap_fn=lambda x=x: 2 * x)
         wanted = whole(x2, plan)
@@ -122,9 +131,14 @@ def check_transport_dtype(rank: int) -> None:
         assert 0 < error < tolerance, (dtype, error)
 
 
-@pytest.mark.parametrize("world, size", [
-    (2, 2), pytest.param(4, 4, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "world, size",
+    [
+        (2, 2),
+        pytest.param(4, 4, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_experts_equal_one_stack(world, size):
     on_ranks(world, check_equal, size)
 

@@ -16,8 +16,18 @@ from tests.end_to_end.runs import Run
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    "--arch", "transformer_lm_gpttiny_moe", "--decoder-layers", "2", "--decoder-embed-dim", "32",
-    "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2", "--moe-expert-count", "4",
+    "--arch",
+    "transformer_lm_gpttiny_moe",
+    "--decoder-layers",
+    "2",
+    "--decoder-embed-dim",
+    "32",
+    "--decoder-ffn-embed-dim",
+    "64",
+    "--decoder-attention-heads",
+    "2",
+    "--moe-expert-count",
+    "4",
     "--share-decoder-input-output-embed",
 ]
 
@@ -68,8 +78,14 @@ def run_command():
         else:
             module = command if "." in command else f"fairseq_cli.{command}"
             process = subprocess.run(
-                [sys.executable, "-m", module, *arguments], cwd=cwd, env=environment, text=True,
-                timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                [sys.executable, "-m", module, *arguments],
+                cwd=cwd,
+                env=environment,
+                text=True,
+                timeout=timeout,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         if check:
             assert process.returncode == 0, process.stdout[-6000:]
         return Run(process)
@@ -87,15 +103,48 @@ def train(run_command, data_bin):
     """
 
     def run(save_dir, *given, torchrun=None, **settings) -> Run:
-        command = ["train"] if torchrun is None else [
-            "torch.distributed.run", *torchrun, "-m", "fairseq_cli.train"]
+        command = (
+            ["train"]
+            if torchrun is None
+            else ["torch.distributed.run", *torchrun, "-m", "fairseq_cli.train"]
+        )
         return run_command(
-            *command, data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-            *TINY, "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
-            "--tokens-per-sample", "32", "--batch-size", "4", "--optimizer", "adam",
-            "--lr", "0.003", "--clip-norm", "1.0", "--max-update", "12",
-            "--log-format", "json", "--log-interval", "1", "--num-workers", "0",
-            "--no-epoch-checkpoints", "--save-dir", save_dir, "--seed", "7", *given, **settings,
+            *command,
+            data_bin,
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            *TINY,
+            "--criterion",
+            "moe_cross_entropy",
+            "--moe-gate-loss-wt",
+            "0.01",
+            "--tokens-per-sample",
+            "32",
+            "--batch-size",
+            "4",
+            "--optimizer",
+            "adam",
+            "--lr",
+            "0.003",
+            "--clip-norm",
+            "1.0",
+            "--max-update",
+            "12",
+            "--log-format",
+            "json",
+            "--log-interval",
+            "1",
+            "--num-workers",
+            "0",
+            "--no-epoch-checkpoints",
+            "--save-dir",
+            save_dir,
+            "--seed",
+            "7",
+            *given,
+            **settings,
         )
 
     return run

@@ -25,11 +25,20 @@ class ForkServer:
 
     def __init__(self, environment: dict[str, str]):
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.end_to_end.forks"], cwd=ROOT,
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            [sys.executable, "-W", "ignore", "-m", "tests.end_to_end.forks"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def run(
-        self, command: str, arguments: list[str], cwd: Path, environment: dict[str, str],
+        self,
+        command: str,
+        arguments: list[str],
+        cwd: Path,
+        environment: dict[str, str],
         timeout: float,
     ) -> subprocess.CompletedProcess:
         """The ended command, its output and errors together.

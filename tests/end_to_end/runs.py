@@ -68,9 +68,23 @@ def assert_same_weights(one, other, atol: float = 0.0) -> None:
 def evaluate(data_bin, path, *given) -> dict:
     """What `fairseq-eval-lm` returns, unrounded: loss in base 2 and perplexity."""
     parser = options.get_eval_lm_parser()
-    args = options.parse_args_and_arch(parser, [
-        str(data_bin), "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-        "--path", str(path), "--gen-subset", "valid", "--tokens-per-sample", "32",
-        "--num-workers", "0", *given,
-    ])
+    args = options.parse_args_and_arch(
+        parser,
+        [
+            str(data_bin),
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            "--path",
+            str(path),
+            "--gen-subset",
+            "valid",
+            "--tokens-per-sample",
+            "32",
+            "--num-workers",
+            "0",
+            *given,
+        ],
+    )
     return eval_lm.main(convert_namespace_to_omegaconf(args))

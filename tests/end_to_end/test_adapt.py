@@ -9,9 +9,25 @@ from tests.end_to_end.runs import assert_same_weights, load
 
 # Updates 2, 3, 5 and 6 are recorded; experts are adapted after 3 and 6. Updates of 256 tokens.
 ADAPT = (
-    "--moe-gate", "top_any", "--moe-expert-count", "3", "--moe-max-experts", "5",
-    "--moe-adapt-record-interval", "3", "--moe-adapt-window", "2", "--moe-top-any-learned-scale",
-    "--dropout", "0", "--attention-dropout", "0", "--max-update", "6", "--update-freq", "2",
+    "--moe-gate",
+    "top_any",
+    "--moe-expert-count",
+    "3",
+    "--moe-max-experts",
+    "5",
+    "--moe-adapt-record-interval",
+    "3",
+    "--moe-adapt-window",
+    "2",
+    "--moe-top-any-learned-scale",
+    "--dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+    "--max-update",
+    "6",
+    "--update-freq",
+    "2",
 )
 GATE = "decoder.layers.1.moe.gate"
 EXACT = ("loss", "inner_loss", "gate_loss_diversity", "gnorm", "experts_per_token", "lr")
@@ -51,8 +67,10 @@ def assert_same_course(one, other, tolerance=2e-3):
 def test_experts_are_removed_and_added_and_it_is_logged(unbroken):
     folder, run = unbroken
     assert len(changes(run)) == 1
-    assert "update 3: removed experts 0, 1, which no token reached; added expert 0 for" in (
-        changes(run)[0])
+    assert (
+        "update 3: removed experts 0, 1, which no token reached; added expert 0 for"
+        in (changes(run)[0])
+    )
     assert changes(run)[0].endswith("its network a copy of expert 2's; 2 of 5 experts now")
     records = run.logged("train_inner")
     assert [record["num_updates"] for record in records] == [2, 3, 4, 5, 6]
@@ -86,8 +104,11 @@ def test_activation_checkpointing_changes_nothing(unbroken, start, train, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [SHARDED, (*TWO, "--ddp-backend", "pytorch_ddp")],
-                         ids=["fully_sharded", "pytorch_ddp"])
+@pytest.mark.parametrize(
+    "layout",
+    [SHARDED, (*TWO, "--ddp-backend", "pytorch_ddp")],
+    ids=["fully_sharded", "pytorch_ddp"],
+)
 def test_two_ranks_equal_one_process(unbroken, start, layout, train, tmp_path):
     folder, plain = unbroken
     run = train(tmp_path, *ADAPT, *layout, "--restore-file", start)
@@ -96,14 +117,22 @@ def test_two_ranks_equal_one_process(unbroken, start, layout, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [
-    ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-fp16",), ("--bf16",),
-    ("--fp16", *SHARDED),
-], ids=["flat", "one by one", "memory-efficient", "bf16", "fully_sharded"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--fp16",),
+        ("--fp16", "--fp16-no-flatten-grads"),
+        ("--memory-efficient-fp16",),
+        ("--bf16",),
+        ("--fp16", *SHARDED),
+    ],
+    ids=["flat", "one by one", "memory-efficient", "bf16", "fully_sharded"],
+)
 def test_in_half_precision_the_same_experts_change(unbroken, start, given, train, tmp_path):
     run = train(tmp_path, *ADAPT, *given, "--restore-file", start, "--reset-optimizer")
     assert [line.split("; added")[0] for line in changes(run)] == [
-        "decoder.layers.1.moe, update 3: removed experts 0, 1, which no token reached"]
+        "decoder.layers.1.moe, update 3: removed experts 0, 1, which no token reached"
+    ]
     losses = [record["inner_loss"] for record in run.logged("train_inner")]
     wanted = [record["inner_loss"] for record in unbroken[1].logged("train_inner")]
     # Without the optimizer's state updates count from 0.

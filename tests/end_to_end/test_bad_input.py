@@ -14,8 +14,14 @@ from tests.end_to_end.runs import load
 
 def run(monkeypatch, capsys, command, *arguments) -> tuple[int, str]:
     """Exit status and standard error of a command, run in this process."""
-    argv = ["fairseq", *map(str, arguments), "--user-dir", "evomoe_plugin",
-            "--task", "language_modeling"]
+    argv = [
+        "fairseq",
+        *map(str, arguments),
+        "--user-dir",
+        "evomoe_plugin",
+        "--task",
+        "language_modeling",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as end:
         command.cli_main()
@@ -23,9 +29,26 @@ def run(monkeypatch, capsys, command, *arguments) -> tuple[int, str]:
 
 
 def common(data_bin, save_dir):
-    return (data_bin, *TINY, "--criterion", "moe_cross_entropy", "--tokens-per-sample", "32",
-            "--batch-size", "4", "--optimizer", "adam", "--lr", "0.003", "--max-update", "3",
-            "--num-workers", "0", "--save-dir", save_dir)
+    return (
+        data_bin,
+        *TINY,
+        "--criterion",
+        "moe_cross_entropy",
+        "--tokens-per-sample",
+        "32",
+        "--batch-size",
+        "4",
+        "--optimizer",
+        "adam",
+        "--lr",
+        "0.003",
+        "--max-update",
+        "3",
+        "--num-workers",
+        "0",
+        "--save-dir",
+        save_dir,
+    )
 
 
 @pytest.fixture
@@ -61,8 +84,7 @@ def test_bad_options_end_in_one_line(data_bin, tmp_path, monkeypatch, capsys, gi
 
 
 def test_missing_data(tmp_path, monkeypatch, capsys):
-    status, error = run(monkeypatch, capsys, fairseq_train,
-                        *common(tmp_path / "nowhere", tmp_path))
+    status, error = run(monkeypatch, capsys, fairseq_train, *common(tmp_path / "nowhere", tmp_path))
     assert status == 2
     assert "nowhere: no such folder; give a folder made by `evomoe prepare`" in error
 
@@ -73,13 +95,21 @@ def test_a_dictionary_that_does_not_fit_the_checkpoint(
     save_dir = tmp_path / "run"
     train(save_dir, "--max-update", "1")
     message = "error: DATA dict.txt: has 88 token ids, the checkpoint has 64"
-    status, error = run(monkeypatch, capsys, fairseq_train,
-                        *common(other_dictionary, save_dir))
+    status, error = run(monkeypatch, capsys, fairseq_train, *common(other_dictionary, save_dir))
     assert (status, "Traceback" in error) == (2, False)
     assert message in error
-    status, error = run(monkeypatch, capsys, eval_lm, other_dictionary,
-                        "--path", save_dir / "checkpoint_last.pt", "--gen-subset", "valid",
-                        "--tokens-per-sample", "32")
+    status, error = run(
+        monkeypatch,
+        capsys,
+        eval_lm,
+        other_dictionary,
+        "--path",
+        save_dir / "checkpoint_last.pt",
+        "--gen-subset",
+        "valid",
+        "--tokens-per-sample",
+        "32",
+    )
     assert (status, "Traceback" in error) == (2, False)
     assert message in error
 
@@ -93,11 +123,20 @@ def test_nan_names_the_layer_and_leaves_the_last_good_checkpoint(
     bad = load(good)
     bad["model"]["decoder.layers.1.moe.gate.scorer.weight"].fill_(float("nan"))
     torch.save(bad, tmp_path / "bad.pt")
-    status, error = run(monkeypatch, capsys, fairseq_train, *common(data_bin, tmp_path),
-                        "--restore-file", tmp_path / "bad.pt")
+    status, error = run(
+        monkeypatch,
+        capsys,
+        fairseq_train,
+        *common(data_bin, tmp_path),
+        "--restore-file",
+        tmp_path / "bad.pt",
+    )
     assert status == 1
     assert "error: decoder.layers.1.moe: gate logits are NaN/Inf for" in error
     assert "Traceback" not in error
     assert good.read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
-        "bad.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
+        "bad.pt",
+        "checkpoint_best.pt",
+        "checkpoint_last.pt",
+    ]

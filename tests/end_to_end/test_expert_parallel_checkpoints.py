@@ -20,23 +20,49 @@ from tests.checkpoint.expert_states import assert_same
 from tests.end_to_end.runs import Run, assert_same_weights, copy_as_last, evaluate
 
 # Dropout masks depend on the split of the batch; everything else of ours does not.
-SAME = ("--dropout", "0", "--attention-dropout", "0", "--batch-size", "2", "--disable-validation",
-        "--moe-temperature-updates", "6", "--moe-temperature-end", "0.1", "--max-update", "8")
+SAME = (
+    "--dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+    "--batch-size",
+    "2",
+    "--disable-validation",
+    "--moe-temperature-updates",
+    "6",
+    "--moe-temperature-end",
+    "0.1",
+    "--max-update",
+    "8",
+)
 SHARDED = ("--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
 LEGACY = ("--ddp-backend", "legacy_ddp")
-FORMS = {"one file": ("--moe-ep-checkpoint", "consolidated"),
-         "experts beside": ("--moe-ep-checkpoint", "sharded")}
+FORMS = {
+    "one file": ("--moe-ep-checkpoint", "consolidated"),
+    "experts beside": ("--moe-ep-checkpoint", "sharded"),
+}
 
 
 def layout(world, size=1, backend=SHARDED):
     """Options of `world` processes that divide the experts by `size`, with the same updates."""
-    return ("--distributed-world-size", world, "--moe-expert-parallel-size", size,
-            "--update-freq", 4 // world, *(backend if world > 1 else ()))
+    return (
+        "--distributed-world-size",
+        world,
+        "--moe-expert-parallel-size",
+        size,
+        "--update-freq",
+        4 // world,
+        *(backend if world > 1 else ()),
+    )
 
 
 LAYOUTS = {
-    "one process": layout(1), "fsdp 2": layout(2), "ep 2": layout(2, 2),
-    "ep 2, ddp": layout(2, 2, LEGACY), "ep 4": layout(4, 4), "ep 2 x fsdp 2": layout(4, 2),
+    "one process": layout(1),
+    "fsdp 2": layout(2),
+    "ep 2": layout(2, 2),
+    "ep 2, ddp": layout(2, 2, LEGACY),
+    "ep 4": layout(4, 4),
+    "ep 2 x fsdp 2": layout(4, 2),
     "ep 2 x ddp 2": layout(4, 2, LEGACY),
 }
 
@@ -85,9 +111,13 @@ def same_logical(one, other):
         make_plain(state)
         names = optimizer_names(str(path), state)
         entries = state["last_optimizer_state"]["state"]
-        states.append({
-            "model": state["model"], "optimizer_history": None,
-            "last_optimizer_state": {"state": {names[i]: e for i, e in entries.items()}}})
+        states.append(
+            {
+                "model": state["model"],
+                "optimizer_history": None,
+                "last_optimizer_state": {"state": {names[i]: e for i, e in entries.items()}},
+            }
+        )
     assert_same(*states)
 
 
@@ -97,9 +127,13 @@ def test_two_processes_resume_bit_equal(unbroken, halfway, train, data_bin):
     folder = halfway(*given)
     (tag,) = (folder / "checkpoint_last.experts").iterdir()
     assert {path.name for path in tag.iterdir()} == {
-        "00000-of-00002.safetensors", "00001-of-00002.safetensors"}
-    assert not any(".experts." in name for name in
-                   torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"])
+        "00000-of-00002.safetensors",
+        "00001-of-00002.safetensors",
+    }
+    assert not any(
+        ".experts." in name
+        for name in torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"]
+    )
     assert_goes_on(train(folder, *SAME, *given), whole)
     same_logical(folder / "checkpoint_last.pt", whole_folder / "checkpoint_last.pt")
     assert len(list((folder / "checkpoint_last.experts").iterdir())) == 1
@@ -107,8 +141,10 @@ def test_two_processes_resume_bit_equal(unbroken, halfway, train, data_bin):
     # On one process, as one file and as it is.
     one = folder / "one.pt"
     assert evomoe(["checkpoint", "consolidate", str(folder / "checkpoint_last.pt"), str(one)]) == 0
-    results = [evaluate(data_bin, path, "--batch-size", "4")["loss"].item()
-               for path in (one, folder / "checkpoint_last.pt")]
+    results = [
+        evaluate(data_bin, path, "--batch-size", "4")["loss"].item()
+        for path in (one, folder / "checkpoint_last.pt")
+    ]
     assert results[0] == results[1]
 
 
@@ -116,9 +152,11 @@ FP16 = ("--fp16", "--fp16-init-scale", "4")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form, precision", [
-    ("one file", ()), ("experts beside", ()), ("experts beside", FP16)],
-    ids=["one file", "experts beside", "fp16"])
+@pytest.mark.parametrize(
+    "form, precision",
+    [("one file", ()), ("experts beside", ()), ("experts beside", FP16)],
+    ids=["one file", "experts beside", "fp16"],
+)
 @pytest.mark.parametrize("way", ["ep 2", "ep 2, ddp", "ep 4", "ep 2 x fsdp 2"])
 def test_resuming_is_bit_equal(unbroken, halfway, train, way, form, precision):
     whole_folder, whole = unbroken(*LAYOUTS[way], *FORMS[form], *precision)
@@ -133,13 +171,18 @@ def test_resuming_is_bit_equal(unbroken, halfway, train, way, form, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form, before, after", [
-    *(("experts beside", "ep 2", way) for way in LAYOUTS if way != "ep 2"),
-    *(("experts beside", way, "ep 2") for way in LAYOUTS if way != "ep 2"),
-    ("experts beside", "ep 4", "one process"), ("experts beside", "ep 2 x fsdp 2", "ep 2 x ddp 2"),
-    ("one file", "ep 2", "one process"), ("one file", "ep 2, ddp", "fsdp 2"),
-    ("one file", "ep 4", "ep 2"),
-])
+@pytest.mark.parametrize(
+    "form, before, after",
+    [
+        *(("experts beside", "ep 2", way) for way in LAYOUTS if way != "ep 2"),
+        *(("experts beside", way, "ep 2") for way in LAYOUTS if way != "ep 2"),
+        ("experts beside", "ep 4", "one process"),
+        ("experts beside", "ep 2 x fsdp 2", "ep 2 x ddp 2"),
+        ("one file", "ep 2", "one process"),
+        ("one file", "ep 2, ddp", "fsdp 2"),
+        ("one file", "ep 4", "ep 2"),
+    ],
+)
 def test_every_layout_resumes_from_every_other(unbroken, halfway, train, form, before, after):
     whole_folder, whole = unbroken(*LAYOUTS["one process"])
     is_divided = before.startswith("ep")
@@ -169,11 +212,19 @@ EFFICIENT = ("--fp16", "--memory-efficient-fp16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after, given", [
-    ("ep 2", "one process", FP16), ("one process", "ep 2", FP16),
-    ("ep 2, ddp", "one process", FP16), ("one process", "ep 2, ddp", FP16),
-    ("ep 2", "ep 2, ddp", FP16), ("ep 2, ddp", "ep 2", FP16),
-    ("ep 2", "ep 2, ddp", EFFICIENT), ("one process", "ep 2", EFFICIENT)])
+@pytest.mark.parametrize(
+    "before, after, given",
+    [
+        ("ep 2", "one process", FP16),
+        ("one process", "ep 2", FP16),
+        ("ep 2, ddp", "one process", FP16),
+        ("one process", "ep 2, ddp", FP16),
+        ("ep 2", "ep 2, ddp", FP16),
+        ("ep 2, ddp", "ep 2", FP16),
+        ("ep 2", "ep 2, ddp", EFFICIENT),
+        ("one process", "ep 2", EFFICIENT),
+    ],
+)
 def test_half_precision_in_every_layout(unbroken, halfway, train, before, after, given):
     _, whole = unbroken(*LAYOUTS["one process"], *given)
     folder = halfway(*LAYOUTS[before], *given)
@@ -182,14 +233,25 @@ def test_half_precision_in_every_layout(unbroken, halfway, train, before, after,
 
 @pytest.mark.slow
 def test_names_copies_and_what_is_no_longer_kept(train, tmp_path):
-    given = (*LAYOUTS["ep 2"], *FORMS["experts beside"], "--save-interval-updates", "2",
-             "--keep-interval-updates", "2")
+    given = (
+        *LAYOUTS["ep 2"],
+        *FORMS["experts beside"],
+        "--save-interval-updates",
+        "2",
+        "--keep-interval-updates",
+        "2",
+    )
     train(tmp_path, *(option for option in SAME if option != "--disable-validation"), *given)
     kept = {path.name for path in tmp_path.glob("*.pt")}
-    assert {"checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_1_6.pt",
-            "checkpoint_1_8.pt"} == kept
+    assert {
+        "checkpoint_last.pt",
+        "checkpoint_best.pt",
+        "checkpoint_1_6.pt",
+        "checkpoint_1_8.pt",
+    } == kept
     assert {path.stem for path in tmp_path.glob("*.experts")} == {
-        name.removesuffix(".pt") for name in kept}
+        name.removesuffix(".pt") for name in kept
+    }
     same_logical(tmp_path / "checkpoint_last.pt", tmp_path / "checkpoint_1_8.pt")
 
 
@@ -197,12 +259,21 @@ def test_names_copies_and_what_is_no_longer_kept(train, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_written_behind_the_training(unbroken, train, tmp_path, form):
     given = (*LAYOUTS["ep 2"], *FORMS[form])
-    run = train(tmp_path, *SAME, *given, "--save-interval-updates", "3",
-                "--write-checkpoints-asynchronously")
+    run = train(
+        tmp_path,
+        *SAME,
+        *given,
+        "--save-interval-updates",
+        "3",
+        "--write-checkpoints-asynchronously",
+    )
     assert run.output.count("training waits while processes") == (form == "experts beside")
     same_logical(tmp_path / "checkpoint_last.pt", unbroken(*given)[0] / "checkpoint_last.pt")
     assert {path.name for path in tmp_path.glob("*.pt")} == {
-        "checkpoint_1_3.pt", "checkpoint_1_6.pt", "checkpoint_last.pt"}
+        "checkpoint_1_3.pt",
+        "checkpoint_1_6.pt",
+        "checkpoint_last.pt",
+    }
 
 
 @pytest.mark.slow
@@ -214,8 +285,10 @@ def test_what_is_frozen(unbroken, halfway, train, trained):
 
 @pytest.mark.slow
 def test_without_the_optimizer(halfway, data_bin):
-    files = [halfway(*LAYOUTS["ep 2"], *form, "--no-save-optimizer-state") / "checkpoint_last.pt"
-             for form in FORMS.values()]
+    files = [
+        halfway(*LAYOUTS["ep 2"], *form, "--no-save-optimizer-state") / "checkpoint_last.pt"
+        for form in FORMS.values()
+    ]
     for file in files:
         main = read_main_file("CKPT", str(file))
         assert not main.whole().get("last_optimizer_state") and not list(faults(main))
@@ -260,9 +333,25 @@ def test_adagrad_is_divided(unbroken, halfway, train):
 def test_validation_in_several_processes(halfway, data_bin, run_command):
     """fairseq-validate gives each process all experts, and as many batches as there are for it."""
     folders = [halfway(*LAYOUTS["ep 2"], *form) for form in FORMS.values()]
-    common = ("validate", data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-              "--valid-subset", "valid", "--batch-size", "4", "--tokens-per-sample", "32",
-              "--log-format", "json", "--num-workers", "0", "--path")
+    common = (
+        "validate",
+        data_bin,
+        "--user-dir",
+        "evomoe_plugin",
+        "--task",
+        "language_modeling",
+        "--valid-subset",
+        "valid",
+        "--batch-size",
+        "4",
+        "--tokens-per-sample",
+        "32",
+        "--log-format",
+        "json",
+        "--num-workers",
+        "0",
+        "--path",
+    )
     (wanted,) = run_command(*common, folders[0] / "checkpoint_last.pt").logged("valid")
     for folder, world in zip(folders, (3, 2), strict=True):  # 3 is no multiple of 2, which divided
         run = run_command(*common, folder / "checkpoint_last.pt", "--distributed-world-size", world)
@@ -285,16 +374,28 @@ def children(pid):
 
 
 def ranks(pid):
-    return [child for child in children(pid)
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        child
+        for child in children(pid)
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def started(command, log):
     with open(log, "wb") as file:
         return subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                 "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"})
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
 
 
 def wait_for(process, log, text, timeout=240):
@@ -317,21 +418,60 @@ def test_killed_at_random_moments(unbroken, data_bin, tmp_path):
     from tests.end_to_end.conftest import TINY
 
     # Saving at each update: kills hit it often.
-    given = (*LAYOUTS["ep 2"], *FORMS["experts beside"], "--max-update", "60",
-             "--save-interval-updates", "1", "--keep-interval-updates", "2")
+    given = (
+        *LAYOUTS["ep 2"],
+        *FORMS["experts beside"],
+        "--max-update",
+        "60",
+        "--save-interval-updates",
+        "1",
+        "--keep-interval-updates",
+        "2",
+    )
     wanted_folder, wanted = unbroken(*given)
-    losses = {record["num_updates"]: (record["loss"], record["gnorm"])
-              for record in wanted.logged("train_inner")}
+    losses = {
+        record["num_updates"]: (record["loss"], record["gnorm"])
+        for record in wanted.logged("train_inner")
+    }
     assert len(losses) == 60
     rng = random.Random(11)
     folder, log = tmp_path / "run", tmp_path / "log"
     command = [
-        sys.executable, "-m", "fairseq_cli.train", str(data_bin), "--user-dir", "evomoe_plugin",
-        "--task", "language_modeling", *TINY, "--criterion", "moe_cross_entropy",
-        "--moe-gate-loss-wt", "0.01", "--tokens-per-sample", "32", "--optimizer", "adam",
-        "--lr", "0.003", "--clip-norm", "1.0", "--log-format", "json", "--log-interval", "1",
-        "--num-workers", "0", "--no-epoch-checkpoints", "--save-dir", str(folder), "--seed", "7",
-        *map(str, SAME), *map(str, given)]
+        sys.executable,
+        "-m",
+        "fairseq_cli.train",
+        str(data_bin),
+        "--user-dir",
+        "evomoe_plugin",
+        "--task",
+        "language_modeling",
+        *TINY,
+        "--criterion",
+        "moe_cross_entropy",
+        "--moe-gate-loss-wt",
+        "0.01",
+        "--tokens-per-sample",
+        "32",
+        "--optimizer",
+        "adam",
+        "--lr",
+        "0.003",
+        "--clip-norm",
+        "1.0",
+        "--log-format",
+        "json",
+        "--log-interval",
+        "1",
+        "--num-workers",
+        "0",
+        "--no-epoch-checkpoints",
+        "--save-dir",
+        str(folder),
+        "--seed",
+        "7",
+        *map(str, SAME),
+        *map(str, given),
+    ]
     seen, last = {}, 0
     for kill in range(KILLS + 1):
         process = started(command, log)
@@ -339,8 +479,11 @@ def test_killed_at_random_moments(unbroken, data_bin, tmp_path):
         while_saving = rng.random() < 0.5
         # From where it goes on: a few updates more, and then any moment.
         target = last + 1 + rng.randrange(2)
-        mark = (f"Preparing to save checkpoint for epoch 1 @ {target} updates" if while_saving
-                else f'"num_updates": "{target}"')
+        mark = (
+            f"Preparing to save checkpoint for epoch 1 @ {target} updates"
+            if while_saving
+            else f'"num_updates": "{target}"'
+        )
         if not done and wait_for(process, log, mark):
             time.sleep(rng.random() * (0.03 if while_saving else 0.3))
             if found := ranks(process.pid):
@@ -357,8 +500,9 @@ def test_killed_at_random_moments(unbroken, data_bin, tmp_path):
             break
         if status != 0:
             assert time.monotonic() - began < 60
-            assert status == 1 and re.search(r"error: rank \d was ended by SIGKILL", text), (
-                text[-3000:])
+            assert status == 1 and re.search(r"error: rank \d was ended by SIGKILL", text), text[
+                -3000:
+            ]
         path = folder / "checkpoint_last.pt"
         if path.exists():  # not before the first was written
             main = read_main_file("CKPT", str(path))

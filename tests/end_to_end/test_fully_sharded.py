@@ -24,22 +24,33 @@ def one_process(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, train(folder, *SAME, *NESTED, *TWO, "--checkpoint-activations",
-                         "--save-interval-updates", "4")
+    return folder, train(
+        folder, *SAME, *NESTED, *TWO, "--checkpoint-activations", "--save-interval-updates", "4"
+    )
 
 
 def assert_same_course(one, other, tolerance=2e-3):
     pairs = zip(one.logged("train_inner"), other.logged("train_inner"), strict=True)
     for a, b in pairs:
-        for key in ("loss", "inner_loss", "gate_loss_balance", "experts_per_token",
-                    "temperature", "gnorm", "load_max", "gate_entropy", "mflops_per_token"):
+        for key in (
+            "loss",
+            "inner_loss",
+            "gate_loss_balance",
+            "experts_per_token",
+            "temperature",
+            "gnorm",
+            "load_max",
+            "gate_entropy",
+            "mflops_per_token",
+        ):
             assert a[key] == pytest.approx(b[key], abs=tolerance, rel=tolerance), key
 
 
 def test_two_ranks_equal_one_process_with_twice_the_update_frequency(one_process, two_ranks):
     assert_same_course(one_process[1], two_ranks[1])
-    assert_same_weights(one_process[0] / "checkpoint_last.pt",
-                        two_ranks[0] / "checkpoint_last.pt", atol=1e-4)
+    assert_same_weights(
+        one_process[0] / "checkpoint_last.pt", two_ranks[0] / "checkpoint_last.pt", atol=1e-4
+    )
 
 
 def test_each_rank_holds_about_half_of_the_parameters(one_process, two_ranks):
@@ -54,12 +65,14 @@ def test_each_rank_holds_about_half_of_the_parameters(one_process, two_ranks):
 def test_one_process_fully_sharded_equals_plain(one_process, train, tmp_path):
     run = train(tmp_path, *SAME, *SHARDED, "--update-freq", "2")
     assert_same_course(one_process[1], run)
-    assert_same_weights(one_process[0] / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt",
-                        atol=1e-5)
+    assert_same_weights(
+        one_process[0] / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt", atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "sharded_state", [(), pytest.param(("--use-sharded-state",), marks=pytest.mark.slow)],
+    "sharded_state",
+    [(), pytest.param(("--use-sharded-state",), marks=pytest.mark.slow)],
     ids=["consolidated", "sharded"],
 )
 def test_two_ranks_resume_bit_equal(two_ranks, train, data_bin, tmp_path, sharded_state):
@@ -88,9 +101,11 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     layouts = {1: (*SAME, *SHARDED, "--update-freq", "2"), 2: (*SAME, *NESTED, *TWO)}
     train(tmp_path, *layouts[first], "--max-update", "4")
     resumed = train(tmp_path, *layouts[then])
-    for a, b in zip(resumed.logged("train_inner"), one_process[1].logged("train_inner")[4:],
-                    strict=True):
+    for a, b in zip(
+        resumed.logged("train_inner"), one_process[1].logged("train_inner")[4:], strict=True
+    ):
         assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=2e-3)
         assert a["gnorm"] == pytest.approx(b["gnorm"], abs=2e-3)
-    assert_same_weights(one_process[0] / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt",
-                        atol=1e-4)
+    assert_same_weights(
+        one_process[0] / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt", atol=1e-4
+    )

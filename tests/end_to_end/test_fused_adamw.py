@@ -7,10 +7,25 @@ from tests.end_to_end.runs import assert_same_weights, load
 
 FUSED = ("--optimizer", "fused_adamw", "--adam-betas", "(0.9,0.98)", "--weight-decay", "0.1")
 PLAIN = ("--optimizer", "adam", *FUSED[2:])
-COURSE = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1", "--dropout", "0.1",
-          "--save-interval-updates", "6", "--disable-validation")
-TWO = ("--distributed-world-size", "2", "--ddp-backend", "fully_sharded", "--min-params-to-wrap",
-       "0")
+COURSE = (
+    "--moe-temperature-updates",
+    "6",
+    "--moe-temperature-end",
+    "0.1",
+    "--dropout",
+    "0.1",
+    "--save-interval-updates",
+    "6",
+    "--disable-validation",
+)
+TWO = (
+    "--distributed-world-size",
+    "2",
+    "--ddp-backend",
+    "fully_sharded",
+    "--min-params-to-wrap",
+    "0",
+)
 EXACT = ("loss", "inner_loss", "gnorm", "experts_per_token", "lr")
 
 
@@ -22,7 +37,7 @@ def saved(folder, updates=6):
 def assert_same_course(run, wanted, tolerance=2e-3):
     ours, theirs = run.logged("train_inner"), wanted.logged("train_inner")
     assert ours
-    for a, b in zip(ours, theirs[-len(ours):], strict=True):
+    for a, b in zip(ours, theirs[-len(ours) :], strict=True):
         for key in EXACT:
             assert a[key] == pytest.approx(b[key], abs=tolerance, rel=tolerance), key
 
@@ -78,9 +93,12 @@ def test_fully_sharded_it_resumes_bit_equal_and_after_adam(train, tmp_path, shar
 @pytest.mark.slow
 def test_one_process_goes_on_from_shards_of_two(train, tmp_path):
     train(tmp_path / "two", *FUSED, *COURSE, *TWO, "--use-sharded-state", "--max-update", "6")
-    runs = [train(tmp_path / name, *given, *COURSE,
-                  "--restore-file", tmp_path / "two/checkpoint_1_6.pt")
-            for name, given in (("adam", PLAIN), ("fused", FUSED))]
+    runs = [
+        train(
+            tmp_path / name, *given, *COURSE, "--restore-file", tmp_path / "two/checkpoint_1_6.pt"
+        )
+        for name, given in (("adam", PLAIN), ("fused", FUSED))
+    ]
     assert [len(run.logged("train_inner")) for run in runs] == [6, 6]
     assert_same_course(*runs)
 
@@ -88,9 +106,21 @@ def test_one_process_goes_on_from_shards_of_two(train, tmp_path):
 @pytest.mark.slow
 def test_spawned_experts_and_frozen_weights(train, tmp_path):
     """Moments are edited at the spawn, weights that mask made zero stay so."""
-    given = ("--moe-spawn-updates", "3", "--moe-temperature-updates", "3", "--max-update", "7",
-             "--moe-spawn-trainable-masked", "false", "--save-interval-updates", "1",
-             "--disable-validation", "--dropout", "0")
+    given = (
+        "--moe-spawn-updates",
+        "3",
+        "--moe-temperature-updates",
+        "3",
+        "--max-update",
+        "7",
+        "--moe-spawn-trainable-masked",
+        "false",
+        "--save-interval-updates",
+        "1",
+        "--disable-validation",
+        "--dropout",
+        "0",
+    )
     wanted = train(tmp_path / "adam", *PLAIN, *given)
     run = train(tmp_path / "fused", *FUSED, *given)
     assert "update 3: spawned 4 experts" in run.output
@@ -98,8 +128,9 @@ def test_spawned_experts_and_frozen_weights(train, tmp_path):
     name = "decoder.layers.1.moe.experts.fc1_weight"
     masks = [load(tmp_path / "fused" / f"checkpoint_1_{n}.pt")["model"][name] == 0 for n in (3, 7)]
     assert masks[0].any() and torch.equal(*masks)
-    again = train(tmp_path / "again", *FUSED, *given,
-                  "--restore-file", tmp_path / "fused/checkpoint_1_2.pt")
+    again = train(
+        tmp_path / "again", *FUSED, *given, "--restore-file", tmp_path / "fused/checkpoint_1_2.pt"
+    )
     assert_same_course(again, run, tolerance=0)
     assert_same_weights(*(tmp_path / n / "checkpoint_last.pt" for n in ("again", "fused")))
 
@@ -110,18 +141,30 @@ def test_only_what_is_trained_has_a_state(train, tmp_path):
     wanted = train(tmp_path / "adam", *PLAIN, *given)
     run = train(tmp_path / "fused", *FUSED, *given)
     assert_same_course(run, wanted)
-    states = [load(tmp_path / name / "checkpoint_last.pt")["last_optimizer_state"]["state"]
-              for name in ("adam", "fused")]
+    states = [
+        load(tmp_path / name / "checkpoint_last.pt")["last_optimizer_state"]["state"]
+        for name in ("adam", "fused")
+    ]
     assert len(states[0]) == len(states[1]) > 0
 
 
 @pytest.mark.slow
 def test_divided_experts_are_saved_and_read(train, tmp_path):
-    given = (*COURSE, "--distributed-world-size", "2", "--ddp-backend", "legacy_ddp",
-             "--moe-expert-parallel-size", "2", "--moe-ep-checkpoint", "sharded")
+    given = (
+        *COURSE,
+        "--distributed-world-size",
+        "2",
+        "--ddp-backend",
+        "legacy_ddp",
+        "--moe-expert-parallel-size",
+        "2",
+        "--moe-ep-checkpoint",
+        "sharded",
+    )
     wanted = train(tmp_path / "adam", *PLAIN, *given)
     run = train(tmp_path / "fused", *FUSED, *given)
     assert_same_course(run, wanted)
-    again = train(tmp_path / "again", *FUSED, *given,
-                  "--restore-file", tmp_path / "fused/checkpoint_1_6.pt")
+    again = train(
+        tmp_path / "again", *FUSED, *given, "--restore-file", tmp_path / "fused/checkpoint_1_6.pt"
+    )
     assert_same_course(again, run, tolerance=0)

@@ -23,8 +23,15 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 OLD = "3da3acd489d141b3620a92bbfef671565a4698a6"
 END = 8
-COMMON = ("--max-update", END, "--save-interval-updates", "2", "--disable-validation",
-          "--weight-decay", "0.1")  # dropout is on
+COMMON = (
+    "--max-update",
+    END,
+    "--save-interval-updates",
+    "2",
+    "--disable-validation",
+    "--weight-decay",
+    "0.1",
+)  # dropout is on
 ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
 FP16 = ("--fp16", "--fp16-init-scale", "4")
 TWO = ("--distributed-world-size", "2")
@@ -40,9 +47,19 @@ RUNS = {
     "fp16, memory-efficient": ("--memory-efficient-fp16", *FP16[1:]),
     "bf16": ("--bf16",),
     "fused adamw": ("--optimizer", "fused_adamw"),
-    "top-any": ("--moe-gate", "top_any", "--moe-expert-count", "3", "--moe-max-experts", "6",
-                "--moe-adapt-record-interval", "3", "--moe-adapt-window", "2",
-                "--moe-top-any-learned-scale"),
+    "top-any": (
+        "--moe-gate",
+        "top_any",
+        "--moe-expert-count",
+        "3",
+        "--moe-max-experts",
+        "6",
+        "--moe-adapt-record-interval",
+        "3",
+        "--moe-adapt-window",
+        "2",
+        "--moe-top-any-learned-scale",
+    ),
     "fully sharded": SHARDED,
     "fully sharded, file a rank": (*SHARDED, "--use-sharded-state"),
     "fully sharded, fp16": (*SHARDED, *FP16),
@@ -58,8 +75,11 @@ RUNS = {
     "spawned, sharded experts": (*SPAWN, *SHARDED, *EXPERTS, "sharded"),
 }
 # The spawn is after update 3; adapting records updates 2 and 3.
-CASES = [(name, update) for name in RUNS
-         for update in ((2, 4) if name.startswith(("spawned", "top-any")) else (4,))]
+CASES = [
+    (name, update)
+    for name in RUNS
+    for update in ((2, 4) if name.startswith(("spawned", "top-any")) else (4,))
+]
 
 
 def options(name):
@@ -70,17 +90,24 @@ def options(name):
 def old_code(tmp_path_factory) -> dict:
     """What to run commands with for them to be of the old code."""
     if subprocess.run(["git", "cat-file", "-e", f"{OLD}^{{commit}}"], cwd=ROOT).returncode:
-        pytest.fail(f"commit {OLD[:12]} is not in this clone ({ROOT}): fetch its whole history "
-                    "(git fetch --unshallow), so that its code can write the checkpoints")
-    archive = subprocess.run(["git", "archive", OLD, "evomoe_plugin"], cwd=ROOT, check=True,
-                             stdout=subprocess.PIPE).stdout
+        pytest.fail(
+            f"commit {OLD[:12]} is not in this clone ({ROOT}): fetch its whole history "
+            "(git fetch --unshallow), so that its code can write the checkpoints"
+        )
+    archive = subprocess.run(
+        ["git", "archive", OLD, "evomoe_plugin"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    ).stdout
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
     where = subprocess.run(
-        [sys.executable, "-c", "import evomoe_plugin; print(evomoe_plugin.__file__)"], cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)}, check=True, text=True,
-        stdout=subprocess.PIPE).stdout
+        [sys.executable, "-c", "import evomoe_plugin; print(evomoe_plugin.__file__)"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    ).stdout
     assert Path(where.strip()) == folder / "evomoe_plugin/__init__.py"
     return {"cwd": folder, "PYTHONPATH": str(folder)}
 
@@ -119,7 +146,8 @@ def assert_holds(new, old, where):
 def compared(state):
     """What a run leaves but for wall times, folders, and its history of resumptions."""
     return {
-        "model": state["model"], "last_optimizer_state": state.get("last_optimizer_state"),
+        "model": state["model"],
+        "last_optimizer_state": state.get("last_optimizer_state"),
         "optimizer_history": state["optimizer_history"][-1],
         "train_iterator": state["extra_state"]["train_iterator"],
     }
@@ -133,8 +161,9 @@ def assert_same_checkpoint(new, old):
         one, other = load(path), load(wanted)
         assert other.keys() <= one.keys() and other["model"].keys() == one["model"].keys()
         assert_holds(compared(one), compared(other), path.name)
-    experts = [sorted(folder.glob("checkpoint_last.experts/*/*.safetensors"))
-               for folder in (new, old)]
+    experts = [
+        sorted(folder.glob("checkpoint_last.experts/*/*.safetensors")) for folder in (new, old)
+    ]
     assert [path.name for path in experts[0]] == [path.name for path in experts[1]]
     for path, wanted in zip(*experts, strict=True):
         one, other = load_file(path), load_file(wanted)
@@ -155,10 +184,21 @@ def test_it_resumes_bit_equal(name, update, old_run, train, tmp_path):
     assert_same_checkpoint(tmp_path / "new", folder)
 
 
-@pytest.mark.parametrize("name, update", [
-    case for case in CASES if case[0] in (
-        "fp32", "fp16", "fully sharded, file a rank", "sharded experts, in files of their own",
-        "spawned")])
+@pytest.mark.parametrize(
+    "name, update",
+    [
+        case
+        for case in CASES
+        if case[0]
+        in (
+            "fp32",
+            "fp16",
+            "fully sharded, file a rank",
+            "sharded experts, in files of their own",
+            "spawned",
+        )
+    ],
+)
 def test_it_evaluates_to_the_same_perplexity(
     name, update, old_run, old_code, run_command, data_bin, tmp_path
 ):
@@ -166,9 +206,24 @@ def test_it_evaluates_to_the_same_perplexity(
     results = []
     for code in (old_code, {}):
         run = run_command(
-            "eval_lm", data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-            "--path", tmp_path / "copy/checkpoint_last.pt", "--gen-subset", "valid",
-            "--tokens-per-sample", "32", "--batch-size", "4", "--num-workers", "0", **code)
+            "eval_lm",
+            data_bin,
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            "--path",
+            tmp_path / "copy/checkpoint_last.pt",
+            "--gen-subset",
+            "valid",
+            "--tokens-per-sample",
+            "32",
+            "--batch-size",
+            "4",
+            "--num-workers",
+            "0",
+            **code,
+        )
         results += re.findall(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", run.output)
     assert len(results) == 2
     assert results[0] == results[1]

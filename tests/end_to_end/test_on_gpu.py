@@ -12,8 +12,16 @@ pytestmark = [
     pytest.mark.slow,
 ]
 # Without dropout, whose random numbers are the device's own.
-ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1", "--dropout", "0",
-          "--attention-dropout", "0")
+ANNEAL = (
+    "--moe-temperature-updates",
+    "6",
+    "--moe-temperature-end",
+    "0.1",
+    "--dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+)
 SHARDED = ("--ddp-backend", "fully_sharded")
 
 
@@ -22,11 +30,20 @@ def on_cpu(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("cpu"), *ANNEAL, "--cpu").logged("train_inner")
 
 
-@pytest.mark.parametrize("given, tolerance", [
-    ((), 5e-3), (SHARDED, 5e-3), (("--fp16",), 0.1), (("--bf16",), 0.1),
-    (("--memory-efficient-fp16",), 0.1), (("--memory-efficient-bf16",), 0.15), (("--amp",), 0.1),
-    ((*SHARDED, "--fp16"), 0.1), (("--checkpoint-activations",), 5e-3),
-])
+@pytest.mark.parametrize(
+    "given, tolerance",
+    [
+        ((), 5e-3),
+        (SHARDED, 5e-3),
+        (("--fp16",), 0.1),
+        (("--bf16",), 0.1),
+        (("--memory-efficient-fp16",), 0.1),
+        (("--memory-efficient-bf16",), 0.15),
+        (("--amp",), 0.1),
+        ((*SHARDED, "--fp16"), 0.1),
+        (("--checkpoint-activations",), 5e-3),
+    ],
+)
 def test_trains_as_on_the_cpu(given, tolerance, on_cpu, train, tmp_path):
     run = train(tmp_path, *ANNEAL, *given).logged("train_inner")
     assert len(run) == len(on_cpu)
@@ -40,8 +57,9 @@ def test_resumes_bit_equal(given, train, tmp_path):
     train(tmp_path / "whole", *ANNEAL, *given, "--save-interval-updates", "6")
     (tmp_path / "part").mkdir()
     for file in (tmp_path / "whole").glob("*_6*.pt"):
-        name = file.name.replace(file.name.split("-shard")[0].removesuffix(".pt"),
-                                 "checkpoint_last")
+        name = file.name.replace(
+            file.name.split("-shard")[0].removesuffix(".pt"), "checkpoint_last"
+        )
         (tmp_path / "part" / name).write_bytes(file.read_bytes())
     assert any((tmp_path / "part").iterdir())
     train(tmp_path / "part", *ANNEAL, *given)

@@ -6,10 +6,17 @@ from tests.end_to_end.runs import assert_same_weights, load
 
 # Of 12 updates the annealing takes 6; hard from 6.
 STAGES = {"before": 1, "during": 4, "at the switch": 6, "after": 9}
-ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.05",
-          "--dropout", "0.1")
-EXACT = ("loss", "inner_loss", "ppl", "gate_loss_balance", "gnorm", "experts_per_token",
-         "temperature", "lr")
+ANNEAL = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.05", "--dropout", "0.1")
+EXACT = (
+    "loss",
+    "inner_loss",
+    "ppl",
+    "gate_loss_balance",
+    "gnorm",
+    "experts_per_token",
+    "temperature",
+    "lr",
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +25,13 @@ def unbroken(train, tmp_path_factory):
     return folder, train(folder, *ANNEAL)
 
 
-@pytest.mark.parametrize("stage", [
-    "at the switch", *(pytest.param(stage, marks=pytest.mark.slow)
-                       for stage in ("before", "during", "after")),
-])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "at the switch",
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("before", "during", "after")),
+    ],
+)
 def test_resumed_run_is_bit_equal(stage, unbroken, train, tmp_path):
     folder, whole = unbroken
     update = STAGES[stage]
@@ -56,10 +66,13 @@ def two_epochs(train, tmp_path_factory):
     return folder, train(folder, *EPOCHS)
 
 
-@pytest.mark.parametrize("update", [
-    pytest.param(7, marks=pytest.mark.slow, id="at an epoch's end"),
-    pytest.param(9, id="in the second epoch"),
-])
+@pytest.mark.parametrize(
+    "update",
+    [
+        pytest.param(7, marks=pytest.mark.slow, id="at an epoch's end"),
+        pytest.param(9, id="in the second epoch"),
+    ],
+)
 def test_resumed_later_epochs_are_bit_equal(update, two_epochs, train, tmp_path):
     folder, whole = two_epochs
     records = whole.logged("train_inner")
@@ -72,16 +85,41 @@ def test_resumed_later_epochs_are_bit_equal(update, two_epochs, train, tmp_path)
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
 
 
-@pytest.mark.parametrize("given", [
-    ("--bf16",),
-    *(pytest.param(given, marks=pytest.mark.slow) for given in (
-        ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-bf16",),
-        ("--fp16", "--distributed-world-size", "2", "--ddp-backend", "legacy_ddp",
-         "--moe-expert-parallel-size", "2"),
-        ("--fp16", "--distributed-world-size", "2", "--ddp-backend", "legacy_ddp",
-         "--moe-expert-parallel-size", "2", "--moe-ep-checkpoint", "sharded"),
-    )),
-], ids=lambda given: " ".join(word.lstrip("-") for word in given))
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--bf16",),
+        *(
+            pytest.param(given, marks=pytest.mark.slow)
+            for given in (
+                ("--fp16",),
+                ("--fp16", "--fp16-no-flatten-grads"),
+                ("--memory-efficient-bf16",),
+                (
+                    "--fp16",
+                    "--distributed-world-size",
+                    "2",
+                    "--ddp-backend",
+                    "legacy_ddp",
+                    "--moe-expert-parallel-size",
+                    "2",
+                ),
+                (
+                    "--fp16",
+                    "--distributed-world-size",
+                    "2",
+                    "--ddp-backend",
+                    "legacy_ddp",
+                    "--moe-expert-parallel-size",
+                    "2",
+                    "--moe-ep-checkpoint",
+                    "sharded",
+                ),
+            )
+        ),
+    ],
+    ids=lambda given: " ".join(word.lstrip("-") for word in given),
+)
 def test_half_precision_resumes_bit_equal(given, train, tmp_path):
     whole = train(tmp_path / "whole", *ANNEAL, *given, "--max-update", "8")
     train(tmp_path / "part", *ANNEAL, *given, "--max-update", "4")

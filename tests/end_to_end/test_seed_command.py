@@ -11,8 +11,16 @@ import pytest
 from tests.end_to_end.runs import Run, load
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64",
-         "--decoder-attention-heads", "2")
+SMALL = (
+    "--decoder-layers",
+    "2",
+    "--decoder-embed-dim",
+    "32",
+    "--decoder-ffn-embed-dim",
+    "64",
+    "--decoder-attention-heads",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +31,30 @@ def finished(data_bin, tmp_path_factory):
         port = probe.getsockname()[1]
     process = subprocess.run(
         ["bash", ROOT / "examples/pretraining/train.sh", *SMALL],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-             "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
-             "DATA_PATH": str(data_bin), "CHECKPOINT_PATH": str(folder / "checkpoints"),
-             "LOG_PATH": str(folder / "train.log"), "GPUS": "2", "MASTER_PORT": str(port),
-             "MAX_UPDATES": "8", "CHECKPOINT_FREQUENCY": "4", "TOKENS_PER_SAMPLE": "32",
-             "BATCH_SIZE": "2", "WARMUP_STEPS": "2", "LOG_INTERVAL": "1", "NUM_WORKERS": "0"},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=400,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+            "DATA_PATH": str(data_bin),
+            "CHECKPOINT_PATH": str(folder / "checkpoints"),
+            "LOG_PATH": str(folder / "train.log"),
+            "GPUS": "2",
+            "MASTER_PORT": str(port),
+            "MAX_UPDATES": "8",
+            "CHECKPOINT_FREQUENCY": "4",
+            "TOKENS_PER_SAMPLE": "32",
+            "BATCH_SIZE": "2",
+            "WARMUP_STEPS": "2",
+            "LOG_INTERVAL": "1",
+            "NUM_WORKERS": "0",
+        },
     )
     assert process.returncode == 0, process.stdout[-6000:]
     return folder, Run(process)

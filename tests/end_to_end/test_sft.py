@@ -40,18 +40,48 @@ ANNEALED = ("--moe-temperature-updates", "6", "--moe-temperature-end", "0.1")
 
 
 def options(data, save_dir, *given, gate=ANNEALED):
-    return (data, "--user-dir", "evomoe_plugin", *SFT, *TINY, *gate,
-            "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.1", "--batch-size", "3",
-            "--optimizer", "adam", "--lr", "0.003", "--clip-norm", "1.0", "--max-update", "8",
-            "--log-format", "json", "--log-interval", "1", "--num-workers", "0",
-            "--no-epoch-checkpoints", "--save-dir", save_dir, "--seed", "7", *given)
+    return (
+        data,
+        "--user-dir",
+        "evomoe_plugin",
+        *SFT,
+        *TINY,
+        *gate,
+        "--criterion",
+        "moe_cross_entropy",
+        "--moe-gate-loss-wt",
+        "0.1",
+        "--batch-size",
+        "3",
+        "--optimizer",
+        "adam",
+        "--lr",
+        "0.003",
+        "--clip-norm",
+        "1.0",
+        "--max-update",
+        "8",
+        "--log-format",
+        "json",
+        "--log-interval",
+        "1",
+        "--num-workers",
+        "0",
+        "--no-epoch-checkpoints",
+        "--save-dir",
+        save_dir,
+        "--seed",
+        "7",
+        *given,
+    )
 
 
 @pytest.fixture(scope="module")
 def tune(run_command, talks):
     """Fine-tune a tiny model from random weights."""
     return lambda save_dir, *given, gate=ANNEALED: run_command(
-        "train", *options(talks, save_dir, *given, gate=gate))
+        "train", *options(talks, save_dir, *given, gate=gate)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +91,19 @@ def one_process(tune, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process_with_twice_the_update_frequency(
-    one_process, tune, tmp_path
-):
+def test_two_ranks_equal_one_process_with_twice_the_update_frequency(one_process, tune, tmp_path):
     """Answers differ in length, so a mean of the ranks' means would differ."""
     folder, one = one_process
-    two = tune(tmp_path, *SAME, "--distributed-world-size", "2", "--ddp-backend", "fully_sharded",
-               "--min-params-to-wrap", "0")
+    two = tune(
+        tmp_path,
+        *SAME,
+        "--distributed-world-size",
+        "2",
+        "--ddp-backend",
+        "fully_sharded",
+        "--min-params-to-wrap",
+        "0",
+    )
     for a, b in zip(one.logged("train_inner"), two.logged("train_inner"), strict=True):
         for key in EXACT:
             assert a[key] == pytest.approx(b[key], abs=2e-3, rel=2e-3), key
@@ -78,9 +114,14 @@ PACKED = ("--pack-examples", "--dropout", "0.1", "--moe-aux-balance-weight", "10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [
-    (), ("--distributed-world-size", "2", "--ddp-backend", "fully_sharded"),
-], ids=["one process", "two ranks"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        ("--distributed-world-size", "2", "--ddp-backend", "fully_sharded"),
+    ],
+    ids=["one process", "two ranks"],
+)
 def test_a_resumed_run_is_bit_equal(tune, tmp_path, layout):
     given = (*PACKED, *layout)
     whole = tune(tmp_path / "whole", *given)
@@ -92,8 +133,9 @@ def test_a_resumed_run_is_bit_equal(tune, tmp_path, layout):
     assert len(got) == 3
     for a, b in zip(got, records[5:], strict=True):
         assert {key: a[key] for key in EXACT} == {key: b[key] for key in EXACT}
-    assert_same_weights(tmp_path / "whole/checkpoint_last.pt",
-                        tmp_path / "stopped/checkpoint_last.pt")
+    assert_same_weights(
+        tmp_path / "whole/checkpoint_last.pt", tmp_path / "stopped/checkpoint_last.pt"
+    )
 
 
 def test_eval_lm_gives_the_perplexity_of_answers(one_process, talks):
@@ -101,8 +143,10 @@ def test_eval_lm_gives_the_perplexity_of_answers(one_process, talks):
     folder, run = one_process
     wanted = run.logged("valid")[-1]["valid_inner_loss"]
     path = folder / "checkpoint_last.pt"
-    losses = [evaluate(talks, path, *SFT, "--batch-size", "4", *given)["loss"].item()
-              for given in ((), ("--pack-examples",))]
+    losses = [
+        evaluate(talks, path, *SFT, "--batch-size", "4", *given)["loss"].item()
+        for given in ((), ("--pack-examples",))
+    ]
     assert losses == pytest.approx([wanted] * 2, abs=6e-4)
     whole = evaluate(talks, path, *SFT, "--batch-size", "4", "--train-on-prompt")["loss"].item()
     assert abs(whole - wanted) > 0.05
@@ -117,13 +161,30 @@ def test_generation_goes_on_from_prompts(one_process, talks, run_command, tmp_pa
     records = [json.loads(line) for line in (talks / "test.jsonl").read_text().splitlines()]
     typed = tmp_path / "prompts.txt"
     typed.write_text("".join(record["prompt"] + "\n" for record in records))
-    common = (talks, "--user-dir", "evomoe_plugin", "--path",
-              one_process[0] / "checkpoint_last.pt", "--beam", "1", "--max-len-b", "9")
+    common = (
+        talks,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        one_process[0] / "checkpoint_last.pt",
+        "--beam",
+        "1",
+        "--max-len-b",
+        "9",
+    )
     interactive = run_command(
-        "interactive", *common, "--task", "language_modeling", "--input", typed,
-        "--bpe", "sentencepiece", "--sentencepiece-model", talks / "sentencepiece.model")
-    generated = run_command(
-        "generate", *common, *SFT, "--gen-subset", "test", "--batch-size", "3")
+        "interactive",
+        *common,
+        "--task",
+        "language_modeling",
+        "--input",
+        typed,
+        "--bpe",
+        "sentencepiece",
+        "--sentencepiece-model",
+        talks / "sentencepiece.model",
+    )
+    generated = run_command("generate", *common, *SFT, "--gen-subset", "test", "--batch-size", "3")
     assert hypotheses(interactive) == hypotheses(generated)
     assert len(hypotheses(generated)) == 5
     for number, record in enumerate(records):
@@ -136,11 +197,22 @@ NULL = ("--moe-null-experts", "2", "--moe-top-k", "2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", [
-    ("--moe-gate", "top_k", *NULL, "--moe-null-rate-target", "0.3",
-     "--moe-aux", "balance=0.1,null=0.1"),
-    ("--moe-gate", "top_p", *NULL, "--moe-top-p", "0"),
-], ids=["top_k", "top_p"])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        (
+            "--moe-gate",
+            "top_k",
+            *NULL,
+            "--moe-null-rate-target",
+            "0.3",
+            "--moe-aux",
+            "balance=0.1,null=0.1",
+        ),
+        ("--moe-gate", "top_p", *NULL, "--moe-top-p", "0"),
+    ],
+    ids=["top_k", "top_p"],
+)
 def test_null_experts_in_fp16(tune, talks, run_command, tmp_path, gate):
     """From training with a resume to evaluation and generation."""
     given = (*PACKED, "--fp16", "--fp16-init-scale", "4")
@@ -158,8 +230,22 @@ def test_null_experts_in_fp16(tune, talks, run_command, tmp_path, gate):
     loss = evaluate(talks, path, *SFT, "--batch-size", "4")["loss"].item()
     assert loss == pytest.approx(float(whole.logged("valid")[-1]["valid_inner_loss"]), abs=5e-3)
     generated = run_command(
-        "generate", talks, "--user-dir", "evomoe_plugin", "--path", path, "--beam", "1",
-        "--max-len-b", "9", *SFT, "--gen-subset", "test", "--batch-size", "3")
+        "generate",
+        talks,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        path,
+        "--beam",
+        "1",
+        "--max-len-b",
+        "9",
+        *SFT,
+        "--gen-subset",
+        "test",
+        "--batch-size",
+        "3",
+    )
     assert len(hypotheses(generated)) == 5
 
 
@@ -180,9 +266,7 @@ def copied(talks, folder):
     return folder
 
 
-def test_a_bad_line_ends_the_run_before_anything_is_written(
-    talks, monkeypatch, capsys, tmp_path
-):
+def test_a_bad_line_ends_the_run_before_anything_is_written(talks, monkeypatch, capsys, tmp_path):
     data = copied(talks, tmp_path / "data")
     with open(data / "valid.jsonl", "a") as stream:
         stream.write('{"prompt": "a", "response": ""}\n')
@@ -197,6 +281,11 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint(
     data = copied(talks, tmp_path / "data")
     with open(data / "dict.txt", "a") as stream:
         stream.write("".join(f"new{n} 1\n" for n in range(8)))
-    line = fails(monkeypatch, capsys, *options(
-        data, tmp_path / "save", "--finetune-from-model", one_process[0] / "checkpoint_last.pt"))
+    line = fails(
+        monkeypatch,
+        capsys,
+        *options(
+            data, tmp_path / "save", "--finetune-from-model", one_process[0] / "checkpoint_last.pt"
+        ),
+    )
     assert re.search(r"DATA dict.txt: has \d+ token ids, the checkpoint has", line)

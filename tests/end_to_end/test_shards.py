@@ -9,8 +9,17 @@ from evomoe_plugin.checkpoint.tensor_files import read_safetensors
 from evomoe_plugin.cli import main
 
 pytestmark = pytest.mark.slow
-TWO = ("--ddp-backend", "fully_sharded", "--distributed-world-size", "2", "--min-params-to-wrap",
-       "0", "--max-update", "3", "--disable-validation")
+TWO = (
+    "--ddp-backend",
+    "fully_sharded",
+    "--distributed-world-size",
+    "2",
+    "--min-params-to-wrap",
+    "0",
+    "--max-update",
+    "3",
+    "--disable-validation",
+)
 NAMES = ("checkpoint_last.pt", "checkpoint_last-shard0.pt", "checkpoint_last-shard1.pt")
 
 
@@ -65,15 +74,55 @@ def test_upcycle_takes_shards(runs, run_command, data_bin, tmp_path, capsys):
     weights = []
     for name, given in (("whole", ()), ("sharded", ("--use-sharded-state",))):
         run_command(
-            "train", data_bin, "--user-dir", "evomoe_plugin", "--task", "language_modeling",
-            "--arch", "transformer_lm", "--decoder-layers", "2", "--decoder-embed-dim", "32",
-            "--decoder-ffn-embed-dim", "64", "--decoder-attention-heads", "2",
-            "--decoder-input-dim", "32", "--decoder-output-dim", "32", "--tokens-per-sample", "32",
-            "--batch-size", "4", "--optimizer", "adam", "--lr", "0.003", "--num-workers", "0",
-            "--no-epoch-checkpoints", "--seed", "7", "--save-dir", tmp_path / name, *TWO, *given)
+            "train",
+            data_bin,
+            "--user-dir",
+            "evomoe_plugin",
+            "--task",
+            "language_modeling",
+            "--arch",
+            "transformer_lm",
+            "--decoder-layers",
+            "2",
+            "--decoder-embed-dim",
+            "32",
+            "--decoder-ffn-embed-dim",
+            "64",
+            "--decoder-attention-heads",
+            "2",
+            "--decoder-input-dim",
+            "32",
+            "--decoder-output-dim",
+            "32",
+            "--tokens-per-sample",
+            "32",
+            "--batch-size",
+            "4",
+            "--optimizer",
+            "adam",
+            "--lr",
+            "0.003",
+            "--num-workers",
+            "0",
+            "--no-epoch-checkpoints",
+            "--seed",
+            "7",
+            "--save-dir",
+            tmp_path / name,
+            *TWO,
+            *given,
+        )
         out = tmp_path / f"{name}.pt"
-        told(capsys, "upcycle", tmp_path / name / "checkpoint_last.pt", out, "--moe-gate",
-             "gshard", "--moe-expert-count", "2")
+        told(
+            capsys,
+            "upcycle",
+            tmp_path / name / "checkpoint_last.pt",
+            out,
+            "--moe-gate",
+            "gshard",
+            "--moe-expert-count",
+            "2",
+        )
         weights.append(torch.load(out, weights_only=True)["model"])
     assert "decoder.layers.1.moe.experts.fc1_weight" in weights[0]
     assert weights[0].keys() == weights[1].keys()

@@ -12,13 +12,34 @@ N = 3
 SEED = 7  # of the `train` fixture
 # Updates of 256 tokens; the annealing takes the three after the spawn.
 SPAWN = (
-    "--moe-spawn-updates", str(N), "--moe-temperature-updates", "3", "--moe-temperature-end", "0.1",
-    "--dropout", "0", "--attention-dropout", "0", "--max-update", "7", "--update-freq", "2",
-    "--weight-decay", "0.1",
+    "--moe-spawn-updates",
+    str(N),
+    "--moe-temperature-updates",
+    "3",
+    "--moe-temperature-end",
+    "0.1",
+    "--dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+    "--max-update",
+    "7",
+    "--update-freq",
+    "2",
+    "--weight-decay",
+    "0.1",
 )
 EXPERTS = "decoder.layers.1.moe.experts"
-EXACT = ("loss", "inner_loss", "gate_loss_balance", "gnorm", "experts_per_token", "lr",
-         "mflops_per_token", "gate_entropy")
+EXACT = (
+    "loss",
+    "inner_loss",
+    "gate_loss_balance",
+    "gnorm",
+    "experts_per_token",
+    "lr",
+    "mflops_per_token",
+    "gate_entropy",
+)
 TWO = ("--distributed-world-size", "2", "--update-freq", "1")
 SHARDED = (*TWO, "--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
 FROZEN = ("--moe-spawn-trainable-masked", "false")
@@ -37,8 +58,11 @@ def saved(folder, updates):
 
 def experts(path):
     """name -> [E, ...]"""
-    return {name.removeprefix(EXPERTS + "."): value for name, value in load(path)["model"].items()
-            if name.startswith(EXPERTS)}
+    return {
+        name.removeprefix(EXPERTS + "."): value
+        for name, value in load(path)["model"].items()
+        if name.startswith(EXPERTS)
+    }
 
 
 def spawns(run):
@@ -57,7 +81,8 @@ def test_one_expert_until_the_spawn_and_all_from_then_on(unbroken):
     folder, run = unbroken
     assert spawns(run) == [
         "update 3: spawned 4 experts in each of 1 MoE layers from expert 0 (by mask, rate 0.3, "
-        "moments copied)"]
+        "moments copied)"
+    ]
     records = run.logged("train_inner")
     assert [r["experts_per_token"] for r in records[:N]] == [1.0] * N
     assert [r["active_experts"] for r in records[:N]] == [1.0] * N
@@ -79,8 +104,12 @@ def test_before_the_spawn_weight_decay_alone_acts_on_the_other_experts(unbroken)
         assert torch.equal(rest, other[name][1:] != 0)
         assert not torch.equal(value[0], other[name][0])
     state = load(saved(folder, N - 1))["last_optimizer_state"]["state"]
-    moments = [entry[key] for entry in state.values() for key in ("exp_avg", "exp_avg_sq")
-               if entry[key].dim() == 3]
+    moments = [
+        entry[key]
+        for entry in state.values()
+        for key in ("exp_avg", "exp_avg_sq")
+        if entry[key].dim() == 3
+    ]
     assert len(moments) == 4  # two of each weight matrix
     assert all(moment[0].any() and not moment[1:].any() for moment in moments)
 
@@ -103,13 +132,16 @@ def test_the_checkpoint_of_the_spawn_holds_all_experts(unbroken):
 @pytest.mark.parametrize("updates", [N - 1, N, N + 1])
 def test_resumed_around_the_spawn_it_is_bit_equal(unbroken, train, tmp_path, updates):
     folder, whole = unbroken
-    resumed = train(tmp_path, *SPAWN, "--restore-file", saved(folder, updates),
-                    "--disable-validation")
+    resumed = train(
+        tmp_path, *SPAWN, "--restore-file", saved(folder, updates), "--disable-validation"
+    )
     assert len(spawns(resumed)) == (updates < N)
     assert_same_course(whole, resumed, tolerance=0, skip=updates)
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt")
-    one, other = (load(path / "checkpoint_last.pt")["last_optimizer_state"]["state"]
-                  for path in (tmp_path, folder))
+    one, other = (
+        load(path / "checkpoint_last.pt")["last_optimizer_state"]["state"]
+        for path in (tmp_path, folder)
+    )
     for i in one:
         assert all(torch.equal(one[i][k], other[i][k]) for k in ("exp_avg", "exp_avg_sq"))
 
@@ -132,21 +164,41 @@ def test_activation_checkpointing_changes_nothing(unbroken, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [(), ("--moe-spawn-method", "reinit", "--moe-spawn-moments",
-                                        "reset"), FROZEN], ids=["mask", "reinit", "frozen"])
-@pytest.mark.parametrize("layout", [SHARDED, (*TWO, "--ddp-backend", "pytorch_ddp")],
-                         ids=["fully_sharded", "pytorch_ddp"])
+@pytest.mark.parametrize(
+    "given",
+    [(), ("--moe-spawn-method", "reinit", "--moe-spawn-moments", "reset"), FROZEN],
+    ids=["mask", "reinit", "frozen"],
+)
+@pytest.mark.parametrize(
+    "layout",
+    [SHARDED, (*TWO, "--ddp-backend", "pytorch_ddp")],
+    ids=["fully_sharded", "pytorch_ddp"],
+)
 def test_two_ranks_equal_one_process_and_resume(train, tmp_path, layout, given):
     plain = train(tmp_path / "one", *SPAWN, *given, "--disable-validation")
-    run = train(tmp_path / "two", *SPAWN, *layout, *given, "--save-interval-updates", "1",
-                "--disable-validation")
+    run = train(
+        tmp_path / "two",
+        *SPAWN,
+        *layout,
+        *given,
+        "--save-interval-updates",
+        "1",
+        "--disable-validation",
+    )
     assert spawns(run) == spawns(plain)
     assert_same_course(plain, run)
     last = tmp_path / "two/checkpoint_last.pt"
     assert_same_weights(tmp_path / "one/checkpoint_last.pt", last, atol=2e-4)
     for updates in (N - 1, N, N + 1) if given == FROZEN else (N - 1,):
-        train(tmp_path / str(updates), *SPAWN, *layout, *given, "--disable-validation",
-              "--restore-file", saved(tmp_path / "two", updates))
+        train(
+            tmp_path / str(updates),
+            *SPAWN,
+            *layout,
+            *given,
+            "--disable-validation",
+            "--restore-file",
+            saved(tmp_path / "two", updates),
+        )
         assert_same_weights(tmp_path / str(updates) / "checkpoint_last.pt", last)
     if given == FROZEN:
         held, at_spawn = experts(last), experts(saved(tmp_path / "two", N))
@@ -157,14 +209,32 @@ def test_two_ranks_equal_one_process_and_resume(train, tmp_path, layout, given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [
-    ("--fp16",), ("--fp16", "--fp16-no-flatten-grads"), ("--memory-efficient-fp16",), ("--bf16",),
-    ("--fp16", *SHARDED), ("--optimizer", "adafactor"), ("--optimizer", "nag", "--lr", "0.1"),
-], ids=["flat", "one by one", "memory-efficient", "bf16", "fully_sharded", "adafactor", "nag"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--fp16",),
+        ("--fp16", "--fp16-no-flatten-grads"),
+        ("--memory-efficient-fp16",),
+        ("--bf16",),
+        ("--fp16", *SHARDED),
+        ("--optimizer", "adafactor"),
+        ("--optimizer", "nag", "--lr", "0.1"),
+    ],
+    ids=["flat", "one by one", "memory-efficient", "bf16", "fully_sharded", "adafactor", "nag"],
+)
 @pytest.mark.parametrize("frozen", [(), FROZEN], ids=["trainable", "frozen"])
 def test_precisions_and_optimizers(given, frozen, train, tmp_path):
-    run = train(tmp_path, *SPAWN, "--fp16-init-scale", "4", *given, *frozen,
-                "--save-interval-updates", "1", "--disable-validation")
+    run = train(
+        tmp_path,
+        *SPAWN,
+        "--fp16-init-scale",
+        "4",
+        *given,
+        *frozen,
+        "--save-interval-updates",
+        "1",
+        "--disable-validation",
+    )
     assert len(spawns(run)) == 1
     records = run.logged("train_inner")
     assert records[-1]["inner_loss"] < records[0]["inner_loss"]
@@ -202,8 +272,9 @@ def test_a_file_a_rank_and_a_resume_before_the_spawn(unbroken, train, tmp_path):
 @pytest.mark.parametrize("updates", [N - 1, N])
 def test_resumed_on_another_number_of_processes(unbroken, train, tmp_path, updates):
     folder, whole = unbroken
-    resumed = train(tmp_path, *SPAWN, *SHARDED, "--disable-validation", "--restore-file",
-                    saved(folder, updates))
+    resumed = train(
+        tmp_path, *SPAWN, *SHARDED, "--disable-validation", "--restore-file", saved(folder, updates)
+    )
     assert len(spawns(resumed)) == (updates < N)
     assert_same_course(whole, resumed, skip=updates)
     assert_same_weights(tmp_path / "checkpoint_last.pt", folder / "checkpoint_last.pt", atol=2e-4)
@@ -220,7 +291,15 @@ def test_a_spawned_model_is_not_spawned_again(unbroken, train, tmp_path):
         refused = train(tmp_path, *SPAWN, *given, check=False)
         assert refused.status == 2 and not list(tmp_path.glob("*.pt"))
         assert re.search(f"^error: --moe-spawn-updates .*{message}", refused.output, re.M)
-    tuned = train(tmp_path, *SPAWN[2:], "--finetune-from-model", last, "--max-update", "1",
-                  "--moe-hard-updates", "0")
+    tuned = train(
+        tmp_path,
+        *SPAWN[2:],
+        "--finetune-from-model",
+        last,
+        "--max-update",
+        "1",
+        "--moe-hard-updates",
+        "0",
+    )
     assert not spawns(tuned)
     assert tuned.logged("train_inner")[0]["experts_per_token"] == 1  # as it was: hard

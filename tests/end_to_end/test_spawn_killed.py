@@ -9,7 +9,7 @@ from tests.end_to_end.test_spawn import EXACT, SHARDED, SPAWN, N, spawns
 
 # A plugin of the user's, which kills the process that it stands in: a kill from outside would
 # come at any time.
-KILLING = '''
+KILLING = """
 import os, signal
 import torch.distributed as dist
 import evomoe_plugin
@@ -42,7 +42,7 @@ def after(trainer):
 MoETrainer.train_step = train_step
 spawn.edit_parameters = edit_parameters
 after_update(after)
-'''
+"""
 EVERY = ("--save-interval-updates", "1", "--disable-validation", "--max-update", "5")
 LAYOUTS = {"one process": (), "fully sharded": SHARDED}
 
@@ -70,11 +70,17 @@ def whole(train, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "where", "saved"), [
-    ("one process", "before", N - 1), ("one process", "during", N - 1),
-    ("one process", "after", N - 1), ("one process", "saved", N),
-    ("fully sharded", "during", N - 1), ("fully sharded", "after", N - 1),
-])
+@pytest.mark.parametrize(
+    ("layout", "where", "saved"),
+    [
+        ("one process", "before", N - 1),
+        ("one process", "during", N - 1),
+        ("one process", "after", N - 1),
+        ("one process", "saved", N),
+        ("fully sharded", "during", N - 1),
+        ("fully sharded", "after", N - 1),
+    ],
+)
 def test_killed_around_the_spawn(train, whole, killing, tmp_path, layout, where, saved):
     given = (*SPAWN, *LAYOUTS[layout], *EVERY, "--user-dir", killing)
     killed = train(tmp_path, *given, check=False, KILLED_WHERE=where)

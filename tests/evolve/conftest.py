@@ -16,8 +16,7 @@ from tests.models.conftest import make_config, make_model, task  # noqa: F401
 def trainer_config(**common):
     cfg = OmegaConf.structured(FairseqConfig)
     cfg.common = OmegaConf.merge(cfg.common, common)
-    cfg.optimizer = {**vars(FairseqAdamConfig(adam_betas=(0.9, 0.98), lr=[0.01])),
-                     "_name": "adam"}
+    cfg.optimizer = {**vars(FairseqAdamConfig(adam_betas=(0.9, 0.98), lr=[0.01])), "_name": "adam"}
     return cfg
 
 
@@ -36,8 +35,13 @@ def trainer_of(model, num_updates=1, **common):
     else:
         optimizer = FairseqAdam(cfg.optimizer, parameters)
     return types.SimpleNamespace(
-        cfg=cfg, optimizer=optimizer, is_fsdp=False, get_model=lambda: model, model=model,
-        get_criterion=torch.nn.Module, get_num_updates=lambda: num_updates,
+        cfg=cfg,
+        optimizer=optimizer,
+        is_fsdp=False,
+        get_model=lambda: model,
+        model=model,
+        get_criterion=torch.nn.Module,
+        get_num_updates=lambda: num_updates,
     )
 
 

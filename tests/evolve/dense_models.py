@@ -32,13 +32,41 @@ def dense_config(*given: str, data: str = "data-bin"):
     """fairseq's configuration of a run."""
     parser = options.get_training_parser()
     sizes = SIZES
-    args = options.parse_args_and_arch(parser, [
-        data, "--task", "language_modeling", "--arch", "transformer_lm",
-        "--decoder-layers", str(sizes["layers"]), "--decoder-embed-dim", str(sizes["width"]),
-        "--decoder-ffn-embed-dim", str(sizes["ffn"]), "--decoder-attention-heads",
-        str(sizes["heads"]), "--decoder-input-dim", str(sizes["width"]), "--decoder-output-dim",
-        str(sizes["width"]), "--activation-fn", "gelu", "--tokens-per-sample", "32",
-        "--optimizer", "adam", "--lr", "0.01", "--max-tokens", "64", "--dropout", "0", *given])
+    args = options.parse_args_and_arch(
+        parser,
+        [
+            data,
+            "--task",
+            "language_modeling",
+            "--arch",
+            "transformer_lm",
+            "--decoder-layers",
+            str(sizes["layers"]),
+            "--decoder-embed-dim",
+            str(sizes["width"]),
+            "--decoder-ffn-embed-dim",
+            str(sizes["ffn"]),
+            "--decoder-attention-heads",
+            str(sizes["heads"]),
+            "--decoder-input-dim",
+            str(sizes["width"]),
+            "--decoder-output-dim",
+            str(sizes["width"]),
+            "--activation-fn",
+            "gelu",
+            "--tokens-per-sample",
+            "32",
+            "--optimizer",
+            "adam",
+            "--lr",
+            "0.01",
+            "--max-tokens",
+            "64",
+            "--dropout",
+            "0",
+            *given,
+        ],
+    )
     return convert_namespace_to_omegaconf(args)
 
 
@@ -50,8 +78,13 @@ def build(state: dict, dictionary: Dictionary):
     return model.eval()
 
 
-def save_dense(path: Path, *given: str, dictionary: Dictionary | None = None, seed: int = 3,
-               data: str = "data-bin") -> Path:
+def save_dense(
+    path: Path,
+    *given: str,
+    dictionary: Dictionary | None = None,
+    seed: int = 3,
+    data: str = "data-bin",
+) -> Path:
     """A dense checkpoint with weights that make experts and logits differ."""
     dictionary = dictionary or dictionary_of()
     cfg = dense_config(*given, data=data)
@@ -61,16 +94,26 @@ def save_dense(path: Path, *given: str, dictionary: Dictionary | None = None, se
         for name, parameter in model.named_parameters():
             if "bias" in name or "layer_norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    torch.save({
-        "args": None, "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
-        "model": model.state_dict(), "criterion": None,
-        "optimizer_history": [{"criterion_name": "CrossEntropyCriterion",
-                               "optimizer_name": "FairseqAdam", "lr_scheduler_state": {},
-                               "num_updates": 7}],
-        "task_state": {}, "extra_state": {
-            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0}},
-        "last_optimizer_state": None,
-    }, path)
+    torch.save(
+        {
+            "args": None,
+            "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+            "model": model.state_dict(),
+            "criterion": None,
+            "optimizer_history": [
+                {
+                    "criterion_name": "CrossEntropyCriterion",
+                    "optimizer_name": "FairseqAdam",
+                    "lr_scheduler_state": {},
+                    "num_updates": 7,
+                }
+            ],
+            "task_state": {},
+            "extra_state": {"train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0}},
+            "last_optimizer_state": None,
+        },
+        path,
+    )
     return path
 
 

@@ -12,17 +12,20 @@ LAYER = "decoder.layers.1.moe"
 SLOTS, START = 5, 3
 
 
-@pytest.mark.parametrize("active, routed, unrouted, removed, added, most_used", [
-    ("11100", [5, 9, 2, 0, 0], 0, (), None, 1),
-    ("11100", [5, 9, 2, 0, 0], 7, (), 3, 1),  # one only, though two places are free
-    ("11100", [5, 0, 0, 0, 0], 0, (1, 2), None, 0),
-    ("11100", [5, 0, 6, 0, 0], 7, (1,), 1, 2),  # the place just emptied is the lowest
-    ("01100", [0, 3, 3, 0, 0], 7, (), 0, 1),
-    ("11111", [1, 1, 1, 1, 1], 7, (), None, 0),  # no free slot
-    ("00110", [0, 0, 0, 0, 0], 7, (3,), 0, 2),  # at least one stays
-    ("00010", [0, 0, 0, 0, 0], 7, (), 0, 3),
-    ("11100", [0, 0, 0, 0, 0], 0, (), None, 0),  # nothing was recorded
-])
+@pytest.mark.parametrize(
+    "active, routed, unrouted, removed, added, most_used",
+    [
+        ("11100", [5, 9, 2, 0, 0], 0, (), None, 1),
+        ("11100", [5, 9, 2, 0, 0], 7, (), 3, 1),  # one only, though two places are free
+        ("11100", [5, 0, 0, 0, 0], 0, (1, 2), None, 0),
+        ("11100", [5, 0, 6, 0, 0], 7, (1,), 1, 2),  # the place just emptied is the lowest
+        ("01100", [0, 3, 3, 0, 0], 7, (), 0, 1),
+        ("11111", [1, 1, 1, 1, 1], 7, (), None, 0),  # no free slot
+        ("00110", [0, 0, 0, 0, 0], 7, (3,), 0, 2),  # at least one stays
+        ("00010", [0, 0, 0, 0, 0], 7, (), 0, 3),
+        ("11100", [0, 0, 0, 0, 0], 0, (), None, 0),  # nothing was recorded
+    ],
+)
 def test_decisions(active, routed, unrouted, removed, added, most_used):
     change = decide(torch.tensor([c == "1" for c in active]), torch.tensor(routed), unrouted)
     assert (change.removed, change.added, change.most_used) == (removed, added, most_used)
@@ -36,8 +39,13 @@ def make_run(make_model, make_trainer):
     def make(interval=1, num_updates=1, precision=None, **given):
         torch.manual_seed(3)
         model = make_model(
-            decoder_layers=2, moe_gate="top_any", moe_expert_count=str(START),
-            moe_max_experts=SLOTS, moe_adapt_record_interval=interval, **given)
+            decoder_layers=2,
+            moe_gate="top_any",
+            moe_expert_count=str(START),
+            moe_max_experts=SLOTS,
+            moe_adapt_record_interval=interval,
+            **given,
+        )
         trainer = make_trainer(model, num_updates, **(precision or {}))
         for p in model.parameters():
             p.grad = torch.randn_like(p)
@@ -109,7 +117,8 @@ def test_an_expert_is_removed_and_one_added(make_run, source, caplog):
         f"{LAYER}, update 1: removed expert 0, which no token reached; added expert 0 for "
         f"{unrouted} tokens that reached none, its network "
         f"{'as it was' if source == 'keep' else 'a copy of expert 1' + chr(39) + 's'}; "
-        "3 of 5 experts now")
+        "3 of 5 experts now"
+    )
 
 
 def test_the_noise_is_of_seed_layer_and_update(make_run):
@@ -128,9 +137,11 @@ def test_the_noise_is_of_seed_layer_and_update(make_run):
     assert not torch.equal(one, added(num_updates=2))
 
 
-@pytest.mark.parametrize("precision", [
-    {"fp16": True}, {"fp16": True, "memory_efficient_fp16": True}, {"bf16": True}],
-    ids=["masters", "memory-efficient", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"fp16": True}, {"fp16": True, "memory_efficient_fp16": True}, {"bf16": True}],
+    ids=["masters", "memory-efficient", "bf16"],
+)
 def test_half_precision_keeps_the_change_after_the_next_step(make_run, precision):
     trainer, model, gate = make_run(precision=precision)
     force(gate)
@@ -241,12 +252,19 @@ def test_recording_by_hand_is_refused_where_it_can_do_nothing(make_run, make_mod
 def test_room_counts_as_parameters(make_model, make_config):
     from evomoe_plugin.models.accounting import count_parameters
 
-    options = dict(decoder_layers=4, decoder_embed_dim=16, decoder_ffn_embed_dim=24,
-                   decoder_attention_heads=2, moe_gate="top_any", moe_max_experts=6)
+    options = dict(
+        decoder_layers=4,
+        decoder_embed_dim=16,
+        decoder_ffn_embed_dim=24,
+        decoder_attention_heads=2,
+        moe_gate="top_any",
+        moe_max_experts=6,
+    )
     for counts in ("4", "2,5"):
         model = make_model(**options, moe_expert_count=counts)
         sizes = count_parameters(make_config(**options, moe_expert_count=counts), 40)
         assert sizes.total == sum(p.numel() for p in model.parameters())
         assert [layer.num_experts for layer in model.decoder.moe_layers] == [6, 6]
         assert [int(layer.gate.active().sum()) for layer in model.decoder.moe_layers] == (
-            [4, 4] if counts == "4" else [2, 5])
+            [4, 4] if counts == "4" else [2, 5]
+        )

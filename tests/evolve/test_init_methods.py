@@ -17,8 +17,10 @@ def expert(gated=False, dtype=torch.float32):
     """The tensors of one expert, each with a mean and deviation of its own."""
     torch.manual_seed(1)
     stack = ExpertFFN(1, D, F, torch.relu, gated=gated)
-    return {name: ((i + 1) * torch.randn(p.shape[1:]) + i / 2).to(dtype)
-            for i, (name, p) in enumerate(stack.named_parameters())}
+    return {
+        name: ((i + 1) * torch.randn(p.shape[1:]) + i / 2).to(dtype)
+        for i, (name, p) in enumerate(stack.named_parameters())
+    }
 
 
 def spawn(source, method, key=5, rate=None, rescale=False):
@@ -62,8 +64,10 @@ def test_the_masks_of_an_expert_are_unrelated():
 
 def test_rescaled_products_have_the_mean_of_the_source():
     source = {"fc1_weight": torch.ones(F, D)}
-    sums = [spawn(source, "mask", key=key, rescale=True)["fc1_weight"].sum(1).mean()
-            for key in range(30)]
+    sums = [
+        spawn(source, "mask", key=key, rescale=True)["fc1_weight"].sum(1).mean()
+        for key in range(30)
+    ]
     assert torch.stack(sums).mean().item() == pytest.approx(D, rel=0.01)
 
 
@@ -98,7 +102,8 @@ def test_whole_hidden_units_are_drawn_afresh(gated):
         if kept.dim() == 2:  # 1800 numbers
             mean, deviation = source[name].mean(), source[name].std()
             assert value[~rows].mean().item() == pytest.approx(
-                mean.item(), abs=4 * deviation.item() / 1800**0.5)
+                mean.item(), abs=4 * deviation.item() / 1800**0.5
+            )
             assert value[~rows].std().item() == pytest.approx(deviation.item(), rel=0.07)
     assert len({tuple(rows) for rows in units.values()}) == 1
 
@@ -150,15 +155,18 @@ def test_precision_is_kept(method, dtype):
         assert torch.allclose(value.float(), single, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("method, rate, rescale, message", [
-    ("slice", 0.3, False, "method slice: one of: copy, mask, noise, reinit"),
-    ("mask", 1.0, False, "rate 1.0"),
-    ("mask", -0.1, False, "rate -0.1"),
-    ("mask", float("nan"), False, "rate nan"),
-    ("reinit", 1.1, False, "rate 1.1"),
-    ("noise", float("inf"), False, "rate inf"),
-    ("reinit", 0.3, True, "rescale: the method reinit masks nothing"),
-])
+@pytest.mark.parametrize(
+    "method, rate, rescale, message",
+    [
+        ("slice", 0.3, False, "method slice: one of: copy, mask, noise, reinit"),
+        ("mask", 1.0, False, "rate 1.0"),
+        ("mask", -0.1, False, "rate -0.1"),
+        ("mask", float("nan"), False, "rate nan"),
+        ("reinit", 1.1, False, "rate 1.1"),
+        ("noise", float("inf"), False, "rate inf"),
+        ("reinit", 0.3, True, "rescale: the method reinit masks nothing"),
+    ],
+)
 def test_what_cannot_be_is_refused(method, rate, rescale, message):
     with pytest.raises(ValueError, match=message):
         spawn(expert(), method, rate=rate, rescale=rescale)

@@ -91,7 +91,8 @@ def held(trainer):
         return {
             name: (master.view(p.shape), {k: parts[k][i].view(p.shape) for k in parts})
             for i, ((name, p), master) in enumerate(
-                zip(named.items(), flat.data.split(sizes), strict=True))
+                zip(named.items(), flat.data.split(sizes), strict=True)
+            )
         }
     return {
         name: (master.data, {k: state[master][k] for k in ("exp_avg", "exp_avg_sq")})
@@ -103,8 +104,10 @@ def held(trainer):
 def test_exactly_the_edited_elements_change(layout):
     trainer = trainer_of(make_net(), **LAYOUTS[layout])
     step(trainer)
-    before = {name: (value.clone(), {k: v.clone() for k, v in state.items()})
-              for name, (value, state) in held(trainer).items()}
+    before = {
+        name: (value.clone(), {k: v.clone() for k, v in state.items()})
+        for name, (value, state) in held(trainer).items()
+    }
     edit_parameters(trainer, EDITS, MOMENT_EDITS)
     for name, (value, state) in held(trainer).items():
         mask = edited(name, value.shape)
@@ -138,8 +141,9 @@ def test_before_the_first_step_there_is_nothing_to_reset():
     trainer = trainer_of(make_net(), fp16=True)
     edit_parameters(trainer, EDITS)
     step(trainer)
-    assert not torch.allclose(dict(trainer.get_model().named_parameters())["extra"][0],
-                              torch.tensor(VALUE).half())
+    assert not torch.allclose(
+        dict(trainer.get_model().named_parameters())["extra"][0], torch.tensor(VALUE).half()
+    )
 
 
 def test_an_unknown_name_is_an_error():
@@ -158,7 +162,8 @@ def sharded_rank(rank, folder, flatten, mixed):
     net = FullyShardedDataParallel(net, **how)
     optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
     trainer = types.SimpleNamespace(
-        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True)
+        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True
+    )
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 
     net(x[rank::2]).float().exp().sum().backward()
@@ -180,7 +185,8 @@ def sharded_rank(rank, folder, flatten, mixed):
         if rank == 0:
             order = ["outer.weight", "outer.bias", "extra", "inner.weight"]
             assert {shapes[name] for name in order} == {
-                entry["exp_avg"].shape for entry in state["state"].values()}
+                entry["exp_avg"].shape for entry in state["state"].values()
+            }
             for i, entry in state["state"].items():
                 (name,) = (n for n in order if shapes[n] == entry["exp_avg"].shape)
                 for key in ("exp_avg", "exp_avg_sq"):

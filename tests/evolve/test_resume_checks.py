@@ -14,37 +14,64 @@ from tests.evolve.conftest import make_config, make_model, task  # noqa: F401
 
 def saved(done, spawn=None, **more):
     return {
-        "cfg": OmegaConf.create({"model": {"moe_expert_count": "4", "moe_spawn_updates": spawn,
-                                           **more}}),
+        "cfg": OmegaConf.create(
+            {"model": {"moe_expert_count": "4", "moe_spawn_updates": spawn, **more}}
+        ),
         "optimizer_history": [{"num_updates": 3}, {"num_updates": done}],
-        "model": {}, "last_optimizer_state": {"state": {0: {}}},
+        "model": {},
+        "last_optimizer_state": {"state": {0: {}}},
     }
 
 
 def run(model=None, **given):
-    return types.SimpleNamespace(cfg=OmegaConf.create({"model": given}), is_fsdp=False,
-                                 get_model=lambda: model)
+    return types.SimpleNamespace(
+        cfg=OmegaConf.create({"model": given}), is_fsdp=False, get_model=lambda: model
+    )
 
 
 # Updates done, spawned at, --moe-spawn-updates now, counted from 0, what is said.
 SPAWNS = [
-    (50, 10, 10, True, "--moe-spawn-updates 10: all experts of old.pt work already, spawned at "
-                       "update 10, and another spawn would make them anew .*: leave it out$"),
+    (
+        50,
+        10,
+        10,
+        True,
+        "--moe-spawn-updates 10: all experts of old.pt work already, spawned at "
+        "update 10, and another spawn would make them anew .*: leave it out$",
+    ),
     (50, None, 60, True, "--moe-spawn-updates 60: all experts of old.pt work already, and an"),
     (50, None, 60, False, "--moe-spawn-updates 60: all experts of old.pt work already, and an"),
     (0, None, 60, True, "leave it out, or give it to `evomoe upcycle` too"),
-    (50, 10, 90, False, "--moe-spawn-updates 90: the experts of old.pt were spawned at update 10, "
-                        "which schedules count from: give --moe-spawn-updates 10"),
+    (
+        50,
+        10,
+        90,
+        False,
+        "--moe-spawn-updates 90: the experts of old.pt were spawned at update 10, "
+        "which schedules count from: give --moe-spawn-updates 10",
+    ),
     (10, 10, 11, False, "--moe-spawn-updates 11: the experts of old.pt were spawned at update 10"),
     (50, 10, None, False, "--moe-spawn-updates is not given: the experts of old.pt were spawned"),
-    (9, 10, None, False, "--moe-spawn-updates is not given: only expert 0 of each layer of "
-                         "old.pt is trained, its spawn was to be at update 10: give an update "
-                         "above 9"),
+    (
+        9,
+        10,
+        None,
+        False,
+        "--moe-spawn-updates is not given: only expert 0 of each layer of "
+        "old.pt is trained, its spawn was to be at update 10: give an update "
+        "above 9",
+    ),
     (9, 10, None, True, "give an update above 0"),
     (9, 10, 9, False, "--moe-spawn-updates 9: old.pt is of update 9 and not spawned, and never "),
-    (50, 10, 10, False, None), (10, 10, 10, False, None), (9, 10, 10, False, None),
-    (9, 10, 20, False, None), (9, 10, 5, True, None), (50, 10, None, True, None),
-    (50, None, None, True, None), (50, None, None, False, None), (0, 10, 10, True, None),
+    (50, 10, 10, False, None),
+    (10, 10, 10, False, None),
+    (9, 10, 10, False, None),
+    (9, 10, 20, False, None),
+    (9, 10, 5, True, None),
+    (50, 10, None, True, None),
+    (50, None, None, True, None),
+    (50, None, None, False, None),
+    (0, 10, 10, True, None),
 ]
 
 
@@ -73,11 +100,17 @@ def test_masked_weights_learn_in_a_run_that_begins_with_them():
         assert list(state["model"]) == names[: 1 if resets else 2]
 
 
-@pytest.mark.parametrize(("before", "now", "same"), [
-    ("experts", r"\.moe\.experts\.", True), ("experts,gate", "gate,experts", True),
-    (r"layers\.1\.moe\.experts", r"layers\.3\.moe\.experts", False),  # as many parameters
-    (None, "experts", False), ("experts", None, False), (None, ".", True),
-])
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("experts", r"\.moe\.experts\.", True),
+        ("experts,gate", "gate,experts", True),
+        (r"layers\.1\.moe\.experts", r"layers\.3\.moe\.experts", False),  # as many parameters
+        (None, "experts", False),
+        ("experts", None, False),
+        (None, ".", True),
+    ],
+)
 def test_the_optimizer_goes_on_with_the_same_parameters(make_model, before, now, same):  # noqa: F811
     trainer, state = run(make_model(), moe_train_only=now), saved(5, moe_train_only=before)
     for resets in (True, False):
@@ -94,8 +127,10 @@ def test_the_optimizer_goes_on_with_the_same_parameters(make_model, before, now,
 def test_flat_moments_of_another_length():
     layout = OptimizerLayout(("a", "b"), (torch.Size([2, 3]), torch.Size([4])), is_flat=True)
     for numbers in (10, 12):
-        state = {"state": {0: {"step": 3, "exp_avg": torch.zeros(numbers)}},
-                 "param_groups": [{"params": [0]}]}
+        state = {
+            "state": {0: {"step": 3, "exp_avg": torch.zeros(numbers)}},
+            "param_groups": [{"params": [0]}],
+        }
         if numbers == 10:
             check_number_trained(state, layout)
         else:

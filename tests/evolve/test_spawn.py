@@ -45,12 +45,17 @@ def one_expert(experts, x):
 
 # Before the spawn: layers.
 
+
 # The gate is not even asked before the spawn, so each is here once, and one with all else.
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("given", [
-    *({"moe_gate": name, **NEEDED.get(name, {})} for name in GATES),
-    *({"moe_gate": "dense_to_sparse", **given} for given in extras("dense_to_sparse")),
-], ids=label)
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"moe_gate": name, **NEEDED.get(name, {})} for name in GATES),
+        *({"moe_gate": "dense_to_sparse", **given} for given in extras("dense_to_sparse")),
+    ],
+    ids=label,
+)
 def test_before_the_spawn_the_layer_is_its_first_expert(make_layer, given, training):  # noqa: F811
     layer = make_layer(moe_spawn_updates=N, **given).train(training)
     layer.set_num_updates(N - 1)
@@ -135,12 +140,20 @@ def test_schedules_count_from_the_spawn_and_noise_from_the_start(make_layer):  #
         layer.set_num_updates(updates)
         context = layer.context(token_keys_T=keys)
         gate = layer.gate
-        seen[updates] = (context.num_updates, gate.temperature(context.num_updates),
-                         gate.is_hard(context.num_updates))
+        seen[updates] = (
+            context.num_updates,
+            gate.temperature(context.num_updates),
+            gate.is_hard(context.num_updates),
+        )
         keyed.append(context.noise_keys_T)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(keyed, 2))
-    assert seen == {0: (0, 2.0, False), 39: (0, 2.0, False), 40: (0, 2.0, False),
-                    45: (5, pytest.approx(1.15), False), 50: (10, 0.3, True)}
+    assert seen == {
+        0: (0, 2.0, False),
+        39: (0, 2.0, False),
+        40: (0, 2.0, False),
+        45: (5, pytest.approx(1.15), False),
+        50: (10, 0.3, True),
+    }
 
 
 def test_the_phase_is_in_the_state(make_layer):  # noqa: F811
@@ -152,6 +165,7 @@ def test_the_phase_is_in_the_state(make_layer):  # noqa: F811
 
 
 # Before the spawn: models.
+
 
 def batch(seed=1):
     return torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(seed))
@@ -169,9 +183,13 @@ def test_activation_checkpointing_changes_nothing(make_model, gate, updates):
     results = []
     for checkpointing in (False, True):
         torch.manual_seed(2)
-        model = make_model(moe_gate=gate, moe_spawn_updates=N, activation_dropout=0.1,
-                           moe_spawn_trainable_masked="false",
-                           checkpoint_activations=checkpointing)
+        model = make_model(
+            moe_gate=gate,
+            moe_spawn_updates=N,
+            activation_dropout=0.1,
+            moe_spawn_trainable_masked="false",
+            checkpoint_activations=checkpointing,
+        )
         model.set_num_updates(updates)
         torch.manual_seed(3)
         loss = loss_of(model(batch()))
@@ -182,12 +200,17 @@ def test_activation_checkpointing_changes_nothing(make_model, gate, updates):
     assert all(torch.equal(a, b) for a, b in zip(grads, checkpointed, strict=True))
 
 
-@pytest.mark.parametrize("given, state", [
-    ({"moe_gate": "top_k", "moe_bias_update_rate": 0.01}, "bias_C_bits"),
-    ({"moe_gate": "relu"}, "coefficient_bits"),
-    ({"moe_gate": "top_any", "moe_max_experts": 6, "moe_adapt_record_interval": 5},
-     "record.routed_E"),
-])
+@pytest.mark.parametrize(
+    "given, state",
+    [
+        ({"moe_gate": "top_k", "moe_bias_update_rate": 0.01}, "bias_C_bits"),
+        ({"moe_gate": "relu"}, "coefficient_bits"),
+        (
+            {"moe_gate": "top_any", "moe_max_experts": 6, "moe_adapt_record_interval": 5},
+            "record.routed_E",
+        ),
+    ],
+)
 def test_gates_learn_from_updates_after_the_spawn_only(make_model, given, state):
     model = make_model(moe_spawn_updates=N, **given)
     before = copy.deepcopy(model.state_dict())
@@ -201,8 +224,12 @@ def test_gates_learn_from_updates_after_the_spawn_only(make_model, given, state)
 
 
 def test_the_adaptive_process_counts_from_the_spawn(make_model):
-    given = {"moe_gate": "top_any", "moe_max_experts": 6, "moe_adapt_record_interval": 4,
-             "moe_spawn_updates": N}
+    given = {
+        "moe_gate": "top_any",
+        "moe_max_experts": 6,
+        "moe_adapt_record_interval": 4,
+        "moe_spawn_updates": N,
+    }
     model = make_model(**given)
     layer = model.decoder.moe_layers[0]
     with torch.no_grad():
@@ -231,19 +258,27 @@ def test_flops_before_the_spawn_are_those_of_a_model_without_gates(make_model):
 
 # The spawn.
 
+
 def expert(model, layer, e):
     prefix = EXPERTS.format(layer)
-    return {name.removeprefix(prefix): p.detach()[e].clone()
-            for name, p in model.named_parameters() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): p.detach()[e].clone()
+        for name, p in model.named_parameters()
+        if name.startswith(prefix)
+    }
 
 
 def moments(trainer, layer):
     """Moment -> experts' parameter -> values; of optimizers with a state for each parameter."""
     prefix, state = EXPERTS.format(layer), trainer.optimizer.optimizer.state
-    return {moment: {name.removeprefix(prefix): state[p][moment].clone()
-                     for name, p in trainer.get_model().named_parameters()
-                     if name.startswith(prefix)}
-            for moment in ("exp_avg", "exp_avg_sq")}
+    return {
+        moment: {
+            name.removeprefix(prefix): state[p][moment].clone()
+            for name, p in trainer.get_model().named_parameters()
+            if name.startswith(prefix)
+        }
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
 
 
 @pytest.fixture
@@ -261,8 +296,11 @@ def make_run(make_model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("given", [{}, {"moe_expert_gated": True}, {"moe_expert_count": "2,5"}],
-                         ids=["plain", "gated", "uneven"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"moe_expert_gated": True}, {"moe_expert_count": "2,5"}],
+    ids=["plain", "gated", "uneven"],
+)
 def test_all_experts_come_from_the_first(make_run, method, given):
     trainer, model = make_run(moe_spawn_method=method, **given)
     options = model.decoder.args
@@ -273,8 +311,13 @@ def test_all_experts_come_from_the_first(make_run, method, given):
     for n, layer in enumerate((1, 3)):
         count = model.decoder.moe_layers[n].num_experts
         for e in range(count):
-            wanted = spawn_expert(sources[n], method, key=seed_of(options.seed, n, e),
-                                  rate=spawn_rate(options), rescale=False)
+            wanted = spawn_expert(
+                sources[n],
+                method,
+                key=seed_of(options.seed, n, e),
+                rate=spawn_rate(options),
+                rescale=False,
+            )
             got = expert(model, layer, e)
             assert all(torch.equal(got[name], wanted[name]) for name in wanted)
             spawned.append(got)
@@ -304,20 +347,30 @@ def test_nothing_happens_at_another_update(make_run, num_updates, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("given, said", [
-    ({}, "by mask, rate 0.3, moments copied"),
-    ({"moe_spawn_rescale": True, "moe_spawn_rate": 0.25, "moe_spawn_trainable_masked": "false",
-      "moe_spawn_moments": "reset"},
-     "by mask, rate 0.25, rescaled, masked weights frozen, moments reset"),
-    ({"moe_spawn_method": "copy"}, "by copy, moments copied"),
-])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, "by mask, rate 0.3, moments copied"),
+        (
+            {
+                "moe_spawn_rescale": True,
+                "moe_spawn_rate": 0.25,
+                "moe_spawn_trainable_masked": "false",
+                "moe_spawn_moments": "reset",
+            },
+            "by mask, rate 0.25, rescaled, masked weights frozen, moments reset",
+        ),
+        ({"moe_spawn_method": "copy"}, "by copy, moments copied"),
+    ],
+)
 def test_it_is_said_once(make_run, given, said, caplog):
     trainer, _ = make_run(**given)
     with caplog.at_level(logging.INFO):
         caplog.clear()
         spawn_experts(trainer)
     assert caplog.messages == [
-        f"update 3: spawned 4 experts in each of 2 MoE layers from expert 0 ({said})"]
+        f"update 3: spawned 4 experts in each of 2 MoE layers from expert 0 ({said})"
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -326,16 +379,22 @@ def test_moments(make_run, method, rule):
     trainer, model = make_run(moe_spawn_method=method, moe_spawn_moments=rule)
     others = {name for name, _ in model.named_parameters() if ".experts." not in name}
     state = trainer.optimizer.optimizer.state
-    untouched = {name: state[p]["exp_avg"].clone() for name, p in model.named_parameters()
-                 if name in others}
+    untouched = {
+        name: state[p]["exp_avg"].clone() for name, p in model.named_parameters() if name in others
+    }
     before = moments(trainer, 1)
     assert all(value.all() for named in before.values() for value in named.values())
     spawn_experts(trainer)
     for moment, named in moments(trainer, 1).items():
         for name, value in named.items():
             for e in range(4):
-                kept = kept_mask(name, value.shape[1:], method, key=seed_of(1, 0, e),
-                                 rate=spawn_rate(model.decoder.args))
+                kept = kept_mask(
+                    name,
+                    value.shape[1:],
+                    method,
+                    key=seed_of(1, 0, e),
+                    rate=spawn_rate(model.decoder.args),
+                )
                 wanted = before[moment][name][0] * kept * (rule == "copy")
                 assert torch.equal(value[e], wanted), (name, e)
     for name, p in model.named_parameters():
@@ -360,8 +419,13 @@ def test_factored_moments_of_adafactor(make_model, gated):
                 if ".experts." in name:
                     p.grad[1:] = p.grad[:1].clone() if all_alike else 0.0
             optimizer.step()
-        runs.append({name.removeprefix(prefix): optimizer.state[p]
-                     for name, p in net.named_parameters() if name.startswith(prefix)})
+        runs.append(
+            {
+                name.removeprefix(prefix): optimizer.state[p]
+                for name, p in net.named_parameters()
+                if name.startswith(prefix)
+            }
+        )
         if not all_alike:
             trainer.optimizer = types.SimpleNamespace(optimizer=optimizer)
     spawn_experts(trainer)
@@ -378,8 +442,11 @@ def test_first_steps_without_moments_amid_a_run(betas, most):
     updates = 10_000
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = Adam([weight], lr=1.0, betas=betas, eps=1e-12)
-    optimizer.state[weight] = {"step": updates, "exp_avg": torch.zeros(1),
-                               "exp_avg_sq": torch.zeros(1)}
+    optimizer.state[weight] = {
+        "step": updates,
+        "exp_avg": torch.zeros(1),
+        "exp_avg_sq": torch.zeros(1),
+    }
     steps = []
     for _ in range(60):
         before = weight.item()
@@ -400,8 +467,9 @@ def test_half_precision_spawns_the_same_and_keeps_it(make_run, layout, rule):
     after_spawn = copy.deepcopy(model.state_dict())
     for n, layer in enumerate((1, 3)):
         for e in range(4):
-            wanted = spawn_expert(sources[layer], "mask", key=seed_of(1, n, e), rate=0.3,
-                                  rescale=False)
+            wanted = spawn_expert(
+                sources[layer], "mask", key=seed_of(1, n, e), rate=0.3, rescale=False
+            )
             for name, value in expert(model, layer, e).items():
                 assert torch.equal(value == 0, wanted[name] == 0)
                 # The masters of the source are more exact than its copy.
@@ -428,16 +496,23 @@ def test_before_the_first_step_of_the_optimizer_there_are_no_moments(make_model)
 
 # Masked weights that do not learn.
 
+
 # Each precision with each rule and with each kind of expert.
 @pytest.mark.parametrize("rule, gated", [("copy", False), ("reset", True)])
 @pytest.mark.parametrize("precision", [None, *HALF.values()], ids=["fp32", *HALF])
 def test_frozen_weights_stay_exactly_zero(make_run, precision, rule, gated):
     trainer, model = make_run(
-        moe_spawn_trainable_masked="false", moe_spawn_moments=rule, moe_expert_gated=gated,
-        precision=precision)
+        moe_spawn_trainable_masked="false",
+        moe_spawn_moments=rule,
+        moe_expert_gated=gated,
+        precision=precision,
+    )
     spawn_experts(trainer)
-    masked = {name: value == 0 for name, value in model.state_dict().items()
-              if ".experts." in name and name.endswith("_weight")}
+    masked = {
+        name: value == 0
+        for name, value in model.state_dict().items()
+        if ".experts." in name and name.endswith("_weight")
+    }
     model.set_num_updates(N)
     for seed in range(4):
         loss_of(model(batch(seed))).backward()
@@ -493,6 +568,9 @@ def test_bools_are_held_only_where_asked_for_and_one_a_weight(make_model):
     assert not buffers()[0]
     assert not buffers(moe_spawn_trainable_masked="true")[0]
     held, model = buffers(moe_spawn_trainable_masked="false")
-    weights = sum(p.numel() for name, p in model.named_parameters()
-                  if ".experts." in name and name.endswith("_weight"))
+    weights = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".experts." in name and name.endswith("_weight")
+    )
     assert sum(b.numel() * b.element_size() for b in held.values()) == weights

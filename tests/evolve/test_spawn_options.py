@@ -20,8 +20,11 @@ def after(updates=20, **given):
 
 # With 100 updates.
 BAD = [
-    (after(0), "--moe-spawn-updates 0: give the number of updates before the spawn, 1 or more; "
-               "leave it out for none"),
+    (
+        after(0),
+        "--moe-spawn-updates 0: give the number of updates before the spawn, 1 or more; "
+        "leave it out for none",
+    ),
     (after(-1), "--moe-spawn-updates -1: give the number"),
     (after(100), "--moe-spawn-updates 100: the run ends at update 100: give less than"),
     (after(moe_spawn_method="slice"), "--moe-spawn-method slice: one of: copy, mask, noise, rein"),
@@ -34,11 +37,16 @@ BAD = [
     (after(moe_spawn_method="noise", moe_spawn_rate=float("inf")), "--moe-spawn-rate inf: give"),
     (after(moe_spawn_method="copy", moe_spawn_rate=0.3), "--moe-spawn-rate 0.3: the method copy"),
     (after(moe_spawn_method="noise", moe_spawn_rescale=True), "rescale True: --moe-spawn-method n"),
-    (after(moe_spawn_method="reinit", moe_spawn_trainable_masked="false"),
-     "--moe-spawn-trainable-masked false: --moe-spawn-method reinit masks nothing"),
+    (
+        after(moe_spawn_method="reinit", moe_spawn_trainable_masked="false"),
+        "--moe-spawn-trainable-masked false: --moe-spawn-method reinit masks nothing",
+    ),
     (after(moe_spawn_trainable_masked="never"), "never: give true or false"),
-    ({"moe_spawn_method": "noise"}, "--moe-spawn-method noise: experts are not spawned: leave it "
-                                    "out, or give --moe-spawn-updates"),
+    (
+        {"moe_spawn_method": "noise"},
+        "--moe-spawn-method noise: experts are not spawned: leave it "
+        "out, or give --moe-spawn-updates",
+    ),
     ({"moe_spawn_rate": 0.5}, "--moe-spawn-rate 0.5: experts are not spawned"),
     ({"moe_spawn_rescale": True}, "--moe-spawn-rescale True: experts are not spawned"),
     ({"moe_spawn_trainable_masked": "false"}, "--moe-spawn-trainable-masked false: experts are n"),
@@ -54,27 +62,40 @@ def test_bad_options_are_refused_in_one_line(moe_options, given, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("given", [
-    after(), after(99, moe_temperature_updates=1), after(moe_spawn_trainable_masked="False"),
-    after(moe_spawn_method="reinit", moe_spawn_rate=1.0),
-    after(moe_spawn_method="noise", moe_spawn_rate=3.0), after(moe_spawn_rescale=True),
-    after(moe_gate="top_any", moe_expert_count="4", moe_max_experts=8,
-          moe_adapt_record_interval=10),
-    after(1000, max_update=0, moe_temperature_updates=50),
-    {"moe_spawn_trainable_masked": "True"},
-])
+@pytest.mark.parametrize(
+    "given",
+    [
+        after(),
+        after(99, moe_temperature_updates=1),
+        after(moe_spawn_trainable_masked="False"),
+        after(moe_spawn_method="reinit", moe_spawn_rate=1.0),
+        after(moe_spawn_method="noise", moe_spawn_rate=3.0),
+        after(moe_spawn_rescale=True),
+        after(
+            moe_gate="top_any",
+            moe_expert_count="4",
+            moe_max_experts=8,
+            moe_adapt_record_interval=10,
+        ),
+        after(1000, max_update=0, moe_temperature_updates=50),
+        {"moe_spawn_trainable_masked": "True"},
+    ],
+)
 def test_good_options_pass_without_a_word(moe_options, given, caplog):
     validate(moe_options(**given))
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("given, warning", [
-    (after(moe_expert_count="1"), "a layer has only one expert"),
-    (after(moe_spawn_method="copy"), "experts start identical"),
-    (after(moe_shared_experts=1, moe_shared_combine="mix"), "shared experts have weight 1"),
-    (after(80, moe_temperature_updates=30), "schedule does at update 110"),
-    (after(80, moe_gate="stable", moe_stable_updates=20), "routing is frozen at update 100"),
-])
+@pytest.mark.parametrize(
+    "given, warning",
+    [
+        (after(moe_expert_count="1"), "a layer has only one expert"),
+        (after(moe_spawn_method="copy"), "experts start identical"),
+        (after(moe_shared_experts=1, moe_shared_combine="mix"), "shared experts have weight 1"),
+        (after(80, moe_temperature_updates=30), "schedule does at update 110"),
+        (after(80, moe_gate="stable", moe_stable_updates=20), "routing is frozen at update 100"),
+    ],
+)
 def test_what_is_doubtful_is_said(moe_options, given, warning, caplog):
     with caplog.at_level(logging.WARNING):
         validate(moe_options(**given))
@@ -93,8 +114,11 @@ def test_default_lengths_are_shares_of_what_follows_the_spawn(moe_options):
 def test_averaged_weights_are_refused_with_a_spawn(moe_options, updates):
     model = moe_options(moe_spawn_updates=updates)
     cfg = types.SimpleNamespace(
-        task=None, model=OmegaConf.create(vars(model)), criterion=None,
-        ema=types.SimpleNamespace(store_ema=True))
+        task=None,
+        model=OmegaConf.create(vars(model)),
+        criterion=None,
+        ema=types.SimpleNamespace(store_ema=True),
+    )
     if updates is None:
         validate_run(cfg)
     else:
@@ -105,26 +129,43 @@ def test_averaged_weights_are_refused_with_a_spawn(moe_options, updates):
 def run_of(model, **more):
     """A run's configuration with some of the model's fields; what is not given is as usual."""
     usual = {
-        "task": None, "criterion": None, "model": model, "ema": {"store_ema": False},
-        "checkpoint": {"finetune_from_model": None}, "optimization": {"use_bmuf": False},
+        "task": None,
+        "criterion": None,
+        "model": model,
+        "ema": {"store_ema": False},
+        "checkpoint": {"finetune_from_model": None},
+        "optimization": {"use_bmuf": False},
         "distributed_training": {"zero_sharding": "none", "ddp_backend": "legacy_ddp"},
         "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
     }
     return OmegaConf.create({**usual, **more})
 
 
-CHANGES = [{"moe_spawn_updates": 5}, {"moe_init_from_dense": "dense.pt"},
-           {"moe_gate": "top_any", "moe_adapt_record_interval": 5}]
+CHANGES = [
+    {"moe_spawn_updates": 5},
+    {"moe_init_from_dense": "dense.pt"},
+    {"moe_gate": "top_any", "moe_adapt_record_interval": 5},
+]
 
 
 @pytest.mark.parametrize("model", CHANGES, ids=str)
-@pytest.mark.parametrize(("more", "message"), [
-    ({"distributed_training": {"zero_sharding": "os", "ddp_backend": "legacy_ddp"}},
-     "--zero-sharding os: keeps optimizer state that --moe-.* cannot edit: give"),
-    ({"optimization": {"use_bmuf": True}}, "--use-bmuf with --moe-.*: keeps a copy of the weights"),
-    ({"distributed_training": {"zero_sharding": "none", "ddp_backend": "slowmo"}},
-     "--ddp-backend slowmo with --moe-.*: keeps a copy of the weights"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"distributed_training": {"zero_sharding": "os", "ddp_backend": "legacy_ddp"}},
+            "--zero-sharding os: keeps optimizer state that --moe-.* cannot edit: give",
+        ),
+        (
+            {"optimization": {"use_bmuf": True}},
+            "--use-bmuf with --moe-.*: keeps a copy of the weights",
+        ),
+        (
+            {"distributed_training": {"zero_sharding": "none", "ddp_backend": "slowmo"}},
+            "--ddp-backend slowmo with --moe-.*: keeps a copy of the weights",
+        ),
+    ],
+)
 def test_who_else_holds_weights_or_moments_is_refused(model, more, message):
     """Also of a yaml with these fields alone."""
     validate_run(run_of(model))
@@ -138,16 +179,22 @@ def test_a_yaml_that_leaves_fields_out_is_checked_too():
     with pytest.raises(OptionError, match="--store-ema True: the averages would include"):
         validate_run(run_of({"moe_spawn_updates": 5}, ema={"store_ema": True}))
     with pytest.raises(OptionError, match="--moe-init-from-dense d.pt: --finetune-from-model"):
-        validate_run(run_of({"moe_init_from_dense": "d.pt"},
-                            checkpoint={"finetune_from_model": "moe.pt"}))
+        validate_run(
+            run_of({"moe_init_from_dense": "d.pt"}, checkpoint={"finetune_from_model": "moe.pt"})
+        )
 
 
-@pytest.mark.parametrize(("betas", "updates", "warned"), [
-    ("(0.9, 0.98)", 5000, None), ([0.9, 0.98], 5000, None), ("(0.9, 0.999)", None, None),
-    ("(0.9, 0.999)", 5000, "up to 6.5 times --lr; with (0.9, 0.98) 1.6 times"),
-    ([0.9, 0.999], 100, "up to 2.1 times --lr; with (0.9, 0.98) 1.5 times"),
-    (None, 5000, None),
-])
+@pytest.mark.parametrize(
+    ("betas", "updates", "warned"),
+    [
+        ("(0.9, 0.98)", 5000, None),
+        ([0.9, 0.98], 5000, None),
+        ("(0.9, 0.999)", None, None),
+        ("(0.9, 0.999)", 5000, "up to 6.5 times --lr; with (0.9, 0.98) 1.6 times"),
+        ([0.9, 0.999], 100, "up to 2.1 times --lr; with (0.9, 0.98) 1.5 times"),
+        (None, 5000, None),
+    ],
+)
 def test_a_large_beta2_with_a_spawn_is_warned_of(betas, updates, warned, caplog):
     optimizer = {"_name": "adam", "adam_betas": betas} if betas else {"_name": "sgd"}
     with caplog.at_level(logging.WARNING):
@@ -165,7 +212,9 @@ def test_a_spawn_from_experts_that_differ_already_is_refused(moe_options, method
 
 
 def test_default_rates(moe_options):
-    rates = {method: spawn_rate(moe_options(**after(moe_spawn_method=method)))
-             for method in ("mask", "noise", "reinit", "copy")}
+    rates = {
+        method: spawn_rate(moe_options(**after(moe_spawn_method=method)))
+        for method in ("mask", "noise", "reinit", "copy")
+    }
     assert rates == {"mask": 0.3, "noise": 0.1, "reinit": 0.5, "copy": 0.0}
     assert spawn_rate(moe_options(**after(moe_spawn_rate=0.2))) == 0.2

@@ -19,8 +19,13 @@ from tests.evolve.dense_models import (
     task_of,
 )
 
-GATE = {"moe_gate": "top_p", "moe_expert_count": "3", "decoder_layers": SIZES["layers"],
-        "activation_fn": "gelu", "moe_post_norm": True}
+GATE = {
+    "moe_gate": "top_p",
+    "moe_expert_count": "3",
+    "decoder_layers": SIZES["layers"],
+    "activation_fn": "gelu",
+    "moe_post_norm": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +45,21 @@ def wanted(dense, model, **given):
     return {name: state[name] for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("precision", [
-    {}, {"fp16": True}, {"fp16": True, "fp16_no_flatten_grads": True}, {"bf16": True},
-    {"fp16": True, "memory_efficient_fp16": True}], ids=str)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {},
+        {"fp16": True},
+        {"fp16": True, "fp16_no_flatten_grads": True},
+        {"bf16": True},
+        {"fp16": True, "memory_efficient_fp16": True},
+    ],
+    ids=str,
+)
 def test_what_the_optimizer_updates_is_what_the_verb_would_write(dense, make_model, precision):
-    model = make_model(**GATE, moe_init_from_dense=dense, moe_init_method="mask",
-                       moe_init_gate="normal:0.1")
+    model = make_model(
+        **GATE, moe_init_from_dense=dense, moe_init_method="mask", moe_init_gate="normal:0.1"
+    )
     trainer = trainer_of(model, num_updates=0, **precision)
     init_from_dense(trainer)
     expected = wanted(dense, model)
@@ -60,8 +74,9 @@ def test_what_the_optimizer_updates_is_what_the_verb_would_write(dense, make_mod
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize(("method", "verdict"), [("copy", "equal to"), ("mask", "differ from")])
-def test_logits_are_compared_and_nothing_else_changes(dense, make_model, caplog, precision, method,
-                                                      verdict):
+def test_logits_are_compared_and_nothing_else_changes(
+    dense, make_model, caplog, precision, method, verdict
+):
     model = make_model(**GATE, moe_init_from_dense=dense, moe_init_method=method).train()
     trainer = trainer_of(model, num_updates=0, **precision)
     random_state = torch.get_rng_state()
@@ -77,8 +92,9 @@ def test_logits_are_compared_and_nothing_else_changes(dense, make_model, caplog,
 
 
 def test_frozen_parameters_are_set_too(dense, make_model):
-    model = make_model(**GATE, moe_init_from_dense=dense, moe_train_only="gate",
-                       moe_init_gate="normal:0.1")
+    model = make_model(
+        **GATE, moe_init_from_dense=dense, moe_train_only="gate", moe_init_gate="normal:0.1"
+    )
     init_from_dense(trainer_of(model, num_updates=0))
     expected = wanted(dense, model)
     for name, parameter in model.named_parameters():
@@ -93,14 +109,23 @@ def test_nothing_happens_without_the_option(make_model):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"decoder_ffn_embed_dim": 32}, "--decoder-ffn-embed-dim 32: the dense checkpoint .* has 24"),
-    ({"moe_post_norm": False}, "--moe-post-norm False: .* normalises after .*: give it"),
-    ({"moe_init_method": "half"}, "--moe-init-method half: one of: copy"),
-    ({"moe_init_method": "mask", "moe_init_rate": 2.0}, "--moe-init-rate 2.0: it is a share"),
-    ({"moe_expert_size_factor": 2}, "give --moe-init-method slice"),
-    ({"moe_init_from_dense": "gone.pt"}, "--moe-init-from-dense gone.pt: there is no such file"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"decoder_ffn_embed_dim": 32},
+            "--decoder-ffn-embed-dim 32: the dense checkpoint .* has 24",
+        ),
+        ({"moe_post_norm": False}, "--moe-post-norm False: .* normalises after .*: give it"),
+        ({"moe_init_method": "half"}, "--moe-init-method half: one of: copy"),
+        ({"moe_init_method": "mask", "moe_init_rate": 2.0}, "--moe-init-rate 2.0: it is a share"),
+        ({"moe_expert_size_factor": 2}, "give --moe-init-method slice"),
+        (
+            {"moe_init_from_dense": "gone.pt"},
+            "--moe-init-from-dense gone.pt: there is no such file",
+        ),
+    ],
+)
 def test_misfits_are_refused_and_change_nothing(dense, make_model, given, message):
     model = make_model(**{**GATE, "moe_init_from_dense": dense, **given})
     before = [p.clone() for p in model.parameters()]
@@ -112,8 +137,10 @@ def test_misfits_are_refused_and_change_nothing(dense, make_model, given, messag
 def test_another_dictionary(dense, make_model, task):
     task.source_dictionary.add_symbol("new")
     model = make_model(**GATE, moe_init_from_dense=dense)
-    with pytest.raises(OptionError, match=f"has {VOCABULARY + 1} tokens, the dense checkpoint was "
-                                          f"trained with {VOCABULARY}"):
+    with pytest.raises(
+        OptionError,
+        match=f"has {VOCABULARY + 1} tokens, the dense checkpoint was trained with {VOCABULARY}",
+    ):
         init_from_dense(trainer_of(model, num_updates=0))
 
 
@@ -125,8 +152,15 @@ def test_options_of_a_start_that_is_none(make_model):
 def test_one_source_of_first_weights(tmp_path):
     dictionary_of().save(str(tmp_path / "dict.txt"))
     (tmp_path / "train.idx").touch()
-    cfg = dense_config("--arch", "transformer_lm_moe", "--moe-gate", "top_p",
-                       "--moe-init-from-dense", "dense.pt", data=str(tmp_path))
+    cfg = dense_config(
+        "--arch",
+        "transformer_lm_moe",
+        "--moe-gate",
+        "top_p",
+        "--moe-init-from-dense",
+        "dense.pt",
+        data=str(tmp_path),
+    )
     validate_run(cfg)
     cfg.checkpoint.finetune_from_model = "moe.pt"
     with pytest.raises(OptionError, match="--moe-init-from-dense dense.pt: --finetune-from-model"):

@@ -94,8 +94,9 @@ GATES = [
 ]
 
 
-@pytest.mark.parametrize(("gate", "given", "equal"), GATES,
-                         ids=lambda value: str(value).replace("moe_", "")[:60])
+@pytest.mark.parametrize(
+    ("gate", "given", "equal"), GATES, ids=lambda value: str(value).replace("moe_", "")[:60]
+)
 def test_copies_compute_what_the_dense_model_did_where_the_weights_allow(
     dense, data, gate, given, equal
 ):
@@ -110,7 +111,8 @@ def test_copies_compute_what_the_dense_model_did_where_the_weights_allow(
 
 def test_every_gate_of_ours_is_in_the_table():
     assert {gate for gate, _, _ in GATES} == {
-        name for name in gate_names() if not name.startswith(("user", "test"))}
+        name for name in gate_names() if not name.startswith(("user", "test"))
+    }
 
 
 class FirstGate(SwitchGate):
@@ -134,11 +136,19 @@ def test_a_gate_of_the_users_own_is_measured_too(dense):
         made(dense, moe_gate="test_first", recipe=Recipe(gate_init="zero"))
 
 
-@pytest.mark.parametrize("given", [
-    {"decoder_learned_pos"}, {"no_scale_embedding"}, {"layernorm_embedding"},
-    {"share_decoder_input_output_embed"}, {"no_token_positional_embeddings"},
-    {"decoder_normalize_before"}, {"decoder_normalize_before", "no_decoder_final_norm"},
-], ids=lambda given: "-".join(sorted(given)))
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"decoder_learned_pos"},
+        {"no_scale_embedding"},
+        {"layernorm_embedding"},
+        {"share_decoder_input_output_embed"},
+        {"no_token_positional_embeddings"},
+        {"decoder_normalize_before"},
+        {"decoder_normalize_before", "no_decoder_final_norm"},
+    ],
+    ids=lambda given: "-".join(sorted(given)),
+)
 def test_every_kind_of_stock_model(tmp_path, given):
     flags = ["--" + name.replace("_", "-") for name in given]
     dense = save_dense(tmp_path / "dense.pt", *flags)
@@ -156,8 +166,9 @@ def test_activations(tmp_path, activation):
 
 
 def test_other_widths_of_input_and_output(tmp_path):
-    dense = save_dense(tmp_path / "dense.pt", "--decoder-input-dim", "12", "--decoder-output-dim",
-                       "10")
+    dense = save_dense(
+        tmp_path / "dense.pt", "--decoder-input-dim", "12", "--decoder-output-dim", "10"
+    )
     converted = made(dense, moe_gate="gshard")
     difference = largest_difference(build(converted.state, dictionary_of()), dense_model(dense))
     assert difference < ROUNDING
@@ -192,15 +203,22 @@ def test_masking_is_that_of_the_spawn(dense):
     key = seed_of(1, 1, 2, 0x0C1E)
     kept = kept_mask("fc2_weight", source.shape, "mask", key=key, rate=0.4)
     assert torch.allclose(expert, torch.where(kept, source / 0.6, 0.0))
-    assert torch.equal(experts_of(converted, 3, "fc2_bias")[2],
-                       read_dense_checkpoint("DENSE", str(dense)).ffn(3)["fc2_bias"])
+    assert torch.equal(
+        experts_of(converted, 3, "fc2_bias")[2],
+        read_dense_checkpoint("DENSE", str(dense)).ffn(3)["fc2_bias"],
+    )
 
 
 @pytest.mark.parametrize("order", ["contiguous", "shuffled"])
 @pytest.mark.parametrize(("count", "factor"), [(4, 4), (8, 4), (4, 2), (3, 3)])
 def test_slices_hold_every_neuron_and_sum_to_the_dense_network(dense, order, count, factor):
-    converted = made(dense, moe_gate="top_p", moe_expert_count=str(count),
-                     moe_expert_size_factor=factor, recipe=Recipe("slice", slices=order))
+    converted = made(
+        dense,
+        moe_gate="top_p",
+        moe_expert_count=str(count),
+        moe_expert_size_factor=factor,
+        recipe=Recipe("slice", slices=order),
+    )
     source = read_dense_checkpoint("DENSE", str(dense)).ffn(1)
     stacks = {name: experts_of(converted, 1, name) for name in source}
     x = torch.randn(7, SIZES["width"])
@@ -222,41 +240,53 @@ def test_slices_hold_every_neuron_and_sum_to_the_dense_network(dense, order, cou
 def test_scaled_slices_of_an_even_gate_are_the_dense_model(dense):
     recipe = Recipe("slice", rescale=True, gate_init="zero", slices="shuffled")
     for gate in ("dense", "dense_to_sparse"):
-        converted = made(dense, moe_gate=gate, moe_expert_count="2", moe_expert_size_factor=2,
-                         recipe=recipe)
+        converted = made(
+            dense, moe_gate=gate, moe_expert_count="2", moe_expert_size_factor=2, recipe=recipe
+        )
         assert converted.logits.equal
         model = build(converted.state, dictionary_of())
         assert largest_difference(model, dense_model(dense)) < ROUNDING
     for changed in (Recipe("slice", rescale=True), Recipe("slice", gate_init="zero")):
-        converted = made(dense, moe_gate="dense", moe_expert_count="2", moe_expert_size_factor=2,
-                         recipe=changed)
+        converted = made(
+            dense, moe_gate="dense", moe_expert_count="2", moe_expert_size_factor=2, recipe=changed
+        )
         assert not converted.logits.equal
 
 
 def test_shared_experts_come_from_the_same_network(dense):
-    converted = made(dense, moe_gate="top_p", moe_shared_experts=2, moe_shared_size_factor=2,
-                     moe_expert_size_factor=4, recipe=Recipe("slice"))
+    converted = made(
+        dense,
+        moe_gate="top_p",
+        moe_shared_experts=2,
+        moe_shared_size_factor=2,
+        moe_expert_size_factor=4,
+        recipe=Recipe("slice"),
+    )
     source = read_dense_checkpoint("DENSE", str(dense)).ffn(1)
     model = converted.state["model"]
     shared = model["decoder.layers.1.moe.shared.experts.fc1_weight"]
     assert torch.equal(shared.flatten(0, 1), source["fc1_weight"])
-    assert torch.allclose(model["decoder.layers.1.moe.shared.experts.fc2_bias"].sum(0),
-                          source["fc2_bias"])
+    assert torch.allclose(
+        model["decoder.layers.1.moe.shared.experts.fc2_bias"].sum(0), source["fc2_bias"]
+    )
 
 
 def test_none_leaves_experts_as_initialised(dense):
-    one = made(dense, moe_gate="top_p", moe_expert_gated=True, moe_expert_ffn_dim=5,
-               recipe=Recipe("none"))
+    one = made(
+        dense, moe_gate="top_p", moe_expert_gated=True, moe_expert_ffn_dim=5, recipe=Recipe("none")
+    )
     assert experts_of(one, 1, "fc3_weight").shape == (EXPERTS, 5, SIZES["width"])
     assert one.logits.equal is False
 
 
 @pytest.mark.parametrize(("gate_init", "deviation"), [("zero", 0.0), ("normal:0.02", 0.02)])
 def test_weights_of_gates(dense, gate_init, deviation):
-    converted = made(dense, moe_gate="top_k", moe_expert_count="64",
-                     recipe=Recipe(gate_init=gate_init))
-    one, other = (converted.state["model"][f"decoder.layers.{n}.moe.gate.scorer.weight"]
-                  for n in (1, 3))
+    converted = made(
+        dense, moe_gate="top_k", moe_expert_count="64", recipe=Recipe(gate_init=gate_init)
+    )
+    one, other = (
+        converted.state["model"][f"decoder.layers.{n}.moe.gate.scorer.weight"] for n in (1, 3)
+    )
     assert one.std().item() == pytest.approx(deviation, rel=0.1)
     assert deviation == 0 or not torch.equal(one, other)
     assert converted.state["cfg"]["common"]["seed"] == 1
@@ -268,19 +298,31 @@ def test_half_precision(tmp_path):
     state["model"] = {name: value.half() for name, value in state["model"].items()}
     torch.save(state, path)
     converted = made(path, moe_gate="top_p")
-    assert all(value.dtype == torch.float32 for value in converted.state["model"].values()
-               if value.is_floating_point())
+    assert all(
+        value.dtype == torch.float32
+        for value in converted.state["model"].values()
+        if value.is_floating_point()
+    )
 
 
 ONE_LINE = [
     ({"decoder_embed_dim": 32}, Recipe(), "--decoder-embed-dim 32: the dense checkpoint .* has 16"),
     ({"activation_fn": "relu"}, Recipe(), "--activation-fn relu: .* has gelu"),
-    ({"moe_expert_size_factor": 2}, Recipe(), "--moe-expert-size-factor 2: experts of width 12 are "
-                                              "no copy of .* width 24"),
-    ({"moe_expert_ffn_dim": 7}, Recipe("slice"), "--moe-expert-ffn-dim 7: the dense model's width "
-                                                 "24 cannot be cut"),
-    ({"moe_expert_size_factor": 3}, Recipe("slice"), "--moe-expert-count 4: 4 experts cannot hold "
-                                                     "3 slices"),
+    (
+        {"moe_expert_size_factor": 2},
+        Recipe(),
+        "--moe-expert-size-factor 2: experts of width 12 are no copy of .* width 24",
+    ),
+    (
+        {"moe_expert_ffn_dim": 7},
+        Recipe("slice"),
+        "--moe-expert-ffn-dim 7: the dense model's width 24 cannot be cut",
+    ),
+    (
+        {"moe_expert_size_factor": 3},
+        Recipe("slice"),
+        "--moe-expert-count 4: 4 experts cannot hold 3 slices",
+    ),
     ({"moe_shared_experts": 1, "moe_shared_ffn_dim": 7}, Recipe(), "--moe-shared-ffn-dim 7: "),
     ({"moe_expert_gated": True}, Recipe(), "--moe-expert-gated True: the dense model's"),
     ({"moe_gate": "nothing"}, Recipe(), "--moe-gate nothing: unknown gate"),
@@ -291,23 +333,49 @@ ONE_LINE = [
     ({}, Recipe("copy", rescale=True), "--rescale True: the method copy"),
     ({}, Recipe(slices="shuffled"), "--slices shuffled: the method copy cuts nothing"),
     ({}, Recipe(gate_init="normal:x"), "--gate-init normal:x: give default, zero or|--gate-init"),
-    ({"moe_scorer": "cosine"}, Recipe(gate_init="zero"), "--gate-init zero: the gate top_p with "
-                                                        "--moe-scorer cosine cannot learn"),
-    ({"moe_gate": "top_any"}, Recipe(gate_init="zero"), "--gate-init zero: the gate top_any cannot "
-                                                       "learn from weights of 0"),
-    ({"moe_gate": "relu"}, Recipe(gate_init="zero"), "--gate-init zero: the gate relu cannot learn "
-                                                     "from weights of 0"),
-    ({"moe_gate": "dense"}, Recipe(gate_init="zero"), "--gate-init zero: with it the gate dense "
-                                                      "treats all experts alike, .* for ever"),
-    ({"moe_gate": "expert_choice", "moe_allow_noncausal": True}, Recipe(gate_init="zero"),
-     "--gate-init zero: with it the gate expert_choice treats all experts alike"),
-    ({"moe_gate": "dense", "moe_expert_size_factor": 2}, Recipe("slice", gate_init="zero"),
-     "--gate-init zero: with it the gate dense"),
-    ({"moe_gate": "dense", "moe_spawn_updates": 5, "moe_spawn_method": "copy"},
-     Recipe(gate_init="zero"), "--gate-init zero: with it the gate dense"),
-    *(({"moe_spawn_updates": 5}, Recipe(method),
-       f"--method {method}: --moe-spawn-updates makes all experts from the first .*: give copy or")
-      for method in ("mask", "noise", "reinit", "slice")),
+    (
+        {"moe_scorer": "cosine"},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: the gate top_p with --moe-scorer cosine cannot learn",
+    ),
+    (
+        {"moe_gate": "top_any"},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: the gate top_any cannot learn from weights of 0",
+    ),
+    (
+        {"moe_gate": "relu"},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: the gate relu cannot learn from weights of 0",
+    ),
+    (
+        {"moe_gate": "dense"},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: with it the gate dense treats all experts alike, .* for ever",
+    ),
+    (
+        {"moe_gate": "expert_choice", "moe_allow_noncausal": True},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: with it the gate expert_choice treats all experts alike",
+    ),
+    (
+        {"moe_gate": "dense", "moe_expert_size_factor": 2},
+        Recipe("slice", gate_init="zero"),
+        "--gate-init zero: with it the gate dense",
+    ),
+    (
+        {"moe_gate": "dense", "moe_spawn_updates": 5, "moe_spawn_method": "copy"},
+        Recipe(gate_init="zero"),
+        "--gate-init zero: with it the gate dense",
+    ),
+    *(
+        (
+            {"moe_spawn_updates": 5},
+            Recipe(method),
+            f"--method {method}: --moe-spawn-updates makes all experts from the first .*: give copy or",
+        )
+        for method in ("mask", "noise", "reinit", "slice")
+    ),
     ({}, Recipe("noise", rate=0.0), "--rate 0.0: give a number above 0"),
     ({"dropout": 7.0}, Recipe(), "--dropout 7.0: it is a probability: give a number from 0 to 1"),
     ({}, Recipe("mask", rate=1.0, in_run=True), "--moe-init-rate 1.0: "),
@@ -315,10 +383,15 @@ ONE_LINE = [
 ]
 
 
-@pytest.mark.parametrize(("gate", "given", "dropout", "parted"), [
-    ("dense", {}, 0.0, False), ("dense", {}, 0.2, True),
-    ("expert_choice", {"moe_allow_noncausal": True}, 0.0, False), ("gshard", {}, 0.0, True),
-])
+@pytest.mark.parametrize(
+    ("gate", "given", "dropout", "parted"),
+    [
+        ("dense", {}, 0.0, False),
+        ("dense", {}, 0.2, True),
+        ("expert_choice", {"moe_allow_noncausal": True}, 0.0, False),
+        ("gshard", {}, 0.0, True),
+    ],
+)
 def test_copies_and_a_gate_of_zeros_part_or_not(dense, gate, given, dropout, parted):
     """What the refusal of `Capabilities.keeps_copies_equal` rests on."""
     state = made(dense, moe_gate=gate, activation_dropout=dropout, **given).state
@@ -341,12 +414,14 @@ def test_copies_and_a_gate_of_zeros_part_or_not(dense, gate, given, dropout, par
 def test_what_a_spawn_makes_is_not_alike_for_ever(dense):
     made(dense, moe_gate="dense", moe_spawn_updates=5, recipe=Recipe(gate_init="zero"))
     made(dense, moe_gate="dense", activation_dropout=0.1, recipe=Recipe(gate_init="zero"))
-    assert not made(dense, moe_gate="dense", moe_spawn_updates=5,
-                    recipe=Recipe("none")).logits.equal
+    assert not made(
+        dense, moe_gate="dense", moe_spawn_updates=5, recipe=Recipe("none")
+    ).logits.equal
 
 
-@pytest.mark.parametrize(("given", "recipe", "message"), ONE_LINE,
-                         ids=[line[2][:40] for line in ONE_LINE])
+@pytest.mark.parametrize(
+    ("given", "recipe", "message"), ONE_LINE, ids=[line[2][:40] for line in ONE_LINE]
+)
 def test_misfits_are_refused_in_one_line(dense, given, recipe, message):
     with pytest.raises(OptionError, match=message) as caught:
         made(dense, recipe=recipe, **{"moe_gate": "top_p", **given})
@@ -372,8 +447,9 @@ def test_an_moe_model_is_not_dense(dense, tmp_path):
         convert(path, {}, Recipe(), max_update=10)
 
 
-@pytest.mark.parametrize("flags", [("--adaptive-input",), ("--base-layers", "1"),
-                                   ("--adaptive-softmax-cutoff", "10,20")])
+@pytest.mark.parametrize(
+    "flags", [("--adaptive-input",), ("--base-layers", "1"), ("--adaptive-softmax-cutoff", "10,20")]
+)
 def test_parts_that_no_moe_architecture_has(dense, tmp_path, flags):
     state = torch.load(dense, weights_only=False)
     state["cfg"]["model"][flags[0][2:].replace("-", "_")] = flags[1] if flags[1:] else True
@@ -392,20 +468,34 @@ def test_weights_that_are_missing_or_left_over(dense, tmp_path):
     for change, message in [
         (lambda w: w.pop("decoder.layers.2.fc1.bias"), "has no decoder.layers.2.fc1.bias"),
         (lambda w: w.pop("decoder.layers.0.self_attn.k_proj.bias"), "has no decoder.layers.0.self"),
-        (lambda w: w.update({"decoder.layers.0.fc2.bias": torch.zeros(16, dtype=torch.int64)}),
-         "decoder.layers.0.fc2.bias is not a plain tensor of floating point numbers .*int64"),
-        (lambda w: w.update({"decoder.layers.0.fc2.weight": torch.eye(16, 24).to_sparse()}),
-         "decoder.layers.0.fc2.weight is not a plain tensor of floating point .*sparse_coo"),
-        (lambda w: w["decoder.layers.1.fc1.weight"][0].fill_(float("nan")),
-         "decoder.layers.1.fc1.weight holds NaN or infinity: take an earlier checkpoint"),
-        (lambda w: w.update({"decoder.layers.0.fc2.weight": torch.zeros(16, 24, 1)}),
-         "decoder.layers.0.fc2.weight has the shape .16, 24, 1."),
-        (lambda w: w.update({"decoder.embed_tokens.weight": torch.zeros(40)}),
-         "decoder.embed_tokens.weight has the shape .40,."),
+        (
+            lambda w: w.update({"decoder.layers.0.fc2.bias": torch.zeros(16, dtype=torch.int64)}),
+            "decoder.layers.0.fc2.bias is not a plain tensor of floating point numbers .*int64",
+        ),
+        (
+            lambda w: w.update({"decoder.layers.0.fc2.weight": torch.eye(16, 24).to_sparse()}),
+            "decoder.layers.0.fc2.weight is not a plain tensor of floating point .*sparse_coo",
+        ),
+        (
+            lambda w: w["decoder.layers.1.fc1.weight"][0].fill_(float("nan")),
+            "decoder.layers.1.fc1.weight holds NaN or infinity: take an earlier checkpoint",
+        ),
+        (
+            lambda w: w.update({"decoder.layers.0.fc2.weight": torch.zeros(16, 24, 1)}),
+            "decoder.layers.0.fc2.weight has the shape .16, 24, 1.",
+        ),
+        (
+            lambda w: w.update({"decoder.embed_tokens.weight": torch.zeros(40)}),
+            "decoder.embed_tokens.weight has the shape .40,.",
+        ),
         (lambda w: w.update({"decoder.extra": torch.zeros(1)}), "has decoder.extra, for which"),
-        (lambda w: w.update({"decoder.layers.0.fc1.weight": torch.zeros(3, 16)}),
-         re.escape("decoder.layers.0.fc1.weight has the shape (3, 16), where its own "
-                   "options ask for (24, 16)")),
+        (
+            lambda w: w.update({"decoder.layers.0.fc1.weight": torch.zeros(3, 16)}),
+            re.escape(
+                "decoder.layers.0.fc1.weight has the shape (3, 16), where its own "
+                "options ask for (24, 16)"
+            ),
+        ),
     ]:
         with pytest.raises(OptionError, match=message):
             made(changed(change), moe_gate="top_p")

@@ -12,8 +12,10 @@ def tensors(experts, width, ffn, gated, bias, dtype=torch.float64, device="cpu")
         shapes["fc3_weight"] = (experts, ffn, width)
     if bias:
         shapes |= {"fc1_bias": (experts, ffn), "fc2_bias": (experts, width)}
-    return {name: torch.randn(shape, device=device).to(dtype).requires_grad_()
-            for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def oracle(x, weights, counts, function, token_ids=None, row_weights=None):

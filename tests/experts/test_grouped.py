@@ -15,8 +15,12 @@ from tests.experts import one_by_one
 from tests.experts.one_by_one import oracle
 
 COUNTS = [[3, 0, 4], [7, 0, 0], [0, 0, 0], [1, 1, 1]]
-ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu,
-               "silu": nn.functional.silu, "tanh": torch.tanh}
+ACTIVATIONS = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
 D, F, E, T = 4, 6, 3, 5
 
 
@@ -49,8 +53,14 @@ def test_equals_one_expert_after_the_other(counts, function, combines, short_chu
     for gated, bias in itertools.product((True, False), repeat=2):
         weights = tensors(gated, bias)
         x, token_ids, row_weights = inputs(counts, combines)
-        got = grouped_ffn(x, weights, counts, find_activation(ACTIVATIONS[function]),
-                          token_ids_N=token_ids, weights_N=row_weights)
+        got = grouped_ffn(
+            x,
+            weights,
+            counts,
+            find_activation(ACTIVATIONS[function]),
+            token_ids_N=token_ids,
+            weights_N=row_weights,
+        )
         wanted = oracle(x, weights, counts, ACTIVATIONS[function], token_ids, row_weights)
         assert torch.allclose(got, wanted, atol=1e-12)
         leaves = [x, *weights.values()] + ([row_weights] if combines else [])
@@ -69,26 +79,34 @@ def test_gradcheck(gated):
     x, token_ids, row_weights = inputs(counts, True)
 
     def run(x, row_weights, *segment_matmul):
-        return grouped_ffn(x, dict(zip(weights, segment_matmul, strict=True)), counts,
-                           find_activation(nn.functional.gelu),
-                           token_ids_N=token_ids, weights_N=row_weights)
+        return grouped_ffn(
+            x,
+            dict(zip(weights, segment_matmul, strict=True)),
+            counts,
+            find_activation(nn.functional.gelu),
+            token_ids_N=token_ids,
+            weights_N=row_weights,
+        )
 
     assert torch.autograd.gradcheck(run, (x, row_weights, *weights.values()))
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 1e-3),
-                                         (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("gated", [True, False])
 def test_lower_precision_is_near_fp64(dtype, most, gated):
     counts, function = [40, 0, 30], nn.functional.gelu
-    low = {name: w.detach().to(dtype).requires_grad_()
-           for name, w in tensors(gated, not gated).items()}
+    low = {
+        name: w.detach().to(dtype).requires_grad_() for name, w in tensors(gated, not gated).items()
+    }
     exact = {name: w.detach().double().requires_grad_() for name, w in low.items()}
     token_ids = torch.cat([torch.arange(40), torch.arange(30)])
     x = torch.randn(40, D).to(dtype).requires_grad_()
     row_weights = torch.rand(70).requires_grad_()
-    got = grouped_ffn(x, low, counts, find_activation(function),
-                      token_ids_N=token_ids, weights_N=row_weights)
+    got = grouped_ffn(
+        x, low, counts, find_activation(function), token_ids_N=token_ids, weights_N=row_weights
+    )
     x64, row64 = (t.detach().double().requires_grad_() for t in (x, row_weights))
     wanted = oracle(x64, exact, counts, function, token_ids, row64)
     assert got.dtype == dtype
@@ -105,10 +123,10 @@ def test_autocast_rounds_to_its_precision_and_leaves_gradients_in_fp32():
     x, token_ids, row_weights = inputs(counts, True, torch.float32)
     function = find_activation(nn.functional.gelu)
     with torch.autocast("cpu", torch.bfloat16):
-        got = grouped_ffn(x, weights, counts, function, token_ids_N=token_ids,
-                          weights_N=row_weights)
-    wanted = grouped_ffn(x, weights, counts, function, token_ids_N=token_ids,
-                         weights_N=row_weights)
+        got = grouped_ffn(
+            x, weights, counts, function, token_ids_N=token_ids, weights_N=row_weights
+        )
+    wanted = grouped_ffn(x, weights, counts, function, token_ids_N=token_ids, weights_N=row_weights)
     assert got.dtype == torch.float32
     assert 0 < (got - wanted).abs().max() < 0.1
     got.sum().backward()
@@ -129,8 +147,9 @@ def test_dropped_values_are_dropped_in_both_passes():
     plain = grouped_ffn(x, weights, counts, identity)
     assert not torch.allclose(got, plain)
     torch.manual_seed(3)
-    mean = torch.stack([grouped_ffn(x, weights, counts, identity, dropout=p)
-                        for _ in range(400)]).mean(0)
+    mean = torch.stack(
+        [grouped_ffn(x, weights, counts, identity, dropout=p) for _ in range(400)]
+    ).mean(0)
     assert (mean - plain).abs().mean() < 0.15 * plain.abs().mean()
 
 
@@ -155,9 +174,13 @@ def test_gradients_are_scaled():
     rows = torch.randn(7, D, dtype=torch.float64)
     grads = [
         torch.autograd.grad(
-            grouped_ffn(rows, weights, [3, 0, 4], find_activation(torch.tanh), grad_scale=scale)
-            .sum(), list(weights.values()))
-        for scale in (1.0, 0.25)]
+            grouped_ffn(
+                rows, weights, [3, 0, 4], find_activation(torch.tanh), grad_scale=scale
+            ).sum(),
+            list(weights.values()),
+        )
+        for scale in (1.0, 0.25)
+    ]
     for whole, quarter in zip(*grads, strict=True):
         assert torch.allclose(whole / 4, quarter)
 
@@ -193,15 +216,25 @@ def test_few_kernels_are_compiled_for_many_numbers_of_rows():
     script = (
         "import torch\nfrom evomoe_plugin.experts import ExpertFFN\n"
         "experts = ExpertFFN(1, 8, 16, torch.nn.functional.gelu)\n"
-        "for n in range(1, 400): experts.forward_rows(torch.randn(n, 8), [n]).sum().backward()")
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                         env={**os.environ, "ONEDNN_VERBOSE": "1"}, check=True)
+        "for n in range(1, 400): experts.forward_rows(torch.randn(n, 8), [n]).sum().backward()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ONEDNN_VERBOSE": "1"},
+        check=True,
+    )
     shapes = {line.split(",")[-2] for line in run.stdout.splitlines() if "eltwise" in line}
     assert 0 < len(shapes) <= 1024 // ROWS
 
 
 def test_initial_bounds_are_those_of_nn_linear():
     experts = ExpertFFN(4, 64, 256, nn.functional.gelu)
-    for parameter, fan_in in [(experts.fc1_weight, 64), (experts.fc2_weight, 256),
-                              (experts.fc1_bias, 64), (experts.fc2_bias, 256)]:
+    for parameter, fan_in in [
+        (experts.fc1_weight, 64),
+        (experts.fc2_weight, 256),
+        (experts.fc1_bias, 64),
+        (experts.fc2_bias, 256),
+    ]:
         assert 0.9 * fan_in**-0.5 < parameter.abs().max() <= fan_in**-0.5

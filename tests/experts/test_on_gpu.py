@@ -16,34 +16,53 @@ from tests.experts.one_by_one import oracle, tensors
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 COUNTS = [[40, 0, 24, 7], [0, 0, 0, 64], [0, 0, 0, 0], [1, 0, 0, 0]]
-FUNCTIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu,
-             "silu": nn.functional.silu, "tanh": torch.tanh}
+FUNCTIONS = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
 T, D, F, E = 64, 16, 32, 4
 
 
-@pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 4e-2)],
+)
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("combines", [True, False])
 def test_equals_fp64(dtype, tolerance, counts, function, combines):
     torch.backends.cuda.matmul.allow_tf32 = False
     for gated, bias in itertools.product((True, False), repeat=2):
-        weights = {name: (w.detach() / 3).requires_grad_() for name, w in tensors(
-            E, D, F, gated, bias, dtype, "cuda").items()}
+        weights = {
+            name: (w.detach() / 3).requires_grad_()
+            for name, w in tensors(E, D, F, gated, bias, dtype, "cuda").items()
+        }
         token_ids = row_weights = None
         x = torch.randn(T if combines else sum(counts), D, device="cuda")
         x = x.to(dtype).requires_grad_()
         if combines:
             token_ids = torch.cat([torch.arange(count) for count in counts]).long().cuda()
             row_weights = torch.rand(sum(counts), device="cuda").to(dtype).requires_grad_()
-        got = grouped_ffn(x, weights, torch.tensor(counts, device="cuda"),
-                          find_activation(FUNCTIONS[function]),
-                          token_ids_N=token_ids, weights_N=row_weights)
+        got = grouped_ffn(
+            x,
+            weights,
+            torch.tensor(counts, device="cuda"),
+            find_activation(FUNCTIONS[function]),
+            token_ids_N=token_ids,
+            weights_N=row_weights,
+        )
         leaves = [x, *weights.values()] + ([row_weights] if combines else [])
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        wanted = oracle(exact[0], dict(zip(weights, exact[1:], strict=False)), counts,
-                        FUNCTIONS[function], token_ids, exact[-1] if combines else None)
+        wanted = oracle(
+            exact[0],
+            dict(zip(weights, exact[1:], strict=False)),
+            counts,
+            FUNCTIONS[function],
+            token_ids,
+            exact[-1] if combines else None,
+        )
         assert got.dtype == dtype
         seed = torch.randn_like(got)
         gradients = torch.autograd.grad(got, leaves, seed)
@@ -57,8 +76,9 @@ def test_equals_fp64(dtype, tolerance, counts, function, combines):
 def test_bf16_goes_through_the_grouped_product_and_is_compiled(monkeypatch):
     called = []
     real = grouped_mm.GroupedMMFFN.apply
-    monkeypatch.setattr(grouped_mm.GroupedMMFFN, "apply",
-                        staticmethod(lambda *a: called.append(1) or real(*a)))
+    monkeypatch.setattr(
+        grouped_mm.GroupedMMFFN, "apply", staticmethod(lambda *a: called.append(1) or real(*a))
+    )
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().bfloat16()
     experts.forward_rows(torch.randn(64, D, device="cuda", dtype=torch.bfloat16), [40, 0, 24, 0])
     assert called
@@ -94,7 +114,8 @@ def test_a_step_gives_the_same_bits_again(dtype):
     experts = ExpertFFN(E, D, F, nn.functional.gelu).cuda().to(dtype)
     x = torch.randn(T, D, device="cuda").to(dtype).requires_grad_()
     mask_TE = torch.zeros(T, E, dtype=torch.bool, device="cuda").scatter_(
-        1, torch.randn(T, E, device="cuda").topk(K, 1).indices, True)
+        1, torch.randn(T, E, device="cuda").topk(K, 1).indices, True
+    )
     _, token_ids = mask_TE.t().nonzero(as_tuple=True)
     weights = torch.rand(T * K, device="cuda").requires_grad_()
     seed = torch.randn(T, D, device="cuda").to(dtype)

@@ -13,9 +13,16 @@ from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.generation.text import TextCodec
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 
-SIZES = {"decoder_layers": 3, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24,
-         "decoder_attention_heads": 2, "moe_expert_count": "5", "moe_layers": "0,2",
-         "dropout": 0.0, "attention_dropout": 0.0}
+SIZES = {
+    "decoder_layers": 3,
+    "decoder_embed_dim": 16,
+    "decoder_ffn_embed_dim": 24,
+    "decoder_attention_heads": 2,
+    "moe_expert_count": "5",
+    "moe_layers": "0,2",
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +50,11 @@ def make_trained(words, make_config):  # noqa: F811
     def make(updates=0, arch="transformer_lm_gpttiny_moe", start="</s>", **given):
         dictionary = Dictionary.load(str(words / "dict.txt"))
         task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-        sizes = SIZES if "moe" in arch else {
-            name: value for name, value in SIZES.items() if not name.startswith("moe_")}
+        sizes = (
+            SIZES
+            if "moe" in arch
+            else {name: value for name, value in SIZES.items() if not name.startswith("moe_")}
+        )
         if "moe_freq" in given or "moe_start_layer" in given:
             sizes = {k: v for k, v in sizes.items() if k != "moe_layers"}
         args = make_config(arch, **{**sizes, **given})
@@ -59,7 +69,8 @@ def make_trained(words, make_config):  # noqa: F811
                     parameter.add_(0.1 * torch.randn_like(parameter))
         model.set_num_updates(updates)
         cfg = types.SimpleNamespace(
-            model=args, task=types.SimpleNamespace(add_bos_token=start == "<s>"))
+            model=args, task=types.SimpleNamespace(add_bos_token=start == "<s>")
+        )
         return TrainedModel(model.eval(), cfg, dictionary, TextCodec(words, dictionary), words)
 
     return make

@@ -25,18 +25,31 @@ def cases_of_models():
         if "moe_eval_capacity_factor" not in given:
             yield given, 0
     for gate in ("reached", "top1", "dense"):
-        yield {"moe_gate": "dense_to_sparse", "moe_eval_gate": gate,
-               "moe_temperature_start": 0.6}, 20
+        yield (
+            {"moe_gate": "dense_to_sparse", "moe_eval_gate": gate, "moe_temperature_start": 0.6},
+            20,
+        )
     yield {"moe_gate": "dense_to_sparse", "moe_gating_use_fp32": "false"}, 20
     for gate in ("top_k", "top_any", "hash"):
         yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 5
         yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 15
-    yield {"moe_gate": "dense_to_sparse", "moe_spawn_updates": 10, "moe_null_experts": 1,
-           "moe_shared_experts": 1, "moe_shared_combine": "mix"}, 5
+    yield (
+        {
+            "moe_gate": "dense_to_sparse",
+            "moe_spawn_updates": 10,
+            "moe_null_experts": 1,
+            "moe_shared_experts": 1,
+            "moe_shared_combine": "mix",
+        },
+        5,
+    )
 
 
-@pytest.mark.parametrize("given, updates", list(cases_of_models()),
-                         ids=lambda v: label(v) if isinstance(v, dict) else str(v))
+@pytest.mark.parametrize(
+    "given, updates",
+    list(cases_of_models()),
+    ids=lambda v: label(v) if isinstance(v, dict) else str(v),
+)
 @torch.no_grad()
 def test_logits_are_equal(make_trained, exported, given, updates):
     trained = make_trained(updates, **given)
@@ -65,28 +78,38 @@ def test_the_bias_of_loss_free_balancing(make_trained, exported):
 def test_the_bias_of_one_layer_alone(make_trained, exported, with_bias):
     trained = make_trained(moe_gate="top_k", moe_bias_update_rate=0.05)
     trained.model.decoder.moe_layers[with_bias].gate.bias_C.copy_(
-        torch.tensor([3, -7, 9, 0, -4]) / 10)
+        torch.tensor([3, -7, 9, 0, -4]) / 10
+    )
     model, x = exported(trained), tokens()
     assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
     layers = [model.layers[0], model.layers[2]]
     assert [bool(layer.moe.gate.bias_bits.any()) for layer in layers] == [
-        with_bias == 0, with_bias == 1]
+        with_bias == 0,
+        with_bias == 1,
+    ]
 
 
 def test_layers_that_route_differently_are_refused(make_trained, exported):
     trained = make_trained(moe_gate="top_k")
     trained.model.decoder.moe_layers[1].gate.renormalized = True
-    with pytest.raises(OptionError, match="--moe-gate top_k: layer 2 has routing {.*'normalized': "
-                                          "True.*}, an earlier one .*: the exported model has one"):
+    with pytest.raises(
+        OptionError,
+        match="--moe-gate top_k: layer 2 has routing {.*'normalized': "
+        "True.*}, an earlier one .*: the exported model has one",
+    ):
         exported(trained)
 
 
-@pytest.mark.parametrize("given", [
-    {"moe_gate": "top_k", "moe_scorer": "sigmoid", "moe_top_k_weights": "renormalized"},
-    {"moe_gate": "top_k", "moe_scorer": "sigmoid"},
-    {"moe_gate": "top_k", "moe_top_k_weights": "renormalized"},
-    {"moe_gate": "gshard"},
-], ids=label)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_gate": "top_k", "moe_scorer": "sigmoid", "moe_top_k_weights": "renormalized"},
+        {"moe_gate": "top_k", "moe_scorer": "sigmoid"},
+        {"moe_gate": "top_k", "moe_top_k_weights": "renormalized"},
+        {"moe_gate": "gshard"},
+    ],
+    ids=label,
+)
 @torch.no_grad()
 def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
     """Where the scores of selected experts are 0 in fp32, their weights still sum to 1."""
@@ -95,7 +118,8 @@ def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
     for layer in trained.model.decoder.moe_layers:
         layer.gate.scorer.weight.mul_(200)
         layer.gate.scorer.register_forward_hook(
-            lambda module, inputs, logits_TC: lowest.append(logits_TC.topk(2, dim=1)[0].min()))
+            lambda module, inputs, logits_TC: lowest.append(logits_TC.topk(2, dim=1)[0].min())
+        )
     model, x = exported(trained), tokens(8, 16)
     wanted = trained.model(x)[0]
     assert min(lowest) < -100
@@ -104,8 +128,13 @@ def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
 
 @torch.no_grad()
 def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
-    trained = make_trained(moe_gate="top_any", moe_expert_count="3,2", moe_max_experts=6,
-                           moe_top_any_learned_scale=True, moe_top_any_scale=3.0)
+    trained = make_trained(
+        moe_gate="top_any",
+        moe_expert_count="3,2",
+        moe_max_experts=6,
+        moe_top_any_learned_scale=True,
+        moe_top_any_scale=3.0,
+    )
     layers = trained.model.decoder.moe_layers
     layers[0].gate.active_E.copy_(torch.tensor([1, 0, 0, 1, 1, 0]).bool())
     for layer in layers:
@@ -115,20 +144,29 @@ def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
     assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("given", [
-    {"decoder_learned_pos": True},
-    {"no_token_positional_embeddings": True},
-    {"decoder_input_dim": 12, "decoder_output_dim": 20},
-    {"share_decoder_input_output_embed": True, "no_scale_embedding": True},
-    {"layernorm_embedding": True, "no_decoder_final_norm": True, "activation_fn": "relu"},
-    {"activation_fn": "swish", "moe_expert_gated": True},
-    {"activation_fn": "gelu_accurate", "moe_expert_ffn_dim": 10, "moe_expert_count": "2,7"},
-    {"checkpoint_activations": True, "decoder_layerdrop": 0.5},
-    {"moe_post_norm": True, "layernorm_embedding": True},
-    {"arch": "transformer_lm", "decoder_input_dim": 16, "decoder_output_dim": 16},
-    {"arch": "transformer_lm", "activation_fn": "gelu", "decoder_input_dim": 16,
-     "decoder_output_dim": 16, "decoder_normalize_before": True},
-], ids=label)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"decoder_learned_pos": True},
+        {"no_token_positional_embeddings": True},
+        {"decoder_input_dim": 12, "decoder_output_dim": 20},
+        {"share_decoder_input_output_embed": True, "no_scale_embedding": True},
+        {"layernorm_embedding": True, "no_decoder_final_norm": True, "activation_fn": "relu"},
+        {"activation_fn": "swish", "moe_expert_gated": True},
+        {"activation_fn": "gelu_accurate", "moe_expert_ffn_dim": 10, "moe_expert_count": "2,7"},
+        {"checkpoint_activations": True, "decoder_layerdrop": 0.5},
+        {"moe_post_norm": True, "layernorm_embedding": True},
+        {"arch": "transformer_lm", "decoder_input_dim": 16, "decoder_output_dim": 16},
+        {
+            "arch": "transformer_lm",
+            "activation_fn": "gelu",
+            "decoder_input_dim": 16,
+            "decoder_output_dim": 16,
+            "decoder_normalize_before": True,
+        },
+    ],
+    ids=label,
+)
 @torch.no_grad()
 def test_models_of_every_kind(make_trained, exported, given):
     trained = make_trained(20, **given)
@@ -136,8 +174,18 @@ def test_models_of_every_kind(make_trained, exported, given):
     assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
 
 
-GATES = ["base", "dense", "dense_to_sparse", "dselect_k", "hash", "relu", "stable", "top_any",
-         "top_k", "top_p"]
+GATES = [
+    "base",
+    "dense",
+    "dense_to_sparse",
+    "dselect_k",
+    "hash",
+    "relu",
+    "stable",
+    "top_any",
+    "top_k",
+    "top_p",
+]
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -153,9 +201,15 @@ def test_padding_on_either_side_changes_nothing(make_trained, exported, gate):
     assert torch.allclose(right[:, :11], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [
-    pytest.param(gate, marks=[] if gate in ("dense_to_sparse", "top_k", "hash")
-                 else pytest.mark.slow) for gate in GATES])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        pytest.param(
+            gate, marks=[] if gate in ("dense_to_sparse", "top_k", "hash") else pytest.mark.slow
+        )
+        for gate in GATES
+    ],
+)
 @torch.no_grad()
 def test_the_cache_changes_nothing(make_trained, exported, gate):
     trained = make_trained(20, moe_gate=gate, moe_post_norm=gate == "hash")
@@ -169,8 +223,12 @@ def test_the_cache_changes_nothing(make_trained, exported, gate):
 
     mask = torch.ones_like(x)
     mask[0, :3] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9,
-                "do_sample": False}
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 9,
+        "min_new_tokens": 9,
+        "do_sample": False,
+    }
     with_cache = model.generate(x, use_cache=True, **settings)
     assert torch.equal(with_cache, model.generate(x, use_cache=False, **settings))
     alone = model.generate(x[:1, 3:], use_cache=True, **{**settings, "attention_mask": None})
@@ -201,7 +259,8 @@ def test_the_loss_is_that_of_shifted_labels(make_trained, exported):
     labels[:, :4] = -100
     output = model(x, labels=labels)
     wanted = torch.nn.functional.cross_entropy(
-        output.logits[:, 3:-1].flatten(0, 1), x[:, 4:].flatten())
+        output.logits[:, 3:-1].flatten(0, 1), x[:, 4:].flatten()
+    )
     assert torch.allclose(output.loss, wanted)
 
 

@@ -39,18 +39,30 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("gate", [
-    pytest.param("dense_to_sparse", marks=pytest.mark.distributed),
-    *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash"))])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        pytest.param("dense_to_sparse", marks=pytest.mark.distributed),
+        *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash")),
+    ],
+)
 @torch.no_grad()
 def test_in_a_process_that_cannot_import_us(make_trained, tmp_path, gate):
     trained = make_trained(20, moe_gate=gate)
     export(trained, str(tmp_path / "exported"))
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(tmp_path / "exported"), str(tmp_path / "out.pt")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-             "HF_MODULES_CACHE": str(tmp_path / "modules")})
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        },
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     got = torch.load(tmp_path / "out.pt", weights_only=True)
     ids = [2, *trained.codec.encode("w1 w2 w35 w7")]
@@ -64,12 +76,23 @@ def with_data(trained, folder):
     from fairseq.data import Dictionary
 
     dictionary = Dictionary.load(str(folder / "dict.txt"))
-    return TrainedModel(trained.model, trained.cfg, dictionary, TextCodec(folder, dictionary),
-                        folder)
+    return TrainedModel(
+        trained.model, trained.cfg, dictionary, TextCodec(folder, dictionary), folder
+    )
 
 
-TEXTS = ["", " ", "a", ODD, some_words(3), " two  spaces ", "</s> is text, <unk> too",
-         "tab\tand\n\n", "\u2581 \u3000 é 😀", "the end</s>"]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    ODD,
+    some_words(3),
+    " two  spaces ",
+    "</s> is text, <unk> too",
+    "tab\tand\n\n",
+    "\u2581 \u3000 é 😀",
+    "the end</s>",
+]
 
 
 @pytest.fixture
@@ -79,21 +102,31 @@ def gpt2_folder(tmp_path, gpt2_files):  # noqa: F811
 
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(some_words(n) for n in range(20)))
-    prepare(options_for(tmp_path, text, documents_by="blank-line", vocab_size=None,
-                        gpt2_bpe=tuple(map(str, gpt2_files))), Progress(open(os.devnull, "w")))
+    prepare(
+        options_for(
+            tmp_path,
+            text,
+            documents_by="blank-line",
+            vocab_size=None,
+            gpt2_bpe=tuple(map(str, gpt2_files)),
+        ),
+        Progress(open(os.devnull, "w")),
+    )
     return tmp_path / "out"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
 @pytest.mark.parametrize("start", ["<s>", "</s>"])
-def test_the_tokenizer_gives_the_same_ids(make_trained, tmp_path, transformers, request, kind,
-                                          start):
+def test_the_tokenizer_gives_the_same_ids(
+    make_trained, tmp_path, transformers, request, kind, start
+):
     folder = request.getfixturevalue({"sentencepiece": "prepared", "gpt2": "gpt2_folder"}[kind])
     trained = with_data(make_trained(start=start), folder)
     assert trained.codec.tokenizer.kind == kind
     export(trained, str(tmp_path / "exported"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(
-        tmp_path / "exported", trust_remote_code=True)
+        tmp_path / "exported", trust_remote_code=True
+    )
     first = trained.dictionary.index(start)
     for text in TEXTS:
         ids = trained.codec.encode(text)
@@ -101,8 +134,12 @@ def test_the_tokenizer_gives_the_same_ids(make_trained, tmp_path, transformers, 
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([first, *ids, 2], skip_special_tokens=True) == text
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
-            tokenizer.unk_token_id) == (first, 2, 1, 3)
+    assert (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+    ) == (first, 2, 1, 3)
     batch = tokenizer(["a b", "a b a b a b a b"], padding=True)
     assert batch["input_ids"][0][-1] == 1
     assert batch["attention_mask"][0][-1] == 0
@@ -131,7 +168,13 @@ def test_whole_or_not_at_all(make_trained, tmp_path, monkeypatch):
 def test_the_folder_holds_what_it_needs_and_no_pickle(make_trained, tmp_path):
     export(make_trained(), str(tmp_path / "exported"))
     names = {entry.name for entry in (tmp_path / "exported").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors",
-                     "modeling_evomoe.py", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_evomoe.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     config = json.loads((tmp_path / "exported/config.json").read_text())
     assert config["num_experts"] == [5, 0, 5]

@@ -31,7 +31,8 @@ def test_the_likelihoods_of_a_padded_batch(make_trained, exported, transformers,
     trained = make_trained(20)
     model = exported(trained)
     tokenizer = transformers.AutoTokenizer.from_pretrained(
-        tmp_path / "exported", trust_remote_code=True)
+        tmp_path / "exported", trust_remote_code=True
+    )
     rows, spans = [], []
     for context, continuation in DOCUMENTS:
         whole = tokenizer.encode(f"{context} {continuation}")
@@ -40,8 +41,10 @@ def test_the_likelihoods_of_a_padded_batch(make_trained, exported, transformers,
         spans.append((start, whole[start:]))
     batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     log_probs = model(batch).logits.log_softmax(-1)
-    got = [sum(float(log_probs[n, start - 1 + i, row]) for i, row in enumerate(wanted))
-           for n, (start, wanted) in enumerate(spans)]
+    got = [
+        sum(float(log_probs[n, start - 1 + i, row]) for i, row in enumerate(wanted))
+        for n, (start, wanted) in enumerate(spans)
+    ]
     assert got == pytest.approx(our_likelihoods(trained, DOCUMENTS), abs=1e-4)
 
 
@@ -74,20 +77,48 @@ def test_a_task_of_the_harness(make_trained, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     others = [(context, "w9 w9") for context, _ in DOCUMENTS]
-    (tasks / "documents.jsonl").write_text("\n".join(
-        json.dumps({"context": context, "choices": [right, wrong], "gold": 0})
-        for (context, right), (_, wrong) in zip(DOCUMENTS, others, strict=True)))
-    (tasks / "tiny.yaml").write_text(json.dumps({  # YAML reads JSON
-        "task": "tiny", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tasks / "documents.jsonl")}},
-        "output_type": "multiple_choice", "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}))
+    (tasks / "documents.jsonl").write_text(
+        "\n".join(
+            json.dumps({"context": context, "choices": [right, wrong], "gold": 0})
+            for (context, right), (_, wrong) in zip(DOCUMENTS, others, strict=True)
+        )
+    )
+    (tasks / "tiny.yaml").write_text(
+        json.dumps(
+            {  # YAML reads JSON
+                "task": "tiny",
+                "dataset_path": "json",
+                "test_split": "test",
+                "dataset_kwargs": {"data_files": {"test": str(tasks / "documents.jsonl")}},
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{context}}",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "gold",
+                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            }
+        )
+    )
     done = subprocess.run(
-        [sys.executable, "-c", HARNESS, str(tmp_path / "exported"), str(tasks),
-         json.dumps(DOCUMENTS)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-             "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-c",
+            HARNESS,
+            str(tmp_path / "exported"),
+            str(tasks),
+            json.dumps(DOCUMENTS),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     found, accuracy = json.loads(line.removeprefix("RESULT"))

@@ -17,12 +17,18 @@ def make_layer(moe_options):
 
     def make(num_experts=E, dtype=torch.float64, layer_id=0, **given):
         options = moe_options(
-            **{"decoder_embed_dim": D, "decoder_ffn_embed_dim": F,
-               "moe_expert_count": str(num_experts), **given})
+            **{
+                "decoder_embed_dim": D,
+                "decoder_ffn_embed_dim": F,
+                "moe_expert_count": str(num_experts),
+                **given,
+            }
+        )
         validate(options)
         counts = tuple(1000 // (rank + 1) for rank in range(V))
-        info = LayerInfo(D, num_experts, options.moe_null_experts, layer_id=layer_id,
-                         token_counts_V=counts)
+        info = LayerInfo(
+            D, num_experts, options.moe_null_experts, layer_id=layer_id, token_counts_V=counts
+        )
         layer = build_layer(info, options, nn.functional.gelu).to(dtype)
         with torch.no_grad():
             for name, parameter in layer.gate.named_parameters():

@@ -84,13 +84,17 @@ def test_gradcheck_of_the_weights(make_gate):
 
     def weights(x, weight):
         return torch.func.functional_call(
-            gate, {"scorer.weight": weight}, (x, GateContext())).weights_N
+            gate, {"scorer.weight": weight}, (x, GateContext())
+        ).weights_N
 
     assert torch.autograd.gradcheck(weights, (x, gate.scorer.weight), fast_mode=True)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(T, D), torch.full((T, D), 1e30), torch.randn(1, D),
-                               torch.zeros(0, D)], ids=["equal", "huge", "one token", "no token"])
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(T, D), torch.full((T, D), 1e30), torch.randn(1, D), torch.zeros(0, D)],
+    ids=["equal", "huge", "one token", "no token"],
+)
 def test_odd_batches(make_gate, x):
     gate = make_gate()
     plan = gate(x.requires_grad_(), GateContext())
@@ -118,12 +122,15 @@ def test_training_is_said_not_to_be_causal(moe_options, caplog):
     assert "not causal" in caplog.text
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate base sets the load"),
-    ({"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor 2.0"),
-    ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot select null experts"),
-    ({"moe_top_k": 1}, "--moe-top-k 1: the gate base does not use it"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate base sets the load"),
+        ({"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor 2.0"),
+        ({"moe_null_experts": 2}, "--moe-null-experts 2: the gate base cannot select null experts"),
+        ({"moe_top_k": 1}, "--moe-top-k 1: the gate base does not use it"),
+    ],
+)
 def test_bad_values(moe_options, given, message):
     with pytest.raises(OptionError) as error:
         validate(moe_options(moe_gate="base", **given))

@@ -43,13 +43,18 @@ def test_padding_goes_nowhere(make_layer):
     assert plan.tokens_per_expert_E.tolist() == [int(mask.sum())] * E
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_capacity_factor": 1.0},
-     "--moe-capacity-factor 1.0: the gate dense sets the load of experts itself"),
-    ({"moe_eval_capacity_factor": 1.0}, "--moe-eval-capacity-factor 1.0: the gate dense sets"),
-    ({"moe_top_k": 4}, "--moe-top-k 4: the gate dense does not use it"),
-    ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate dense one of"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"moe_capacity_factor": 1.0},
+            "--moe-capacity-factor 1.0: the gate dense sets the load of experts itself",
+        ),
+        ({"moe_eval_capacity_factor": 1.0}, "--moe-eval-capacity-factor 1.0: the gate dense sets"),
+        ({"moe_top_k": 4}, "--moe-top-k 4: the gate dense does not use it"),
+        ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate dense one of"),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     with pytest.raises(OptionError, match=message):
         validate(moe_options(moe_gate="dense", **given))

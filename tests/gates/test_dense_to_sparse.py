@@ -44,13 +44,13 @@ def test_the_formula(make_gate):
 def test_softmax_weights_know_no_noise_and_no_temperature(make_gate):
     gate = make_gate(moe_combine_weights="softmax", moe_temperature_start=50.0)
     x = torch.randn(T, D)
-    assert torch.allclose(dense_weights(gate(x, context())), (x @ gate.scorer.weight.T).softmax(1),
-                          atol=1e-6)
+    assert torch.allclose(
+        dense_weights(gate(x, context())), (x @ gate.scorer.weight.T).softmax(1), atol=1e-6
+    )
 
 
 def test_from_all_experts_to_one(make_gate):
-    gate = make_gate(moe_temperature_start=2.0, moe_temperature_end=0.1,
-                     moe_temperature_updates=50)
+    gate = make_gate(moe_temperature_start=2.0, moe_temperature_end=0.1, moe_temperature_updates=50)
     x = torch.randn(T, D)
     pairs = [gate(x, context(n)).num_pairs / T for n in (0, 20, 40, 49, 50, 90)]
     assert pairs[0] > 0.95 * E
@@ -63,8 +63,9 @@ def test_hard_routing_is_noiseless_top1(make_gate):
     gate = make_gate(moe_hard_updates=10)
     x = torch.randn(T, D)
     plan = gate(x, context(10))
-    assert torch.equal(plan.expert_ids_N[plan.token_ids_N.argsort()],
-                       (x @ gate.scorer.weight.T).argmax(1))
+    assert torch.equal(
+        plan.expert_ids_N[plan.token_ids_N.argsort()], (x @ gate.scorer.weight.T).argmax(1)
+    )
 
 
 def test_never_hard(make_gate):

@@ -40,9 +40,15 @@ def by_hand(gate, x, width):
         alpha = torch.tensor(row[:K]).softmax(0).tolist()
         weights = [0.0] * E
         for i in range(K):
-            z = row[K + i * bits: K + (i + 1) * bits]
-            steps = [1.0 if v >= width / 2 else 0.0 if v <= -width / 2
-                     else -2 * v**3 / width**3 + 3 * v / (2 * width) + 0.5 for v in z]
+            z = row[K + i * bits : K + (i + 1) * bits]
+            steps = [
+                1.0
+                if v >= width / 2
+                else 0.0
+                if v <= -width / 2
+                else -2 * v**3 / width**3 + 3 * v / (2 * width) + 0.5
+                for v in z
+            ]
             selected = [0.0] * E
             valid = 0.0
             for code in range(2**bits):
@@ -89,8 +95,9 @@ def test_every_token_reaches_every_expert_at_the_start(make_gate, experts):
 
 def test_pairs_fall_to_the_selectors_as_bits_harden(make_gate):
     x = torch.randn(T, D)
-    pairs = [make_gate(16, scale=scale)(x, GateContext()).num_pairs / T
-             for scale in (1, 5, 20, 1e4)]
+    pairs = [
+        make_gate(16, scale=scale)(x, GateContext()).num_pairs / T for scale in (1, 5, 20, 1e4)
+    ]
     assert pairs == sorted(pairs, reverse=True)
     assert pairs[0] == 16
     assert 1 <= pairs[-1] <= 2
@@ -200,16 +207,19 @@ def test_half_precision_models_have_an_fp32_gate(make_gate, dtype):
     assert torch.equal(dense(plan, 6), dense(exact(x.float(), GateContext()), 6))
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
-    ({"moe_top_k": 5, "moe_expert_count": "4"}, "--moe-top-k 5: an MoE layer has 4 candidates"),
-    ({"moe_smooth_step_width": 0.0}, "--moe-smooth-step-width 0.0: give a width above 0"),
-    ({"moe_smooth_step_width": -1.0}, "--moe-smooth-step-width -1.0"),
-    ({"moe_smooth_step_width": float("inf")}, "--moe-smooth-step-width inf"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate dselect_k cannot select"),
-    ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate dselect_k does not use it"),
-    ({"moe_aux": "z=1"}, "the gate dselect_k has no logits"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
+        ({"moe_top_k": 5, "moe_expert_count": "4"}, "--moe-top-k 5: an MoE layer has 4 candidates"),
+        ({"moe_smooth_step_width": 0.0}, "--moe-smooth-step-width 0.0: give a width above 0"),
+        ({"moe_smooth_step_width": -1.0}, "--moe-smooth-step-width -1.0"),
+        ({"moe_smooth_step_width": float("inf")}, "--moe-smooth-step-width inf"),
+        ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate dselect_k cannot select"),
+        ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate dselect_k does not use it"),
+        ({"moe_aux": "z=1"}, "the gate dselect_k has no logits"),
+    ],
+)
 def test_bad_values(moe_options, given, message):
     with pytest.raises(OptionError) as error:
         validate(moe_options(moe_gate="dselect_k", **given))

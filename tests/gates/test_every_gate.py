@@ -34,10 +34,15 @@ WAYS = {
     "stable": [{"moe_stable_updates": 50}, {"moe_stable_updates": 0}],
     "switch": [{}],
     "top_any": [{}, {"moe_top_any_weights": "score", "moe_top_any_ste": "active"}],
-    "top_k": [{}, {"moe_top_k": 1}, {"moe_top_k": 3, "moe_top_k_weights": "renormalized"},
-              {"moe_sample_top_k": 1}, {"moe_bias_update_rate": 0.1}],
+    "top_k": [
+        {},
+        {"moe_top_k": 1},
+        {"moe_top_k": 3, "moe_top_k_weights": "renormalized"},
+        {"moe_sample_top_k": 1},
+        {"moe_bias_update_rate": 0.1},
+    ],
     "top_p": [{"moe_top_p_weights": kind} for kind in ("softmax", "uniform", "sparsemixer")]
-             + [{"moe_top_p": 0.0}, {"moe_top_p": 1.0}],
+    + [{"moe_top_p": 0.0}, {"moe_top_p": 1.0}],
 }
 GATES = [name for name in gate_names() if name in WAYS]
 
@@ -59,16 +64,29 @@ def scorers(name):
 def extras(name):
     """What a layer of this gate may have beside the gate's own options."""
     can = gate_class(name).capabilities
-    shared = [{"moe_shared_experts": 2, "moe_expert_gated": True},
-              {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3}]
+    shared = [
+        {"moe_shared_experts": 2, "moe_expert_gated": True},
+        {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3},
+    ]
     softmax = {"moe_shared_experts": 2, "moe_shared_combine": "softmax"}
     capacities = [
-        {"moe_capacity_factor": 0.7, "moe_drop_policy": policy, "moe_min_capacity": 1,
-         "moe_eval_capacity_factor": 0.7, "moe_renormalize_after_drop": policy == "probs"}
-        for policy in ("position", "probs", "random")]
+        {
+            "moe_capacity_factor": 0.7,
+            "moe_drop_policy": policy,
+            "moe_min_capacity": 1,
+            "moe_eval_capacity_factor": 0.7,
+            "moe_renormalize_after_drop": policy == "probs",
+        }
+        for policy in ("position", "probs", "random")
+    ]
     if name in THOROUGH:
-        return [*shared, softmax, {"moe_null_experts": 3},
-                {"moe_null_experts": 2, **softmax}, *capacities]
+        return [
+            *shared,
+            softmax,
+            {"moe_null_experts": 3},
+            {"moe_null_experts": 2, **softmax},
+            *capacities,
+        ]
     turn = GATES.index(name)
     found = [shared[turn % 2]]
     if can.null_experts and can.logits:
@@ -91,8 +109,11 @@ def cases(of_the_gate=True, also_of_the_layer=False):
 
 
 def label(given):
-    return "-".join(str(value) if key in ("moe_gate", "moe_scorer") else f"{key[4:]}={value}"
-                    for key, value in given.items() if key != "moe_allow_noncausal")
+    return "-".join(
+        str(value) if key in ("moe_gate", "moe_scorer") else f"{key[4:]}={value}"
+        for key, value in given.items()
+        if key != "moe_allow_noncausal"
+    )
 
 
 def every(**kwargs):
@@ -113,24 +134,37 @@ def slow(layer, x, plan):
     stack, weights = layer.shared.experts, plan.shared_weights_TS
     rows = []
     for t in range(x.size(0)):
-        parts = [one_expert(x[t], stack, s) * (1 if weights is None else weights[t, s])
-                 for s in range(stack.num_experts)]
+        parts = [
+            one_expert(x[t], stack, s) * (1 if weights is None else weights[t, s])
+            for s in range(stack.num_experts)
+        ]
         rows.append(sum(parts))
     return y + torch.stack(rows)
 
 
 def test_every_registered_gate_is_here():
     """A gate of the package that is missing in WAYS would go untested."""
-    ours = [name for name in gate_names()
-            if gate_class(name).__module__.startswith("evomoe_plugin.")]
+    ours = [
+        name for name in gate_names() if gate_class(name).__module__.startswith("evomoe_plugin.")
+    ]
     assert sorted(WAYS) == ours
 
 
-@pytest.mark.parametrize("given, training, padding", [
-    pytest.param(given, training, padding, id="-".join([
-        label(given), "training" if training else "evaluation", *["padding"] * padding]))
-    for i, given in enumerate(cases(also_of_the_layer=True))
-    for training, padding in [(True, i % 2 == 0), (False, i % 2 == 1)]])
+@pytest.mark.parametrize(
+    "given, training, padding",
+    [
+        pytest.param(
+            given,
+            training,
+            padding,
+            id="-".join(
+                [label(given), "training" if training else "evaluation", *["padding"] * padding]
+            ),
+        )
+        for i, given in enumerate(cases(also_of_the_layer=True))
+        for training, padding in [(True, i % 2 == 0), (False, i % 2 == 1)]
+    ],
+)
 def test_fast_path_equals_the_loop_oracle(make_layer, given, padding, training):
     layer = make_layer(**given).train(training)
     x, known = tokens()
@@ -167,7 +201,8 @@ def test_pairs_are_conserved(make_layer, given):
     assert plan.num_pairs + int(dropped) == asked.num_pairs
     if layer.capacity:
         most = layer.capacity.capacity(
-            num_pairs=asked.num_pairs, num_tokens=int(mask.sum()), num_experts=E)
+            num_pairs=asked.num_pairs, num_tokens=int(mask.sum()), num_experts=E
+        )
         assert plan.tokens_per_expert_E.max() <= most
         assert int(dropped) > 0
     assert plan.stats[st.PAIRS] == plan.num_pairs
@@ -230,7 +265,8 @@ def test_the_same_again_in_the_second_forward_of_checkpointing(make_layer, given
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     zeros, stats = layer.zero_stats(), first[2]  # of a layer that LayerDrop skips
     assert {name: value.shape for name, value in zeros.items()} == {
-        name: value.shape for name, value in stats.items()}
+        name: value.shape for name, value in stats.items()
+    }
     assert not any(value.any() for value in zeros.values())
 
 
@@ -273,12 +309,12 @@ def test_odd_batches_give_numbers_with_all_else_that_a_layer_may_have(make_layer
 
 @every()
 def test_one_expert(make_layer, given):
-    if given.get("moe_top_k", 2) > 1 and hasattr(gate_class(given["moe_gate"]).Options,
-                                                 "moe_top_k"):
+    if given.get("moe_top_k", 2) > 1 and hasattr(
+        gate_class(given["moe_gate"]).Options, "moe_top_k"
+    ):
         given = {**given, "moe_top_k": 1, "moe_sample_top_k": 0}
         options = gate_class(given["moe_gate"]).Options
-        given = {k: v for k, v in given.items()
-                 if k != "moe_sample_top_k" or hasattr(options, k)}
+        given = {k: v for k, v in given.items() if k != "moe_sample_top_k" or hasattr(options, k)}
     try:
         layer = make_layer(num_experts=1, **given)
     except OptionError as refusal:

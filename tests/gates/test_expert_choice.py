@@ -78,7 +78,7 @@ def test_evaluation_is_each_tokens_own_choice(make_gate, factor, picks):
 def test_later_tokens_change_earlier_ones_in_training_only(make_gate):
     gate, x = make_gate(), tokens()
     later = x.clone()
-    later[T // 2:] *= 10
+    later[T // 2 :] *= 10
     half = slice(0, T // 2)
 
     def differs():
@@ -94,24 +94,32 @@ def test_gradcheck(make_gate):
 
     def outputs(x, weight):
         return torch.func.functional_call(
-            gate, {"scorer.weight": weight}, (x, GateContext())).weights_N
+            gate, {"scorer.weight": weight}, (x, GateContext())
+        ).weights_N
 
     assert torch.autograd.gradcheck(outputs, (x, gate.scorer.weight), fast_mode=True)
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_allow_noncausal": False},
-     "--moe-gate expert_choice: .*later tokens, which a causal model must not.*"
-     "--moe-allow-noncausal"),
-    ({"moe_expert_choice_factor": 0.0}, "--moe-expert-choice-factor 0.0: "),
-    ({"moe_expert_choice_factor": -1.0}, "--moe-expert-choice-factor -1.0: "),
-    ({"moe_expert_choice_factor": float("nan")}, "--moe-expert-choice-factor nan: "),
-    ({"moe_expert_choice_factor": 4.5, "moe_expert_count": "4,16"},
-     "--moe-expert-choice-factor 4.5: an MoE layer has 4 experts"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate expert_choice cannot"),
-    ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate expert_choice sets"),
-    ({"moe_top_k": 3}, "--moe-top-k 3: the gate expert_choice does not use it"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"moe_allow_noncausal": False},
+            "--moe-gate expert_choice: .*later tokens, which a causal model must not.*"
+            "--moe-allow-noncausal",
+        ),
+        ({"moe_expert_choice_factor": 0.0}, "--moe-expert-choice-factor 0.0: "),
+        ({"moe_expert_choice_factor": -1.0}, "--moe-expert-choice-factor -1.0: "),
+        ({"moe_expert_choice_factor": float("nan")}, "--moe-expert-choice-factor nan: "),
+        (
+            {"moe_expert_choice_factor": 4.5, "moe_expert_count": "4,16"},
+            "--moe-expert-choice-factor 4.5: an MoE layer has 4 experts",
+        ),
+        ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate expert_choice cannot"),
+        ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0: the gate expert_choice sets"),
+        ({"moe_top_k": 3}, "--moe-top-k 3: the gate expert_choice does not use it"),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     given = {"moe_allow_noncausal": True, **given}
     with pytest.raises(OptionError, match=message):
@@ -125,8 +133,9 @@ def test_its_options_belong_to_no_other_gate(moe_options):
 
 def test_it_warns(moe_options, caplog):
     with caplog.at_level(logging.WARNING):
-        validate(moe_options(moe_gate="expert_choice", moe_allow_noncausal=True,
-                             moe_aux="balance=1,z=1"))
+        validate(
+            moe_options(moe_gate="expert_choice", moe_allow_noncausal=True, moe_aux="balance=1,z=1")
+        )
     assert len(caplog.messages) == 2
     assert "is not causal" in caplog.messages[0]
     assert "--moe-aux balance" in caplog.messages[1]

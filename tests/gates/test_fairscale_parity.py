@@ -40,12 +40,14 @@ def fairscale_layer(ours, group):
 
 def gradients(layer):
     """Of a layer of fairscale, in our order and shapes."""
+
     def stacked(part, name):
         return torch.stack([getattr(expert[part], name).grad for expert in layer.experts])
 
     return {
         "gate.scorer.weight": layer.gate.wg.weight.grad,
-        "experts.fc1_weight": stacked(0, "weight"), "experts.fc1_bias": stacked(0, "bias"),
+        "experts.fc1_weight": stacked(0, "weight"),
+        "experts.fc1_bias": stacked(0, "bias"),
         "experts.fc2_weight": stacked(2, "weight").transpose(1, 2),
         "experts.fc2_bias": stacked(2, "bias"),
     }
@@ -56,8 +58,9 @@ def tokens(ours, kind):
     if kind == "uneven":
         return torch.randn(T, D) + 6 * ours.gate.scorer.weight[1].detach()
     # Expert t first and t + 1 second: every expert is asked for 2 T / E times.
-    wanted = torch.stack([2.0 * (torch.arange(E) == t % E) + (torch.arange(E) == (t + 1) % E)
-                          for t in range(T)])
+    wanted = torch.stack(
+        [2.0 * (torch.arange(E) == t % E) + (torch.arange(E) == (t + 1) % E) for t in range(T)]
+    )
     with torch.no_grad():
         ours.gate.scorer.weight.copy_(torch.eye(E, D) + 0.01 * torch.randn(E, D))
     return torch.cat([wanted, torch.randn(T, D - E)], dim=1)
@@ -67,8 +70,13 @@ def tokens(ours, kind):
 @pytest.mark.parametrize("policy", ["all", "sampling"])
 def test_outputs_gradients_and_loss(moe_options, group, monkeypatch, kind, policy):
     options = moe_options(
-        decoder_embed_dim=D, decoder_ffn_embed_dim=F, moe_expert_count=str(E), moe_gate="gshard",
-        moe_second_expert_policy=policy, moe_capacity_factor=1.0)
+        decoder_embed_dim=D,
+        decoder_ffn_embed_dim=F,
+        moe_expert_count=str(E),
+        moe_gate="gshard",
+        moe_second_expert_policy=policy,
+        moe_capacity_factor=1.0,
+    )
     validate(options)
     ours = build_layer(LayerInfo(D, E), options, nn.functional.relu)
     x = tokens(ours, kind)

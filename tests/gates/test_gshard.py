@@ -72,19 +72,29 @@ def by_hand(logits, noise, chance, policy, normalize_first, prioritized, factor)
 @pytest.mark.parametrize("factor", [0.6, 1.0, float(E)])
 def test_it_equals_the_loop(make_layer, monkeypatch, policy, normalize_first, prioritized, factor):
     layer = make_layer(
-        moe_gate="gshard", moe_second_expert_policy=policy, moe_capacity_factor=factor,
+        moe_gate="gshard",
+        moe_second_expert_policy=policy,
+        moe_capacity_factor=factor,
         moe_batch_prioritized_routing=prioritized,
         moe_normalize_gate_prob_before_dropping=normalize_first,
     )
     chance = torch.rand(T)
-    monkeypatch.setattr("evomoe_plugin.gates.gshard.uniform",
-                        lambda keys_T, columns: chance.unsqueeze(1))
+    monkeypatch.setattr(
+        "evomoe_plugin.gates.gshard.uniform", lambda keys_T, columns: chance.unsqueeze(1)
+    )
     x = tokens()
     plan = layer._within_capacity(layer.gate(x, GateContext(noise_keys_T=keys())))
     got = torch.zeros(T, E, dtype=torch.float64)
     got[plan.token_ids_N, plan.expert_ids_N] = plan.weights_N.detach()
-    wanted = by_hand((x @ layer.gate.scorer.weight.T).detach(), gumbel(keys(), E).double(), chance,
-                     policy, normalize_first, prioritized, factor)
+    wanted = by_hand(
+        (x @ layer.gate.scorer.weight.T).detach(),
+        gumbel(keys(), E).double(),
+        chance,
+        policy,
+        normalize_first,
+        prioritized,
+        factor,
+    )
     assert torch.allclose(got, wanted, atol=1e-9)
 
 
@@ -117,8 +127,11 @@ def test_sampled_seconds_follow_the_probabilities(make_gate):
 @pytest.mark.parametrize("normalize_first", [False, True])
 def test_random_seconds_are_taken_with_twice_their_weight(make_gate, normalize_first):
     count = 6000
-    gate = make_gate(moe_second_expert_policy="random", moe_capacity_factor=1.0,
-                     moe_normalize_gate_prob_before_dropping=normalize_first)
+    gate = make_gate(
+        moe_second_expert_policy="random",
+        moe_capacity_factor=1.0,
+        moe_normalize_gate_prob_before_dropping=normalize_first,
+    )
     gate.scorer.weight.data.mul_(2)
     x = tokens(1).expand(count, D)
     choice = gate.route(x, GateContext(noise_keys_T=keys(count)))
@@ -146,8 +159,11 @@ def test_the_balance_loss_counts_first_picks(make_gate):
 @pytest.mark.parametrize("factor", [0.6, float(E)])
 @pytest.mark.parametrize("normalize_first", [False, True])
 def test_gradcheck(make_layer, factor, normalize_first):
-    layer = make_layer(moe_gate="gshard", moe_capacity_factor=factor,
-                       moe_normalize_gate_prob_before_dropping=normalize_first)
+    layer = make_layer(
+        moe_gate="gshard",
+        moe_capacity_factor=factor,
+        moe_normalize_gate_prob_before_dropping=normalize_first,
+    )
     x = tokens().requires_grad_()
 
     def outputs(x, weight):
@@ -182,29 +198,48 @@ def test_null_experts_can_be_first_or_second(make_gate):
     assert set(null.sum(1).tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_second_expert_policy": "best"},
-     "--moe-second-expert-policy best: one of: sampling, random, all"),
-    ({"moe_expert_count": "1,4"}, "--moe-expert-count 1,4: the gate gshard selects two"),
-    (NORMALIZE_FIRST, "--moe-normalize-gate-prob-before-dropping True: nothing is dropped"),
-    ({**NORMALIZE_FIRST, "moe_capacity_factor": 1.0, "moe_renormalize_after_drop": True},
-     "--moe-normalize-gate-prob-before-dropping True: --moe-renormalize-after-drop"),
-    ({"moe_batch_prioritized_routing": True},
-     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
-    ({"moe_batch_prioritized_routing": True, "moe_capacity_factor": 1.0,
-      "moe_drop_policy": "probs"}, "--moe-drop-policy probs: "),
-    ({"moe_top_k": 3}, "--moe-top-k 3: the gate gshard does not use it"),
-    ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate gshard one of"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"moe_second_expert_policy": "best"},
+            "--moe-second-expert-policy best: one of: sampling, random, all",
+        ),
+        ({"moe_expert_count": "1,4"}, "--moe-expert-count 1,4: the gate gshard selects two"),
+        (NORMALIZE_FIRST, "--moe-normalize-gate-prob-before-dropping True: nothing is dropped"),
+        (
+            {**NORMALIZE_FIRST, "moe_capacity_factor": 1.0, "moe_renormalize_after_drop": True},
+            "--moe-normalize-gate-prob-before-dropping True: --moe-renormalize-after-drop",
+        ),
+        (
+            {"moe_batch_prioritized_routing": True},
+            "--moe-batch-prioritized-routing True: experts have no capacity in training",
+        ),
+        (
+            {
+                "moe_batch_prioritized_routing": True,
+                "moe_capacity_factor": 1.0,
+                "moe_drop_policy": "probs",
+            },
+            "--moe-drop-policy probs: ",
+        ),
+        ({"moe_top_k": 3}, "--moe-top-k 3: the gate gshard does not use it"),
+        ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate gshard one of"),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     with pytest.raises(OptionError, match=message):
         validate(moe_options(moe_gate="gshard", **given))
 
 
-@pytest.mark.parametrize("given", [
-    {"moe_second_expert_policy": "random"}, {"moe_capacity_factor": 1.0},
-    {"moe_eval_capacity_token_fraction": 0.25},
-])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_second_expert_policy": "random"},
+        {"moe_capacity_factor": 1.0},
+        {"moe_eval_capacity_token_fraction": 0.25},
+    ],
+)
 def test_normalizing_before_dropping_needs_something_that_drops(moe_options, given):
     validate(moe_options(moe_gate="gshard", **NORMALIZE_FIRST, **given))
 
@@ -213,6 +248,9 @@ def test_priority_is_not_causal(moe_options, caplog):
     with caplog.at_level(logging.WARNING):
         validate(moe_options(moe_gate="gshard", moe_capacity_factor=1.0))
         assert not caplog.messages
-        validate(moe_options(moe_gate="gshard", moe_capacity_factor=1.0,
-                             moe_batch_prioritized_routing=True))
+        validate(
+            moe_options(
+                moe_gate="gshard", moe_capacity_factor=1.0, moe_batch_prioritized_routing=True
+            )
+        )
     assert ["not causal" in text for text in caplog.messages] == [True]

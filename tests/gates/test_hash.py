@@ -31,7 +31,8 @@ def test_a_symbol_goes_to_its_expert_with_weight_1_wherever_it_stands(make_gate,
         for training in (True, False):
             plan = gate.train(training)(x, GateContext(token_ids_T=ids))
             assert plan.expert_ids_N[plan.token_ids_N.argsort()].tolist() == [
-                gate.table_V[token_id] for token_id in ids.tolist()]
+                gate.table_V[token_id] for token_id in ids.tolist()
+            ]
             assert plan.weights_N.tolist() == [1.0] * 30
             assert not plan.aux
 
@@ -132,13 +133,19 @@ def test_what_is_missing_is_named(make_gate):
         make_gate()(torch.randn(3, D), GateContext())
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_hash": "md5"}, "--moe-hash md5: one of: balanced, random, clustered"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot select null experts"),
-    ({"moe_aux": "z=1"}, "the gate hash has no logits"),
-    ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate hash does not use it"),
-    ({"moe_shared_experts": 1, "moe_shared_combine": "softmax"}, "--moe-shared-combine softmax"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_hash": "md5"}, "--moe-hash md5: one of: balanced, random, clustered"),
+        ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate hash cannot select null experts"),
+        ({"moe_aux": "z=1"}, "the gate hash has no logits"),
+        ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate hash does not use it"),
+        (
+            {"moe_shared_experts": 1, "moe_shared_combine": "softmax"},
+            "--moe-shared-combine softmax",
+        ),
+    ],
+)
 def test_bad_values(moe_options, given, message):
     with pytest.raises(OptionError) as error:
         validate(moe_options(moe_gate="hash", **given))

@@ -30,19 +30,27 @@ def pair_of_layers(moe_options, name, top_k):
     """transformers' block and our layer, with the same random weights, and their loss."""
     model, own, weights = BLOCKS[name]
     module, config_class = modeling(model)
-    config = config_class(hidden_size=D, intermediate_size=F, num_experts_per_tok=top_k,
-                          hidden_act="silu", **own)
+    config = config_class(
+        hidden_size=D, intermediate_size=F, num_experts_per_tok=top_k, hidden_act="silu", **own
+    )
     theirs = getattr(module, f"{model}SparseMoeBlock")(config)
     options = moe_options(
-        decoder_embed_dim=D, decoder_ffn_embed_dim=F, moe_expert_count=str(E), moe_gate="top_k",
-        moe_top_k=top_k, moe_top_k_weights=weights, moe_expert_gated=True)
+        decoder_embed_dim=D,
+        decoder_ffn_embed_dim=F,
+        moe_expert_count=str(E),
+        moe_gate="top_k",
+        moe_top_k=top_k,
+        moe_top_k_weights=weights,
+        moe_expert_gated=True,
+    )
     validate(options)
     ours = build_layer(LayerInfo(D, E), options, nn.functional.silu)
     with torch.no_grad():
         ours.gate.scorer.weight.mul_(3)
         theirs.gate.weight.copy_(ours.gate.scorer.weight)
         theirs.experts.gate_up_proj.copy_(
-            torch.cat([ours.experts.fc1_weight, ours.experts.fc3_weight], dim=1))
+            torch.cat([ours.experts.fc1_weight, ours.experts.fc3_weight], dim=1)
+        )
         theirs.experts.down_proj.copy_(ours.experts.fc2_weight.transpose(1, 2))
     return theirs, ours, module.load_balancing_loss_func
 
@@ -52,7 +60,8 @@ def gradients(theirs):
     gate_grad, up_grad = theirs.experts.gate_up_proj.grad.chunk(2, dim=1)
     return {
         "gate.scorer.weight": theirs.gate.weight.grad,
-        "experts.fc1_weight": gate_grad, "experts.fc3_weight": up_grad,
+        "experts.fc1_weight": gate_grad,
+        "experts.fc3_weight": up_grad,
         "experts.fc2_weight": theirs.experts.down_proj.grad.transpose(1, 2),
     }
 

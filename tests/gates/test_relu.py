@@ -29,9 +29,12 @@ def dense(plan, experts=E, tokens=T):
 def totals(pairs, tokens=1000.0, experts=E, **more):
     """Statistics of layers: pairs is a list."""
     size = len(pairs)
-    return {st.PAIRS: torch.tensor(pairs).double(),
-            st.TOKENS: torch.full((size,), tokens).double(),
-            st.EXPERTS: torch.full((size,), tokens * experts).double(), **more}
+    return {
+        st.PAIRS: torch.tensor(pairs).double(),
+        st.TOKENS: torch.full((size,), tokens).double(),
+        st.EXPERTS: torch.full((size,), tokens * experts).double(),
+        **more,
+    }
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -141,7 +144,8 @@ def test_the_control_comes_to_its_target(make_gate):
         x = torch.randn(200, D) + 1
         plan = gate(x, GateContext(step))
         weights = torch.zeros(200, E).index_put(
-            (plan.token_ids_N, plan.expert_ids_N), plan.weights_N)
+            (plan.token_ids_N, plan.expert_ids_N), plan.weights_N
+        )
         loss = plan.aux["l1"] + (weights - (x @ goal.T).relu()).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -168,9 +172,18 @@ def test_a_small_coefficient_is_logged_as_it_is(make_gate):
     stats = {f"moe_stats_{name}": value.unsqueeze(0) for name, value in plan.stats.items()}
     metrics.reset()
     with metrics.aggregate("train"):
-        MoECrossEntropyCriterion.reduce_metrics([{
-            "loss": 1.0, "inner_loss": 1.0, "sample_size": T, "ntokens": T, "moe_flops": 1.0,
-            **stats}])
+        MoECrossEntropyCriterion.reduce_metrics(
+            [
+                {
+                    "loss": 1.0,
+                    "inner_loss": 1.0,
+                    "sample_size": T,
+                    "ntokens": T,
+                    "moe_flops": 1.0,
+                    **stats,
+                }
+            ]
+        )
     logged = metrics.get_smoothed_values("train")
     assert logged["coefficient"] == pytest.approx(1.2e-8)
 
@@ -209,7 +222,8 @@ def test_shares_for_losses_and_statistics(make_gate):
     w = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     gate.double()
     assert torch.autograd.gradcheck(
-        lambda w: gate.route(w, GateContext()).probs_TC, w, fast_mode=True)
+        lambda w: gate.route(w, GateContext()).probs_TC, w, fast_mode=True
+    )
 
 
 def test_padding_and_token_weights(make_gate):
@@ -231,8 +245,13 @@ def test_odd_batches(make_gate, scorer, scale, tokens):
     x = torch.full((tokens, D), scale, requires_grad=True)
     plan = gate(x, GateContext())
     (plan.weights_N.sum() * 1e-30 + sum(plan.aux.values())).backward()
-    for value in (plan.weights_N, *plan.aux.values(), *plan.stats.values(), x.grad,
-                  *(p.grad for p in gate.parameters())):
+    for value in (
+        plan.weights_N,
+        *plan.aux.values(),
+        *plan.stats.values(),
+        x.grad,
+        *(p.grad for p in gate.parameters()),
+    ):
         assert value.isfinite().all()
 
 
@@ -256,17 +275,20 @@ def test_half_precision_models_have_an_fp32_gate(make_gate, dtype):
     assert torch.equal(dense(plan), dense(exact(x.float(), GateContext())))
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
-    ({"moe_top_k": 9, "moe_expert_count": "8"}, "--moe-top-k 9: an MoE layer has 8 candidates"),
-    ({"moe_l1_start": 0.0}, "--moe-l1-start 0.0: give a number above 0"),
-    ({"moe_l1_start": 2.0}, "--moe-l1-start 2.0"),
-    ({"moe_l1_start": float("nan")}, "--moe-l1-start nan"),
-    ({"moe_l1_factor": 1.0}, "--moe-l1-factor 1.0: give a factor above 1"),
-    ({"moe_l1_factor": 100.0}, "--moe-l1-factor 100.0"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate relu cannot select"),
-    ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate relu one of: linear"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
+        ({"moe_top_k": 9, "moe_expert_count": "8"}, "--moe-top-k 9: an MoE layer has 8 candidates"),
+        ({"moe_l1_start": 0.0}, "--moe-l1-start 0.0: give a number above 0"),
+        ({"moe_l1_start": 2.0}, "--moe-l1-start 2.0"),
+        ({"moe_l1_start": float("nan")}, "--moe-l1-start nan"),
+        ({"moe_l1_factor": 1.0}, "--moe-l1-factor 1.0: give a factor above 1"),
+        ({"moe_l1_factor": 100.0}, "--moe-l1-factor 100.0"),
+        ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate relu cannot select"),
+        ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate relu one of: linear"),
+    ],
+)
 def test_bad_values(moe_options, given, message):
     with pytest.raises(OptionError) as error:
         validate(moe_options(moe_gate="relu", **given))

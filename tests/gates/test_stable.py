@@ -261,26 +261,32 @@ def test_what_is_missing_is_named(make_gate):
         make_gate()(torch.randn(3, D), GateContext())
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_stable_updates": -1}, "--moe-stable-updates -1: give 0 or more"),
-    ({"max_update": 0}, "--moe-stable-updates (not given): give it, or --max-update"),
-    ({"moe_stable_dim": 0}, "--moe-stable-dim 0: give a width of at least 1"),
-    ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot select"),
-    ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate stable does not use it"),
-    ({"moe_aux": "l1=1"}, "no loss named 'l1' for the gate stable"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_stable_updates": -1}, "--moe-stable-updates -1: give 0 or more"),
+        ({"max_update": 0}, "--moe-stable-updates (not given): give it, or --max-update"),
+        ({"moe_stable_dim": 0}, "--moe-stable-dim 0: give a width of at least 1"),
+        ({"moe_null_experts": 1}, "--moe-null-experts 1: the gate stable cannot select"),
+        ({"moe_scorer": "mlp"}, "--moe-scorer mlp: the gate stable does not use it"),
+        ({"moe_aux": "l1=1"}, "no loss named 'l1' for the gate stable"),
+    ],
+)
 def test_bad_values(moe_options, given, message):
     with pytest.raises(OptionError) as error:
         validate(moe_options(moe_gate="stable", **given))
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("given, warning", [
-    ({"moe_aux": "greedy_balance=0.3"}, "that of an untrained router"),
-    ({"moe_aux": "distill=0"}, "that of an untrained router"),
-    ({"moe_stable_updates": 0}, "that of an untrained router"),
-    ({"moe_stable_updates": 100}, "the run ends before routing is frozen at update 100"),
-])
+@pytest.mark.parametrize(
+    "given, warning",
+    [
+        ({"moe_aux": "greedy_balance=0.3"}, "that of an untrained router"),
+        ({"moe_aux": "distill=0"}, "that of an untrained router"),
+        ({"moe_stable_updates": 0}, "that of an untrained router"),
+        ({"moe_stable_updates": 100}, "the run ends before routing is frozen at update 100"),
+    ],
+)
 def test_doubtful_values_are_warned_of(moe_options, caplog, given, warning):
     validate(moe_options(moe_gate="stable", **given))
     assert warning in caplog.text

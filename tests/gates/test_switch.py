@@ -30,9 +30,13 @@ def tokens():
 def test_the_formula(make_gate, training):
     gate, x = make_gate().train(training), tokens()
     plan = gate(x, GateContext())
-    pairs = dict(zip(plan.token_ids_N.tolist(),
-                     zip(plan.expert_ids_N.tolist(), plan.weights_N.tolist(), strict=True),
-                     strict=True))
+    pairs = dict(
+        zip(
+            plan.token_ids_N.tolist(),
+            zip(plan.expert_ids_N.tolist(), plan.weights_N.tolist(), strict=True),
+            strict=True,
+        )
+    )
     assert plan.num_pairs == T
     for t in range(T):
         logits = [float(gate.scorer.weight[e] @ x[t]) for e in range(E)]
@@ -92,13 +96,21 @@ def test_a_token_whose_best_candidate_is_null_goes_nowhere(make_gate):
     assert torch.allclose(plan.null_mass_T, logits.softmax(1).amax(1) * null)
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 1}, "--moe-top-k 1: the gate switch does not use it"),
-    ({"moe_capacity_factor": 1.0, "moe_batch_prioritized_routing": True},
-     "--moe-batch-prioritized-routing True: the gate switch does not use it"),
-    ({"moe_second_expert_policy": "all"}, "--moe-second-expert-policy all: the gate switch does"),
-    ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate switch one of: linear"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 1}, "--moe-top-k 1: the gate switch does not use it"),
+        (
+            {"moe_capacity_factor": 1.0, "moe_batch_prioritized_routing": True},
+            "--moe-batch-prioritized-routing True: the gate switch does not use it",
+        ),
+        (
+            {"moe_second_expert_policy": "all"},
+            "--moe-second-expert-policy all: the gate switch does",
+        ),
+        ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate switch one of: linear"),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     with pytest.raises(OptionError, match=message):
         validate(moe_options(moe_gate="switch", **given))
@@ -108,6 +120,7 @@ def test_nothing_to_renormalize_is_said(moe_options, caplog):
     with caplog.at_level(logging.WARNING):
         validate(moe_options(moe_gate="switch", moe_capacity_factor=1.0))
         assert not caplog.messages
-        validate(moe_options(moe_gate="switch", moe_capacity_factor=1.0,
-                             moe_renormalize_after_drop=True))
+        validate(
+            moe_options(moe_gate="switch", moe_capacity_factor=1.0, moe_renormalize_after_drop=True)
+        )
     assert any("this changes nothing" in message for message in caplog.messages)

@@ -46,16 +46,18 @@ def by_hand(gate, x_TD, scale, by_score):
             if not gate.active_E[e]:
                 continue
             w, g = gate.weight[e].tolist(), float(gate.threshold[e])
-            cosine = sum(a * b for a, b in zip(x, w, strict=True)) / (math.hypot(*x)
-                                                                      * math.hypot(*w))
+            cosine = sum(a * b for a, b in zip(x, w, strict=True)) / (
+                math.hypot(*x) * math.hypot(*w)
+            )
             score[e] = 1 / (1 + math.exp(-scale * cosine))
             if score[e] > 1 / (1 + math.exp(-scale * g)):
                 reached.append(e)
         if not reached and not gate.training:
             reached = [max(score, key=score.get)]
         total = sum(score[e] for e in reached) if by_score else len(reached)
-        rows.append([0.0 if e not in reached else (score[e] if by_score else 1) / total
-                     for e in range(E)])
+        rows.append(
+            [0.0 if e not in reached else (score[e] if by_score else 1) / total for e in range(E)]
+        )
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -63,8 +65,9 @@ def by_hand(gate, x_TD, scale, by_score):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_formula(make_gate, weights, training, learned):
-    gate = make_gate(moe_top_any_weights=weights, moe_top_any_scale=3.0,
-                     moe_top_any_learned_scale=learned).train(training)
+    gate = make_gate(
+        moe_top_any_weights=weights, moe_top_any_scale=3.0, moe_top_any_learned_scale=learned
+    ).train(training)
     x = tokens()
     plan = gate(x, GateContext())
     wanted = by_hand(gate, x, 3.0, weights == "score")
@@ -77,13 +80,18 @@ def test_the_formula(make_gate, weights, training, learned):
 @pytest.mark.parametrize("weights", ["uniform", "score"])
 @pytest.mark.parametrize("ste", ["full", "active"])
 def test_the_straight_through_gradient(make_gate, weights, ste):
-    gate = make_gate(moe_top_any_weights=weights, moe_top_any_ste=ste,
-                     moe_top_any_learned_scale=True, moe_top_any_scale=2.0)
+    gate = make_gate(
+        moe_top_any_weights=weights,
+        moe_top_any_ste=ste,
+        moe_top_any_learned_scale=True,
+        moe_top_any_scale=2.0,
+    )
     x = tokens()
     plan = gate(x, GateContext())
     seed_N = torch.randn_like(plan.weights_N)
-    got = torch.autograd.grad(plan.weights_N @ seed_N, [gate.weight, gate.threshold,
-                                                        gate.log_scale])
+    got = torch.autograd.grad(
+        plan.weights_N @ seed_N, [gate.weight, gate.threshold, gate.log_scale]
+    )
 
     normal = torch.nn.functional.normalize
     scores = torch.sigmoid(gate.log_scale.exp() * normal(x) @ normal(gate.weight).T)
@@ -102,7 +110,8 @@ def test_the_straight_through_gradient(make_gate, weights, ste):
     grad_s = grad_g + (grad_u * g if weights == "score" else 0)
     wanted = torch.autograd.grad(
         (scores * grad_s).sum() - (thresholds * grad_g.sum(0)).sum(),
-        [gate.weight, gate.threshold, gate.log_scale])
+        [gate.weight, gate.threshold, gate.log_scale],
+    )
     for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
     assert not got[0][ACTIVE:].any()
@@ -131,7 +140,8 @@ def test_far_out_scores_are_still_told_apart(make_gate):
         orthogonal = torch.nn.functional.normalize(gate.weight[1:2])
         x = x + orthogonal * 0.75**0.5  # cosine 0.5 to expert 0, 0.87 to expert 1
     assert dense(gate(x, GateContext()), torch.ones(2, dtype=torch.float64), 1).tolist() == [
-        [1, 1, 0, 0, 0, 0]]
+        [1, 1, 0, 0, 0, 0]
+    ]
 
 
 def test_the_scale_is_at_most_100(make_gate):
@@ -150,8 +160,9 @@ def test_initialisation(moe_options):
     assert not gate.threshold.any()
     assert gate.active().all()
     assert gate.log_scale is None
-    learned = TopAnyGate(LayerInfo(D, E), moe_options(moe_top_any_learned_scale=True,
-                                                      moe_top_any_scale=10.0))
+    learned = TopAnyGate(
+        LayerInfo(D, E), moe_options(moe_top_any_learned_scale=True, moe_top_any_scale=10.0)
+    )
     assert learned.log_scale.exp().item() == pytest.approx(10)
 
 
@@ -203,8 +214,12 @@ def test_statistics_are_of_active_experts(make_gate):
         gate.threshold[0] = 1.0
     stats = gate(tokens(), GateContext()).stats
     assert stats[st.EXPERTS] == T * ACTIVE
-    numbers = st.summarize({name: stats[name].unsqueeze(0) for name in (
-        st.TOKENS, st.PAIRS, st.LOAD_E, st.EXPERTS, st.ENTROPY, st.NONFINITE)})
+    numbers = st.summarize(
+        {
+            name: stats[name].unsqueeze(0)
+            for name in (st.TOKENS, st.PAIRS, st.LOAD_E, st.EXPERTS, st.ENTROPY, st.NONFINITE)
+        }
+    )
     assert numbers["dead_experts"] == pytest.approx(1 / ACTIVE)
     assert numbers["active_experts"] == ACTIVE
     load = stats[st.LOAD_E]
@@ -212,8 +227,13 @@ def test_statistics_are_of_active_experts(make_gate):
 
 
 def test_capacity_is_shared_by_active_experts(moe_options):
-    options = moe_options(moe_gate="top_any", decoder_embed_dim=D, moe_expert_count="2",
-                          moe_max_experts=E, moe_capacity_factor=1.0)
+    options = moe_options(
+        moe_gate="top_any",
+        decoder_embed_dim=D,
+        moe_expert_count="2",
+        moe_max_experts=E,
+        moe_capacity_factor=1.0,
+    )
     layer = build_layer(LayerInfo(D, E, start_experts=2), options, torch.nn.functional.gelu)
     x = torch.randn(400, D)
     asked = layer.gate(x, GateContext())
@@ -226,8 +246,10 @@ def test_records_come_with_the_statistics(make_gate):
     gate = make_gate(moe_adapt_record_interval=4, moe_adapt_window=1, moe_max_experts=E)
     x = tokens()
     assert gate.learns_after_updates
-    assert not any(gate(x, GateContext(num_updates=2)).stats[name].any()
-                   for name in gate.record.zeros(x.device))
+    assert not any(
+        gate(x, GateContext(num_updates=2)).stats[name].any()
+        for name in gate.record.zeros(x.device)
+    )
     plan = gate(x, GateContext(num_updates=3))
     gate.after_update(4, plan.stats, {})
     mask = dense(plan, torch.ones_like(plan.weights_N)).bool()
@@ -236,31 +258,36 @@ def test_records_come_with_the_statistics(make_gate):
     assert gate.record.unrouted == (~mask.any(1)).sum() > 0
 
 
-@pytest.mark.parametrize("given, option", [
-    ({"moe_top_any_ste": "none"}, "moe-top-any-ste"),
-    ({"moe_top_any_weights": "raw"}, "moe-top-any-weights"),
-    ({"moe_top_any_scale": 0.0}, "moe-top-any-scale"),
-    ({"moe_top_any_scale": 101.0}, "moe-top-any-scale"),
-    ({"moe_top_any_scale": float("nan")}, "moe-top-any-scale"),
-    ({"moe_max_experts": -1}, "moe-max-experts"),
-    ({"moe_max_experts": 3}, "moe-max-experts"),
-    ({"moe_expert_count": "2:8", "moe_max_experts": 7}, "moe-max-experts"),
-    ({"moe_adapt_record_interval": -1}, "moe-adapt-record-interval"),
-    ({"moe_adapt_record_interval": 10}, "moe-adapt-record-interval"),
-    ({"moe_adapt_record_interval": 10, "moe_max_experts": 4}, "moe-adapt-record-interval"),
-    ({"moe_adapt_window": 5}, "moe-adapt-window"),
-    ({"moe_adapt_window": -5}, "moe-adapt-window"),
-    ({"moe_adapt_record_interval": 10, "moe_max_experts": 8, "moe_adapt_window": 11},
-     "moe-adapt-window"),
-    ({"moe_adapt_source": "random"}, "moe-adapt-source"),
-    ({"moe_adapt_noise": -0.1}, "moe-adapt-noise"),
-    ({"moe_adapt_noise": 0.1, "moe_adapt_source": "keep"}, "moe-adapt-noise"),
-    ({"moe_null_experts": 1}, "moe-null-experts"),
-    ({"moe_aux": "z=0.1"}, "moe-aux"),
-    ({"moe_gate": "top_k", "moe_max_experts": 8}, "moe-max-experts"),
-    ({"moe_gate": "top_k", "moe_adapt_record_interval": 8}, "moe-adapt-record-interval"),
-    ({"moe_gate": "top_k", "moe_top_any_scale": 8.0}, "moe-top-any-scale"),
-])
+@pytest.mark.parametrize(
+    "given, option",
+    [
+        ({"moe_top_any_ste": "none"}, "moe-top-any-ste"),
+        ({"moe_top_any_weights": "raw"}, "moe-top-any-weights"),
+        ({"moe_top_any_scale": 0.0}, "moe-top-any-scale"),
+        ({"moe_top_any_scale": 101.0}, "moe-top-any-scale"),
+        ({"moe_top_any_scale": float("nan")}, "moe-top-any-scale"),
+        ({"moe_max_experts": -1}, "moe-max-experts"),
+        ({"moe_max_experts": 3}, "moe-max-experts"),
+        ({"moe_expert_count": "2:8", "moe_max_experts": 7}, "moe-max-experts"),
+        ({"moe_adapt_record_interval": -1}, "moe-adapt-record-interval"),
+        ({"moe_adapt_record_interval": 10}, "moe-adapt-record-interval"),
+        ({"moe_adapt_record_interval": 10, "moe_max_experts": 4}, "moe-adapt-record-interval"),
+        ({"moe_adapt_window": 5}, "moe-adapt-window"),
+        ({"moe_adapt_window": -5}, "moe-adapt-window"),
+        (
+            {"moe_adapt_record_interval": 10, "moe_max_experts": 8, "moe_adapt_window": 11},
+            "moe-adapt-window",
+        ),
+        ({"moe_adapt_source": "random"}, "moe-adapt-source"),
+        ({"moe_adapt_noise": -0.1}, "moe-adapt-noise"),
+        ({"moe_adapt_noise": 0.1, "moe_adapt_source": "keep"}, "moe-adapt-noise"),
+        ({"moe_null_experts": 1}, "moe-null-experts"),
+        ({"moe_aux": "z=0.1"}, "moe-aux"),
+        ({"moe_gate": "top_k", "moe_max_experts": 8}, "moe-max-experts"),
+        ({"moe_gate": "top_k", "moe_adapt_record_interval": 8}, "moe-adapt-record-interval"),
+        ({"moe_gate": "top_k", "moe_top_any_scale": 8.0}, "moe-top-any-scale"),
+    ],
+)
 def test_bad_options_are_refused_by_name(moe_options, given, option):
     with pytest.raises(OptionError, match=f"^--{option} .*: .*(give|leave|one of)"):
         validate(moe_options(**{"moe_gate": "top_any", "moe_expert_count": "4", **given}))

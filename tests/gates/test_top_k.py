@@ -43,6 +43,7 @@ def chosen(gate, x, context=None):
 
 def score_by_hand(name, scorer, x):
     """Scores of one token, from the papers' formulas."""
+
     def cosines(x, centres):
         return torch.stack([x @ c / (x.norm() * c.norm()) for c in centres])
 
@@ -97,8 +98,11 @@ def test_the_bound_of_the_scale_and_log_scores(make_gate, scorer):
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("weights", ["raw", "renormalized"])
 def test_gradcheck_of_weights_and_loss(make_gate, scorer, weights):
-    gate = make_gate(moe_scorer=scorer, moe_top_k_weights=weights, moe_scorer_dim=(
-        12 if scorer in ("mlp", "gmm") else 256))
+    gate = make_gate(
+        moe_scorer=scorer,
+        moe_top_k_weights=weights,
+        moe_scorer_dim=(12 if scorer in ("mlp", "gmm") else 256),
+    )
     x = tokens(12).requires_grad_()
     names = [name for name, _ in gate.named_parameters()]
 
@@ -269,8 +273,9 @@ def test_null_experts_are_candidates(make_gate):
 
 
 def test_batch_prioritized_routing_lets_the_surest_tokens_go_first(make_layer):
-    layer = make_layer(moe_gate="top_k", moe_capacity_factor=0.5,
-                       moe_batch_prioritized_routing=True)
+    layer = make_layer(
+        moe_gate="top_k", moe_capacity_factor=0.5, moe_batch_prioritized_routing=True
+    )
     x = torch.randn(T, 6, dtype=torch.float64)
     asked = layer.gate(x, GateContext())
     kept = layer._within_capacity(asked)
@@ -285,34 +290,53 @@ def test_batch_prioritized_routing_lets_the_surest_tokens_go_first(make_layer):
 # Options
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
-    ({"moe_top_k": 17}, "--moe-top-k 17: an MoE layer has 16 candidates"),
-    ({"moe_top_k": 5, "moe_expert_count": "4,8"}, "--moe-top-k 5: an MoE layer has 4 candidates"),
-    ({"moe_top_k_weights": "soft"}, "--moe-top-k-weights soft: one of: raw, renormalized"),
-    ({"moe_sample_top_k": 3}, r"--moe-sample-top-k 3: give 0 to --moe-top-k \(2\)"),
-    ({"moe_sample_top_k": -1}, "--moe-sample-top-k -1: "),
-    ({"moe_bias_update_rate": -0.1}, "--moe-bias-update-rate -0.1: scores are at most 1"),
-    ({"moe_bias_update_rate": float("inf")}, "--moe-bias-update-rate inf: "),
-    ({"moe_batch_prioritized_routing": True},
-     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
-    ({"moe_batch_prioritized_routing": True, "moe_eval_capacity_factor": 1.0},
-     "--moe-batch-prioritized-routing True: experts have no capacity in training"),
-    ({"moe_batch_prioritized_routing": True, "moe_capacity_factor": 1.0,
-      "moe_drop_policy": "random"}, "--moe-drop-policy random: "),
-    ({"moe_scorer": "quadratic"}, "--moe-scorer quadratic: .*unknown scorer"),
-    ({"moe_scorer_dim": 16}, "--moe-scorer-dim 16: the scorer linear has no hidden width"),
-    ({"moe_scorer": "gmm", "moe_scorer_dropout": 0.1}, "--moe-scorer-dropout 0.1: "),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
+        ({"moe_top_k": 17}, "--moe-top-k 17: an MoE layer has 16 candidates"),
+        (
+            {"moe_top_k": 5, "moe_expert_count": "4,8"},
+            "--moe-top-k 5: an MoE layer has 4 candidates",
+        ),
+        ({"moe_top_k_weights": "soft"}, "--moe-top-k-weights soft: one of: raw, renormalized"),
+        ({"moe_sample_top_k": 3}, r"--moe-sample-top-k 3: give 0 to --moe-top-k \(2\)"),
+        ({"moe_sample_top_k": -1}, "--moe-sample-top-k -1: "),
+        ({"moe_bias_update_rate": -0.1}, "--moe-bias-update-rate -0.1: scores are at most 1"),
+        ({"moe_bias_update_rate": float("inf")}, "--moe-bias-update-rate inf: "),
+        (
+            {"moe_batch_prioritized_routing": True},
+            "--moe-batch-prioritized-routing True: experts have no capacity in training",
+        ),
+        (
+            {"moe_batch_prioritized_routing": True, "moe_eval_capacity_factor": 1.0},
+            "--moe-batch-prioritized-routing True: experts have no capacity in training",
+        ),
+        (
+            {
+                "moe_batch_prioritized_routing": True,
+                "moe_capacity_factor": 1.0,
+                "moe_drop_policy": "random",
+            },
+            "--moe-drop-policy random: ",
+        ),
+        ({"moe_scorer": "quadratic"}, "--moe-scorer quadratic: .*unknown scorer"),
+        ({"moe_scorer_dim": 16}, "--moe-scorer-dim 16: the scorer linear has no hidden width"),
+        ({"moe_scorer": "gmm", "moe_scorer_dropout": 0.1}, "--moe-scorer-dropout 0.1: "),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     with pytest.raises(OptionError, match=message):
         validate(moe_options(moe_gate="top_k", **given))
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 1, "moe_top_k_weights": "renormalized"}, "the weight is always 1"),
-    ({"moe_capacity_factor": 1.0, "moe_batch_prioritized_routing": True}, "not causal"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 1, "moe_top_k_weights": "renormalized"}, "the weight is always 1"),
+        ({"moe_capacity_factor": 1.0, "moe_batch_prioritized_routing": True}, "not causal"),
+    ],
+)
 def test_what_it_warns_of(moe_options, caplog, given, message):
     with caplog.at_level(logging.WARNING):
         validate(moe_options(moe_gate="top_k"))

@@ -79,8 +79,10 @@ def test_it_equals_the_loop(make_gate, top_p, weights, num_null, training):
 def test_top_p_0_is_top_k(make_gate):
     x = tokens()
     choice = make_gate(moe_top_p=0.0, moe_top_k=3).route(x, GateContext())
-    assert torch.equal(choice.mask_TC.nonzero()[:, 1].view(T, 3),
-                       choice.logits_TC.topk(3, dim=1).indices.sort(1).values)
+    assert torch.equal(
+        choice.mask_TC.nonzero()[:, 1].view(T, 3),
+        choice.logits_TC.topk(3, dim=1).indices.sort(1).values,
+    )
 
 
 @pytest.mark.parametrize("weights", ["softmax", "uniform", "sparsemixer"])
@@ -150,11 +152,15 @@ def test_tokens_that_go_to_null_experts_alone_cost_nothing(make_layer):
 
 @pytest.mark.parametrize("weights", ["softmax", "uniform"])
 def test_shared_experts_are_weighed_as_in_dcmoe(make_layer, weights):
-    """q = softmax over the chosen D (null ones too) and the shared: y = q(D) Σ w_e f_e + Σ q_s g_s.
-    """
-    layer = make_layer(moe_gate="top_p", moe_null_experts=2, moe_shared_experts=2,
-                       moe_shared_combine="softmax", moe_shared_ffn_dim=7,
-                       moe_top_p_weights=weights)
+    """q = softmax over the chosen D (null ones too) and the shared: y = q(D) Σ w_e f_e + Σ q_s g_s."""
+    layer = make_layer(
+        moe_gate="top_p",
+        moe_null_experts=2,
+        moe_shared_experts=2,
+        moe_shared_combine="softmax",
+        moe_shared_ffn_dim=7,
+        moe_top_p_weights=weights,
+    )
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     y, _, _ = layer(x)
     rows, nulls = [], 0
@@ -164,7 +170,7 @@ def test_shared_experts_are_weighed_as_in_dcmoe(make_layer, weights):
         probs = logits.softmax(0)
         picks = smallest_set(probs.tolist(), 0.7)
         q = torch.cat([logits[picks], shared_logits]).softmax(0)
-        routed = q[:len(picks)].sum()
+        routed = q[: len(picks)].sum()
         row = sum(q[len(picks) + s] * one_expert(x[t], layer.shared.experts, s) for s in range(2))
         for c in picks:
             w = probs[c] / probs[picks].sum() if weights == "softmax" else 1 / len(picks)
@@ -178,15 +184,22 @@ def test_shared_experts_are_weighed_as_in_dcmoe(make_layer, weights):
     assert torch.allclose(y, wanted, atol=1e-9)
     parameters = [x, *layer.parameters()]
     seed = torch.randn_like(y)
-    for ours, theirs in zip(torch.autograd.grad(y, parameters, seed),
-                            torch.autograd.grad(wanted, parameters, seed), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, parameters, seed),
+        torch.autograd.grad(wanted, parameters, seed),
+        strict=True,
+    ):
         assert torch.allclose(ours, theirs, atol=1e-9)
 
 
 def test_shared_experts_are_never_capped(make_layer):
     """In DCMoE the policy `position` masked shared experts too, and tokens became NaN."""
-    layer = make_layer(moe_gate="top_p", moe_shared_experts=2, moe_shared_combine="softmax",
-                       moe_capacity_factor=0.3)
+    layer = make_layer(
+        moe_gate="top_p",
+        moe_shared_experts=2,
+        moe_shared_combine="softmax",
+        moe_capacity_factor=0.3,
+    )
     x = tokens()
     plan = layer._within_capacity(layer.gate(x, GateContext()))
     left = plan.token_ids_N.bincount(minlength=T) == 0
@@ -242,8 +255,7 @@ def sparsemixer_by_hand(logits, picks, noise, chance):
     left, chosen, values, slopes = list(range(len(logits))), [], [], []
     for r in range(picks):
         largest = max(logits[c] for c in left)
-        near = [c for c in left
-                if largest - logits[c] <= 0.02 * max(abs(largest), abs(logits[c]))]
+        near = [c for c in left if largest - logits[c] <= 0.02 * max(abs(largest), abs(logits[c]))]
         pick = max(near, key=lambda c: logits[c] + (0.0 if noise is None else float(noise[r][c])))
         q = torch.tensor([logits[c] for c in near], dtype=torch.float64).softmax(0).tolist()
         value = q[near.index(pick)]
@@ -268,25 +280,30 @@ def test_sparsemixer_forward_and_backward_as_stated(make_gate, monkeypatch, trai
     noise, chance = torch.randn(C, T, C, dtype=torch.float64), torch.rand(C, T)
     turns = {"noise": iter(noise), "chance": iter(chance)}
     monkeypatch.setattr(top_p_module, "gumbel", lambda keys_T, columns: next(turns["noise"]))
-    monkeypatch.setattr(top_p_module, "uniform",
-                        lambda keys_T, columns: next(turns["chance"]).unsqueeze(1))
+    monkeypatch.setattr(
+        top_p_module, "uniform", lambda keys_T, columns: next(turns["chance"]).unsqueeze(1)
+    )
     choice = gate.route(x, GateContext(noise_keys_T=keys()))
     seed = torch.randn(T, C, dtype=torch.float64)
-    (got,) = torch.autograd.grad((choice.weights_TC * choice.mask_TC * seed).sum(),
-                                 choice.logits_TC)
+    (got,) = torch.autograd.grad(
+        (choice.weights_TC * choice.mask_TC * seed).sum(), choice.logits_TC
+    )
     logits = choice.logits_TC.detach()
     scaled = orders = 0
     for t in range(T):
         picks = len(smallest_set(logits[t].softmax(0).tolist(), 0.8))
         chosen, values, slopes = sparsemixer_by_hand(
-            logits[t].tolist(), picks, noise[:, t] if training else None, chance[:, t])
+            logits[t].tolist(), picks, noise[:, t] if training else None, chance[:, t]
+        )
         assert choice.mask_TC[t].nonzero().squeeze(1).tolist() == sorted(chosen)
         total = sum(values)
         wanted = torch.tensor([value / total for value in values], dtype=torch.float64)
         assert torch.allclose(choice.weights_TC[t, chosen], wanted)
         mean = sum(float(seed[t, c]) * w for c, w in zip(chosen, wanted.tolist(), strict=True))
-        gradient = sum((float(seed[t, c]) - mean) / total * slope
-                       for c, slope in zip(chosen, slopes, strict=True))
+        gradient = sum(
+            (float(seed[t, c]) - mean) / total * slope
+            for c, slope in zip(chosen, slopes, strict=True)
+        )
         assert torch.allclose(got[t], gradient, atol=1e-9)
         best = logits[t].topk(picks).indices.tolist()
         orders += chosen != best
@@ -342,31 +359,39 @@ def test_the_published_weights_are_uniform_without_near_ties(make_gate):
 # Options
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_p": -0.1}, "--moe-top-p -0.1: it is a probability"),
-    ({"moe_top_p": 1.5}, "--moe-top-p 1.5: it is a probability"),
-    ({"moe_top_p": float("nan")}, "--moe-top-p nan: it is a probability"),
-    ({"moe_top_p": 0.0, "moe_top_k": 17}, "--moe-top-k 17: an MoE layer has 16 candidates"),
-    ({"moe_top_p": 0.0, "moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
-    ({"moe_top_p_weights": "raw"}, "--moe-top-p-weights raw: one of: softmax, uniform"),
-    ({"moe_jitter": -0.01}, "--moe-jitter -0.01: give 0 or more and less than 1"),
-    ({"moe_jitter": 1.0}, "--moe-jitter 1.0: give 0 or more and less than 1"),
-    ({"moe_top_k_weights": "renormalized"},
-     "--moe-top-k-weights renormalized: the gate top_p does not use it"),
-    ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate top_p one of"),
-    ({"moe_null_experts": -1}, "--moe-null-experts -1: "),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_p": -0.1}, "--moe-top-p -0.1: it is a probability"),
+        ({"moe_top_p": 1.5}, "--moe-top-p 1.5: it is a probability"),
+        ({"moe_top_p": float("nan")}, "--moe-top-p nan: it is a probability"),
+        ({"moe_top_p": 0.0, "moe_top_k": 17}, "--moe-top-k 17: an MoE layer has 16 candidates"),
+        ({"moe_top_p": 0.0, "moe_top_k": 0}, "--moe-top-k 0: give 1 or more"),
+        ({"moe_top_p_weights": "raw"}, "--moe-top-p-weights raw: one of: softmax, uniform"),
+        ({"moe_jitter": -0.01}, "--moe-jitter -0.01: give 0 or more and less than 1"),
+        ({"moe_jitter": 1.0}, "--moe-jitter 1.0: give 0 or more and less than 1"),
+        (
+            {"moe_top_k_weights": "renormalized"},
+            "--moe-top-k-weights renormalized: the gate top_p does not use it",
+        ),
+        ({"moe_scorer": "sigmoid"}, "--moe-scorer sigmoid: with --moe-gate top_p one of"),
+        ({"moe_null_experts": -1}, "--moe-null-experts -1: "),
+    ],
+)
 def test_what_it_refuses(moe_options, given, message):
     with pytest.raises(OptionError, match=message):
         validate(moe_options(moe_gate="top_p", **given))
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"moe_top_k": 3}, "--moe-top-p 0.7 determines how many"),
-    ({"moe_top_p": 0.0, "moe_top_k": 1}, "the weight of the one selected candidate is 1"),
-    ({"moe_top_p_weights": "uniform"}, "learns only from auxiliary losses"),
-    ({"moe_top_p_weights": "sparsemixer"}, "near ties"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"moe_top_k": 3}, "--moe-top-p 0.7 determines how many"),
+        ({"moe_top_p": 0.0, "moe_top_k": 1}, "the weight of the one selected candidate is 1"),
+        ({"moe_top_p_weights": "uniform"}, "learns only from auxiliary losses"),
+        ({"moe_top_p_weights": "sparsemixer"}, "near ties"),
+    ],
+)
 def test_what_it_warns_of(moe_options, caplog, given, message):
     with caplog.at_level(logging.WARNING):
         validate(moe_options(moe_gate="top_p", moe_null_experts=1))

@@ -13,8 +13,21 @@ from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 
 EOS, PAD, UNK, BOS = 2, 1, 3, 0
-GATES = ["base", "dense", "dense_to_sparse", "dselect_k", "expert_choice", "gshard", "hash", "relu",
-         "stable", "switch", "top_any", "top_k", "top_p"]
+GATES = [
+    "base",
+    "dense",
+    "dense_to_sparse",
+    "dselect_k",
+    "expert_choice",
+    "gshard",
+    "hash",
+    "relu",
+    "stable",
+    "switch",
+    "top_any",
+    "top_k",
+    "top_p",
+]
 NEEDED = {"expert_choice": {"moe_allow_noncausal": True}}
 STRATEGIES = {
     "greedy": {},
@@ -27,8 +40,10 @@ STRATEGIES = {
 def prompts():
     """Nine prompts of different lengths, one of them empty."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(4, 40, (n,), generator=generator).tolist()
-            for n in (5, 1, 9, 0, 3, 3, 14, 2, 7)]
+    return [
+        torch.randint(4, 40, (n,), generator=generator).tolist()
+        for n in (5, 1, 9, 0, 3, 3, 14, 2, 7)
+    ]
 
 
 def tokens_of(trained, given, **options):
@@ -38,12 +53,18 @@ def tokens_of(trained, given, **options):
 
 
 QUICK = [("dense_to_sparse", "greedy"), ("dense_to_sparse", "sampling"), ("top_any", "greedy")]
-LONGER = {*((gate, "greedy") for gate in GATES), *(("dense_to_sparse", s) for s in STRATEGIES),
-          ("top_k", "beam"), ("hash", "sampling")} - set(QUICK)
+LONGER = {
+    *((gate, "greedy") for gate in GATES),
+    *(("dense_to_sparse", s) for s in STRATEGIES),
+    ("top_k", "beam"),
+    ("hash", "sampling"),
+} - set(QUICK)
 
 
-@pytest.mark.parametrize("gate, strategy", [
-    *QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(LONGER))])
+@pytest.mark.parametrize(
+    "gate, strategy",
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(LONGER))],
+)
 def test_the_same_tokens_at_any_batch_size(make_trained, gate, strategy):  # noqa: F811
     trained = make_trained(20, moe_gate=gate, **NEEDED.get(gate, {}))
     alone = tokens_of(trained, prompts(), batch_size=1, **STRATEGIES[strategy])
@@ -59,8 +80,13 @@ def best_next(model, rows):
     return int(logits.argmax())
 
 
-@pytest.mark.parametrize("gate", [
-    "dense_to_sparse", *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash"))])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "dense_to_sparse",
+        *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash")),
+    ],
+)
 def test_greedy_takes_the_most_probable_token(make_trained, gate):  # noqa: F811
     trained = make_trained(20, moe_gate=gate)
     for prompt, new in zip(prompts(), tokens_of(trained, prompts()), strict=True):
@@ -78,7 +104,8 @@ def test_one_ends_and_others_go_on(make_trained):  # noqa: F811
     lengths = {len(new) for new in tokens_of(trained, prompts(), temperature=1.0)}
     assert len(lengths) > 2
     assert tokens_of(trained, prompts(), temperature=1.0, batch_size=1) == tokens_of(
-        trained, prompts(), temperature=1.0)
+        trained, prompts(), temperature=1.0
+    )
 
 
 def test_a_wide_beam_finds_what_is_more_probable(make_trained):  # noqa: F811
@@ -99,8 +126,13 @@ def test_sampling_follows_seed_and_probabilities(make_trained):  # noqa: F811
     given = [[7, 8, 9]] * 2000
 
     def drawn(seed, **options):
-        done = generate(trained, given, GenerationOptions(
-            max_new_tokens=1, seed=seed, batch_size=500, temperature=1.0, **options))
+        done = generate(
+            trained,
+            given,
+            GenerationOptions(
+                max_new_tokens=1, seed=seed, batch_size=500, temperature=1.0, **options
+            ),
+        )
         return torch.tensor([(c.new or [EOS])[0] for c in done.continuations])
 
     first = drawn(1)
@@ -137,8 +169,13 @@ def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
     """Cached positions are not computed again, except for attention to them."""
     costs = {}
     for gate in ("reached", "top1", "dense"):
-        trained = make_trained(20, moe_gate="dense_to_sparse", moe_eval_gate=gate,
-                               moe_temperature_start=0.6, moe_gate_threshold=0.05)
+        trained = make_trained(
+            20,
+            moe_gate="dense_to_sparse",
+            moe_eval_gate=gate,
+            moe_temperature_start=0.6,
+            moe_gate_threshold=0.05,
+        )
         with FlopCounterMode(display=False) as counter:
             done = generate(trained, [[5, 6, 7]], GenerationOptions(max_new_tokens=10))
         steps = done.routed_tokens / 2

@@ -8,16 +8,25 @@ import sys
 import pytest
 
 SHORT = (
-    "optimization.max_update=2", "dataset.batch_size=4", "task.tokens_per_sample=32",
-    "dataset.disable_validation=true", "common.log_interval=1",
+    "optimization.max_update=2",
+    "dataset.batch_size=4",
+    "task.tokens_per_sample=32",
+    "dataset.disable_validation=true",
+    "common.log_interval=1",
 )
 
 
 def hydra_train(runs, hydra_path, folder, *arguments):
     return runs.output(
-        "hydra_train", "--config-name", "small/evomoe_dts", *arguments, *SHORT,
-        f"task.data={runs.data}", f"checkpoint.save_dir={folder}/checkpoints",
-        env={"PYTHONPATH": hydra_path}, cwd=folder,
+        "hydra_train",
+        "--config-name",
+        "small/evomoe_dts",
+        *arguments,
+        *SHORT,
+        f"task.data={runs.data}",
+        f"checkpoint.save_dir={folder}/checkpoints",
+        env={"PYTHONPATH": hydra_path},
+        cwd=folder,
     )
 
 
@@ -40,9 +49,15 @@ assert not any(name.startswith(("evomoe_plugin", "fairseq", "torch")) for name i
 def test_two_processes_fully_sharded_in_another_folder(runs, tmp_path, hydra_path):
     """A relative user_dir, Hydra's change of folder, and fields that the yaml does not list."""
     status, out, err = hydra_train(
-        runs, hydra_path, tmp_path, "hydra.job.chdir=true", "common.user_dir=evomoe_plugin",
-        "distributed_training.distributed_world_size=2", "checkpoint.symlink=true",
-        "distributed_training.ddp_backend=fully_sharded", "model.moe_temperature_end=0.2",
+        runs,
+        hydra_path,
+        tmp_path,
+        "hydra.job.chdir=true",
+        "common.user_dir=evomoe_plugin",
+        "distributed_training.distributed_world_size=2",
+        "checkpoint.symlink=true",
+        "distributed_training.ddp_backend=fully_sharded",
+        "model.moe_temperature_end=0.2",
     )
     assert status == 0, err
     assert (tmp_path / "checkpoints/checkpoint_last.pt").exists()
@@ -52,8 +67,13 @@ def test_two_processes_fully_sharded_in_another_folder(runs, tmp_path, hydra_pat
 @pytest.mark.slow
 def test_a_sweep_over_models_by_name(runs, tmp_path, hydra_path):
     status, out, err = hydra_train(
-        runs, hydra_path, tmp_path, "-m", "model=transformer_lm_gpttiny_moe",
-        "model.moe_temperature_end=0.2,0.3", "checkpoint.no_save=true",
+        runs,
+        hydra_path,
+        tmp_path,
+        "-m",
+        "model=transformer_lm_gpttiny_moe",
+        "model.moe_temperature_end=0.2,0.3",
+        "checkpoint.no_save=true",
         "distributed_training.ddp_backend=fully_sharded",
     )
     assert status == 0, err

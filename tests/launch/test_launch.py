@@ -71,11 +71,23 @@ def training(runs, tmp_path):
     """
     folder = tmp_path / "run"
     folder.mkdir()
-    process = runs.start("train", *runs.arguments(
-        folder, *FSDP, "--save-interval-updates", "2", "--keep-interval-updates", "2",
-        "--distributed-rank", "0", "--distributed-init-method", f"tcp://127.0.0.1:{free_port()}",
-        world=2, updates=LONG,
-    ))
+    process = runs.start(
+        "train",
+        *runs.arguments(
+            folder,
+            *FSDP,
+            "--save-interval-updates",
+            "2",
+            "--keep-interval-updates",
+            "2",
+            "--distributed-rank",
+            "0",
+            "--distributed-init-method",
+            f"tcp://127.0.0.1:{free_port()}",
+            world=2,
+            updates=LONG,
+        ),
+    )
     try:
         wait_for(lambda: process.poll() is not None or list(folder.glob("checkpoint_last.pt")))
         assert process.poll() is None, process.communicate()
@@ -91,9 +103,17 @@ def test_torchrun(runs, tmp_path):
     folder.mkdir()
     arguments = runs.arguments(folder, *FSDP, updates=2)
     status, _, err = runs.output(
-        "train", *arguments,
-        launcher=[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                  "--master-port", str(free_port())],
+        "train",
+        *arguments,
+        launcher=[
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+        ],
     )
     assert status == 0, err
     state = torch.load(folder / "checkpoint_last.pt", weights_only=False)
@@ -113,9 +133,13 @@ def test_a_killed_rank_ends_the_run(training):
     assert not is_running(ranks[0])
 
 
-@pytest.mark.parametrize("number, status", [
-    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "number, status",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_parent_ends_all(training, number, status):
     process, ranks, folder = training
     process.send_signal(number)
@@ -138,10 +162,20 @@ def test_an_error_in_one_rank_ends_all_and_is_the_one_told(runs, tmp_path):
     plugin.mkdir()
     folder.mkdir()
     (plugin / "__init__.py").write_text("import evomoe_plugin\n" + FAILS_ON_RANK_1)
-    status, _, err = runs.output("train", *runs.arguments(
-        folder, *FSDP, "--user-dir", plugin, "--criterion", "fails_on_rank_1",
-        "--save-interval-updates", "2", world=2,
-    ))
+    status, _, err = runs.output(
+        "train",
+        *runs.arguments(
+            folder,
+            *FSDP,
+            "--user-dir",
+            plugin,
+            "--criterion",
+            "fails_on_rank_1",
+            "--save-interval-updates",
+            "2",
+            world=2,
+        ),
+    )
     assert status == 1
     assert err.splitlines()[-1] == "error: rank 1 stopped with KeyError: 'only here'"
     assert "raise KeyError" in err
@@ -152,9 +186,15 @@ def test_an_error_in_one_rank_ends_all_and_is_the_one_told(runs, tmp_path):
 
 @pytest.mark.slow
 def test_bad_options_end_before_anything_starts(runs, tmp_path):
-    status, _, err = runs.output("train", *runs.arguments(
-        tmp_path, *FSDP, "--bf16", world=2,
-    ))
+    status, _, err = runs.output(
+        "train",
+        *runs.arguments(
+            tmp_path,
+            *FSDP,
+            "--bf16",
+            world=2,
+        ),
+    )
     assert status == 2
     assert err.splitlines()[-1].startswith("error: --bf16 with --ddp-backend fully_sharded")
     assert "Traceback" not in err

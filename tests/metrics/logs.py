@@ -32,8 +32,16 @@ def diversified(interval_of: int = 10) -> TrainingLog:
         for name, metric in (("temperature", temperatures), ("active_experts", active)):
             if known := [value for value in metric[part] if value is not None]:
                 values[name] = _mean(known)
-        lines.append(interval(end, inner_loss=9 - end / 50, wpb=1000, wps=2000,
-                              mflops_per_token=2 + values["experts_per_token"], **values))
+        lines.append(
+            interval(
+                end,
+                inner_loss=9 - end / 50,
+                wpb=1000,
+                wps=2000,
+                mflops_per_token=2 + values["experts_per_token"],
+                **values,
+            )
+        )
     return parse_log(lines, "diversified")
 
 
@@ -47,10 +55,19 @@ def evolution() -> TrainingLog:
     temperatures = [2, 1.5, 1, 0.6, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]
     return parse_log(
         [
-            interval(10 * (i + 1), experts_per_token=e, temperature=t, inner_loss=8 - 0.4 * i,
-                     ppl=2 ** (8 - 0.4 * i), wpb=1000, wps=1000 / (0.05 + 0.1 * e),
-                     train_wall=round(10 * (0.05 + 0.1 * e)), mflops_per_token=2 + e)
+            interval(
+                10 * (i + 1),
+                experts_per_token=e,
+                temperature=t,
+                inner_loss=8 - 0.4 * i,
+                ppl=2 ** (8 - 0.4 * i),
+                wpb=1000,
+                wps=1000 / (0.05 + 0.1 * e),
+                train_wall=round(10 * (0.05 + 0.1 * e)),
+                mflops_per_token=2 + e,
+            )
             for i, (e, t) in enumerate(zip(experts, temperatures, strict=True))
-        ] + [line("valid", num_updates="50", inner_loss="6.5", ppl="90.5")],
+        ]
+        + [line("valid", num_updates="50", inner_loss="6.5", ppl="90.5")],
         "evolution",
     )

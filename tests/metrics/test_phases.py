@@ -36,9 +36,9 @@ def test_marks_are_where_the_gate_changed():
 
 def test_what_still_goes_on_has_no_mark():
     # the last value is 1 expert, once: the next may be 1.2
-    log = parse_log([
-        interval(10 * i, temperature=2 - 0.1 * i, experts_per_token=8 - i) for i in range(1, 8)
-    ])
+    log = parse_log(
+        [interval(10 * i, temperature=2 - 0.1 * i, experts_per_token=8 - i) for i in range(1, 8)]
+    )
     assert annealing_end(log) is None and top1_start(log) is None
 
 
@@ -52,7 +52,10 @@ def test_both_phases_of_evomoe():
     assert (spawn_update(log), annealing_end(log), top1_start(log)) == (30, 70, 70)
     phases = one_expert_start(log), dense_start(log), sparse_end(log)
     assert [(p.first_update, p.last_update, p.experts_per_token) for p in phases] == [
-        (1, 30, 1), (31, 50, 8), (71, 100, 1)]
+        (1, 30, 1),
+        (31, 50, 8),
+        (71, 100, 1),
+    ]
     assert [p.mflops_per_token for p in phases] == [3, 10, 3]
 
 
@@ -64,9 +67,14 @@ def test_a_spawn_within_an_interval():
     assert (start.first_update, start.last_update, start.experts_per_token) == (41, 60, 6)
 
 
-@pytest.mark.parametrize("logged", [
-    {"experts_per_token": 1}, {"experts_per_token": 1, "active_experts": 1},
-    {"experts_per_token": 2, "active_experts": 4}])
+@pytest.mark.parametrize(
+    "logged",
+    [
+        {"experts_per_token": 1},
+        {"experts_per_token": 1, "active_experts": 1},
+        {"experts_per_token": 2, "active_experts": 4},
+    ],
+)
 def test_without_a_spawn_the_start_is_the_dense_one(logged):
     """Hard routing; inactive experts; a changing number of experts."""
     log = parse_log([interval(10 * i, **logged) for i in range(1, 4)])

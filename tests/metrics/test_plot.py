@@ -22,14 +22,17 @@ def figures(monkeypatch):
     saved = []
     upstream = picture._save
     monkeypatch.setattr(
-        picture, "_save", lambda figure, out: (saved.append(figure), upstream(figure, out)))
+        picture, "_save", lambda figure, out: (saved.append(figure), upstream(figure, out))
+    )
     return saved
 
 
 def drawn(figure):
     """Label of the y axis -> points of the first line."""
-    return {axes.get_ylabel(): axes.lines[0].get_xydata().tolist() if axes.lines else None
-            for axes in figure.axes}
+    return {
+        axes.get_ylabel(): axes.lines[0].get_xydata().tolist() if axes.lines else None
+        for axes in figure.axes
+    }
 
 
 def test_all_that_is_logged_is_drawn(tmp_path, figures):
@@ -85,10 +88,14 @@ def test_smoothing_skips_nan_and_inf():
     assert math.isnan(averages[1]) and averages[2] == pytest.approx(smooth([4.0, 2.0], 0.5)[1])
 
 
-@pytest.mark.parametrize(("out", "reason"), [
-    ("run.bmp", r"use a suffix among .*\.png"), ("run", "use a suffix among"),
-    ("nowhere/run.png", "no such folder"),
-])
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("run.bmp", r"use a suffix among .*\.png"),
+        ("run", "use a suffix among"),
+        ("nowhere/run.png", "no such folder"),
+    ],
+)
 def test_a_plot_that_cannot_be_written_is_rejected(tmp_path, out, reason):
     with pytest.raises(OptionError, match=reason):
         picture.plot([evolution()], tmp_path / out)

@@ -20,7 +20,8 @@ def test_the_fine_clock_is_taken_where_the_coarse_one_allows_it():
 def test_validation_and_resumption_do_not_count():
     # the interval lasted 60 s, of which 3 (2.5 to 3.5) were training
     assert measured(interval(10, wpb=1000, wps=10_000 / 60, train_wall=3)) == {
-        10: pytest.approx(0.35)}
+        10: pytest.approx(0.35)
+    }
 
 
 def test_without_the_fine_clock_the_coarse_one_is_taken():

@@ -24,13 +24,18 @@ def make_config():
     """Resolved options of an architecture, as fairseq hands them to `build_model`."""
 
     def make(arch="transformer_lm_gpttiny_moe", **given):
-        run = OmegaConf.create({
-            "common": {"seed": 1, "tpu": False},
-            "task": {"add_bos_token": False, "tokens_per_sample": 64,
-                     "max_target_positions": None},
-            "optimization": {"max_update": 100},
-            "model": {"_name": arch, **given},
-        })
+        run = OmegaConf.create(
+            {
+                "common": {"seed": 1, "tpu": False},
+                "task": {
+                    "add_bos_token": False,
+                    "tokens_per_sample": 64,
+                    "max_target_positions": None,
+                },
+                "optimization": {"max_update": 100},
+                "model": {"_name": arch, **given},
+            }
+        )
         cfg = merge_with_parent(MODEL_DATACLASS_REGISTRY[arch](), run.model)
         return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
@@ -42,9 +47,15 @@ def make_model(task, make_config):
     """A tiny model, without dropout unless asked for."""
 
     def make(**given):
-        small = {"decoder_layers": 4, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24,
-                 "decoder_attention_heads": 2, "moe_expert_count": "4", "dropout": 0.0,
-                 "attention_dropout": 0.0}
+        small = {
+            "decoder_layers": 4,
+            "decoder_embed_dim": 16,
+            "decoder_ffn_embed_dim": 24,
+            "decoder_attention_heads": 2,
+            "moe_expert_count": "4",
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
         return build_model(make_config(**{**small, **given}), task)
 
     return make

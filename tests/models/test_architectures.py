@@ -42,8 +42,9 @@ def test_architecture_is_the_moe_model_it_says(arch, task, make_config):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_parameter_counts_equal_the_built_model(arch, variant, task, make_config):
     cfg = make_config(arch, **VARIANTS[variant])
-    counted = count_parameters(make_config(arch, **{**VARIANTS[variant],
-                                                    "max_target_positions": 64}), 40)
+    counted = count_parameters(
+        make_config(arch, **{**VARIANTS[variant], "max_target_positions": 64}), 40
+    )
     with torch.device("meta"):
         model = build_model(cfg, task)
     assert counted.total == sum(p.numel() for p in model.parameters())

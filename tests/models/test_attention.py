@@ -17,8 +17,10 @@ CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 def pair(dtype=torch.float64, dropout=0.0):
     """Ours and fairseq's with the same weights."""
-    ours, stock = (kind(16, 2, dropout=dropout, self_attention=True).to(dtype)
-                   for kind in (SelfAttention, MultiheadAttention))
+    ours, stock = (
+        kind(16, 2, dropout=dropout, self_attention=True).to(dtype)
+        for kind in (SelfAttention, MultiheadAttention)
+    )
     with torch.no_grad():
         for parameter in ours.parameters():  # biases too
             parameter.normal_(std=0.3)
@@ -66,12 +68,20 @@ def test_causal_attention_equals_stock(kind, dtype):
     additive = future(7, dtype)
     if kind == "left":  # padding attends to itself, or stock gives NaN
         hidden = mask_BT[:, None].repeat(1, 7, 1) & ~torch.eye(7, dtype=torch.bool)
-        additive = (additive + torch.zeros(7, 7).masked_fill(hidden, float("-inf")).to(dtype)
-                    ).repeat_interleave(2, 0)
+        additive = (
+            additive + torch.zeros(7, 7).masked_fill(hidden, float("-inf")).to(dtype)
+        ).repeat_interleave(2, 0)
     assert_equal(
         results(ours, x, real_TB, attn_mask=causal_mask(mask_BT), key_padding_mask=mask_BT),
-        results(stock, x, real_TB, attn_mask=additive,
-                key_padding_mask=mask_BT if kind == "right" else None), dtype)
+        results(
+            stock,
+            x,
+            real_TB,
+            attn_mask=additive,
+            key_padding_mask=mask_BT if kind == "right" else None,
+        ),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left"])
@@ -80,8 +90,11 @@ def test_attention_to_both_sides_equals_stock(kind):
     mask_BT = padding(kind)
     given = {} if kind == "none" else {"key_padding_mask": mask_BT}
     x = torch.randn(7, 3, 16).double()
-    assert_equal(results(ours, x, ~mask_BT.t(), **given),
-                 results(stock, x, ~mask_BT.t(), **given), torch.float64)
+    assert_equal(
+        results(ours, x, ~mask_BT.t(), **given),
+        results(stock, x, ~mask_BT.t(), **given),
+        torch.float64,
+    )
 
 
 def test_rows_of_several_examples_equal_stock():
@@ -93,8 +106,15 @@ def test_rows_of_several_examples_equal_stock():
     x = torch.randn(7, 2, 16).double()
     assert_equal(
         results(ours, x, ~pad.t(), attn_mask=packed.causal_mask()),
-        results(stock, x, ~pad.t(), key_padding_mask=pad,
-                attn_mask=packed.attention_mask(future(7, torch.float64), 2)), torch.float64)
+        results(
+            stock,
+            x,
+            ~pad.t(),
+            key_padding_mask=pad,
+            attn_mask=packed.attention_mask(future(7, torch.float64), 2),
+        ),
+        torch.float64,
+    )
 
 
 def test_only_padding_on_the_left_needs_a_mask():
@@ -112,14 +132,24 @@ def test_incremental_decoding_keeps_fairseqs_state():
     pads[2, 4] = True  # padding enters late
     for t in range(5):
         for module, state, said in zip((ours, stock), states, outputs, strict=True):
-            step = x[t:t + 1]
-            pad = pads[:, t:t + 1] if t == 4 else None
-            said.append(module(step, step, step, key_padding_mask=pad, incremental_state=state,
-                               need_weights=False)[0])
+            step = x[t : t + 1]
+            pad = pads[:, t : t + 1] if t == 4 else None
+            said.append(
+                module(
+                    step,
+                    step,
+                    step,
+                    key_padding_mask=pad,
+                    incremental_state=state,
+                    need_weights=False,
+                )[0]
+            )
             if t == 2:
                 module.reorder_incremental_state(state, order)
-        kept, theirs = (module._get_input_buffer(state)
-                        for module, state in zip((ours, stock), states, strict=True))
+        kept, theirs = (
+            module._get_input_buffer(state)
+            for module, state in zip((ours, stock), states, strict=True)
+        )
         assert kept.keys() == theirs.keys()
         for name in theirs:
             torch.testing.assert_close(kept[name], theirs[name])
@@ -134,8 +164,10 @@ def test_prompts_with_padding_before_them_are_decoded_as_alone(make_model):
 
     def decode(tokens):
         state = {}
-        return [model.decoder(tokens[:, :t + 1], incremental_state=state)[0][:, 0]
-                for t in range(tokens.size(1))]
+        return [
+            model.decoder(tokens[:, : t + 1], incremental_state=state)[0][:, 0]
+            for t in range(tokens.size(1))
+        ]
 
     together, alone = decode(padded), decode(x[:1])
     for t in range(8):
@@ -151,15 +183,22 @@ def test_what_it_does_not_know_is_fairseqs_and_said_once(caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             for mask, additive in (
-                    (Mask.CAUSAL, future(7, torch.float64)),
-                    (masks, torch.zeros(3, 7, 7).double().masked_fill(
-                        ~masks[:, 0], float("-inf")).repeat_interleave(2, 0))):
+                (Mask.CAUSAL, future(7, torch.float64)),
+                (
+                    masks,
+                    torch.zeros(3, 7, 7)
+                    .double()
+                    .masked_fill(~masks[:, 0], float("-inf"))
+                    .repeat_interleave(2, 0),
+                ),
+            ):
                 y, weights = ours(x, x, x, attn_mask=mask, need_head_weights=True)
                 y_stock, weights_stock = stock(x, x, x, attn_mask=additive, need_head_weights=True)
                 torch.testing.assert_close(y, y_stock)
                 torch.testing.assert_close(weights, weights_stock)
     assert [r.getMessage() for r in caplog.records] == [
-        "attention is computed by fairseq's own forward pass: attention weights are asked for"]
+        "attention is computed by fairseq's own forward pass: attention weights are asked for"
+    ]
 
 
 # Dropout
@@ -167,12 +206,14 @@ def test_what_it_does_not_know_is_fairseqs_and_said_once(caplog):
 
 @pytest.mark.parametrize("length", [3, BLOCK, 2 * BLOCK + 5])
 def test_dropout_by_blocks_equals_dropped_weights(length):
-    q, k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64, requires_grad=True)
-               for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     p = 0.3
     torch.manual_seed(5)
     kept = attend_with_dropout(  # values of one-hot vectors: the weights that are left
-        q, k, torch.eye(length, dtype=torch.float64).expand(2, 2, -1, -1), 0.5, p).detach()
+        q, k, torch.eye(length, dtype=torch.float64).expand(2, 2, -1, -1), 0.5, p
+    ).detach()
     weights = (0.5 * q @ k.transpose(2, 3) + future(length, torch.float64)).softmax(-1)
     torch.testing.assert_close(kept[kept != 0], (weights / (1 - p)).detach()[kept != 0])
     dropped = ((kept == 0) & (weights > 0)).sum() / (weights > 0).sum()
@@ -182,8 +223,9 @@ def test_dropout_by_blocks_equals_dropped_weights(length):
     ours = attend_with_dropout(q, k, v, 0.5, p)
     oracle = (weights * (kept != 0) / (1 - p)) @ v
     torch.testing.assert_close(ours, oracle)
-    for a, b in zip(*(torch.autograd.grad(y.pow(2).sum(), (q, k, v)) for y in (ours, oracle)),
-                    strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y.pow(2).sum(), (q, k, v)) for y in (ours, oracle)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -191,7 +233,8 @@ def test_without_dropout_and_with_nothing_but_dropout():
     q, k, v = (torch.randn(1, 2, 70, 4, requires_grad=True) for _ in range(3))
     torch.testing.assert_close(
         attend_with_dropout(q, k, v, 0.5, 0.0),
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5))
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5),
+    )
     nothing = attend_with_dropout(q, k, v, 0.5, 1.0)
     assert not nothing.any()
     nothing.sum().backward()
@@ -214,7 +257,10 @@ def test_dropout_under_autocast_and_in_half_precision():
     q, k, v = (torch.randn(1, 2, 70, 4, requires_grad=True) for _ in range(3))
     grads = []
     for dtype, autocast in (
-            (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = attend_with_dropout(*(x.to(dtype) for x in (q, k, v)), 0.5, 0.1)
@@ -228,10 +274,16 @@ def test_dropout_under_autocast_and_in_half_precision():
 # Whole models
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"checkpoint_activations": True}, {"moe_layers": "1", "decoder_learned_pos": True},
-    {"moe_post_norm": True, "moe_gate": "top_k"},
-], ids=lambda given: next(iter(given), "plain"))
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"checkpoint_activations": True},
+        {"moe_layers": "1", "decoder_learned_pos": True},
+        {"moe_post_norm": True, "moe_gate": "top_k"},
+    ],
+    ids=lambda given: next(iter(given), "plain"),
+)
 @pytest.mark.parametrize("kind", ["none", "right", "segments"])
 def test_models_equal_those_with_stock_attention(make_model, given, kind):
     models = [make_model(moe_attention=name, **given).double() for name in ("sdpa", "stock")]

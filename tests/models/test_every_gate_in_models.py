@@ -18,15 +18,27 @@ GIVEN = {
     "switch": {"moe_capacity_factor": 0.8, "moe_drop_policy": "probs"},
     "top_any": {"moe_max_experts": 6, "moe_adapt_record_interval": 4, "moe_adapt_window": 2},
     "top_k": {"moe_scorer": "mlp", "moe_bias_update_rate": 0.1},
-    "top_p": {"moe_null_experts": 1, "moe_shared_experts": 2, "moe_shared_combine": "softmax",
-              "moe_expert_size_factor": 2, "moe_expert_gated": True},
+    "top_p": {
+        "moe_null_experts": 1,
+        "moe_shared_experts": 2,
+        "moe_shared_combine": "softmax",
+        "moe_expert_size_factor": 2,
+        "moe_expert_gated": True,
+    },
     "relu": {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_layers": "0,3"},
 }
 GATES = [name for name in gate_names() if name != "cautious"]  # a user's, from the documentation
 # The routing of these depends on the update; that of the others does not.
-AT_UPDATES = pytest.mark.parametrize("options, updates", [
-    *((gate, 0) for gate in GATES), ("dense_to_sparse", 60), ("stable", 60), ("relu", 60),
-], indirect=["options"])
+AT_UPDATES = pytest.mark.parametrize(
+    "options, updates",
+    [
+        *((gate, 0) for gate in GATES),
+        ("dense_to_sparse", 60),
+        ("stable", 60),
+        ("relu", 60),
+    ],
+    indirect=["options"],
+)
 
 
 @pytest.fixture(params=GATES)
@@ -99,8 +111,14 @@ def test_activation_checkpointing_changes_nothing(make_model, options, updates):
         loss = y.logsumexp(-1).sum() + sum(aux.sum() for aux in extra["moe_aux"].values())
         loss.backward()
         model.finish_update(updates + 1)
-        results.append((loss, extra["moe_stats"], [p.grad for p in model.parameters()],
-                        dict(model.named_buffers())))
+        results.append(
+            (
+                loss,
+                extra["moe_stats"],
+                [p.grad for p in model.parameters()],
+                dict(model.named_buffers()),
+            )
+        )
     (loss, stats, grads, state), (other_loss, other_stats, other_grads, other_state) = results
     assert torch.equal(loss, other_loss)
     for name in stats:
@@ -135,14 +153,25 @@ def test_checkpointed_layers_inside_fsdp_change_nothing(make_model, one_rank, op
         loss.backward()
         model.finish_update(1)
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-        results.append((loss, norm, extra["moe_stats"],
-                        [dict(layer.gate.named_buffers()) for layer in model.decoder.moe_layers]))
+        results.append(
+            (
+                loss,
+                norm,
+                extra["moe_stats"],
+                [dict(layer.gate.named_buffers()) for layer in model.decoder.moe_layers],
+            )
+        )
     torch.testing.assert_close(*results, equal_nan=True)
 
 
 def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, options):
-    sizes = {"decoder_layers": 4, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24,
-             "decoder_attention_heads": 2, "moe_expert_count": "4"}
+    sizes = {
+        "decoder_layers": 4,
+        "decoder_embed_dim": 16,
+        "decoder_ffn_embed_dim": 24,
+        "decoder_attention_heads": 2,
+        "moe_expert_count": "4",
+    }
     model = make_model(**{**sizes, **options})
     config = make_config(**{**sizes, **options}, decoder_input_dim=16, decoder_output_dim=16)
     counted = count_parameters(config, vocabulary=40)
@@ -150,6 +179,9 @@ def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, 
     layers = model.decoder.moe_layers
     stacks = [part for layer in layers for part in (layer.experts, layer.shared) if part]
     assert counted.experts == sum(p.numel() for stack in stacks for p in stack.parameters())
-    idle = sum(p.numel() * (layer.num_experts - 1) // layer.num_experts
-               for layer in layers for p in layer.experts.parameters())
+    idle = sum(
+        p.numel() * (layer.num_experts - 1) // layer.num_experts
+        for layer in layers
+        for p in layer.experts.parameters()
+    )
     assert counted.active_top1 == counted.total - idle

@@ -7,8 +7,13 @@ from torch import nn
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.models.freeze import WORDS, trained_names, wrap_apart
 
-ALL = {"decoder_learned_pos": True, "layernorm_embedding": True, "moe_gate": "top_p",
-       "moe_shared_experts": 1, "decoder_input_dim": 8}
+ALL = {
+    "decoder_learned_pos": True,
+    "layernorm_embedding": True,
+    "moe_gate": "top_p",
+    "moe_shared_experts": 1,
+    "decoder_input_dim": 8,
+}
 
 
 def trained(model):
@@ -20,33 +25,57 @@ def test_words_divide_all_parameters(make_model):
     parts = {word: trained_names(names, word) for word in WORDS}
     assert set().union(*parts.values()) == names
     assert sum(map(len, parts.values())) == len(names)
-    for word, part in {"experts": ".moe.experts.", "gate": ".gate.", "shared": ".shared.",
-                       "attention": ".self_attn.", "ffn": ".fc"}.items():
+    for word, part in {
+        "experts": ".moe.experts.",
+        "gate": ".gate.",
+        "shared": ".shared.",
+        "attention": ".self_attn.",
+        "ffn": ".fc",
+    }.items():
         assert all(part in name for name in parts[word])
     assert parts["embeddings"] == {
-        "decoder.embed_tokens.weight", "decoder.embed_positions.weight",
-        "decoder.project_in_dim.weight", "decoder.output_projection.weight"}
+        "decoder.embed_tokens.weight",
+        "decoder.embed_positions.weight",
+        "decoder.project_in_dim.weight",
+        "decoder.output_projection.weight",
+    }
 
 
 def test_words_and_expressions(make_model):
     model = make_model(moe_train_only="gate, layers.3.*fc2_weight")
     assert trained(model) == {
-        "decoder.layers.1.moe.gate.scorer.weight", "decoder.layers.3.moe.gate.scorer.weight",
-        "decoder.layers.3.moe.experts.fc2_weight"}
+        "decoder.layers.1.moe.gate.scorer.weight",
+        "decoder.layers.3.moe.gate.scorer.weight",
+        "decoder.layers.3.moe.experts.fc2_weight",
+    }
     assert all(p.requires_grad for p in make_model().parameters())
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"moe_train_only": "exprts"}, "--moe-train-only exprts: exprts matches no parameter; one of "
-                                   "experts, shared"),
-    ({"moe_train_only": "experts,("}, r"\( is neither one of experts"),
-    ({"moe_train_only": " , "}, "matches no parameter"),
-    ({"moe_train_only": "shared"}, "shared matches no parameter"),
-    ({"moe_train_only": "gate", "moe_spawn_updates": 3},
-     "--moe-spawn-updates 3: --moe-train-only gate freezes the experts, which it changes"),
-    ({"moe_train_only": "experts", "moe_gate": "top_any", "moe_max_experts": 6,
-      "moe_adapt_record_interval": 5}, "--moe-adapt-record-interval 5: .* freezes the gate"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"moe_train_only": "exprts"},
+            "--moe-train-only exprts: exprts matches no parameter; one of experts, shared",
+        ),
+        ({"moe_train_only": "experts,("}, r"\( is neither one of experts"),
+        ({"moe_train_only": " , "}, "matches no parameter"),
+        ({"moe_train_only": "shared"}, "shared matches no parameter"),
+        (
+            {"moe_train_only": "gate", "moe_spawn_updates": 3},
+            "--moe-spawn-updates 3: --moe-train-only gate freezes the experts, which it changes",
+        ),
+        (
+            {
+                "moe_train_only": "experts",
+                "moe_gate": "top_any",
+                "moe_max_experts": 6,
+                "moe_adapt_record_interval": 5,
+            },
+            "--moe-adapt-record-interval 5: .* freezes the gate",
+        ),
+    ],
+)
 def test_what_cannot_work(make_model, given, message):
     with pytest.raises(OptionError, match=message):
         make_model(**given)
@@ -94,9 +123,20 @@ class Wrapped(nn.Module):
         self.inner = inner
 
 
-@pytest.mark.parametrize("train_only", [
-    "experts", "shared", "attention", "ffn", "norms", "experts,gate,shared", "attention,experts",
-    "layers.1.moe", "experts,shared,attention,ffn,norms"])
+@pytest.mark.parametrize(
+    "train_only",
+    [
+        "experts",
+        "shared",
+        "attention",
+        "ffn",
+        "norms",
+        "experts,gate,shared",
+        "attention,experts",
+        "layers.1.moe",
+        "experts,shared,attention,ffn,norms",
+    ],
+)
 def test_parts_are_wrapped_apart(make_model, train_only):
     model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)
     before = trained(model)
@@ -115,15 +155,27 @@ def test_parts_are_wrapped_apart(make_model, train_only):
     assert {name.replace(".inner", "") for name in trained(model)} == before
 
 
-@pytest.mark.parametrize(("train_only", "message"), [
-    ("gate", "the gate decoder.layers.1.moe.gate apart from its experts: train "
-             "experts,gate,shared, or"),
-    ("gate,shared", "the gate decoder.layers.1.moe.gate apart from its experts"),
-    ("embeddings", "decoder.embed_tokens, whose weights may be tied, .*: leave embeddings out, or"),
-    ("gate.scorer", "the gate decoder.layers.1.moe.gate apart from its experts"),
-    ("experts.fc1", "a part of decoder.layers.1.moe.experts .*: match all of its parameters, not "
-                    "fc1_weight alone, or use another --ddp-backend"),
-])
+@pytest.mark.parametrize(
+    ("train_only", "message"),
+    [
+        (
+            "gate",
+            "the gate decoder.layers.1.moe.gate apart from its experts: train "
+            "experts,gate,shared, or",
+        ),
+        ("gate,shared", "the gate decoder.layers.1.moe.gate apart from its experts"),
+        (
+            "embeddings",
+            "decoder.embed_tokens, whose weights may be tied, .*: leave embeddings out, or",
+        ),
+        ("gate.scorer", "the gate decoder.layers.1.moe.gate apart from its experts"),
+        (
+            "experts.fc1",
+            "a part of decoder.layers.1.moe.experts .*: match all of its parameters, not "
+            "fc1_weight alone, or use another --ddp-backend",
+        ),
+    ],
+)
 def test_what_cannot_be_wrapped_apart(make_model, train_only, message):
     model = make_model(moe_gate="top_p", moe_shared_experts=1, moe_train_only=train_only)
     with pytest.raises(OptionError, match="fully_sharded cannot shard " + message) as caught:

@@ -15,8 +15,10 @@ def tokens(rows=3, length=12):
     return torch.randint(4, 40, (rows, length))
 
 
-@pytest.mark.parametrize("stage, given", [
-    *((stage, {}) for stage in STAGES), ("annealing", {"decoder_learned_pos": True})])
+@pytest.mark.parametrize(
+    "stage, given",
+    [*((stage, {}) for stage in STAGES), ("annealing", {"decoder_learned_pos": True})],
+)
 def test_causality_in_evaluation(make_model, stage, given):
     model = make_model(**given).eval()
     model.set_num_updates(STAGES[stage])
@@ -132,8 +134,10 @@ BAD = [
     ({"scale_fc": True}, "--scale-fc True"),
     ({"scale_heads": True}, "--scale-heads True"),
     ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1"),
-    ({"decoder_output_dim": 8, "share_decoder_input_output_embed": True},
-     "--decoder-output-dim 8: with --share-decoder-input-output-embed it must be 16"),
+    (
+        {"decoder_output_dim": 8, "share_decoder_input_output_embed": True},
+        "--decoder-output-dim 8: with --share-decoder-input-output-embed it must be 16",
+    ),
     ({"moe_freq": 9}, "--moe-freq 9: gives no MoE layer"),
 ]
 

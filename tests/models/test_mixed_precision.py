@@ -59,7 +59,8 @@ def test_every_gate_trains_close_to_full_precision(make_model, gate):
         assert grad.dtype is torch.float32 and torch.isfinite(grad).all(), name
     everything, all_wanted = (
         torch.cat([g.flatten() for name, g in gs.items() if not name.endswith("k_proj.bias")])
-        for gs in (grads, wanted))
+        for gs in (grads, wanted)
+    )
     assert difference(everything, all_wanted) < RELATIVE
 
 
@@ -69,7 +70,8 @@ def test_weights_residuals_and_gates_stay_as_they_are(make_model):
     for name, module in model.named_modules():
         if name.endswith(("gate.scorer", "layer_norm")):
             module.register_forward_hook(
-                lambda module, given, output, name=name: seen.update({name: output.dtype}))
+                lambda module, given, output, name=name: seen.update({name: output.dtype})
+            )
     _, extra = model.train()(tokens())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {state.dtype for state in extra["inner_states"]} == {torch.float32}
@@ -109,8 +111,11 @@ def test_features_and_projection_by_themselves_are_rounded_too(make_model):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_what_is_slow_is_said(make_model, monkeypatch, caplog, has_units):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(mixed_precision, "native_matmul_dtype",
-                        lambda dtype, _device: dtype if has_units else torch.float32)
+    monkeypatch.setattr(
+        mixed_precision,
+        "native_matmul_dtype",
+        lambda dtype, _device: dtype if has_units else torch.float32,
+    )
     make_model(moe_matmul_dtype="bf16")
     assert ("multiplied in fp32, slower" in caplog.text) != has_units
     caplog.clear()
@@ -125,11 +130,29 @@ def test_no_other_value_is_taken(make_model):
 
 def command_line(*given):
     """The configuration of a training command."""
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(
-        options.get_training_parser(), [
-            "no-data", "--user-dir", "evomoe_plugin", "--task", "language_modeling", "--arch",
-            "transformer_lm_gpttiny_moe", "--optimizer", "adam", "--lr", "0.1", "--max-update",
-            "10", "--criterion", "moe_cross_entropy", *given]))
+    return convert_namespace_to_omegaconf(
+        options.parse_args_and_arch(
+            options.get_training_parser(),
+            [
+                "no-data",
+                "--user-dir",
+                "evomoe_plugin",
+                "--task",
+                "language_modeling",
+                "--arch",
+                "transformer_lm_gpttiny_moe",
+                "--optimizer",
+                "adam",
+                "--lr",
+                "0.1",
+                "--max-update",
+                "10",
+                "--criterion",
+                "moe_cross_entropy",
+                *given,
+            ],
+        )
+    )
 
 
 def test_the_old_flag_sets_the_new_option_and_is_logged_once(caplog):
@@ -168,12 +191,16 @@ def test_weights_of_half_precision_are_refused():
 @pytest.mark.parametrize("has_units", [True, False])
 def test_linear_layers_round_operands_and_outputs(monkeypatch, has_units):
     """A CPU without native matmuls of the dtype computes them in fp32: the same values."""
-    monkeypatch.setattr(mixed_precision, "native_matmul_dtype",
-                        lambda dtype, _device: dtype if has_units else torch.float32)
+    monkeypatch.setattr(
+        mixed_precision,
+        "native_matmul_dtype",
+        lambda dtype, _device: dtype if has_units else torch.float32,
+    )
     seen = []
     plain = functional.linear
-    monkeypatch.setattr(functional, "linear", lambda *given: seen.append(given[0].dtype) or plain(
-        *given))
+    monkeypatch.setattr(
+        functional, "linear", lambda *given: seen.append(given[0].dtype) or plain(*given)
+    )
     layer = mixed_precision.Linear.of(torch.nn.Linear(48, 32))
     x = torch.randn(20, 48, requires_grad=True)
     dy = torch.randn(20, 32)
@@ -186,12 +213,13 @@ def test_linear_layers_round_operands_and_outputs(monkeypatch, has_units):
     torch.testing.assert_close(half(x.detach().bfloat16()), y.detach(), rtol=2**-7, atol=1e-3)
     assert seen[1] is (torch.bfloat16 if has_units else torch.float32)
 
-    exact = [t.detach().bfloat16().double().requires_grad_()
-             for t in (x, layer.weight, layer.bias)]
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
     wanted = plain(*exact)
     wanted.backward(dy.bfloat16().double())
-    for ours, other in ((y, wanted), *((p.grad, e.grad) for p, e in zip(
-            (x, layer.weight, layer.bias), exact, strict=True))):
+    for ours, other in (
+        (y, wanted),
+        *((p.grad, e.grad) for p, e in zip((x, layer.weight, layer.bias), exact, strict=True)),
+    ):
         torch.testing.assert_close(ours.double(), other, rtol=2**-8, atol=1e-3)
     assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
 

@@ -59,8 +59,10 @@ def course(model, tokens, segments, places, weighted=False):
         given["token_weights"] = (tokens % 3 + 1).double()
     y, extra = model(tokens, **given)
     outputs = [y[place] for place in places]
-    loss = sum(F.cross_entropy(out, tokens[place], reduction="sum")
-               for out, place in zip(outputs, places, strict=True))
+    loss = sum(
+        F.cross_entropy(out, tokens[place], reduction="sum")
+        for out, place in zip(outputs, places, strict=True)
+    )
     losses = [loss, *(aux.sum() for aux in extra["moe_aux"].values())]
     if model.training:
         sum(losses).backward()
@@ -82,20 +84,30 @@ def assert_equal_courses(model, weighted=False):
 
 
 # Evaluation routes without noise or samples, and otherwise as training does.
-@pytest.mark.parametrize("gate, training", [
-    *((gate, True) for gate in GATES),
-    ("dense_to_sparse", False), ("top_any", False), ("top_p", False)])
+@pytest.mark.parametrize(
+    "gate, training",
+    [
+        *((gate, True) for gate in GATES),
+        ("dense_to_sparse", False),
+        ("top_any", False),
+        ("top_p", False),
+    ],
+)
 def test_packed_equals_unpacked(make_model, gate, training):
     model = make_model(moe_gate=gate, **GIVEN.get(gate, {})).double().train(training)
     assert_equal_courses(model)
 
 
-@pytest.mark.parametrize("gate, given", [
-    ("dense_to_sparse", {"decoder_learned_pos": True}),
-    ("top_p", {"no_token_positional_embeddings": True}),
-    ("top_p", {"checkpoint_activations": True}),
-    ("dense_to_sparse", {"moe_layers": "1", "layernorm_embedding": True}),
-], ids=lambda value: value if isinstance(value, str) else next(iter(value)))
+@pytest.mark.parametrize(
+    "gate, given",
+    [
+        ("dense_to_sparse", {"decoder_learned_pos": True}),
+        ("top_p", {"no_token_positional_embeddings": True}),
+        ("top_p", {"checkpoint_activations": True}),
+        ("dense_to_sparse", {"moe_layers": "1", "layernorm_embedding": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
 def test_packed_equals_unpacked_in_other_models(make_model, gate, given):
     model = make_model(moe_gate=gate, **GIVEN[gate], **given).double().train()
     assert_equal_courses(model, weighted=True)
@@ -118,13 +130,18 @@ def test_positions_keys_and_mask_by_hand():
     assert segments.positions_BT.tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
     keys = segments.token_keys(tokens)
     for row, start, end in ((0, 0, 2), (0, 2, 5), (1, 0, 2), (1, 2, 3)):
-        alone = sequence_keys(tokens[row:row + 1, start:end])[0]
+        alone = sequence_keys(tokens[row : row + 1, start:end])[0]
         assert keys[row, start:end].equal(alone)
     mask = segments.attention_mask(torch.full((5, 5), float("-inf")).triu(1), 2)
     seen = (mask == 0).int()
     assert mask.shape == (4, 5, 5) and seen[0].equal(seen[1]) and seen[2].equal(seen[3])
     assert seen[0].tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
     assert seen[2].tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 

@@ -20,8 +20,12 @@ def examples():
     for prompt, response in SHAPES:
         responses = np.array([0] * prompt + [1] * response, dtype=np.int32)
         made.append(Example(draw.integers(4, 40, len(responses)).astype(np.int32), responses))
-    made.append(Example(draw.integers(4, 40, 8).astype(np.int32),
-                        np.array([0, 1, 1, 0, 0, 2, 2, 2], dtype=np.int32)))
+    made.append(
+        Example(
+            draw.integers(4, 40, 8).astype(np.int32),
+            np.array([0, 1, 1, 0, 0, 2, 2, 2], dtype=np.int32),
+        )
+    )
     return made
 
 
@@ -34,6 +38,7 @@ def choices(model):
     """What each gate chooses, from now on."""
     made = []
     for layer in model.decoder.moe_layers:
+
         def route(*args, _route=layer.gate.route):
             made.append(_route(*args))
             return made[-1]
@@ -50,8 +55,7 @@ def test_dcmoe_balance_loss_with_weights(make_model, task, examples, packed):
     sample = batch(examples, task, response_weight=10.0, row_size=16 if packed else None)
     weights = sample["net_input"]["token_weights"]
     assert set(weights.unique().tolist()) == {0.0, 1.0, 10.0}
-    assert (weights == 10).sum() == sum(
-        (example.responses[:-1] > 0).sum() for example in examples)
+    assert (weights == 10).sum() == sum((example.responses[:-1] > 0).sum() for example in examples)
     sample["net_input"]["token_weights"] = weights.double()
     _, extra = model(**sample["net_input"])
     w_T1 = weights.t().reshape(-1, 1).double()  # the layers are length-first
@@ -101,8 +105,9 @@ def test_an_update_is_the_mean_over_response_tokens_however_it_is_divided(
     for example in examples:
         sample = batch([example], task)
         logp = model(**sample["net_input"])[0].log_softmax(-1)[0]
-        nll += [-logp[i, token].item() for i, token in enumerate(example.tokens)
-                if example.responses[i]]
+        nll += [
+            -logp[i, token].item() for i, token in enumerate(example.tokens) if example.responses[i]
+        ]
     assert whole[0] == pytest.approx(np.mean(nll), rel=1e-6)
 
 

@@ -21,8 +21,9 @@ def case(dtype=torch.float64, tokens=13, vocab=31, width=8):
 
 def oracle(x, weight, targets, reduce=True):
     """As fairseq: logits of all tokens, their softmax in fp32 (fp64 for fp64)."""
-    log_probs = F.log_softmax(F.linear(x, weight), -1,
-                              dtype=torch.promote_types(x.dtype, torch.float32))
+    log_probs = F.log_softmax(
+        F.linear(x, weight), -1, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
     return F.nll_loss(log_probs, targets, ignore_index=PAD, reduction="sum" if reduce else "none")
 
 
@@ -34,8 +35,10 @@ def assert_close(a, b, dtype):
 
 def assert_same(x, weight, targets, chunk, dtype, reduce=True, scale=1.0):
     results = []
-    for loss in (vocabulary_loss(x, weight, targets, PAD, chunk, reduce),
-                 oracle(x, weight, targets, reduce)):
+    for loss in (
+        vocabulary_loss(x, weight, targets, PAD, chunk, reduce),
+        oracle(x, weight, targets, reduce),
+    ):
         # Gradients that differ from token to token where losses do.
         each = scale * torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
         results.append((loss.detach(), *torch.autograd.grad(loss, (x, weight), each)))
@@ -54,8 +57,8 @@ def test_gradients_by_finite_differences():
     x, weight, targets = case(tokens=5, vocab=7, width=3)
     for reduce in (True, False):
         assert torch.autograd.gradcheck(
-            lambda x, w, reduce=reduce: vocabulary_loss(x, w, targets, PAD, 2, reduce),
-            (x, weight))
+            lambda x, w, reduce=reduce: vocabulary_loss(x, w, targets, PAD, 2, reduce), (x, weight)
+        )
 
 
 def test_a_loss_scale_saves_small_gradients_in_fp16():

@@ -33,24 +33,37 @@ def batch(weighted=False):
     return {"net_input": given, "target": target, "ntokens": int((target != PAD).sum())}
 
 
-@pytest.mark.parametrize("given, training, reduce, weighted", [
-    ({}, True, True, False), ({}, True, True, True), ({}, True, False, False),
-    ({}, False, True, False), ({}, False, False, True),
-    ({"share_decoder_input_output_embed": True}, True, True, True),
-    ({"decoder_output_dim": 12}, True, True, False),
-    ({"moe_train_only": "experts,gate"}, True, True, True),
-    ({"checkpoint_activations": True}, True, False, False),
-], ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else str(value))
+@pytest.mark.parametrize(
+    "given, training, reduce, weighted",
+    [
+        ({}, True, True, False),
+        ({}, True, True, True),
+        ({}, True, False, False),
+        ({}, False, True, False),
+        ({}, False, False, True),
+        ({"share_decoder_input_output_embed": True}, True, True, True),
+        ({"decoder_output_dim": 12}, True, True, False),
+        ({"moe_train_only": "experts,gate"}, True, True, True),
+        ({"checkpoint_activations": True}, True, False, False),
+    ],
+    ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else str(value),
+)
 def test_chunks_of_the_vocabulary_loss_change_nothing(
-        make_model, given, training, reduce, weighted):
+    make_model, given, training, reduce, weighted
+):
     model, sample = make_model(**given), batch(weighted)
     chunked = course(model, 5, sample, reduce, training, sentence_avg=weighted)
     stock = course(model, 0, sample, reduce, training, sentence_avg=weighted)
     torch.testing.assert_close(chunked[0], stock[0], rtol=1e-5, atol=1e-5)
     assert chunked[1] == stock[1] and chunked[2].keys() == stock[2].keys()
     for name, value in stock[2].items():
-        torch.testing.assert_close(torch.as_tensor(chunked[2][name]), torch.as_tensor(value),
-                                   rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            torch.as_tensor(chunked[2][name]),
+            torch.as_tensor(value),
+            rtol=1e-5,
+            atol=1e-5,
+            equal_nan=True,
+        )
     for name, grad in stock[3].items():
         assert (chunked[3][name] is None) == (grad is None), name
         if grad is not None:

@@ -19,13 +19,19 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 3e-6, torch.bfloat16: 0.0}
 def weights(dtype):
     """Of every order in memory: plain, transposed, with gaps; and one that is a single number."""
     torch.manual_seed(0)
-    return [torch.randn(5, 7, dtype=dtype), torch.randn(6, 4, dtype=dtype).t(),
-            torch.randn(8, 10, dtype=dtype)[:, ::2], torch.randn(1, dtype=dtype)]
+    return [
+        torch.randn(5, 7, dtype=dtype),
+        torch.randn(6, 4, dtype=dtype).t(),
+        torch.randn(8, 10, dtype=dtype)[:, ::2],
+        torch.randn(1, dtype=dtype),
+    ]
 
 
 def parameters(dtype):
-    return [torch.nn.Parameter(w.clone(memory_format=torch.preserve_format) if w.is_contiguous()
-                               else w) for w in weights(dtype)]
+    return [
+        torch.nn.Parameter(w.clone(memory_format=torch.preserve_format) if w.is_contiguous() else w)
+        for w in weights(dtype)
+    ]
 
 
 def gradients(update, like):
@@ -90,16 +96,32 @@ def test_sparse_gradients_are_refused():
 
 
 def config(name, **common):
-    return OmegaConf.create({
-        "optimizer": {"_name": name, "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8,
-                      "weight_decay": 0.1, "lr": [1e-2],
-                      **({"use_old_adam": False, "fp16_adam_stats": False, "tpu": False}
-                         if name == "adam" else {})},
-        "common": {"fp16_init_scale": 4, "fp16_scale_tolerance": 0.0, "min_loss_scale": 1e-4,
-                   "threshold_loss_scale": None, "model_parallel_size": 1, **common},
-        "optimization": {"update_freq": [1]},
-        "distributed_training": {"distributed_world_size": 1},
-    })
+    return OmegaConf.create(
+        {
+            "optimizer": {
+                "_name": name,
+                "adam_betas": "(0.9, 0.98)",
+                "adam_eps": 1e-8,
+                "weight_decay": 0.1,
+                "lr": [1e-2],
+                **(
+                    {"use_old_adam": False, "fp16_adam_stats": False, "tpu": False}
+                    if name == "adam"
+                    else {}
+                ),
+            },
+            "common": {
+                "fp16_init_scale": 4,
+                "fp16_scale_tolerance": 0.0,
+                "min_loss_scale": 1e-4,
+                "threshold_loss_scale": None,
+                "model_parallel_size": 1,
+                **common,
+            },
+            "optimization": {"update_freq": [1]},
+            "distributed_training": {"distributed_world_size": 1},
+        }
+    )
 
 
 def plain(cfg, params):
@@ -107,8 +129,7 @@ def plain(cfg, params):
 
 
 def wrapped(cls, **common):
-    return lambda cfg, params: cls.build_optimizer(
-        OmegaConf.merge(cfg, {"common": common}), params)
+    return lambda cfg, params: cls.build_optimizer(OmegaConf.merge(cfg, {"common": common}), params)
 
 
 KINDS = {
@@ -128,8 +149,10 @@ def test_clipped_updates_equal_fairseqs(kind, max_norm):
 
     def run(name):
         torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(5, 7, dtype=dtype)),
-                  torch.nn.Parameter(torch.randn(9, dtype=dtype))]
+        params = [
+            torch.nn.Parameter(torch.randn(5, 7, dtype=dtype)),
+            torch.nn.Parameter(torch.randn(9, dtype=dtype)),
+        ]
         optimizer = build(config(name), params)
         norms = []
         for update in range(6):
@@ -169,8 +192,9 @@ def test_gradients_of_a_step_that_is_left_out_leave_nothing_behind():
     optimizer.zero_grad()
     params[0].grad = torch.full((4,), 2.0)
     optimizer.step()
-    assert torch.equal(optimizer.optimizer.state[params[0]]["exp_avg"],
-                       torch.full((4,), 2.0) * (1 - 0.9))
+    assert torch.equal(
+        optimizer.optimizer.state[params[0]]["exp_avg"], torch.full((4,), 2.0) * (1 - 0.9)
+    )
 
 
 def test_where_another_optimizer_takes_its_place_gradients_are_multiplied_at_once():
@@ -196,6 +220,7 @@ def test_frozen_parameters_have_no_state():
 def test_flags_are_those_of_adam():
     given = {"adam_betas", "adam_eps", "weight_decay", "lr"}
     from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY as registered
+
     ours, theirs = registered["fused_adamw"](), registered["adam"]()
     assert set(ours.__dataclass_fields__) - {"_name"} == given
     for name in given:

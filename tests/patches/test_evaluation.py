@@ -22,8 +22,19 @@ def trained(module_runs):
 
 def evaluate(runs, caplog, path, *more):
     caplog.clear()
-    status = runs.run("eval_lm", runs.data, "--path", path, "--gen-subset", "valid",
-                      "--batch-size", "4", "--tokens-per-sample", "32", *more)
+    status = runs.run(
+        "eval_lm",
+        runs.data,
+        "--path",
+        path,
+        "--gen-subset",
+        "valid",
+        "--batch-size",
+        "4",
+        "--tokens-per-sample",
+        "32",
+        *more,
+    )
     found = re.search(r"Loss \(base 2\): ([\d.]+)", caplog.text)
     return status, found and float(found[1])
 
@@ -72,8 +83,10 @@ def test_another_number_of_shards_is_refused_with_the_remedy(trained, runs, caps
         "one", *SHARDED, "--restore-file", sharded.folder / "checkpoint_last.pt", updates=8
     )
     assert result.status == 2
-    assert ("error: --distributed-world-size 1: the checkpoint has 2 shards: give 2, or leave "
-            "--use-sharded-state out") in capsys.readouterr().err
+    assert (
+        "error: --distributed-world-size 1: the checkpoint has 2 shards: give 2, or leave "
+        "--use-sharded-state out"
+    ) in capsys.readouterr().err
 
 
 def test_one_file_is_refused_where_shards_are_asked_for(trained, runs, capsys):
@@ -89,27 +102,50 @@ def test_one_file_is_refused_where_shards_are_asked_for(trained, runs, capsys):
 
 def test_a_model_of_another_size_is_refused(trained, runs, capsys):
     whole, _ = trained
-    result = runs.train("wide", "--decoder-ffn-embed-dim", "128", "--restore-file",
-                        whole.folder / "checkpoint_last.pt")
+    result = runs.train(
+        "wide",
+        "--decoder-ffn-embed-dim",
+        "128",
+        "--restore-file",
+        whole.folder / "checkpoint_last.pt",
+    )
     error = capsys.readouterr().err
     assert result.status == 2
     assert "does not fit the model: size mismatch for decoder.layers.0.fc1.weight" in error
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("command, more", [
-    ("validate", ("--task", "language_modeling", "--valid-subset", "valid")),
-    pytest.param("generate", (
-        "--task", "language_modeling", "--gen-subset", "valid", "--beam", "1", "--prefix-size",
-        "4", "--max-len-b", "40", "--skip-invalid-size-inputs-valid-test",
-        "--sample-break-mode", "eos"), marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "command, more",
+    [
+        ("validate", ("--task", "language_modeling", "--valid-subset", "valid")),
+        pytest.param(
+            "generate",
+            (
+                "--task",
+                "language_modeling",
+                "--gen-subset",
+                "valid",
+                "--beam",
+                "1",
+                "--prefix-size",
+                "4",
+                "--max-len-b",
+                "40",
+                "--skip-invalid-size-inputs-valid-test",
+                "--sample-break-mode",
+                "eos",
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_the_other_commands_read_shards(trained, module_runs, command, more):
     _, sharded = trained
     path = sharded.folder / "checkpoint_last.pt"
-    assert module_runs.run(
-        command, module_runs.data, "--path", path, "--batch-size", "4", *more
-    ) == 0
+    assert (
+        module_runs.run(command, module_runs.data, "--path", path, "--batch-size", "4", *more) == 0
+    )
 
 
 @pytest.mark.slow
@@ -117,8 +153,17 @@ def test_the_perplexity_is_printed(trained, module_runs):
     """iopath keeps upstream's command silent, which only a process of its own shows."""
     whole, _ = trained
     status, out, err = module_runs.output(
-        "eval_lm", module_runs.data, "--user-dir", "evomoe_plugin", "--gen-subset", "valid",
-        "--path", whole.folder / "checkpoint_last.pt", "--batch-size", "4", cwd=ROOT,
+        "eval_lm",
+        module_runs.data,
+        "--user-dir",
+        "evomoe_plugin",
+        "--gen-subset",
+        "valid",
+        "--path",
+        whole.folder / "checkpoint_last.pt",
+        "--batch-size",
+        "4",
+        cwd=ROOT,
     )
     assert status == 0, err
     assert len(re.findall(r"Perplexity: [\d.]+", out + err)) == 1
@@ -126,22 +171,40 @@ def test_the_perplexity_is_printed(trained, module_runs):
 
 def test_evaluation_by_shares_is_refused(trained, module_runs, caplog, capsys):
     whole, _ = trained
-    status, _ = evaluate(module_runs, caplog, whole.folder / "checkpoint_last.pt",
-                         "--distributed-world-size", "2")
+    status, _ = evaluate(
+        module_runs, caplog, whole.folder / "checkpoint_last.pt", "--distributed-world-size", "2"
+    )
     assert status == 2
     assert "error: --distributed-world-size 2: fairseq-eval-lm would" in capsys.readouterr().err
 
 
 def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_path, tmp_path):
     """An MoE checkpoint, in a folder where there is no evomoe_plugin."""
-    model = ("--arch", "transformer_lm_gpttiny_moe", "--decoder-layers", "2", "--moe-freq", "2",
-             "--moe-expert-count", "2", "--criterion", "moe_cross_entropy")
+    model = (
+        "--arch",
+        "transformer_lm_gpttiny_moe",
+        "--decoder-layers",
+        "2",
+        "--moe-freq",
+        "2",
+        "--moe-expert-count",
+        "2",
+        "--criterion",
+        "moe_cross_entropy",
+    )
     trained = module_runs.train("moe", *model, updates=2)
     assert trained.status == 0
     status, out, err = module_runs.output(
-        "eval_lm", module_runs.data, "--gen-subset", "valid", "--batch-size", "4",
-        "--path", trained.folder / "checkpoint_last.pt",
-        env={"PYTHONPATH": hydra_path}, cwd=tmp_path,
+        "eval_lm",
+        module_runs.data,
+        "--gen-subset",
+        "valid",
+        "--batch-size",
+        "4",
+        "--path",
+        trained.folder / "checkpoint_last.pt",
+        env={"PYTHONPATH": hydra_path},
+        cwd=tmp_path,
     )
     assert status == 0, err
     # iopath keeps upstream's command silent, which only a process of its own shows.

@@ -33,8 +33,12 @@ def test_the_report_names_each_patch_once():
 
 def test_applying_again_changes_nothing():
     def patched():
-        return [checkpoint_utils.load_checkpoint_to_cpu, distributed_utils.all_gather_list,
-                FairseqTask.get_batch_iterator, _FP16OptimizerMixin.build_fp32_params]
+        return [
+            checkpoint_utils.load_checkpoint_to_cpu,
+            distributed_utils.all_gather_list,
+            FairseqTask.get_batch_iterator,
+            _FP16OptimizerMixin.build_fp32_params,
+        ]
 
     before = patched()
     patches.apply_all()

@@ -20,10 +20,12 @@ def plans(draw):
     mask_TE = torch.tensor(bits, dtype=torch.bool).view(tokens, experts)
     plan = plan_from_mask(mask_TE, torch.tensor(weights, dtype=torch.float64).view_as(mask_TE) / 8)
     if draw(st.booleans()):
-        wishes = draw(st.lists(st.integers(0, 3), min_size=plan.num_pairs,
-                               max_size=plan.num_pairs))
-        plan = plan_from_mask(mask_TE, torch.ones_like(mask_TE, dtype=torch.float64),
-                              priority_N=torch.tensor(wishes, dtype=torch.float32))
+        wishes = draw(st.lists(st.integers(0, 3), min_size=plan.num_pairs, max_size=plan.num_pairs))
+        plan = plan_from_mask(
+            mask_TE,
+            torch.ones_like(mask_TE, dtype=torch.float64),
+            priority_N=torch.tensor(wishes, dtype=torch.float32),
+        )
     return mask_TE, plan, draw(st.integers(0, 14)), draw(st.booleans())
 
 
@@ -43,14 +45,20 @@ def check(case):
     full_E = dropped_E > 0
     assert (kept.tokens_per_expert_E[full_E] == capacity).all()  # no slot is left unused
     assert kept.expert_ids_N.bincount(minlength=experts).tolist() == (
-        kept.tokens_per_expert_E.tolist())
+        kept.tokens_per_expert_E.tolist()
+    )
 
     # Experts that double what they get: each token must get back its weight, and nothing else.
     x_TD = torch.arange(1, tokens + 1, dtype=torch.float64).unsqueeze(1)
     one = torch.ones(experts, 1, 1, dtype=torch.float64)
-    y_TD = grouped_ffn(x_TD, {"fc1_weight": one, "fc2_weight": 2 * one},
-                       kept.tokens_per_expert_E, find_activation(torch.nn.functional.relu),
-                       token_ids_N=kept.token_ids_N, weights_N=kept.weights_N)
+    y_TD = grouped_ffn(
+        x_TD,
+        {"fc1_weight": one, "fc2_weight": 2 * one},
+        kept.tokens_per_expert_E,
+        find_activation(torch.nn.functional.relu),
+        token_ids_N=kept.token_ids_N,
+        weights_N=kept.weights_N,
+    )
     weight_T = torch.zeros(tokens, dtype=torch.float64)
     for n, (t, _) in enumerate(pairs_of(kept)):
         weight_T[t] += kept.weights_N[n]

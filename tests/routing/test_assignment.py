@@ -21,7 +21,7 @@ def best_total(scores_TE):
         matrix = np.concatenate([matrix, scores], axis=1)
         nowhere = -1e4 * max(np.abs(scores).max(), 1)
         empty = np.full((E - odd, matrix.shape[1]), nowhere)
-        empty[:, E * floor:] = 0
+        empty[:, E * floor :] = 0
         matrix = np.concatenate([matrix, empty])
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return matrix[rows, columns][:T].sum()
@@ -62,8 +62,23 @@ SCORES = {
 
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize(
-    "T, E", [(1, 2), (1, 7), (2, 2), (3, 8), (7, 8), (8, 8), (9, 8), (16, 2), (40, 5), (64, 4),
-             (67, 4), (101, 33), (301, 7)])
+    "T, E",
+    [
+        (1, 2),
+        (1, 7),
+        (2, 2),
+        (3, 8),
+        (7, 8),
+        (8, 8),
+        (9, 8),
+        (16, 2),
+        (40, 5),
+        (64, 4),
+        (67, 4),
+        (101, 33),
+        (301, 7),
+    ],
+)
 def test_counts_are_exact_and_the_total_is_the_best(kind, T, E):
     check(SCORES[kind](T, E))
 
@@ -121,7 +136,8 @@ def test_exchanges_alone_find_the_best():
     values = scores.double() - scores.double().amax(1, keepdim=True)
     expert_T = assignment._exchange(values / -values.min(), start)
     assert scores[torch.arange(60), expert_T].sum().item() == pytest.approx(
-        best_total(scores), rel=1e-5)
+        best_total(scores), rel=1e-5
+    )
 
 
 def test_memory_stays_at_tokens_by_experts():

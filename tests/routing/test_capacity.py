@@ -16,8 +16,10 @@ def make_plan(share=0.5, priority=None, dtype=torch.float64):
     weights = torch.rand(T, E, dtype=dtype, requires_grad=True)
     plan = plan_from_mask(mask, weights)
     if priority is not None:
-        values = {"distinct": torch.rand(plan.num_pairs),
-                  "tied": torch.randint(0, 3, (plan.num_pairs,)).float()}[priority]
+        values = {
+            "distinct": torch.rand(plan.num_pairs),
+            "tied": torch.randint(0, 3, (plan.num_pairs,)).float(),
+        }[priority]
         plan = plan_from_mask(mask, weights, priority_N=values)
     return plan
 
@@ -45,8 +47,13 @@ def test_who_is_kept(capacity, priority):
     assert kept.tokens_per_expert_E.tolist() == kept.expert_ids_N.bincount(minlength=E).tolist()
     assert kept.tokens_per_expert_E.max() <= capacity
     assert torch.equal(kept.tokens_per_expert_E + dropped, plan.tokens_per_expert_E)
-    weights = dict(zip(zip(plan.token_ids_N.tolist(), plan.expert_ids_N.tolist(), strict=True),
-                       plan.weights_N.tolist(), strict=True))
+    weights = dict(
+        zip(
+            zip(plan.token_ids_N.tolist(), plan.expert_ids_N.tolist(), strict=True),
+            plan.weights_N.tolist(),
+            strict=True,
+        )
+    )
     assert kept.weights_N.tolist() == [weights[pair] for pair in pairs]
 
 
@@ -68,7 +75,9 @@ def test_gradients_of_the_weights(renormalize):
     weights = (torch.rand(T, E, dtype=torch.float64) + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda w: apply_capacity(plan_from_mask(mask, w), 5, renormalize=renormalize)[0].weights_N,
-        weights, fast_mode=True)
+        weights,
+        fast_mode=True,
+    )
 
 
 def test_nothing_to_drop_is_the_same_plan():
@@ -80,10 +89,16 @@ def test_nothing_to_drop_is_the_same_plan():
 
 @pytest.mark.parametrize(
     "rule, wanted",
-    [(CapacityRule(factor=1.0), 20), (CapacityRule(factor=1.25), 25),
-     (CapacityRule(factor=0.01), 1), (CapacityRule(factor=0.01, minimum=8), 8),
-     (CapacityRule(token_fraction=0.25), 13), (CapacityRule(token_fraction=1.0), 50),
-     (CapacityRule(factor=1e6), 100), (CapacityRule(factor=1e308), 100)],
+    [
+        (CapacityRule(factor=1.0), 20),
+        (CapacityRule(factor=1.25), 25),
+        (CapacityRule(factor=0.01), 1),
+        (CapacityRule(factor=0.01, minimum=8), 8),
+        (CapacityRule(token_fraction=0.25), 13),
+        (CapacityRule(token_fraction=1.0), 50),
+        (CapacityRule(factor=1e6), 100),
+        (CapacityRule(factor=1e308), 100),
+    ],
 )
 def test_capacity_of_100_pairs_50_tokens_5_experts(rule, wanted):
     assert rule

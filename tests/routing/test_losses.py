@@ -23,10 +23,13 @@ def dense(name, logits, mask, weight):
         powers = [(v - top).exp() for v in row]
         p.append([v / sum(powers) for v in powers])
     mean_p = [sum(w * row[c] for w, row in zip(share, p, strict=True)) / total for c in columns]
-    load = [sum(w * float(mask[t, c]) for w, t in zip(share, tokens, strict=True)) / total
-            for c in columns]
-    entropy = sum(w * -sum(v * v.log() for v in row)
-                  for w, row in zip(share, p, strict=True)) / total
+    load = [
+        sum(w * float(mask[t, c]) for w, t in zip(share, tokens, strict=True)) / total
+        for c in columns
+    ]
+    entropy = (
+        sum(w * -sum(v * v.log() for v in row) for w, row in zip(share, p, strict=True)) / total
+    )
     if name == "balance":
         return len(columns) * sum(a * b for a, b in zip(mean_p, load, strict=True))
     if name == "switch":
@@ -39,8 +42,10 @@ def dense(name, logits, mask, weight):
         mean = sum(mean_p) / len(mean_p)
         return sum((v - mean) ** 2 for v in mean_p) / len(mean_p) / mean**2
     if name == "z":
-        return sum(w * sum(v.exp() for v in row).log() ** 2
-                   for w, row in zip(share, z, strict=True)) / total
+        return (
+            sum(w * sum(v.exp() for v in row).log() ** 2 for w, row in zip(share, z, strict=True))
+            / total
+        )
     if name == "null":
         return (mean_p[-2] + mean_p[-1] - 0.3) ** 2
     if name == "load":
@@ -71,9 +76,11 @@ def ours(name, logits, mask, weight):
         "importance": lambda: losses.importance_loss(probs_TC=probs, weight_T=weight),
         "z": lambda: losses.z_loss(logits_TC=logits, weight_T=weight),
         "load": lambda: losses.load_loss(
-            logits_TC=logits, mask_TC=mask, noise=0.25, weight_T=weight),
+            logits_TC=logits, mask_TC=mask, noise=0.25, weight_T=weight
+        ),
         "null": lambda: losses.null_rate_loss(
-            probs_TC=probs, num_null=2, target=0.3, weight_T=weight),
+            probs_TC=probs, num_null=2, target=0.3, weight_T=weight
+        ),
     }[name]()
 
 
@@ -97,8 +104,8 @@ def test_value_and_gradient_by_hand(name, picks, weight):
     loss, oracle = ours(name, logits, mask, weight), dense(name, logits, mask, weight)
     assert loss.item() == pytest.approx(float(oracle), abs=1e-12)
     if loss.requires_grad and getattr(oracle, "requires_grad", False):
-        got, = torch.autograd.grad(loss, logits)
-        wanted, = torch.autograd.grad(oracle, logits)
+        (got,) = torch.autograd.grad(loss, logits)
+        (wanted,) = torch.autograd.grad(oracle, logits)
         assert torch.allclose(got, wanted, atol=1e-12)
 
 
@@ -173,7 +180,8 @@ class TestVectors:
         active = torch.tensor([True, False, True, True, True])
         for loss in (losses.diversity_loss, losses.simplicity_loss):
             assert torch.autograd.gradcheck(
-                lambda v, loss=loss: loss(vectors_CD=v, active_C=active), vectors)
+                lambda v, loss=loss: loss(vectors_CD=v, active_C=active), vectors
+            )
 
 
 @pytest.mark.parametrize("name", ["entropy", "mi"])

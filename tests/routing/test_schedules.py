@@ -17,8 +17,12 @@ def test_starts_high_falls_and_stays_at_the_end(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule, quarter", [("linear", 1.625), ("exp", 2 * 0.25**0.25),
-                          ("cosine", 0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)]
+    "schedule, quarter",
+    [
+        ("linear", 1.625),
+        ("exp", 2 * 0.25**0.25),
+        ("cosine", 0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2),
+    ],
 )
 def test_values_on_the_way(schedule, quarter):
     assert temperature(250, schedule=schedule, **ANNEAL) == pytest.approx(quarter)

@@ -39,9 +39,11 @@ def test_what_travels_between_processes():
     """Two layers, of 4 and of 2 experts, divided over 2 processes."""
     nan, two = float("nan"), torch.tensor([2.0, 2.0]).double()
     stats = {
-        st.TOKENS: 4 * two, st.PAIRS: torch.tensor([10.0, 8.0]),
+        st.TOKENS: 4 * two,
+        st.PAIRS: torch.tensor([10.0, 8.0]),
         st.EXPERTS: torch.tensor([32.0, 16.0]),
-        st.ENTROPY: two, st.LOAD_E: torch.tensor([[1.0, 4, 5, 0], [2, 6, nan, nan]]),
+        st.ENTROPY: two,
+        st.LOAD_E: torch.tensor([[1.0, 4, 5, 0], [2, 6, nan, nan]]),
         st.SENT_R: torch.tensor([[4.0, 0], [1, 3]]),
         st.RECEIVED_R: torch.tensor([[0.0, 4], [3, 1]]),
     }
@@ -55,9 +57,11 @@ def test_what_travels_between_processes():
 def test_layers_with_fewer_experts_do_not_count_as_dead():
     nan = float("nan")
     stats = {
-        st.TOKENS: torch.tensor([4.0, 4.0]), st.PAIRS: torch.tensor([4.0, 8.0]),
+        st.TOKENS: torch.tensor([4.0, 4.0]),
+        st.PAIRS: torch.tensor([4.0, 8.0]),
         st.LOAD_E: torch.tensor([[4.0, 0.0, nan, nan], [2.0, 2.0, 2.0, 2.0]]),
-        st.EXPERTS: torch.tensor([8.0, 16.0]), st.ENTROPY: torch.zeros(2),
+        st.EXPERTS: torch.tensor([8.0, 16.0]),
+        st.ENTROPY: torch.zeros(2),
         st.NONFINITE: torch.zeros(2),
     }
     numbers = st.summarize(stats)

@@ -20,8 +20,13 @@ PAIRS = [
     ("Name a warm month.", " July is warm in the north."),
     ("Is water wet?", " Yes."),
 ]
-CHAT = [("system", "Be short."), ("user", "Hello."), ("assistant", "Hi."),
-        ("user", "Is it warm?"), ("assistant", "No, it is cold.")]
+CHAT = [
+    ("system", "Be short."),
+    ("user", "Hello."),
+    ("assistant", "Hi."),
+    ("user", "Is it warm?"),
+    ("assistant", "No, it is cold."),
+]
 
 
 def lines(*records) -> str:
@@ -42,10 +47,17 @@ def write_tokenizer(folder):
     words = " ".join(text for turn in (*PAIRS, CHAT[0], CHAT[1], CHAT[3]) for text in turn)
     text.write_text("\n".join([words, "User: Assistant: a b c d e f"] * 4))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "sentencepiece"), vocab_size=340,
-        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1,
+        input=str(text),
+        model_prefix=str(folder / "sentencepiece"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
     )
     (folder / "sentencepiece.vocab").unlink()
     text.unlink()
@@ -98,8 +110,11 @@ def make_task(sft_folder):
     """The task with its defaults, 64 tokens a sample, and what is given."""
 
     def make(folder=None, **given):
-        fields = {**vars(LanguageModelingSFTConfig()), "tokens_per_sample": 64,
-                  "data": str(folder or sft_folder)}
+        fields = {
+            **vars(LanguageModelingSFTConfig()),
+            "tokens_per_sample": 64,
+            "data": str(folder or sft_folder),
+        }
         assert given.keys() <= fields.keys()
         return LanguageModelingSFTTask.setup_task(types.SimpleNamespace(**{**fields, **given}))
 

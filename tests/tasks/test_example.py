@@ -22,11 +22,17 @@ def command(tmp_path, sft_folder):
     """What the script would have started, and the folder that it made."""
     stub, seen = tmp_path / "bin/fairseq-train", tmp_path / "seen.json"
     stub.parent.mkdir()
-    stub.write_text(f"#!{sys.executable} -S\nimport json, sys\n"
-                    f"json.dump(sys.argv[1:], open({str(seen)!r}, 'w'))\n")
+    stub.write_text(
+        f"#!{sys.executable} -S\nimport json, sys\n"
+        f"json.dump(sys.argv[1:], open({str(seen)!r}, 'w'))\n"
+    )
     stub.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}",
-                   "PREPARED": str(sft_folder), "DATA": str(tmp_path / "data")}
+    environment = {
+        **os.environ,
+        "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}",
+        "PREPARED": str(sft_folder),
+        "DATA": str(tmp_path / "data"),
+    }
     subprocess.run(["bash", EXAMPLE / "train.sh", "--cpu"], check=True, env=environment)
     return json.loads(seen.read_text())
 
@@ -43,8 +49,10 @@ def test_fairseq_understands_the_command_and_the_task_its_files(command, tmp_pat
         task.load_dataset(split)
         assert len(task.dataset(split).examples) == count
     row = task.dataset("valid")[0]
-    read, learned = (task.dictionary.string(ids, bpe_symbol="sentencepiece")
-                     for ids in (row["source"], row["target"][row["target"] != 1]))
+    read, learned = (
+        task.dictionary.string(ids, bpe_symbol="sentencepiece")
+        for ids in (row["source"], row["target"][row["target"] != 1])
+    )
     # <0x0A> is the new line between them, which is learned; this tokenizer has no # either.
     assert read.startswith("<0x23> <0x52>eturn the cube of a number.<0x0A>def cube")
     assert learned.startswith("<0x0A>def cube")
@@ -57,8 +65,10 @@ def test_the_responses_are_python():
 
 
 def test_no_prompt_of_the_test_split_is_trained_on():
-    prompts = {path.stem: [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
-               for path in EXAMPLE.glob("*.jsonl")}
+    prompts = {
+        path.stem: [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+        for path in EXAMPLE.glob("*.jsonl")
+    }
     everything = sum(prompts.values(), [])
     assert len(set(everything)) == len(everything) == 38
 

@@ -40,7 +40,7 @@ def test_the_response_and_its_end_are_learned(make_task):
         # Every target is the token that follows, and what is not learned is padding.
         first = length - len(task.encoder.ids(response)) - 1
         assert (target[:first] == PAD).all() and (target[length:] == PAD).all()
-        assert target[first:length - 1].equal(source[first + 1:length])
+        assert target[first : length - 1].equal(source[first + 1 : length])
         assert target[length - 1] == EOS
     assert batch["ntokens"] == sum(len(task.encoder.ids(r)) + 1 for _, r in PAIRS[:2])
     assert (batch["nsentences"], batch["id"].tolist()) == (2, [0, 1])
@@ -52,8 +52,8 @@ def test_all_responses_of_a_chat_are_learned(make_task):
     task.load_dataset("train")
     batch = batch_of(task.dataset("train"), len(PAIRS))
     assert text_of(task, batch["net_input"]["src_tokens"][0]) == (
-        "</s>Be short. User: Hello. Assistant: Hi.</s>"
-        "User: Is it warm? Assistant: No, it is cold.")
+        "</s>Be short. User: Hello. Assistant: Hi.</s>User: Is it warm? Assistant: No, it is cold."
+    )
     assert text_of(task, batch["target"][0]) == " Hi.</s> No, it is cold.</s>"
 
 
@@ -63,14 +63,14 @@ def test_a_typed_prompt_is_tokenized_as_in_training(make_task):
     task.load_dataset("train")
     source = batch_of(task.dataset("train"), len(PAIRS))["net_input"]["src_tokens"][0]
     typed = task.encoder.ids("Be short. User: Hello. Assistant:")
-    assert source[1:len(typed) + 1].tolist() == typed.tolist()
+    assert source[1 : len(typed) + 1].tolist() == typed.tolist()
 
 
 def test_train_on_prompt_learns_all(load):
     batch = batch_of(load(train_on_prompt=True), 0, 1)
     source, target = batch["net_input"]["src_tokens"], batch["target"]
     for row, length in enumerate(batch["net_input"]["src_lengths"]):
-        assert target[row, :length - 1].equal(source[row, 1:length])
+        assert target[row, : length - 1].equal(source[row, 1:length])
     assert batch["ntokens"] == int(batch["net_input"]["src_lengths"].sum())
 
 
@@ -98,7 +98,8 @@ def test_packed_rows_hold_the_rows_of_their_examples(load):
             mask = row["segments"] == number
             seen.append((row["source"][mask].tolist(), row["target"][mask].tolist()))
     assert sorted(seen) == sorted(
-        (plain[i]["source"].tolist(), plain[i]["target"].tolist()) for i in range(len(plain)))
+        (plain[i]["source"].tolist(), plain[i]["target"].tolist()) for i in range(len(plain))
+    )
     batch = batch_of(packed, *range(len(packed)))
     whole = batch_of(plain, *range(len(plain)))
     assert batch["ntokens"] == whole["ntokens"]
@@ -110,8 +111,10 @@ def test_what_is_cut_and_dropped_is_logged(with_file, load, caplog):
     folder = with_file(lines(pair("ab", "c"), pair("abcdef", "a"), pair("d", "b")))
     with caplog.at_level(logging.INFO):
         dataset = load(folder, tokens_per_sample=4)
-    assert ("3 examples, 6 response tokens, 5 prompt tokens; 1 examples cut to 4 tokens, 0 dropped"
-            in caplog.text)
+    assert (
+        "3 examples, 6 response tokens, 5 prompt tokens; 1 examples cut to 4 tokens, 0 dropped"
+        in caplog.text
+    )
     assert dataset.sizes.tolist() == [4, 4, 3]
     caplog.clear()
     (folder / "train.jsonl").write_text(lines(pair("ab", "c"), pair("", "a")))
@@ -162,14 +165,22 @@ BAD_FOLDERS = {
     "no dictionary": (without("dict.txt"), "has no dict.txt; give a folder with train.jsonl"),
     "no tokenizer": (without("sentencepiece.model"), r"has no tokenizer \(sentencepiece.model, or"),
     "another dictionary": (shorter_dictionary, "dict.txt: has no '.+', which the tokenizer next"),
-    "a foreign tokenizer": (lambda folder: (folder / "sentencepiece.model").write_text("x"),
-                            "not a SentencePiece model"),
+    "a foreign tokenizer": (
+        lambda folder: (folder / "sentencepiece.model").write_text("x"),
+        "not a SentencePiece model",
+    ),
     "no train.jsonl": (without("train.jsonl"), "has no train.jsonl: each name in"),
-    "a bad line": (lambda folder: (folder / "train.jsonl").write_text('{"prompt": 1}'),
-                   "train.jsonl, line 1: prompt is not a text but a number"),
+    "a bad line": (
+        lambda folder: (folder / "train.jsonl").write_text('{"prompt": 1}'),
+        "train.jsonl, line 1: prompt is not a text but a number",
+    ),
     "half of GPT-2's files": (
-        lambda folder: ((folder / "sentencepiece.model").unlink(),
-                        (folder / "encoder.json").write_text("{}")), "has no vocab.bpe"),
+        lambda folder: (
+            (folder / "sentencepiece.model").unlink(),
+            (folder / "encoder.json").write_text("{}"),
+        ),
+        "has no vocab.bpe",
+    ),
 }
 
 
@@ -218,10 +229,25 @@ def test_no_context_window_and_no_prompt_too_long_for_the_model(make_task):
 
 @pytest.mark.parametrize("given", [(), ("--pack-examples",), ("--moe-aux-balance-weight", "2")])
 def test_a_stock_model_can_do_all_but_two_things(sft_folder, given):
-    args = options.parse_args_and_arch(options.get_training_parser(), [
-        str(sft_folder), "--task", "language_modeling_sft", "--arch", "transformer_lm",
-        "--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-attention-heads", "2",
-        "--tokens-per-sample", "64", *given])
+    args = options.parse_args_and_arch(
+        options.get_training_parser(),
+        [
+            str(sft_folder),
+            "--task",
+            "language_modeling_sft",
+            "--arch",
+            "transformer_lm",
+            "--decoder-layers",
+            "1",
+            "--decoder-embed-dim",
+            "16",
+            "--decoder-attention-heads",
+            "2",
+            "--tokens-per-sample",
+            "64",
+            *given,
+        ],
+    )
     cfg = convert_namespace_to_omegaconf(args)
     task = LanguageModelingSFTTask.setup_task(cfg.task)
     if given:
@@ -238,13 +264,15 @@ def test_generation_is_given_prompts(make_task):
     task = make_task()
     task.load_dataset("train")
     given = []
-    generator = SimpleNamespace(generate=lambda models, sample, **kwargs: given.append(
-        (sample["net_input"], kwargs)))
+    generator = SimpleNamespace(
+        generate=lambda models, sample, **kwargs: given.append((sample["net_input"], kwargs))
+    )
     task.inference_step(generator, [], batch_of(task.dataset("train"), 0, 2, 5))
     [(net_input, kwargs)] = given
     prompts = [PAIRS[0][0], PAIRS[2][0], "Be short. User: Hello. Assistant:"]
     assert [text_of(task, row) for row in net_input["src_tokens"]] == [
-        f"</s>{prompt}" for prompt in prompts]
+        f"</s>{prompt}" for prompt in prompts
+    ]
     lengths = [len(task.encoder.ids(prompt)) + 1 for prompt in prompts]
     assert net_input["src_lengths"].tolist() == lengths
     assert kwargs["prefix_tokens"].equal(net_input["src_tokens"][:, 1:])

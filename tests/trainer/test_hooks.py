@@ -13,17 +13,33 @@ from evomoe_plugin.trainer.moe_trainer import MoETrainer
 def called(monkeypatch):
     """What hooks were called with, in order."""
     seen = []
-    monkeypatch.setattr(hooks, "LOADING", [
-        lambda trainer, state, path, resets: seen.append(("loading", "model" in state, path,
-                                                          resets))])
+    monkeypatch.setattr(
+        hooks,
+        "LOADING",
+        [
+            lambda trainer, state, path, resets: seen.append(
+                ("loading", "model" in state, path, resets)
+            )
+        ],
+    )
     monkeypatch.setattr(hooks, "TRAIN_START", [lambda trainer: seen.append("start")])
-    monkeypatch.setattr(hooks, "UPDATE_END", [
-        lambda trainer: seen.append(trainer.get_num_updates())])
+    monkeypatch.setattr(
+        hooks, "UPDATE_END", [lambda trainer: seen.append(trainer.get_num_updates())]
+    )
     return seen
 
 
-MOE = ("--arch", "transformer_lm_gpttiny_moe", "--decoder-layers", "1", "--moe-freq", "1",
-       "--moe-expert-count", "2", "--decoder-normalize-before")
+MOE = (
+    "--arch",
+    "transformer_lm_gpttiny_moe",
+    "--decoder-layers",
+    "1",
+    "--moe-freq",
+    "1",
+    "--moe-expert-count",
+    "2",
+    "--decoder-normalize-before",
+)
 
 
 def test_hooks_are_called_by_training_alone(runs, called):
@@ -39,8 +55,10 @@ def test_hooks_are_called_by_training_alone(runs, called):
     assert runs.train("other", *MOE, *restore, updates=1).status == 0
     assert called == [("loading", True, last, True), 1]
     called.clear()
-    assert runs.run("eval_lm", runs.data, "--path", last, "--gen-subset", "valid",
-                    "--batch-size", "4") == 0
+    assert (
+        runs.run("eval_lm", runs.data, "--path", last, "--gen-subset", "valid", "--batch-size", "4")
+        == 0
+    )
     assert called == []
 
 

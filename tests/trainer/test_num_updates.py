@@ -39,9 +39,11 @@ def test_a_reset_optimizer_resets_the_model_too(runs, monkeypatch):
     told, _ = watch(monkeypatch)
     first = runs.train("first", updates=3)
     begin_epoch, seen = MoETrainer.begin_epoch, []
-    monkeypatch.setattr(MoETrainer, "begin_epoch", lambda self, epoch: (
-        seen.append(told["updates"]), begin_epoch(self, epoch)
-    ))
+    monkeypatch.setattr(
+        MoETrainer,
+        "begin_epoch",
+        lambda self, epoch: (seen.append(told["updates"]), begin_epoch(self, epoch)),
+    )
     restore = ("--restore-file", first.folder / "checkpoint_last.pt")
     assert runs.train("resumed", *restore, updates=4).status == 0
     assert runs.train("reset", *restore, "--reset-optimizer", updates=1).status == 0

@@ -72,9 +72,17 @@ def restore(result):
     return "--restore-file", result.folder / "checkpoint_1_3.pt"
 
 
-@pytest.mark.parametrize("layout", [
-    "plain-1", "fsdp-1", slow("nested-2"), slow("sharded-2"), slow("fsdp-2"), slow("pytorch_ddp-2"),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "plain-1",
+        "fsdp-1",
+        slow("nested-2"),
+        slow("sharded-2"),
+        slow("fsdp-2"),
+        slow("pytorch_ddp-2"),
+    ],
+)
 def test_resumed_equals_unbroken(unbroken, runs, layout):
     whole = unbroken(layout)
     resumed = train(runs, "resumed", layout, *restore(whole))
@@ -85,9 +93,16 @@ def test_resumed_equals_unbroken(unbroken, runs, layout):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("layout", [
-    "fsdp-1", "sharded-2", slow("nested-2"), slow("fsdp-2"), slow("pytorch_ddp-2"),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fsdp-1",
+        "sharded-2",
+        slow("nested-2"),
+        slow("fsdp-2"),
+        slow("pytorch_ddp-2"),
+    ],
+)
 def test_layouts_train_alike(unbroken, layout):
     one, other = unbroken("plain-1"), unbroken(layout)
     for update, (loss, norm) in one.losses().items():
@@ -96,12 +111,21 @@ def test_layouts_train_alike(unbroken, layout):
     assert_close(weights(other), weights(one))
 
 
-@pytest.mark.parametrize("before, after", [
-    ("plain-1", "nested-2"), ("fsdp-1", "plain-1"), slow("nested-2", "plain-1"),
-    slow("nested-2", "fsdp-1"), slow("sharded-2", "fsdp-1"), slow("fsdp-1", "fsdp-2"),
-    slow("fsdp-2", "nested-2"), slow("sharded-2", "plain-1"), slow("pytorch_ddp-2", "fsdp-1"),
-    slow("sharded-2", "pytorch_ddp-2"),
-])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("plain-1", "nested-2"),
+        ("fsdp-1", "plain-1"),
+        slow("nested-2", "plain-1"),
+        slow("nested-2", "fsdp-1"),
+        slow("sharded-2", "fsdp-1"),
+        slow("fsdp-1", "fsdp-2"),
+        slow("fsdp-2", "nested-2"),
+        slow("sharded-2", "plain-1"),
+        slow("pytorch_ddp-2", "fsdp-1"),
+        slow("sharded-2", "pytorch_ddp-2"),
+    ],
+)
 def test_resumed_in_another_layout(unbroken, runs, before, after):
     whole = unbroken(before)
     resumed = train(runs, "resumed", after, *restore(whole))
@@ -116,8 +140,9 @@ def test_resumed_in_another_layout(unbroken, runs, before, after):
 def test_a_position_between_two_batches_is_rounded_down(unbroken, runs):
     """Three batches of one process are one and a half of each of two: one is seen again."""
     one = runs.train("one", updates=3)
-    two = runs.train("two", *FSDP, "--restore-file", one.folder / "checkpoint_last.pt",
-                     world=2, updates=4)
+    two = runs.train(
+        "two", *FSDP, "--restore-file", one.folder / "checkpoint_last.pt", world=2, updates=4
+    )
     assert two.status == 0
     assert two.checkpoint()["extra_state"]["train_iterator"]["iterations_in_epoch"] == 2
 
@@ -135,10 +160,14 @@ def test_each_rank_keeps_half(unbroken):
         assert kept == moments == pytest.approx((parameters - tied) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("before, after", [
-    (("--fp16",), (*FSDP, "--fp16")), ((*FSDP, "--fp16"), ("--fp16",)),
-    (("--memory-efficient-fp16",), (*FSDP, "--memory-efficient-fp16")),
-])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (("--fp16",), (*FSDP, "--fp16")),
+        ((*FSDP, "--fp16"), ("--fp16",)),
+        (("--memory-efficient-fp16",), (*FSDP, "--memory-efficient-fp16")),
+    ],
+)
 def test_half_precision_changes_layout(runs, before, after):
     first = runs.train("first", *before, *SAVES)
     resumed = runs.train("resumed", *after, *restore(first))

@@ -20,9 +20,13 @@ class OutOfMemory(MoETrainer):
     optimizer, data_parallel_world_size, is_fsdp = None, 2, False
 
     def __init__(self, size):
-        self.cfg = OmegaConf.create({
-            "model": {"moe_expert_parallel_size": size}, "ema": {"store_ema": False},
-            "distributed_training": {"distributed_world_size": 2}})
+        self.cfg = OmegaConf.create(
+            {
+                "model": {"moe_expert_parallel_size": size},
+                "ema": {"store_ema": False},
+                "distributed_training": {"distributed_world_size": 2},
+            }
+        )
         self.tpu = self.cuda = False
         self.task = types.SimpleNamespace(valid_step=self.step, train_step=self.step)
         self.tried, self.left_out = 0, False

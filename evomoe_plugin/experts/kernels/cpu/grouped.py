@@ -72,8 +72,10 @@ class _GroupedFFN(torch.autograd.Function):
         matrix1, _, matrix3, matrix2, bias2 = map(work.matrices, stacks)
         hidden = _Hidden(work, kept_hidden)
         linear = None if matrix3 is None else _Hidden(work, kept_linear)
-        gradients = [Gradient(stack, ctx.counts, call.grad_scale) if need else None
-                     for stack, need in zip(stacks, need_stacks, strict=True)]
+        gradients = [
+            Gradient(stack, ctx.counts, call.grad_scale) if need else None
+            for stack, need in zip(stacks, need_stacks, strict=True)
+        ]
         grad1, grad_bias1, grad3, grad2, grad_bias2 = gradients
         rows_buffer = work.buffer(x.size(1))
         active_buffer, grad_buffer = work.buffer(), work.buffer()
@@ -165,16 +167,26 @@ def grouped_ffn(
         The sum of each token's output rows [T, D], or without `token_ids_N` the output rows [N, D],
         in the dtype of x. First derivatives only.
     """
-    arguments = [x, weights_N, *map(
-        weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias"))]
+    arguments = [
+        x,
+        weights_N,
+        *map(weights.get, ("fc1_weight", "fc1_bias", "fc3_weight", "fc2_weight", "fc2_bias")),
+    ]
     keeps = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
-    call = Call((x if token_ids_N is None else token_ids_N).size(0), activation, dropout,
-                grad_scale, operand_dtype(x), keeps)
+    call = Call(
+        (x if token_ids_N is None else token_ids_N).size(0),
+        activation,
+        dropout,
+        grad_scale,
+        operand_dtype(x),
+        keeps,
+    )
     if x.device.type == "cuda":
         reason = grouped_mm.why_not(x.device, call.dtype, x.size(1), weights["fc1_weight"].size(1))
         if not reason:
             return grouped_mm.GroupedMMFFN.apply(
-                call, torch.as_tensor(counts, device=x.device), token_ids_N, *arguments)
+                call, torch.as_tensor(counts, device=x.device), token_ids_N, *arguments
+            )
         grouped_mm.say_once(reason)
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     return _GroupedFFN.apply(call, counts, token_ids_N, *arguments)
@@ -284,8 +296,10 @@ def _split_small(weights_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor 
     divide by are applied after the dot products.
     """
     is_small_N = weights_N.abs() < torch.finfo(dtype).tiny ** 0.5
-    return (weights_N.masked_fill(is_small_N, 1.0),
-            weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None)
+    return (
+        weights_N.masked_fill(is_small_N, 1.0),
+        weights_N.masked_fill(~is_small_N, 1.0) if is_small_N.any() else None,
+    )
 
 
 def _activate(activation: Activation, h: Tensor, h3: Tensor | None, out: Tensor) -> Tensor:
@@ -304,8 +318,9 @@ def _drop(rows: Tensor, drop: Tensor | None, probability: float) -> None:
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = dot products of the rows, summed in at least fp32."""
     step = _DOT_ROWS if a.device.type == "cpu" else _ON_DEVICES
-    products = POOL.empty((min(step, out.size(0)), a.size(1)),
-                          torch.promote_types(a.dtype, torch.float32), a.device)
+    products = POOL.empty(
+        (min(step, out.size(0)), a.size(1)), torch.promote_types(a.dtype, torch.float32), a.device
+    )
     for start in range(0, out.size(0), step):
         stop = min(start + step, out.size(0))
         block = torch.mul(a[start:stop], b[start:stop], out=products[: stop - start])

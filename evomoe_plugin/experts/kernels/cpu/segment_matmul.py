@@ -52,8 +52,13 @@ class Gradient:
 
     def add_matmul(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
         """Add a^T b of each expert's rows to its gradient."""
-        parts = zip(chunk.experts, chunk.is_first, a[: chunk.size].t().split(chunk.sizes, 1),
-                    b.split(chunk.sizes), strict=True)
+        parts = zip(
+            chunk.experts,
+            chunk.is_first,
+            a[: chunk.size].t().split(chunk.sizes, 1),
+            b.split(chunk.sizes),
+            strict=True,
+        )
         for expert, is_first, columns, others in parts:
             to = self._each[expert]
             if to.dtype == others.dtype:
@@ -86,14 +91,19 @@ class Gradient:
 
 
 def multiply(
-    chunk: Chunk, rows: Tensor, matrices: Sequence[Tensor], out: Tensor,
-    bias: Matrices | None = None, adds: bool = False,
+    chunk: Chunk,
+    rows: Tensor,
+    matrices: Sequence[Tensor],
+    out: Tensor,
+    bias: Matrices | None = None,
+    adds: bool = False,
 ) -> None:
     """Write (or, with `adds`, add) each expert's rows times its matrix, plus bias, to `out`."""
     outs = out[: chunk.size].split(chunk.sizes)
     addends = bias.of(chunk) if bias is not None else outs if adds else [None] * len(outs)
     for part, matrix, to, addend in zip(
-            rows[: chunk.size].split(chunk.sizes), matrices, outs, addends, strict=True):
+        rows[: chunk.size].split(chunk.sizes), matrices, outs, addends, strict=True
+    ):
         if addend is None:
             torch.mm(part, matrix, out=to)
         else:

@@ -11,8 +11,9 @@ _WIDTH = 1024
 
 
 @triton.jit
-def _kernel(rows, weights, order, starts, out, width, has_weights: tl.constexpr,
-            block: tl.constexpr):
+def _kernel(
+    rows, weights, order, starts, out, width, has_weights: tl.constexpr, block: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width
@@ -49,6 +50,13 @@ def combine(
     if tokens:
         block = min(_WIDTH, triton.next_power_of_2(width))
         _kernel[tokens, triton.cdiv(width, block)](
-            rows_ND, rows_ND if weights_N is None else weights_N, order_N, starts, out, width,
-            weights_N is not None, block)
+            rows_ND,
+            rows_ND if weights_N is None else weights_N,
+            order_N,
+            starts,
+            out,
+            width,
+            weights_N is not None,
+            block,
+        )
     return out

@@ -49,8 +49,9 @@ def why_not(device: torch.device, dtype: torch.dtype, model_dim: int, ffn_dim: i
 @functools.cache
 def say_once(reason: str) -> None:
     """Log, once for each reason, that experts are computed one by one."""
-    logger.warning("grouped_mm is not used: %s; the matmuls of each expert are launched one by one",
-                   reason)
+    logger.warning(
+        "grouped_mm is not used: %s; the matmuls of each expert are launched one by one", reason
+    )
 
 
 class GroupedMMFFN(torch.autograd.Function):
@@ -61,7 +62,8 @@ class GroupedMMFFN(torch.autograd.Function):
         ends_E = counts_E.cumsum(0).to(torch.int32)
         order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
         matrix1, bias1, matrix3, matrix2, bias2 = (
-            None if s is None else s.to(call.dtype) for s in stacks)
+            None if s is None else s.to(call.dtype) for s in stacks
+        )
         experts = None
         if bias1 is not None:
             experts = torch.repeat_interleave(counts_E, output_size=call.num_rows)
@@ -76,7 +78,8 @@ class GroupedMMFFN(torch.autograd.Function):
         if bias2 is not None:
             outputs += bias2[experts]
         ctx.save_for_backward(
-            ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts)
+            ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts
+        )
         ctx.call = call
         if token_ids is None:
             return outputs.to(x.dtype)
@@ -86,12 +89,14 @@ class GroupedMMFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         ends_E, token_ids, x, row_weights, *stacks, h, h3, experts, dropped, order, starts = (
-            ctx.saved_tensors)
+            ctx.saved_tensors
+        )
         call, (fc1, fc1_bias, fc3, fc2, fc2_bias) = ctx.call, stacks
         need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
         need1, need_bias1, need3, need2, need_bias2 = need_stacks
         matrix1, bias1, matrix3, matrix2, bias2 = (
-            None if s is None else s.to(call.dtype) for s in stacks)
+            None if s is None else s.to(call.dtype) for s in stacks
+        )
 
         grads = _fetch(grad_out, token_ids, call)
         grad_active = grouped_mm(grads, matrix2.transpose(1, 2), offs=ends_E)
@@ -186,7 +191,8 @@ def _run(work: Callable, call: Call, hidden: tuple, *given: Any) -> Any:
             raise
         except Exception as error:  # any compiler error; no tensor has been modified yet
             _fuses = False
-            logger.warning("torch.compile failed (%s): operations between the experts' matmuls are "
-                           "not fused", str(error).strip().split("\n")[0])
+            logger.warning(
+                "torch.compile failed (%s): operations between the experts' matmuls are not fused",
+                str(error).strip().split("\n")[0],
+            )
     return work(call.activation.function, call.dropout, *tensors)
-
