@@ -372,7 +372,8 @@ ONE_LINE = [
         (
             {"moe_spawn_updates": 5},
             Recipe(method),
-            f"--method {method}: --moe-spawn-updates makes all experts from the first .*: give copy or",
+            f"--method {method}: --moe-spawn-updates makes all experts from the first .*: "
+            "give copy or",
         )
         for method in ("mask", "noise", "reinit", "slice")
     ),

@@ -152,7 +152,7 @@ def test_tokens_that_go_to_null_experts_alone_cost_nothing(make_layer):
 
 @pytest.mark.parametrize("weights", ["softmax", "uniform"])
 def test_shared_experts_are_weighed_as_in_dcmoe(make_layer, weights):
-    """q = softmax over the chosen D (null ones too) and the shared: y = q(D) Σ w_e f_e + Σ q_s g_s."""
+    """q = softmax over the chosen D (nulls too) and the shared: y = q(D) Σ w_e f_e + Σ q_s g_s."""
     layer = make_layer(
         moe_gate="top_p",
         moe_null_experts=2,
