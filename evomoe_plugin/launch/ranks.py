@@ -69,6 +69,8 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
 
 
 def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:
+    # Background jobs of a shell ignore SIGINT, by which a rank learns that its parent died.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig"):  # Linux: die with the parent
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGINT)
     evomoe_plugin.register()  # a program may import this package before fairseq

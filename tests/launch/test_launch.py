@@ -63,11 +63,16 @@ def is_running(pid):
         return False
 
 
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.fixture
-def training(runs, tmp_path):
+def training(request, runs, tmp_path):
     """A run of two ranks in the midst of training, with a checkpoint; and its ranks' ids.
 
-    Address and rank are given as in the published command.
+    Address and rank are given as in the published command. With a true parameter it ignores
+    SIGINT, as the background jobs of a shell do.
     """
     folder = tmp_path / "run"
     folder.mkdir()
@@ -87,6 +92,7 @@ def training(runs, tmp_path):
             world=2,
             updates=LONG,
         ),
+        preexec_fn=ignore_interrupts if getattr(request, "param", False) else None,
     )
     try:
         wait_for(lambda: process.poll() is not None or list(folder.glob("checkpoint_last.pt")))
@@ -151,6 +157,7 @@ def test_a_signal_to_the_parent_ends_all(training, number, status):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["", "in the background"], indirect=True)
 def test_the_ranks_follow_a_killed_parent(training):
     process, ranks, _ = training
     process.kill()
