@@ -478,8 +478,9 @@ class MoETrainer(Trainer):
             return state
         kept = None
         if state is not None and self.cfg.distributed_training.zero_sharding == "os":
-            # Each rank is sent its shard of it when the optimizer loads it.
-            kept, state["last_optimizer_state"] = state.get("last_optimizer_state"), "SHARDED"
+            kept = state.get("last_optimizer_state")
+            if kept is not None:  # each rank is sent its shard of it when the optimizer loads it
+                state["last_optimizer_state"] = "SHARDED"
         state = distributed_utils.broadcast_object(
             state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
         )

@@ -1,0 +1,61 @@
+"""Steps of the trainer by themselves, without a run."""
+
+import types
+
+import pytest
+import torch
+from fairseq.distributed import utils as distributed_utils
+
+from evomoe_plugin.checkpoint import resume
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
+
+
+class Bare(MoETrainer):
+    """One of two ranks, with a model and options that a test gives."""
+
+    data_parallel_world_size, data_parallel_process_group = 2, None
+    data_parallel_rank, is_fsdp = 0, False
+    device = torch.device("cpu")
+
+    def __init__(self, model=None, **cfg):
+        self._model = self._wrapped_model = model or torch.nn.Identity()
+        self._criterion = torch.nn.Identity()
+        self.cfg = types.SimpleNamespace(
+            model=types.SimpleNamespace(),
+            checkpoint=types.SimpleNamespace(load_checkpoint_on_all_dp_ranks=False),
+            distributed_training=types.SimpleNamespace(zero_sharding="none"),
+            common=types.SimpleNamespace(fp16=False, bf16=False),
+        )
+        vars(self.cfg).update(cfg)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """(path, what reading it gives, what was sent to the other ranks)."""
+    path, content, sent = tmp_path / "checkpoint_last.pt", {}, []
+    path.touch()
+    monkeypatch.setattr(resume, "read_for", lambda *_: content)
+    monkeypatch.setattr(
+        distributed_utils,
+        "broadcast_object",
+        lambda state, **_: (sent.append(dict(state)), state)[1],
+    )
+    return str(path), content, sent
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"last_optimizer_state": None}])
+def test_zero_sharding_sends_no_optimizer_state_where_there_is_none(file, optimizer):
+    path, content, sent = file
+    content.update(optimizer)
+    sharding = types.SimpleNamespace(zero_sharding="os")
+    state = Bare(distributed_training=sharding)._read_checkpoint(path, False)
+    assert sent == [optimizer] and state == optimizer
+
+
+def test_zero_sharding_keeps_the_optimizer_state_on_the_first_rank(file):
+    path, content, sent = file
+    content["last_optimizer_state"] = {"state": {}}
+    sharding = types.SimpleNamespace(zero_sharding="os")
+    state = Bare(distributed_training=sharding)._read_checkpoint(path, False)
+    assert sent == [{"last_optimizer_state": "SHARDED"}]
+    assert state == {"last_optimizer_state": {"state": {}}}
