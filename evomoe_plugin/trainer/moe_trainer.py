@@ -465,6 +465,7 @@ class MoETrainer(Trainer):
             is_sharded
             or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
             or resume.reads_own_shard(self)
+            or getattr(self.cfg.model, "base_layers", 0) > 0  # fairseq's, with a file a rank
         )
 
         def check(state: dict[str, Any], path: str) -> None:

@@ -59,3 +59,12 @@ def test_zero_sharding_keeps_the_optimizer_state_on_the_first_rank(file):
     state = Bare(distributed_training=sharding)._read_checkpoint(path, False)
     assert sent == [{"last_optimizer_state": "SHARDED"}]
     assert state == {"last_optimizer_state": {"state": {}}}
+
+
+def test_each_rank_of_base_layers_reads_its_own_file(file):
+    path, content, sent = file
+    content["model"] = "of rank 1"
+    trainer = Bare()
+    trainer.cfg.model.base_layers = 1
+    trainer.data_parallel_rank = 1
+    assert trainer._read_checkpoint(path, False) is content and not sent
