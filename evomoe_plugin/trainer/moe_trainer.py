@@ -499,13 +499,6 @@ class MoETrainer(Trainer):
         if history and "num_updates" in history[-1]:
             self.model.set_num_updates(history[-1]["num_updates"])
         try:
-            exact = {}
-            if (self.cfg.common.fp16 or self.cfg.common.bf16) and not self.is_fsdp:
-                exact = {
-                    name: weights[name]
-                    for name, p in self.get_model().named_parameters()
-                    if name in weights and weights[name].dtype == torch.float32 != p.dtype
-                }
             if self.is_fsdp and not resume.reads_own_shard(self):
                 # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
                 super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
@@ -517,7 +510,13 @@ class MoETrainer(Trainer):
             raise
         except Exception as error:
             raise misfit(path, error) from error
-        return exact
+        if self.is_fsdp or not (self.cfg.common.fp16 or self.cfg.common.bf16):
+            return {}
+        return {  # by the names of today, which loading gave to those of an earlier fairseq
+            name: weights[name]
+            for name, p in self.get_model().named_parameters()
+            if name in weights and weights[name].dtype == torch.float32 != p.dtype
+        }
 
     def _load_optimizer(
         self, path: str, state: Any, reset_lr_scheduler: bool, overrides: dict[str, Any] | None

@@ -68,3 +68,23 @@ def test_each_rank_of_base_layers_reads_its_own_file(file):
     trainer.cfg.model.base_layers = 1
     trainer.data_parallel_rank = 1
     assert trainer._read_checkpoint(path, False) is content and not sent
+
+
+class Renamed(torch.nn.Module):
+    """A model whose weight had another name in an earlier fairseq."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = torch.nn.Parameter(torch.zeros(1, dtype=torch.half))
+
+    def load_state_dict(self, state, strict=True, model_cfg=None):
+        state["now"] = state.pop("before")
+        return super().load_state_dict(state, strict)
+
+
+def test_fp32_weights_under_an_earlier_name_become_masters():
+    weight = torch.tensor([1.0001])
+    trainer = Bare(Renamed(), common=types.SimpleNamespace(fp16=True, bf16=False))
+    state = {"optimizer_history": [], "model": {"before": weight}}
+    assert trainer._load_model("file.pt", state) == {"now": weight}
+    assert trainer._model.now.item() == 1.0
