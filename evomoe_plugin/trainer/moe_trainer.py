@@ -230,12 +230,10 @@ class MoETrainer(Trainer):
         def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
             if groups is not None and not self.is_fsdp:
                 return sharded_gradients.grad_norm(self, groups)
-            return (
-                distributed_utils.all_reduce(
-                    norm_of_this_rank.float() ** 2, group=self.data_parallel_process_group
-                )
-                ** 0.5
-            )
+            # Of gradients on the CPU (--cpu-offload) too: the ranks are connected by the device's.
+            squared = norm_of_this_rank.to(self.device).float() ** 2
+            group = self.data_parallel_process_group
+            return distributed_utils.all_reduce(squared, group=group) ** 0.5
 
         return self.optimizer.clip_grad_norm(
             clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None

@@ -88,3 +88,14 @@ def test_fp32_weights_under_an_earlier_name_become_masters():
     state = {"optimizer_history": [], "model": {"before": weight}}
     assert trainer._load_model("file.pt", state) == {"now": weight}
     assert trainer._model.now.item() == 1.0
+
+
+def test_gradient_norms_are_summed_on_the_device_of_the_run(monkeypatch):
+    """With --cpu-offload gradients are on the CPU, and NCCL sums on GPUs only."""
+    monkeypatch.setattr(distributed_utils, "all_reduce", lambda value, group: value)
+    trainer = Bare()
+    trainer.is_fsdp, trainer.device = True, torch.device("meta")
+    trainer._optimizer = types.SimpleNamespace(
+        clip_grad_norm=lambda _clip, aggregate_norm_fn: aggregate_norm_fn(torch.ones(()))
+    )
+    assert trainer.clip_grad_norm(0.0).device == trainer.device
