@@ -126,7 +126,7 @@ class MoETrainer(Trainer):
             sample, done.is_dummy = self._prepare_sample(sample)
             try:
                 with self._no_sync(i < len(samples) - 1), self._not_recording(done.is_dummy):
-                    _loss, size, logging_output = self.task.train_step(
+                    loss, size, logging_output = self.task.train_step(
                         sample=sample,
                         model=self.model,
                         criterion=self.criterion,
@@ -135,6 +135,7 @@ class MoETrainer(Trainer):
                         ignore_grad=done.is_dummy,
                         **self._ema_arguments,
                     )
+                    del loss  # the graph that it holds, before the next is built
                 done.logging_outputs.append(logging_output)
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:

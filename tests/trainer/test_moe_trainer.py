@@ -1,6 +1,7 @@
 """Steps of the trainer by themselves, without a run."""
 
 import types
+import weakref
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ class Bare(MoETrainer):
 
     def __init__(self, model=None, **cfg):
         self._model = self._wrapped_model = model or torch.nn.Identity()
-        self._criterion = torch.nn.Identity()
+        self._criterion = self._wrapped_criterion = torch.nn.Identity()
         self.cfg = types.SimpleNamespace(
             model=types.SimpleNamespace(),
             checkpoint=types.SimpleNamespace(load_checkpoint_on_all_dp_ranks=False),
@@ -27,6 +28,18 @@ class Bare(MoETrainer):
             common=types.SimpleNamespace(fp16=False, bf16=False),
         )
         vars(self.cfg).update(cfg)
+
+    # Of updates: what happens to the batches alone.
+    cuda, _ema_arguments, _optimizer, _shards_experts = False, {}, object(), False
+
+    def _prepare_sample(self, sample, is_dummy=False):
+        return sample, False
+
+    def get_num_updates(self):
+        return 1
+
+    def zero_grad(self):
+        self.zeroed = getattr(self, "zeroed", 0) + 1
 
 
 @pytest.fixture
@@ -99,3 +112,18 @@ def test_gradient_norms_are_summed_on_the_device_of_the_run(monkeypatch):
         clip_grad_norm=lambda _clip, aggregate_norm_fn: aggregate_norm_fn(torch.ones(()))
     )
     assert trainer.clip_grad_norm(0.0).device == trainer.device
+
+
+def test_a_loss_is_freed_before_the_next_batch():
+    losses = []
+
+    def step(**_):
+        assert not losses or losses[-1]() is None
+        loss = torch.ones(())
+        losses.append(weakref.ref(loss))
+        return loss, 1, {}
+
+    trainer = Bare()
+    trainer.task = types.SimpleNamespace(train_step=step)
+    trainer._forward_backward([{}, {}], raise_oom=False)
+    assert len(losses) == 2
