@@ -146,17 +146,18 @@ class MoETrainer(Trainer):
                 self._log_oom(error)
                 if raise_oom:
                     raise
-                logger.warning("attempting to recover from OOM in forward/backward pass")
                 done.ooms += 1
+            except Exception:
+                self._save_crash_checkpoint()
+                raise
+            if done.ooms:  # as in fairseq, this rank gives nothing to the rest of the update
+                logger.warning("attempting to recover from OOM in forward/backward pass")
                 self.zero_grad()
                 if self.cuda:
                     torch.cuda.empty_cache()
                 if self.cfg.distributed_training.distributed_world_size == 1:
                     self._discard_update()
                     return None
-            except Exception:
-                self._save_crash_checkpoint()
-                raise
         size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)
         return done

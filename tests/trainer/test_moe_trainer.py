@@ -24,7 +24,9 @@ class Bare(MoETrainer):
         self.cfg = types.SimpleNamespace(
             model=types.SimpleNamespace(),
             checkpoint=types.SimpleNamespace(load_checkpoint_on_all_dp_ranks=False),
-            distributed_training=types.SimpleNamespace(zero_sharding="none"),
+            distributed_training=types.SimpleNamespace(
+                zero_sharding="none", distributed_world_size=2
+            ),
             common=types.SimpleNamespace(fp16=False, bf16=False),
         )
         vars(self.cfg).update(cfg)
@@ -37,9 +39,6 @@ class Bare(MoETrainer):
 
     def get_num_updates(self):
         return 1
-
-    def zero_grad(self):
-        self.zeroed = getattr(self, "zeroed", 0) + 1
 
 
 @pytest.fixture
@@ -127,3 +126,21 @@ def test_a_loss_is_freed_before_the_next_batch():
     trainer.task = types.SimpleNamespace(train_step=step)
     trainer._forward_backward([{}, {}], raise_oom=False)
     assert len(losses) == 2
+
+
+def test_after_a_batch_without_memory_the_rank_gives_no_gradients(monkeypatch):
+    """What is left is as in fairseq's trainer: zero, whatever later batches would add."""
+    weight, batches = torch.ones(1, requires_grad=True), iter([True, False, True])
+
+    def step(**_):
+        if not next(batches):
+            raise RuntimeError("out of memory")
+        loss = weight.sum()
+        loss.backward()
+        return loss, 1, {}
+
+    trainer = Bare()
+    monkeypatch.setattr(trainer, "zero_grad", lambda: setattr(weight, "grad", None))
+    trainer.task = types.SimpleNamespace(train_step=step)
+    done = trainer._forward_backward([{}, {}, {}], raise_oom=False)
+    assert weight.grad is None and done.sample_size == 2
