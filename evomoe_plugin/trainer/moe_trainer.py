@@ -95,6 +95,7 @@ class MoETrainer(Trainer):
             raise
         except OverflowError as error:
             logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
+            self._log_overflowed_parameters()
             overflow, grad_norm = True, torch.zeros((), device=self.device)
             self.zero_grad()
         except RuntimeError as error:
@@ -300,6 +301,14 @@ class MoETrainer(Trainer):
             scaler = self.optimizer.scaler
             scale = scaler.loss_scale if common.fp16 else scaler.get_scale()
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
+
+    def _log_overflowed_parameters(self) -> None:
+        """With `--debug-param-names --fp16-no-flatten-grads`."""
+        if hasattr(self, "param_names") and hasattr(self.optimizer, "fp32_optimizer"):
+            masters = self.optimizer.fp32_optimizer.params
+            for master, name in zip(masters, self.param_names, strict=True):
+                if master.grad is not None and not torch.isfinite(master.grad).all():
+                    logger.info("overflow in param %s", name)
 
     def _find_nan(self, samples: Sequence[Any]) -> None:
         """Run the batches again, with hooks that name the module where NaN/Inf arises."""
