@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -93,7 +94,7 @@ def _local_path(path: str, load_on_all_ranks: bool) -> str:
     local = PathManager.get_local_path(path)
     if local == path or not PathManager.path_requires_pathmanager(path):
         return local
-    if os.path.exists(local):
+    with contextlib.suppress(FileNotFoundError):  # another rank was first
         os.remove(local)
     if load_on_all_ranks:
         dist.barrier()

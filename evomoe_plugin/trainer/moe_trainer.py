@@ -95,6 +95,7 @@ class MoETrainer(Trainer):
             raise
         except OverflowError as error:
             logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
+            self._log_overflowed_parameters()
             overflow, grad_norm = True, torch.zeros((), device=self.device)
             self.zero_grad()
         except RuntimeError as error:
@@ -126,7 +127,7 @@ class MoETrainer(Trainer):
             sample, done.is_dummy = self._prepare_sample(sample)
             try:
                 with self._no_sync(i < len(samples) - 1), self._not_recording(done.is_dummy):
-                    _loss, size, logging_output = self.task.train_step(
+                    loss, size, logging_output = self.task.train_step(
                         sample=sample,
                         model=self.model,
                         criterion=self.criterion,
@@ -135,6 +136,7 @@ class MoETrainer(Trainer):
                         ignore_grad=done.is_dummy,
                         **self._ema_arguments,
                     )
+                    del loss  # the graph that it holds, before the next is built
                 done.logging_outputs.append(logging_output)
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:
@@ -145,17 +147,18 @@ class MoETrainer(Trainer):
                 self._log_oom(error)
                 if raise_oom:
                     raise
-                logger.warning("attempting to recover from OOM in forward/backward pass")
                 done.ooms += 1
+            except Exception:
+                self._save_crash_checkpoint()
+                raise
+            if done.ooms:  # as in fairseq, this rank gives nothing to the rest of the update
+                logger.warning("attempting to recover from OOM in forward/backward pass")
                 self.zero_grad()
                 if self.cuda:
                     torch.cuda.empty_cache()
                 if self.cfg.distributed_training.distributed_world_size == 1:
                     self._discard_update()
                     return None
-            except Exception:
-                self._save_crash_checkpoint()
-                raise
         size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)
         return done
@@ -230,12 +233,10 @@ class MoETrainer(Trainer):
         def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
             if groups is not None and not self.is_fsdp:
                 return sharded_gradients.grad_norm(self, groups)
-            return (
-                distributed_utils.all_reduce(
-                    norm_of_this_rank.float() ** 2, group=self.data_parallel_process_group
-                )
-                ** 0.5
-            )
+            # Of gradients on the CPU (--cpu-offload) too: the ranks are connected by the device's.
+            squared = norm_of_this_rank.to(self.device).float() ** 2
+            group = self.data_parallel_process_group
+            return distributed_utils.all_reduce(squared, group=group) ** 0.5
 
         return self.optimizer.clip_grad_norm(
             clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None
@@ -300,6 +301,14 @@ class MoETrainer(Trainer):
             scaler = self.optimizer.scaler
             scale = scaler.loss_scale if common.fp16 else scaler.get_scale()
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
+
+    def _log_overflowed_parameters(self) -> None:
+        """With `--debug-param-names --fp16-no-flatten-grads`."""
+        if hasattr(self, "param_names") and hasattr(self.optimizer, "fp32_optimizer"):
+            masters = self.optimizer.fp32_optimizer.params
+            for master, name in zip(masters, self.param_names, strict=True):
+                if master.grad is not None and not torch.isfinite(master.grad).all():
+                    logger.info("overflow in param %s", name)
 
     def _find_nan(self, samples: Sequence[Any]) -> None:
         """Run the batches again, with hooks that name the module where NaN/Inf arises."""
@@ -465,6 +474,7 @@ class MoETrainer(Trainer):
             is_sharded
             or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
             or resume.reads_own_shard(self)
+            or getattr(self.cfg.model, "base_layers", 0) > 0  # fairseq's, with a file a rank
         )
 
         def check(state: dict[str, Any], path: str) -> None:
@@ -478,8 +488,9 @@ class MoETrainer(Trainer):
             return state
         kept = None
         if state is not None and self.cfg.distributed_training.zero_sharding == "os":
-            # Each rank is sent its shard of it when the optimizer loads it.
-            kept, state["last_optimizer_state"] = state.get("last_optimizer_state"), "SHARDED"
+            kept = state.get("last_optimizer_state")
+            if kept is not None:  # each rank is sent its shard of it when the optimizer loads it
+                state["last_optimizer_state"] = "SHARDED"
         state = distributed_utils.broadcast_object(
             state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
         )
@@ -497,13 +508,6 @@ class MoETrainer(Trainer):
         if history and "num_updates" in history[-1]:
             self.model.set_num_updates(history[-1]["num_updates"])
         try:
-            exact = {}
-            if (self.cfg.common.fp16 or self.cfg.common.bf16) and not self.is_fsdp:
-                exact = {
-                    name: weights[name]
-                    for name, p in self.get_model().named_parameters()
-                    if name in weights and weights[name].dtype == torch.float32 != p.dtype
-                }
             if self.is_fsdp and not resume.reads_own_shard(self):
                 # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
                 super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
@@ -515,7 +519,13 @@ class MoETrainer(Trainer):
             raise
         except Exception as error:
             raise misfit(path, error) from error
-        return exact
+        if self.is_fsdp or not (self.cfg.common.fp16 or self.cfg.common.bf16):
+            return {}
+        return {  # by the names of today, which loading gave to those of an earlier fairseq
+            name: weights[name]
+            for name, p in self.get_model().named_parameters()
+            if name in weights and weights[name].dtype == torch.float32 != p.dtype
+        }
 
     def _load_optimizer(
         self, path: str, state: Any, reset_lr_scheduler: bool, overrides: dict[str, Any] | None

@@ -12,8 +12,9 @@ import omegaconf
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
 
-from evomoe_plugin.checkpoint.load import load_file
+from evomoe_plugin.checkpoint.load import _local_path, load_file
 from evomoe_plugin.config.errors import OptionError
 
 
@@ -156,3 +157,17 @@ def test_a_foreign_file_is_named(tmp_path):
     path.write_text("hello, this is no checkpoint at all\n" * 9)
     with pytest.raises(OptionError, match=r"text\.pt: cannot be read"):
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def test_ranks_may_remove_a_stale_copy_of_a_remote_file_at_once(tmp_path, monkeypatch):
+    copy = tmp_path / "copy.pt"
+    monkeypatch.setattr(PathManager, "path_requires_pathmanager", lambda path: True)
+    monkeypatch.setattr(PathManager, "get_local_path", lambda path: str(copy))
+
+    def remove(path):
+        raise FileNotFoundError(path)
+
+    copy.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "remove", remove)
+        assert _local_path("remote://last.pt", load_on_all_ranks=False) == str(copy)
