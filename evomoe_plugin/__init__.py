@@ -35,9 +35,11 @@ def register() -> None:
 
     from evomoe_plugin.config.dataclass_fields import add_checkpoint_fields
     from evomoe_plugin.launch import call_main
+    from evomoe_plugin.trainer import install
 
     add_checkpoint_fields()
     call_main.install()
+    install.install()
 
     from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401
 

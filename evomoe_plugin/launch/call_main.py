@@ -25,14 +25,14 @@ from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
 from evomoe_plugin.patches.patch import wrap
-from evomoe_plugin.trainer.install import install as install_trainer
+from evomoe_plugin.trainer.install import install_in
 
 logger = logging.getLogger(__name__)
 
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
     """Run `main` with `MoETrainer`, in a rank's process; return when all files are written."""
-    install_trainer(main)
+    install_in(main)
     with async_writer.finished_on_exit():
         main(cfg, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,19 @@ from evomoe_plugin.trainer.data_wait import TimedGroupedIterator
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
-def install(main: Callable[..., Any]) -> None:
-    """Replace the classes and functions that fairseq's `main` looks up by name.
-
-    Args:
-        main: of a command of fairseq, in the process that runs it.
-    """
-    if main.__globals__.get("Trainer") is Trainer:
-        main.__globals__["Trainer"] = MoETrainer
+def install() -> None:
+    """Replace what fairseq's commands look up by name, in the modules that are imported already."""
+    for name in ("fairseq_cli.train", "__main__", "__mp_main__"):
+        _use_trainer(vars(sys.modules.get(name, sys)))
     checkpoint_utils.save_checkpoint = save_checkpoint
     iterators.GroupedIterator = TimedGroupedIterator
+
+
+def install_in(main: Callable[..., Any]) -> None:
+    """Have fairseq's `main` train with `MoETrainer`, in the process that runs it."""
+    _use_trainer(main.__globals__)
+
+
+def _use_trainer(names: dict[str, Any]) -> None:
+    if names.get("Trainer") is Trainer:
+        names["Trainer"] = MoETrainer

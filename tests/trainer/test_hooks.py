@@ -2,10 +2,11 @@
 
 import inspect
 
+import fairseq_cli.train
 import pytest
 from fairseq.trainer import Trainer
 
-from evomoe_plugin.trainer import hooks
+from evomoe_plugin.trainer import hooks, install
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
@@ -76,3 +77,9 @@ def test_commands_train_with_it(runs, monkeypatch):
     monkeypatch.setattr(MoETrainer, "begin_epoch", lambda self, epoch: seen.append(type(self)))
     runs.train("run", updates=1)
     assert seen[0] is MoETrainer
+
+
+def test_so_does_a_program_that_calls_main_itself(monkeypatch):
+    monkeypatch.setattr(fairseq_cli.train, "Trainer", Trainer)
+    install.install()
+    assert fairseq_cli.train.Trainer is MoETrainer
