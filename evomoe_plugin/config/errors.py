@@ -47,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(exit_status(error))
     except KeyboardInterrupt:
         print(
-            "interrupted: a run with the same --save-dir resumes from the last checkpoint",
+            "interrupted: a run with the same --save-dir resumes from its last checkpoint, if any",
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)

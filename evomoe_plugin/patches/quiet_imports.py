@@ -8,13 +8,13 @@ from evomoe_plugin.quiet_imports import ignore_warnings
 
 def apply() -> None:
     ignore_warnings()
-    # Not in `IGNORED`, which holds for every program with torch: fairseq always pins memory.
-    warnings.filterwarnings(
-        "ignore",
-        "'pin_memory' argument is set as true but no accelerator",
-        module=r"torch\.utils\.data\.",
-        append=True,
-    )
+    # Not in `IGNORED`, which holds for every program with torch: fairseq always pins memory, and
+    # its attention gives masks of two types.
+    for message, module in (
+        ("'pin_memory' argument is set as true but no accelerator", r"torch\.utils\.data\."),
+        ("Support for mismatched key_padding_mask and attn_mask", r"torch\.nn\.functional"),
+    ):
+        warnings.filterwarnings("ignore", message, module=module, append=True)
 
 
 PATCH = Patch(

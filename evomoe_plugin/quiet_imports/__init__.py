@@ -11,6 +11,7 @@ import warnings
 # Beginning of the message, and the module that is blamed; as regular expressions.
 IGNORED = (
     (r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated", r"(fairscale|fairseq)\."),
+    (r"TypedStorage is deprecated", r"fairscale\."),
     (r"`broadcast_buffers` is deprecated", r"(fairseq|evomoe_plugin\.patches)\."),
     (r"\s*The version_base parameter is not specified", r"fairseq_cli\.|hydra\.experimental\."),
     (r"hydra\.experimental\.(initialize|compose)\(\) is no longer", r"hydra\.experimental\."),
