@@ -267,7 +267,7 @@ def test_written_behind_the_training(unbroken, train, tmp_path, form):
         "3",
         "--write-checkpoints-asynchronously",
     )
-    assert run.output.count("training waits while processes") == (form == "experts beside")
+    assert run.output.count("training waits while ranks") == (form == "experts beside")
     same_logical(tmp_path / "checkpoint_last.pt", unbroken(*given)[0] / "checkpoint_last.pt")
     assert {path.name for path in tmp_path.glob("*.pt")} == {
         "checkpoint_1_3.pt",
