@@ -26,12 +26,12 @@ from fairseq import options, tasks
 from fairseq.data import Dictionary, iterators
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models import decoder as decoder_file
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 SETTINGS = {
     "before": ["--moe-attention", "stock", "--moe-vocab-chunk", 0, "--optimizer", "adam"],
@@ -155,7 +155,7 @@ class Subject:
         task = tasks.setup_task(cfg.task)
         model = task.build_model(cfg.model)
         self.criterion = task.build_criterion(cfg.criterion)
-        self.trainer = Trainer(cfg, task, model, self.criterion)
+        self.trainer = MoETrainer(cfg, task, model, self.criterion)
         self.trainer.lr_step_begin_epoch(1)
         epoch = self.trainer.get_train_iterator(epoch=1)
         self.batches = iter(iterators.GroupedIterator(epoch.next_epoch_itr(shuffle=True), 1))
@@ -180,7 +180,7 @@ def marked(function: Callable, part: str) -> Callable:
     return wrapper
 
 
-def mark(model: nn.Module, trainer: Trainer, criterion: nn.Module) -> None:
+def mark(model: nn.Module, trainer: MoETrainer, criterion: nn.Module) -> None:
     """Mark the parts of the model for the profiler."""
     decoder = model.decoder
     for module in decoder.modules():

@@ -24,8 +24,9 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
 from torch.utils.flop_counter import FlopCounterMode
+
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 ROWS = 1000  # of the vocabulary
 
@@ -89,7 +90,7 @@ class Subject:
         cfg = convert_namespace_to_omegaconf(parsed)
         task = tasks.setup_task(cfg.task)
         self.model = task.build_model(cfg.model)
-        self.trainer = Trainer(cfg, task, self.model, task.build_criterion(cfg.criterion))
+        self.trainer = MoETrainer(cfg, task, self.model, task.build_criterion(cfg.criterion))
         self.trainer.lr_step_begin_epoch(1)
         tokens = torch.randint(4, ROWS, (args.batch, args.length + 1))
         sample = {

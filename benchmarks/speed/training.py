@@ -13,9 +13,9 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
 
 import evomoe_plugin  # noqa: F401  registers the models
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Run:
     model: Any
     criterion: Any
 
-    def trainer(self) -> Trainer:
+    def trainer(self) -> MoETrainer:
         """fairseq's trainer, ready for `train_step`."""
-        trainer = Trainer(self.config, self.task, self.model, self.criterion)
+        trainer = MoETrainer(self.config, self.task, self.model, self.criterion)
         trainer.lr_step_begin_epoch(1)
         return trainer
 
