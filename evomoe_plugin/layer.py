@@ -21,6 +21,7 @@ from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.plan import RoutingPlan, first_expert_plan
+from evomoe_plugin.routing.stability import token_routing
 
 
 class MoELayer(nn.Module):
@@ -123,6 +124,7 @@ class MoELayer(nn.Module):
         token_keys_T: Tensor | None = None,
         token_ids_T: Tensor | None = None,
         token_weights_T: Tensor | None = None,
+        with_token_routing: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Apply the layer.
 
@@ -132,6 +134,7 @@ class MoELayer(nn.Module):
             token_keys_T: int64 keys of the tokens (`routing.noise.sequence_keys`); None: no noise.
             token_ids_T: int64 token ids, for gates that use them.
             token_weights_T: weight of each token in the auxiliary losses; None: 1.
+            with_token_routing: add `routing.stability.token_routing` to the statistics.
         Returns:
             y_TD, zeros for tokens without an expert; the auxiliary losses, [A] with gradient;
             the statistics by name (`routing.stats`), detached fp64.
@@ -147,7 +150,10 @@ class MoELayer(nn.Module):
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
-        return y_TD, aux, {**plan.stats, **self._exchanged(plan)}
+        stats = {**plan.stats, **self._exchanged(plan)}
+        if with_token_routing:
+            stats |= token_routing(plan)
+        return y_TD, aux, stats
 
     def zero_stats(self) -> dict[str, Tensor]:
         """The statistics of a forward pass without tokens, for a layer that LayerDrop skips."""

@@ -36,7 +36,7 @@ ALLOWED = {
     "metrics": BASE,
     "checkpoint.atomic_files": {"config.errors"},
     "checkpoint": BASE | {"dispatch", "checkpoint.atomic_files"},
-    "trainer": BASE | {"dispatch", "checkpoint"},
+    "trainer": BASE | {"routing", "dispatch", "checkpoint"},
     "evolve": MODEL | {"checkpoint", "data", "trainer"},
     "generation": MODEL | {"checkpoint", "data"},
     "export": MODEL | {"checkpoint", "data", "generation"},

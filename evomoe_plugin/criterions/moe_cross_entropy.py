@@ -38,6 +38,11 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
         "number of tokens whose logits are computed at a time (default: 512 on a CPU, 4096 on a "
         "GPU); 0: all, as in fairseq",
     )
+    moe_stability_tokens: int = flag(
+        4096,
+        "first tokens of each validation set whose routing is compared from one validation to the "
+        "next; 0: none",
+    )
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
@@ -55,6 +60,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         moe_gate_loss_wt: float = 1.0,
         moe_gate_loss_combine_method: str = "average",
         moe_vocab_chunk: Optional[int] = None,
+        moe_stability_tokens: int = 4096,
     ):
         super().__init__(task, sentence_avg)
         if moe_gate_loss_combine_method not in ("average", "sum"):
@@ -67,7 +73,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             raise OptionError(
                 "moe_vocab_chunk", moe_vocab_chunk, "give a number of tokens, or 0 for all at once"
             )
+        if moe_stability_tokens < 0:
+            raise OptionError(
+                "moe_stability_tokens",
+                moe_stability_tokens,
+                "give a number of tokens, or 0 for none",
+            )
         self.vocab_chunk = moe_vocab_chunk
+        self.stability_tokens = moe_stability_tokens
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine_method = moe_gate_loss_combine_method
 
@@ -76,7 +89,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
 
         Returns:
             the loss, summed over tokens; the sample size to divide it by; the logging output: sums
-            that may be added over batches and ranks.
+            that may be added over batches and ranks; and `moe_token_routing` if the batch asks the
+            model for it, which the trainer takes out before.
         """
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -97,6 +111,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         if "moe_stats" in extra:
             logging_output.update({_STATS + k: v for k, v in extra["moe_stats"].items()})
             logging_output["moe_flops"] = self._forward_flops(model, extra["moe_stats"])
+        if "moe_token_routing" in extra:
+            logging_output["moe_token_routing"] = extra["moe_token_routing"]
         return loss, sample_size, logging_output
 
     def _cross_entropy(self, model, sample, reduce: bool) -> tuple[Tensor, dict[str, Any]]:

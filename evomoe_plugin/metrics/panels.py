@@ -95,6 +95,25 @@ def _add_perplexity(axes: Any, logs: Sequence[TrainingLog]) -> None:
     right.spines[["top", "right"]].set_visible(False)
 
 
+def _routing_lines(log: TrainingLog) -> list[tuple[str, Series]]:
+    """Line style and points of stability and purity in each validation set that has them."""
+    lines = [
+        (line, log.series(metric, subset))
+        for metric, line in (("stability", "-"), ("purity", "--"))
+        for subset in sorted(log.summaries.keys() - {"train"})
+    ]
+    return [(line, series) for line, series in lines if series[0]]
+
+
+def _routing(log: TrainingLog) -> Series:
+    return next((series for _, series in _routing_lines(log)), ((), ()))
+
+
+def _draw_routing(axes: Any, log: TrainingLog, style: Style) -> None:
+    for line, series in _routing_lines(log):
+        axes.plot(*series, line, color=style.colour, linewidth=2, marker="o", markersize=4)
+
+
 def _finish_experts(axes: Any, logs: Sequence[TrainingLog]) -> None:
     axes.set_ylim(0, 1.08 * max(max(log.series(EXPERTS)[1], default=1) for log in logs))
     axes.axhline(1, color="#6b6b6b", linewidth=1, linestyle=":")
@@ -105,4 +124,10 @@ PANELS = (
     Panel("gate temperature", lambda log: log.series("temperature")),
     Panel("experts per token", lambda log: log.series(EXPERTS), finish=_finish_experts),
     Panel("time per update (seconds)", seconds_per_update),
+    Panel(
+        "stability (solid), purity (dashed)",
+        _routing,
+        _draw_routing,
+        lambda axes, logs: axes.set_ylim(0, 1.05),
+    ),
 )

@@ -1,4 +1,4 @@
-"""Plot a run: loss, temperature, experts per token and step time over updates."""
+"""Plot a run: loss, temperature, experts per token, step time and stability over updates."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def _figure(out: Path) -> Any:
 
 def _draw(figure: Any, logs: Sequence[TrainingLog], smoothing: float) -> None:
     drawn = [panel for panel in panels.PANELS if any(panel.series(log)[0] for log in logs)]
-    grid = figure.subplots(math.ceil(len(drawn) / 2), min(len(drawn), 2), squeeze=False).flat
+    rows = math.ceil(len(drawn) / 2)
+    figure.set_figheight(max(7, 3.5 * rows))
+    grid = figure.subplots(rows, min(len(drawn), 2), squeeze=False).flat
     for axes in grid[len(drawn) :]:
         axes.remove()
     last = max(log.intervals[-1].update for log in logs)

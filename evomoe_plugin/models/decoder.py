@@ -125,8 +125,10 @@ class MoEDecoder(TransformerDecoder):
         targets: Tensor | None = None,
         vocab_chunk: int | None = None,
         reduce: bool = True,
+        with_token_routing: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """As fairseq's decoder; `token_weights` and `segments` as in `extract_features`.
+        """As fairseq's decoder; `token_weights`, `segments` and `with_token_routing` as in
+        `extract_features`.
 
         With `targets` [batch, length], losses of `models.vocabulary_loss` are returned instead of
         logits: their sum, or [batch * length] without `reduce`. They are computed here instead of
@@ -138,6 +140,7 @@ class MoEDecoder(TransformerDecoder):
             full_context_alignment=full_context_alignment,
             token_weights=token_weights,
             segments=segments,
+            with_token_routing=with_token_routing,
         )
         if targets is not None:
             x = vocabulary_loss(
@@ -163,6 +166,7 @@ class MoEDecoder(TransformerDecoder):
         alignment_heads: int | None = None,
         token_weights: Tensor | None = None,
         segments: Tensor | None = None,
+        with_token_routing: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Features before the output projection.
 
@@ -173,11 +177,16 @@ class MoEDecoder(TransformerDecoder):
             token_weights: [batch, length], weights of the tokens in the auxiliary losses.
             segments: [batch, length], the examples of the tokens (`models.segments`) if rows hold
                 several; they do not attend to each other. Not in incremental decoding.
+            with_token_routing: return `moe_token_routing` too. In evaluation mode, after the
+                dense phase.
         Returns:
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
-            `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L]; [L, R] for
-            exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN).
+            `moe_aux_coefficients` (name -> float), `moe_stats` (name -> [L]; [L, R] for
+            exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN) and
+            `moe_token_routing` (name -> [L, batch, length], of `routing.stability.token_routing`).
         """
+        if with_token_routing and (self.training or self.in_dense_phase):
+            raise ValueError("token routing is that of gates in evaluation mode")
         if segments is not None and (incremental_state is not None or full_context_alignment):
             raise ValueError(
                 "rows of several examples support neither incremental decoding nor "
@@ -205,9 +214,11 @@ class MoEDecoder(TransformerDecoder):
             padding_mask = padding_mask[:, -1:]
             positions = positions[:, -1:] if positions is not None else None
 
-        tokens = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
+        tokens: dict[str, Any] = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
         if token_weights is not None:
             tokens["token_weights"] = token_weights[:, -prev_output_tokens.size(1) :].t()
+        if with_token_routing:
+            tokens["with_token_routing"] = True
 
         x = self.embed_scale * self.embed_tokens(prev_output_tokens)
         if self.project_in_dim is not None:
@@ -244,7 +255,13 @@ class MoEDecoder(TransformerDecoder):
         if self._aux_coefficients and aux:
             aux_LA = torch.stack(list(aux.values()))
             moe_aux = dict(zip(self._aux_coefficients, aux_LA.unbind(1), strict=True))
-        extra = {"attn": [None], "inner_states": inner_states}
+        extra: dict[str, Any] = {"attn": [None], "inner_states": inner_states}
+        if with_token_routing:
+            length_first = x.size(1), x.size(0)
+            extra["moe_token_routing"] = {
+                name: torch.stack([row[name].view(length_first).t() for row in stats.values()])
+                for name in (st.FIRST_EXPERT_T, st.COMBINE_WEIGHT_T)
+            }
         return x, {
             **extra,
             "moe_aux": moe_aux,

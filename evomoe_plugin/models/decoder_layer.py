@@ -89,6 +89,7 @@ class MoEDecoderLayer(DecoderLayer):
         token_keys: Tensor | None = None,
         token_ids: Tensor | None = None,
         token_weights: Tensor | None = None,
+        with_token_routing: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Apply the layer.
 
@@ -102,6 +103,7 @@ class MoEDecoderLayer(DecoderLayer):
             token_keys: int64 noise keys [length, batch].
             token_ids: int64 token ids [length, batch].
             token_weights: weights in the auxiliary losses [length, batch].
+            with_token_routing: as `MoELayer.forward`.
         Returns:
             x, and the auxiliary losses and statistics of the MoE layer.
         """
@@ -120,6 +122,7 @@ class MoEDecoderLayer(DecoderLayer):
                 None if known is None else known.reshape(-1)
                 for known in (token_keys, token_ids, token_weights)
             ),
+            with_token_routing=with_token_routing,
         )
         x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
         if not self.normalize_before:

@@ -38,6 +38,12 @@ class MoELanguageModel(TransformerLanguageModel):
         flops = self._forward_flops
         return flops.without_gates if self.decoder.in_dense_phase else flops
 
+    @property
+    def num_gated_layers(self) -> int:
+        """L, of the layers whose `moe_token_routing` the forward pass gives if asked to; 0 in the
+        dense phase."""
+        return 0 if self.decoder.in_dense_phase else len(self.decoder.moe_layers)
+
     def not_recording(self) -> AbstractContextManager[None]:
         """For batches in training mode that are not part of an update."""
         return self.decoder.not_recording()

@@ -29,6 +29,9 @@ TEMPERATURE = "temperature"  # temperature, summed over tokens
 SENT_R = "sent"  # pairs sent by each expert-parallel rank to others, [R]
 RECEIVED_R = "received"  # pairs received by each of them, [R]
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
+# Of each token, on request (`routing.stability`); these are no sums.
+FIRST_EXPERT_T = "first_expert"
+COMBINE_WEIGHT_T = "combine_weight"
 
 
 def routing_stats(

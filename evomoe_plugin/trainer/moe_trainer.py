@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.data.iterators import EpochBatchIterating, EpochBatchIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.file_io import PathManager
@@ -30,6 +31,7 @@ from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
 from evomoe_plugin.trainer import data_wait, hooks, sharded_gradients
+from evomoe_plugin.trainer.routing_sample import RoutingSample
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,11 @@ class MoETrainer(Trainer):
     """
 
     _amp_retries: int  # set by fairseq with --amp
+    _routing_sample: RoutingSample | None = None  # of the validation in progress
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._routing_samples: dict[str, RoutingSample] = {}
 
     # --- updates
 
@@ -339,10 +346,87 @@ class MoETrainer(Trainer):
         except RunFailed as error:  # must not hide the exception that is being handled
             logger.error("no crash.pt: %s", error)
 
+    # --- validation
+
+    def get_valid_iterator(
+        self, subset: str, disable_iterator_cache: bool = False
+    ) -> EpochBatchIterating:
+        """The batches of a validation subset; `valid_step` is for those of the last call."""
+        batches = super().get_valid_iterator(subset, disable_iterator_cache)
+        self._routing_sample = self._begin_routing_sample(subset, batches)
+        return batches
+
+    def _begin_routing_sample(
+        self, subset: str, batches: EpochBatchIterating
+    ) -> RoutingSample | None:
+        """The sample of a subset that is validated on `batches`; None: routing is not compared."""
+        num_tokens = getattr(self.get_criterion(), "stability_tokens", 0)
+        num_layers = getattr(self.get_model(), "num_gated_layers", 0)
+        if not (num_tokens and num_layers and isinstance(batches, EpochBatchIterator)):
+            return None
+        if subset not in self._routing_samples:
+            padding = self.task.source_dictionary.pad()
+            self._routing_samples[subset] = RoutingSample(batches.dataset, num_tokens, padding)
+        most = self.cfg.dataset.max_valid_steps
+        steps = len(batches) if most is None else min(len(batches), most + 1)  # as fairseq counts
+        sample = self._routing_samples[subset]
+        sample.begin(num_layers, steps, self.device)
+        return sample
+
+    @metrics.aggregate("valid")
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
-        """As fairseq's; with sharded experts a rank that is out of memory ends the run, since the
-        others wait for its rows."""
-        return super().valid_step(sample, raise_oom=raise_oom or self._shards_experts)
+        """Evaluate a batch.
+
+        Args:
+            sample: the batch; empty on a rank that has none left.
+            raise_oom: raise if it does not fit into memory, instead of trying once more. With
+                sharded experts the run ends, since the other ranks wait for this one's rows.
+        Returns:
+            What was logged.
+        """
+        watched = self._routing_sample
+        tokens = watched.tokens_of(sample) if watched and sample else None
+        sample, is_dummy = self._prepare_sample(sample)
+        if tokens is not None:
+            asking = {**sample["net_input"], "with_token_routing": True}
+            sample = {**sample, "net_input": asking}
+        self.model.eval()
+        self.criterion.eval()
+        size, logging_output = self._evaluate(sample, raise_oom or self._shards_experts)
+        if watched and tokens is not None:
+            watched.add(tokens, logging_output.pop("moe_token_routing"))
+        logging_outputs = [logging_output]
+        if self.data_parallel_world_size > 1:
+            logging_outputs, (size,) = self._aggregate_logging_outputs(
+                logging_outputs, 0 * size if is_dummy else size, ignore=is_dummy
+            )
+        logged = self._reduce_and_log_stats(logging_outputs, size)
+        if watched:
+            watched.finish_step(
+                self.data_parallel_process_group if self.data_parallel_world_size > 1 else None
+            )
+        return logged
+
+    def _evaluate(self, sample: Any, raise_oom: bool) -> tuple[Any, dict[str, Any]]:
+        """The sample size and the logging output of a batch."""
+        try:
+            with torch.no_grad():
+                _, size, logging_output = self.task.valid_step(
+                    sample, self.model, self.criterion, **self._ema_arguments
+                )
+            return size, logging_output
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            self._log_oom(error)
+            if raise_oom:
+                raise
+        logger.warning("ran out of memory in validation step, retrying batch")
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return self._evaluate(sample, raise_oom=True)
 
     @property
     def _shards_experts(self) -> bool:

@@ -13,7 +13,7 @@ from evomoe_plugin.config.errors import OptionError  # noqa: E402
 from evomoe_plugin.metrics import parse_log  # noqa: E402
 from evomoe_plugin.metrics import plot as picture  # noqa: E402
 from evomoe_plugin.metrics.panels import smooth  # noqa: E402
-from tests.metrics.logs import diversified, evolution, interval  # noqa: E402
+from tests.metrics.logs import diversified, evolution, interval, line  # noqa: E402
 
 
 @pytest.fixture
@@ -49,6 +49,21 @@ def test_all_that_is_logged_is_drawn(tmp_path, figures):
     assert labels == ["training", "training, smoothed", "valid"]
     notes = {text.get_text() for axes in figures[0].axes for text in axes.texts}
     assert notes == {"annealing ends, top-1 starts"}
+
+
+def test_stability_and_purity_share_a_panel(tmp_path, figures):
+    log = parse_log(
+        [
+            interval(10, loss=9),
+            line("valid", num_updates="10", loss="9", purity="0.5"),
+            interval(20, loss=8),
+            line("valid", num_updates="20", loss="8", purity="0.6", stability="0.9"),
+        ]
+    )
+    picture.plot([log], tmp_path / "run.png")
+    (axes,) = (a for a in figures[0].axes if a.get_ylabel().startswith("stability"))
+    points = {found.get_linestyle(): found.get_xydata().tolist() for found in axes.lines}
+    assert points == {"-": [[20, 0.9]], "--": [[10, 0.5], [20, 0.6]]}
 
 
 def test_the_spawn_is_marked(tmp_path, figures):
