@@ -103,6 +103,19 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
             check_number(
                 options, option, "[0, 1]", "it is a probability: give a number from 0 to 1"
             )
+    check_number(
+        options,
+        "moe_weight_total",
+        "(0, inf)",
+        "give a sum above 0, such as the number of experts per token",
+    )
+    if options.moe_weight_scale not in ("unit", "mean"):
+        _refuse_given(
+            options,
+            ("moe_weight_total",),
+            "weights are not scaled to a sum",
+            "--moe-weight-scale unit",
+        )
     _check_experts(options)
     _check_expert_parallel(options)
     _check_capacity(options, gate)

@@ -120,7 +120,8 @@ class Gate(nn.Module):
         mask_TC, weights_TC = getattr(self, "_" + self.routing["select"])(logits_TC, ids_T)
         if self.routing.get("unit_weights"):
             total_T1 = weights_TC.masked_fill(~mask_TC, 0.0).sum(1, keepdim=True)
-            weights_TC = weights_TC / torch.where(total_T1 > 0, total_T1, 1.0)
+            total_T1 = torch.where(total_T1 > 0, total_T1, 1.0)
+            weights_TC = weights_TC * (self.routing["weight_total"] / total_T1)
         if self.routing.get("gains"):
             weights_TC = weights_TC * self.gain.to(weights_TC.dtype)
         if not self.shared or self.shared_combine == "add":
@@ -179,9 +180,9 @@ class Gate(nn.Module):
         return mask_TC, torch.softmax(logs_TC.masked_fill(~mask_TC, float("-inf")), dim=1)
 
     def _threshold(self, logits_TC, ids_T):
-        """All candidates above a threshold, and the best."""
+        """All candidates above a threshold, and the k best."""
         gates_TC = self._scores(self._biased(logits_TC), self.routing["temperature"])
-        mask_TC = _where(gates_TC.argmax(1, keepdim=True), gates_TC)
+        mask_TC = _where(gates_TC.topk(self.routing["top_k"], dim=1).indices, gates_TC)
         mask_TC = mask_TC | (gates_TC > self.routing["threshold"])
         return mask_TC, self._scores(logits_TC, self.routing["weight_temperature"])
 

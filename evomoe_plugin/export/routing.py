@@ -94,11 +94,11 @@ def _added(gate: Gate, num_updates: int) -> dict[str, Any]:
         given |= {"lexical": True, "lexical_logits": gate.lexical.logits(num_updates)}
     scale = gate.weight_scale
     if scale is not None and scale.kind == "unit":
-        given["unit_weights"] = True
+        given |= {"unit_weights": True, "weight_total": scale.total}
     elif scale is not None:
         gain = scale.gain
         if gain is None:
-            gain = (1 / scale.mean).float().expand(gate.info.num_candidates)
+            gain = (scale.total / scale.mean).float().expand(gate.info.num_candidates)
         given |= {"gains": True, "gain": gain}
     return given
 
@@ -127,7 +127,10 @@ def _dense_to_sparse(gate: Any, num_updates: int) -> dict[str, Any]:
     if gate.bias_update_rate:
         given |= {"logit_bias": True, "bias_bits": gate.bias_C_bits}
     if gate.is_hard(num_updates):
-        return _top_k(1, rank="scores", **taus, **given)
+        return _top_k(
+            1 if gate.eval_gate == "top1" else gate.hard_top_k, rank="scores", **taus, **given
+        )
+    given["top_k"] = gate.hard_top_k
     threshold = -1.0 if gate.eval_gate == "dense" else gate.threshold
     return {"select": "threshold", "threshold": threshold, **_SCORES, **taus, **given}
 
@@ -166,7 +169,7 @@ def _top_k_gate(gate: Any, num_updates: int) -> dict[str, Any]:
 # By registered name: from a gate and its number of updates.
 _EXPORTERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "base": lambda gate, _: _top_k(1, scores="sigmoid"),
-    "dense": lambda gate, _: {"select": "threshold", "threshold": -1.0, **_SCORES},
+    "dense": lambda gate, _: {"select": "threshold", "threshold": -1.0, "top_k": 1, **_SCORES},
     "dense_to_sparse": _dense_to_sparse,
     "dselect_k": lambda gate, _: {
         "scorer": "bits",

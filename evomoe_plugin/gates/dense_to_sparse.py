@@ -16,7 +16,7 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
 )
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.topk_common import best
+from evomoe_plugin.gates.topk_common import best, selection_mask
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -25,23 +25,24 @@ from evomoe_plugin.routing.schedules import temperature
 
 @register_gate("dense_to_sparse")
 class DenseToSparseGate(Gate[DenseToSparseOptions]):
-    """A (Gumbel-)softmax gate whose temperature is annealed until routing becomes hard top-1.
+    """A (Gumbel-)softmax gate whose temperature is annealed until routing becomes hard top-k.
 
     With the scorer's logits z, noise ζ ~ Gumbel(0, 1) and temperature τ:
 
         g = softmax((z + ζ) / τ)            ζ in training only, and only while routing is soft
-        A = {e : g_e > δ} ∪ {argmax g}      a token always keeps its best expert
+        A = {e : g_e > δ} ∪ top-k g         a token always keeps its k best experts
         y = Σ_{e ∈ A} w_e E_e(x)            w = g, or softmax(z); not renormalised
 
-    From the hard update on, A = {argmax g}. Evaluation has no noise and otherwise routes as
-    training does at the same number of updates, unless `--moe-eval-gate` is given.
+    From the hard update on, A = top-k g. k is 1 in the paper, else `--moe-hard-top-k`, as
+    fine-grained experts need (DeepSeekMoE, arXiv 2401.06066). Evaluation has no noise and otherwise
+    routes as training does at the same number of updates, unless `--moe-eval-gate` is given.
 
     With `--moe-bias-update-rate` u the selection is by softmax((z + b + ζ) / τ), the weights are as
     above. After each update b_e += u sign(mean load - load_e) (loss-free balancing, arXiv
-    2408.15664); the load counts the tokens whose best expert it is, since at a high temperature all
-    experts have all tokens. With the temperature scope `token` z is z / sg(std z), the standard
-    deviation over the candidates without gradient: a temperature means the same for every token,
-    layer and update.
+    2408.15664); the load counts the tokens that have it among their k best, since at a high
+    temperature all experts have all tokens. With the temperature scope `token` z is z / sg(std z),
+    the standard deviation over the candidates without gradient: a temperature means the same for
+    every token, layer and update.
     """
 
     Options = DenseToSparseOptions
@@ -55,6 +56,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         self.annealing_updates = annealing_updates(options)
         self.hard_updates = hard_updates(options)
         self.threshold = options.moe_gate_threshold
+        self.hard_top_k = options.moe_hard_top_k
         self.noise = options.moe_gate_noise
         self.combine_weights = options.moe_combine_weights
         self.eval_gate = options.moe_eval_gate
@@ -70,7 +72,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
 
     @classmethod
     def validate(cls, options: DenseToSparseOptions, expert_counts: Sequence[int]) -> list[str]:
-        return validate_dense_to_sparse(options)
+        return validate_dense_to_sparse(options, expert_counts)
 
     def temperature(self, num_updates: int) -> float:
         """Temperature after `num_updates` completed updates."""
@@ -83,7 +85,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         )
 
     def is_hard(self, num_updates: int) -> bool:
-        """Whether each token goes to its best expert only."""
+        """Whether each token goes to its k best experts only."""
         if not self.training and self.eval_gate != "reached":
             return self.eval_gate == "top1"
         return 0 <= self.hard_updates <= num_updates
@@ -108,7 +110,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         if self.bias_update_rate:
             bias_C = self.bias_C.to(noisy_TC.dtype)
             selecting_TC = torch.softmax((noisy_TC.detach() + bias_C) / tau, dim=1)
-        best_TC = best(selecting_TC)
+        best_TC = self._best(selecting_TC)
         mask_TC = self._selected(selecting_TC, best_TC, hard)
         if self.combine_weights == "gate":
             weights_TC = gates_TC
@@ -127,6 +129,16 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
             logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
             stats=stats,
+        )
+
+    def _best(self, gates_TC: Tensor) -> Tensor:
+        """bool [T, C]: the k best candidates, k = `--moe-hard-top-k`; top-1 evaluation has 1."""
+        top1 = not self.training and self.eval_gate == "top1"
+        k = 1 if top1 else self.hard_top_k
+        return (
+            best(gates_TC)
+            if k == 1
+            else selection_mask(gates_TC.topk(k, dim=1).indices, gates_TC.size(1))
         )
 
     def _selected(self, gates_TC: Tensor, best_TC: Tensor, hard: bool) -> Tensor:

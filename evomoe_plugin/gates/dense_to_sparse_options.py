@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -40,8 +41,11 @@ class DenseToSparseOptions(BalanceBiasOptions, ScorerOptions):
     )
     moe_hard_updates: Optional[int] = flag(
         None,
-        "update from which routing is hard top-1; -1: never (default: when the annealing ends; "
-        "never with the constant schedule)",
+        "update from which routing is hard, to --moe-hard-top-k experts; -1: never (default: when "
+        "the annealing ends; never with the constant schedule)",
+    )
+    moe_hard_top_k: int = flag(
+        1, "experts per token once routing is hard, and the least number while it is soft"
     )
     moe_gate_noise: str = flag(
         "gumbel", "noise on the gate's logits in training, until routing is hard: gumbel or none"
@@ -70,7 +74,9 @@ def hard_updates(options: DenseToSparseOptions) -> int:
     return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
 
 
-def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
+def validate_dense_to_sparse(
+    options: DenseToSparseOptions, expert_counts: Sequence[int]
+) -> list[str]:
     """Warnings; raises `OptionError` for options that cannot work."""
     start, end = options.moe_temperature_start, options.moe_temperature_end
     constant = options.moe_temperature_schedule == "constant"
@@ -111,6 +117,13 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
         "moe_bias_update_rate",
         "[0, inf)",
         "it is a step of the logits' biases: give 0 or more, such as 0.01",
+    )
+    candidates = min(expert_counts) + options.moe_null_experts
+    check_number(
+        options,
+        "moe_hard_top_k",
+        f"[1, {candidates}]",
+        f"an MoE layer has {candidates} candidates: give 1 to {candidates}",
     )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError(

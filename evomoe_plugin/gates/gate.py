@@ -100,7 +100,9 @@ class Gate(nn.Module, Generic[OptionsT]):
             self._make_scorer(cast(ScorerOptions, options))
         self.weight_scale: WeightScale | None = None
         if options.moe_weight_scale != "none":
-            self.weight_scale = WeightScale(options.moe_weight_scale, info.num_candidates)
+            self.weight_scale = WeightScale(
+                options.moe_weight_scale, info.num_candidates, options.moe_weight_total
+            )
         self.shared_weights: SharedWeights | None = None
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
@@ -484,7 +486,8 @@ def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[s
 
 def _weight_scale_warnings(cls: type[Gate], options: ModelOptions) -> list[str]:
     scale = options.moe_weight_scale
-    if scale not in ("unit", "mean") or not cls.weights_sum_to_one(options):
+    has_effect = scale not in ("unit", "mean") or options.moe_weight_total != 1.0
+    if has_effect or not cls.weights_sum_to_one(options):
         return []
     return [
         f"--moe-weight-scale {scale}: a token's weights already sum to 1 with the gate "

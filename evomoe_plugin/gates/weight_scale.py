@@ -13,20 +13,21 @@ MEAN_DECAY = 0.99
 
 
 class WeightScale(nn.Module):
-    """Scales the weights w of a token's selected candidates A.
+    """Scales the weights w of a token's selected candidates A; S is `--moe-weight-total`.
 
-    - `unit`: w / sg(Σ_A w), sg without gradient: a token's weights sum to 1, a single pick has
-      weight 1, and the gate keeps the gradient of w up to that scale (straight-through). As the
+    - `unit`: S w / sg(Σ_A w), sg without gradient: a token's weights sum to S, a single pick has
+      weight S, and the gate keeps the gradient of w up to that scale (straight-through). As the
       number of selected candidates falls, the scale of the output does not change.
-    - `mean`: w / m, with m the running mean over updates of Σ_A w of the tokens that selected a
-      candidate: their mean becomes 1, their differences remain. The first mean is taken as it is;
-      until then m is 1.
+    - `mean`: S w / m, with m the running mean over updates of Σ_A w of the tokens that selected a
+      candidate: the mean of the sums becomes S, their differences remain. The first mean is taken
+      as it is; until then m is 1.
     - `learned`: w_c a_c, with a learned gain a of each candidate, 1 at the start.
     """
 
-    def __init__(self, kind: str, num_candidates: int):
+    def __init__(self, kind: str, num_candidates: int, total: float = 1.0):
         super().__init__()
         self.kind = kind
+        self.total = total
         self.gain: nn.Parameter | None = None
         if kind == "learned":
             self.gain = nn.Parameter(torch.ones(num_candidates))
@@ -43,9 +44,9 @@ class WeightScale(nn.Module):
         if self.gain is not None:
             return weights_TC * self.gain.to(weights_TC.dtype)
         if self.kind == "mean":
-            return weights_TC / self.mean.to(weights_TC.dtype)
+            return weights_TC * (self.total / self.mean).to(weights_TC.dtype)
         total_T1 = weights_TC.detach().masked_fill(~mask_TC, 0.0).sum(1, keepdim=True)
-        return weights_TC / torch.where(total_T1 > 0, total_T1, 1.0)
+        return weights_TC * (self.total / torch.where(total_T1 > 0, total_T1, 1.0))
 
     def update(self, total: Tensor, num_tokens: Tensor) -> None:
         """Change m by an update's sums, as `sum_of_weights` gives them."""
