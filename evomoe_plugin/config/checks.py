@@ -29,6 +29,7 @@ from evomoe_plugin.config.options import (
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
+from evomoe_plugin.gates.weight_scale import WEIGHT_SCALES
 
 logger = logging.getLogger(__name__)
 _PROBABILITIES = (
@@ -43,6 +44,7 @@ _CHOICES = {
     "moe_ep_wire_dtype": tuple(TRANSPORT_DTYPES),
     "moe_ep_checkpoint": ("auto", "consolidated", "sharded"),
     "moe_drop_policy": (None, *DROP_POLICIES),
+    "moe_weight_scale": WEIGHT_SCALES,
 }
 _MINIMA = (
     ("moe_expert_ffn_dim", 0, "give a width of at least 1, or 0 for --decoder-ffn-embed-dim"),
@@ -101,6 +103,19 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
             check_number(
                 options, option, "[0, 1]", "it is a probability: give a number from 0 to 1"
             )
+    check_number(
+        options,
+        "moe_weight_total",
+        "(0, inf)",
+        "give a sum above 0, such as the number of experts per token",
+    )
+    if options.moe_weight_scale not in ("unit", "mean"):
+        _refuse_given(
+            options,
+            ("moe_weight_total",),
+            "weights are not scaled to a sum",
+            "--moe-weight-scale unit",
+        )
     _check_experts(options)
     _check_expert_parallel(options)
     _check_capacity(options, gate)

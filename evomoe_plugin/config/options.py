@@ -69,6 +69,17 @@ class MoEOptions:
         "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none (default: depends "
         "on the gate); all are multiplied by --moe-gate-loss-wt",
     )
+    moe_weight_scale: str = flag(
+        "none",
+        "scale of the combine weights: none; unit (a token's weights sum to --moe-weight-total, "
+        "with the gradient of the unscaled ones); mean (their sums have that mean, by their "
+        "running mean); learned (times a learned gain of each candidate)",
+    )
+    moe_weight_total: float = flag(
+        1.0,
+        "sum of a token's weights with --moe-weight-scale unit, mean of it with mean; k gives each "
+        "of k experts the weight 1 on average",
+    )
     moe_shared_experts: int = flag(
         0, "experts that every token goes to, in addition to the routed ones"
     )

@@ -19,7 +19,9 @@ class DenseGate(Gate[ScorerOptions]):
     """
 
     Options = ScorerOptions
-    capabilities = Capabilities(default_aux="none", capacity=False, keeps_copies_equal=True)
+    capabilities = Capabilities(
+        default_aux="none", capacity=False, keeps_copies_equal=True, unit_weights=True
+    )
 
     @classmethod
     def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -31,6 +33,6 @@ class DenseGate(Gate[ScorerOptions]):
         ]
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TC = self.score(x_TD)
+        logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
         return Choice(torch.ones_like(probs_TC, dtype=torch.bool), probs_TC, probs_TC, logits_TC)

@@ -2,26 +2,35 @@
 
 # No `from __future__ import annotations`: fairseq reads the types of these fields at run time.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number, flag, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.topk_common import BalanceBiasOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
-# Default length of the annealing, as a share of the run.
-DEFAULT_ANNEALING_SHARE = 0.3
+TEMPERATURE_SCOPES = ("global", "token")
 
 
 @dataclass
-class DenseToSparseOptions(ScorerOptions):
+class DenseToSparseOptions(BalanceBiasOptions, ScorerOptions):
     """The main values of the published code are lost; these are our defaults (docs/options.md)."""
 
     moe_temperature_start: float = flag(2.0, "temperature of the gate at update 0")
     moe_temperature_end: float = flag(0.3, "temperature at the end of the annealing")
     moe_temperature_updates: Optional[int] = flag(
-        None, "length of the annealing in updates (default: 30%% of --max-update)"
+        None, "length of the annealing in updates (default: --moe-temperature-share)"
+    )
+    moe_temperature_share: float = flag(
+        0.3, "length of the annealing as a share of --max-update, less the updates before a spawn"
+    )
+    moe_temperature_scope: str = flag(
+        "global",
+        "what a temperature is relative to: global (nothing), or token (the standard deviation of "
+        "the token's logits, which are divided by it)",
     )
     moe_temperature_schedule: str = flag(
         "linear", "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)
@@ -32,8 +41,11 @@ class DenseToSparseOptions(ScorerOptions):
     )
     moe_hard_updates: Optional[int] = flag(
         None,
-        "update from which routing is hard top-1; -1: never (default: when the annealing ends; "
-        "never with the constant schedule)",
+        "update from which routing is hard, to --moe-hard-top-k experts; -1: never (default: when "
+        "the annealing ends; never with the constant schedule)",
+    )
+    moe_hard_top_k: int = flag(
+        1, "experts per token once routing is hard, and the least number while it is soft"
     )
     moe_gate_noise: str = flag(
         "gumbel", "noise on the gate's logits in training, until routing is hard: gumbel or none"
@@ -52,7 +64,7 @@ def annealing_updates(options: DenseToSparseOptions) -> int:
     """Length of the annealing in updates, with the default resolved."""
     if options.moe_temperature_updates is not None:
         return options.moe_temperature_updates
-    return round(DEFAULT_ANNEALING_SHARE * gated_updates(options))
+    return round(options.moe_temperature_share * gated_updates(options))
 
 
 def hard_updates(options: DenseToSparseOptions) -> int:
@@ -62,12 +74,15 @@ def hard_updates(options: DenseToSparseOptions) -> int:
     return -1 if options.moe_temperature_schedule == "constant" else annealing_updates(options)
 
 
-def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
+def validate_dense_to_sparse(
+    options: DenseToSparseOptions, expert_counts: Sequence[int]
+) -> list[str]:
     """Warnings; raises `OptionError` for options that cannot work."""
     start, end = options.moe_temperature_start, options.moe_temperature_end
     constant = options.moe_temperature_schedule == "constant"
     choices = {
         "moe_temperature_schedule": TEMPERATURE_SCHEDULES,
+        "moe_temperature_scope": TEMPERATURE_SCOPES,
         "moe_gate_noise": ("gumbel", "none"),
         "moe_combine_weights": ("gate", "softmax"),
         "moe_eval_gate": ("reached", "top1", "dense"),
@@ -94,11 +109,35 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
         "[0, inf)",
         "give the length of the annealing in updates, 0 or more",
     )
+    check_number(
+        options, "moe_temperature_share", "[0, 1]", "it is a share of the run: give 0 to 1"
+    )
+    check_number(
+        options,
+        "moe_bias_update_rate",
+        "[0, inf)",
+        "it is a step of the logits' biases: give 0 or more, such as 0.01",
+    )
+    candidates = min(expert_counts) + options.moe_null_experts
+    check_number(
+        options,
+        "moe_hard_top_k",
+        f"[1, {candidates}]",
+        f"an MoE layer has {candidates} candidates: give 1 to {candidates}",
+    )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError(
             "moe_temperature_updates",
             "(not given)",
-            "give it, or --max-update, of which the annealing is 30 % by default",
+            "give it, or --max-update, of which the annealing is a share",
+        )
+    if options.moe_temperature_updates is not None and options.moe_temperature_share != (
+        DenseToSparseOptions.moe_temperature_share
+    ):
+        raise OptionError(
+            "moe_temperature_share",
+            options.moe_temperature_share,
+            "--moe-temperature-updates already sets the length: leave one of them out",
         )
     hard, annealing = hard_updates(options), annealing_updates(options)
     if hard < -1:

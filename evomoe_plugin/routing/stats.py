@@ -22,6 +22,9 @@ ENTROPY = "entropy"  # sum over tokens of the gate's entropy, in nats
 NONFINITE = "nonfinite"  # tokens whose gate logits are NaN/Inf
 REQUESTED_C = "requested"  # pairs of each candidate before capacity, [C]
 # Of layers with the respective feature.
+GATE_INPUT_D = "gate_input"  # the gate's input, [D]
+BEST_C = "best"  # tokens that have it among their k best candidates, [C]
+WEIGHTS_2 = "weights"  # combine weights of selected candidates; tokens that have one, [2]
 DROPPED = "dropped"  # pairs dropped by the capacity
 NULL_PAIRS = "null_pairs"  # pairs of null experts
 NULL_MASS = "null_mass"  # weight given to null experts, summed over tokens
