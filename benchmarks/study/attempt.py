@@ -114,12 +114,13 @@ class Attempt:
     """
 
     def __init__(self, run: Run, study: Study, work: Path, data: Path, fingerprint: str):
-        """Start the process.
+        """Lock the folder of the run.
 
         Raises:
             Locked: the run is being trained.
         """
         self.run, self._study, self._data = run, study, fingerprint
+        self._process: subprocess.Popen | None = None
         self.folder = RunFolder(run, work)
         self._lock = self.folder.lock()
         self.folder.start_over_unless({"settings": run.settings(study), "data": fingerprint})
@@ -134,7 +135,11 @@ class Attempt:
         self._lines = open(self.folder.log, errors="replace")
         self._lines.seek(0, os.SEEK_END)
         self._log, self._line = TrainingLog(run.name), ""
-        self._last_cpu, self._cpu, self._start = 0.0, 0.0, time.monotonic()
+        self._last_cpu, self._cpu = 0.0, 0.0
+
+    def start(self) -> None:
+        """Start the process."""
+        self._start = time.monotonic()
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._record({"code": {**results.code_state(), "start": started}})
         self._process = subprocess.Popen(
@@ -155,6 +160,7 @@ class Attempt:
 
     def poll(self) -> int | None:
         """Measure what was logged since the last call; returns the exit status once it ended."""
+        assert self._process is not None
         pid, status, used = os.wait4(self._process.pid, os.WNOHANG)
         self._cpu = used.ru_utime + used.ru_stime if pid else _cpu_seconds(self._process.pid)
         for part in self._lines:
@@ -169,7 +175,7 @@ class Attempt:
         return self._process.returncode
 
     def result(self) -> Result | None:
-        """The result of the ended run, or None if it is not complete."""
+        """The result, or None if the log is not complete."""
         return results.collect(
             self.run,
             self._study,
@@ -181,7 +187,7 @@ class Attempt:
 
     def close(self) -> None:
         """End the process if it runs, and unlock the folder."""
-        if self._process.returncode is None:
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
             while self.poll() is None:
                 time.sleep(0.01)

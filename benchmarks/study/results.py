@@ -35,8 +35,9 @@ _TRAINING = (
     "overflow",
     "mflops_per_token",
 )
-# Measures of routing that only some versions log, by any name with these words.
-_ALSO = ("stability", "purity", "combine_weight")
+# Of a sample of the validation tokens; not at the first validation, nor at the first one of an
+# attempt, for what compares two.
+ROUTING = ("stability", "purity", "combine_weight")
 
 Columns = dict[str, list[float | None]]
 
@@ -56,7 +57,8 @@ class Result:
     """Fingerprint of the prepared text."""
     curve: Columns
     """At each evaluation: update, valid_ppl, test_ppl, tera_flops (training: three forward passes)
-    and cpu_seconds (of training alone), both since the first update, without repeated updates."""
+    and cpu_seconds (of training alone), both since the first update, without repeated updates;
+    and those of `ROUTING` that are logged."""
     training: Columns
     """update, and the means of the logged metrics since the previous one."""
     wall_seconds: float
@@ -150,7 +152,7 @@ def collect(
     """The result in the log of a run; None if the run has not finished.
 
     Args:
-        costs: records of `queue.Attempt`.
+        costs: records of `attempt.Attempt`.
     """
     updates = run.updates(study)
     valid, test = (dict(zip(*log.series("ppl", s), strict=True)) for s in ("valid", "test"))
@@ -158,7 +160,8 @@ def collect(
         return None
     flops, cpu = _cumulated_flops(log), _cumulated_cpu(costs)
     evaluated = sorted(valid.keys() & test.keys() & flops.keys())
-    names = [n for n in log.intervals[-1].values if n in _TRAINING or any(a in n for a in _ALSO)]
+    names = [name for name in _TRAINING if log.series(name)[0]]
+    routing = {name: dict(zip(*log.series(name, "valid"), strict=True)) for name in ROUTING}
     last = {cost["attempt"]: cost for cost in costs}
     return Result(
         system=run.system.name,
@@ -174,6 +177,7 @@ def collect(
             "test_ppl": [_finite(test[u]) for u in evaluated],
             "tera_flops": [round(flops[u] / 1e12, 4) for u in evaluated],
             "cpu_seconds": [round(cpu[u], 2) if u in cpu else None for u in evaluated],
+            **{name: [at.get(u) for u in evaluated] for name, at in routing.items() if at},
         },
         training={
             "update": [record.update for record in log.intervals],

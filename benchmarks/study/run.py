@@ -1,4 +1,4 @@
-"""Train the declared runs (README.md), two at a time, and report.
+"""Train the declared runs (README.md), two at a time.
 
 Finished runs are files in the folder of results and are not trained again; others go on from their
 last checkpoint, however they ended.
@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/quickstart"))
 
-from study import results, texts
+from processes import ROOT
+
+from study import report, results, texts
 from study.attempt import Attempt, Locked, RunFolder
 from study.runs import Run, families_of, ready, undecided
 from study.systems import SMOKE, STUDY, Study
@@ -47,7 +49,6 @@ class Queue:
         """Runs whose learning rate is known, and which were asked for or choose that rate."""
         families = families_of(self.study, self._only)
         grid = results.grid_perplexities(self.study, self.results, set(self.failed))
-        grid = {family: grid[family] for family in grid}
         return [run for run in ready(self.study, grid) if self._wanted(run, families)]
 
     def _wanted(self, run: Run, families: set[str]) -> bool:
@@ -72,6 +73,8 @@ class Queue:
         """Train what is left, `jobs` at a time; start none after `hours`."""
         end = time.monotonic() + 3600 * hours
         running: list[Attempt] = []
+        for text in sorted(self._texts | {self.study.grid_text}):
+            self._prepared(text)
         try:
             while True:
                 waiting = []
@@ -102,8 +105,12 @@ class Queue:
             attempt = Attempt(run, self.study, self.work, *self._prepared(run.text))
         except Locked:
             return None
+        if attempt.result() is not None:  # the queue was killed before it wrote it
+            self._finish(attempt, 0)
+            return None
         at = attempt.folder.update()
-        say(f"{run.text} {run.name}: " + (f"goes on after update {at}" if at else "starts"))
+        say(f"{run.text} {run.name}: " + (f"goes on, was at update {at}" if at else "starts"))
+        attempt.start()
         return attempt
 
     def _finish(self, attempt: Attempt, status: int) -> None:
@@ -162,11 +169,15 @@ class Queue:
                 state = "outdated"  # declared anew since
             lines.append(f"{line}{state:8} {f'update {at}' if at else ''}".rstrip())
         grid = results.grid_perplexities(self.study, self.results)
-        later = undecided(self.study, grid)
-        seconds += later * usual * self.study.updates
+        later = [
+            system
+            for system, text, _ in undecided(self.study, grid)
+            if system.name in self._only and text in self._texts
+        ]
+        seconds += usual * self.study.updates * sum(system.share for system in later)
         lines.append(
-            f"{len(done)} done, {len(declared) - len(done)} left, {later} more once their learning "
-            f"rates are chosen; about {seconds / jobs / 3600:.1f} h with {jobs} at a time"
+            f"{len(done)} done, {len(declared) - len(done)} left, {len(later)} more once their "
+            f"learning rates are chosen; about {seconds / jobs / 3600:.1f} h with {jobs} at a time"
         )
         return "\n".join(lines)
 
@@ -183,8 +194,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     add("--hours", type=float, default=float("inf"), help="start no run later than this")
     add("--list", action="store_true", help="show what is done, running and left, and end")
-    add("--work", type=Path, default=CACHE / "evomoe-study", help="texts, logs and checkpoints")
+    add(
+        "--work",
+        type=Path,
+        default=CACHE / "evomoe-study",
+        help="folder of texts, logs and checkpoints (default: ~/.cache/evomoe-study)",
+    )
     add("--results", type=Path, help="folder of results (default: benchmarks/study/results)")
+    add("--report", action="store_true", help="write the report of the results so far, and end")
+    add("--out", type=Path, help="folder of the report (default: benchmarks/results)")
     add("--smoke", action="store_true", help="two systems, four updates: does the harness work?")
     args = parser.parse_args(argv)
     study = SMOKE if args.smoke else STUDY
@@ -200,7 +218,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.work = args.work.absolute()
     if args.results is None:
         args.results = args.work / "smoke-results" if args.smoke else results.RESULTS
-    args.results = args.results.absolute()
+    if args.out is None:
+        args.out = args.work / "smoke-results" if args.smoke else ROOT / "benchmarks/results"
+    args.results, args.out = args.results.absolute(), args.out.absolute()
     args.study = study
     return args
 
@@ -211,6 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     queue = Queue(args.study, args.work, args.results, args.only, args.text)
     if args.list:
         print(queue.overview(args.jobs))
+        return 0
+    if args.report:
+        print(report.write(args.study, args.results, args.out))
         return 0
     try:
         queue.work_off(args.jobs, args.hours)

@@ -102,16 +102,22 @@ def ready(study: Study, grid: Perplexities) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def undecided(study: Study, grid: Perplexities) -> int:
-    """The number of runs whose learning rate is not chosen yet, beside those of the grid."""
+def undecided(study: Study, grid: Perplexities) -> list[tuple[System, str, int]]:
+    """System, text and seed of the runs whose learning rate is not chosen yet."""
     waiting = {
-        family
-        for family in study.representatives
+        family: name
+        for family, name in study.representatives.items()
         if learning_rates.wanted(study.grid, grid.get(family, {}))
     }
-    declared = sum(s.seeds for s in study.systems if s.family in waiting) * len(study.texts)
-    # The representative's first seed on the grid's text is a run of the grid.
-    return declared - len(waiting)
+    return [
+        (system, text, seed)
+        for system in study.systems
+        if system.family in waiting
+        for text in study.texts
+        for seed in range(1, system.seeds + 1)
+        # That one is a run of the grid.
+        if (system.name, text, seed) != (waiting[system.family], study.grid_text, 1)
+    ]
 
 
 def families_of(study: Study, names: Iterable[str]) -> set[str]:
