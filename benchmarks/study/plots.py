@@ -32,6 +32,7 @@ _COSTS = {
 }
 # The first evaluations, where all are alike, would take most of the axis.
 _TOP = 1.5
+_TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
 
 
 def curves(compared: Compared, path: Path) -> None:
@@ -46,14 +47,17 @@ def curves(compared: Compared, path: Path) -> None:
     for axes, (cost, label) in zip(panels, _COSTS.items(), strict=True):
         for name, found in drawn.items():
             _curve(axes, found, cost, _label(name, found), COLOURS.get(name, _OTHER))
+        if compared.is_complete("switch"):
+            target = compared.perplexity("switch").mean
+            axes.axhline(target, color=COLOURS["switch"], linewidth=0.8, linestyle=":")
         axes.set(xlabel=label, yscale="log", xlim=(0, None))
         _style(axes)
     panels[0].set_ylabel(f"test perplexity, {compared.text}")
     _limit(panels[0], list(drawn.values()))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.suptitle(
-        f"Test perplexity during training on {compared.text}; lines: means over seeds, bands: one "
-        "standard deviation",
+        f"Test perplexity during training on {compared.text}. Lines: means over seeds; bands: one "
+        "standard deviation; dotted: Switch at its end",
         fontsize=11,
     )
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
@@ -141,7 +145,7 @@ def _style(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -149,7 +153,7 @@ def _style(axes: Any) -> None:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
-    # No date and no random ids: the same results make the same SVG.
+    # No date and no random ids: the same results make the same SVG. Text is text: a third the size.
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, format=path.suffix[1:], dpi=120, metadata=metadata)

@@ -148,6 +148,7 @@ def _main_table(compared: Compared) -> str:
         updates = found[0].updates
         cells = [
             name + ("" if updates == compared.study.updates else f" ({updates:,} updates)"),
+            "yes" if compared.study.system(name).equal_flops else "",
             str(len(found)),
             f"{found[0].lr:g}",
             _shown(compared.perplexity(name), 2),
@@ -160,8 +161,15 @@ def _main_table(compared: Compared) -> str:
             _shown(spread(r.training_cpu_seconds for r in found), 0),
         ]
         rows.append(cells)
-    headings = ["system", "n", "learning rate", "test perplexity", "to dense, %", "to switch, %"]
-    headings += ["updates to Switch's final", "TFLOPs to it", "training TFLOPs", "CPU s"]
+    headings = ["system", "one expert per token", "n", "learning rate", "test perplexity"]
+    headings += [
+        "to dense, %",
+        "to switch, %",
+        "updates to Switch's final",
+        "TFLOPs to it",
+        "training TFLOPs",
+        "CPU s",
+    ]
     text = "### Final perplexity\n\n" + _table(headings, rows)
     if target is None:
         return text + "\n\nSwitch's final perplexity is not known yet: its runs are missing."
