@@ -28,6 +28,10 @@ _PR_SET_PDEATHSIG = 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
+# The end of fairseq's traceback where gradients are not finite.
+_DIVERGED = "FloatingPointError"
+
+
 class Locked(Exception):
     """Another process, such as a queue that was just killed, is training the run."""
 
@@ -98,8 +102,9 @@ class RunFolder:
         intervals = self.read_log().intervals
         return intervals[-1].update if intervals else 0
 
-    def tail(self, lines: int = 5) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def tail(self, lines: int = 5, width: int = 200) -> str:
+        last = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join(line[:width] for line in last)
 
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
@@ -121,6 +126,7 @@ class Attempt:
         """
         self.run, self._study, self._data = run, study, fingerprint
         self._process: subprocess.Popen | None = None
+        self._diverged = False
         self.folder = RunFolder(run, work)
         self._lock = self.folder.lock()
         self.folder.start_over_unless({"settings": run.settings(study), "data": fingerprint})
@@ -183,6 +189,7 @@ class Attempt:
             self.folder.read_costs(),
             self._data,
             self._command,
+            self._diverged,
         )
 
     def close(self) -> None:
@@ -195,6 +202,7 @@ class Attempt:
             file.close()
 
     def _measure(self, line: str) -> None:
+        self._diverged |= line.startswith(_DIVERGED)
         before = self._log.intervals[-1].update if self._log.intervals else None
         record = self._log.add(line)
         if record is not None:

@@ -110,7 +110,7 @@ def _rates(study: Study, folder: Path) -> str:
     tried = sorted({lr for rates in grid.values() for lr in rates} | set(study.grid))
     rows = []
     for family, name in study.representatives.items():
-        cells = [f"{grid[family][lr]:.2f}" if lr in grid[family] else NOTHING for lr in tried]
+        cells = [_rate_cell(grid[family].get(lr)) for lr in tried]
         chosen = "not chosen yet"
         if not learning_rates.wanted(study.grid, grid[family]):
             choice = learning_rates.choose(grid[family])
@@ -121,6 +121,12 @@ def _rates(study: Study, folder: Path) -> str:
         "the lowest is chosen for the family and all texts.\n\n"
         + _table(["family", "representative", *(f"{lr:g}" for lr in tried), "chosen"], rows)
     )
+
+
+def _rate_cell(perplexity: float | None) -> str:
+    if perplexity is None:
+        return NOTHING
+    return f"{perplexity:.2f}" if math.isfinite(perplexity) else "diverged"
 
 
 def _text(compared: Compared, pictures: list[str]) -> str:
@@ -235,6 +241,12 @@ def _missing(compared: Compared) -> str:
     if compared.undecided:
         names = ", ".join(system.name for system in compared.undecided)
         lines.append(f"Missing, learning rate not chosen yet: {names}.")
+    for result in _results(compared):
+        if result.diverged:
+            lines.append(
+                f"Diverged after update {result.training['update'][-1]}: {result.system} "
+                f"seed {result.seed}."
+            )
     return "\n\n".join(lines) or "No declared run is missing."
 
 

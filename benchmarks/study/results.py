@@ -70,14 +70,16 @@ class Result:
     command: str
     machine: dict[str, str]
     packages: dict[str, str]
+    diverged: bool = False
+    """It ended early, at gradients that were not finite: its perplexity is infinite."""
 
     @property
     def valid_perplexity(self) -> float:
-        return self._last("valid_ppl")
+        return math.inf if self.diverged else self._last("valid_ppl")
 
     @property
     def test_perplexity(self) -> float:
-        return self._last("test_ppl")
+        return math.inf if self.diverged else self._last("test_ppl")
 
     @property
     def tera_flops(self) -> float:
@@ -88,7 +90,7 @@ class Result:
         return self._last("cpu_seconds")
 
     def _last(self, name: str) -> float:
-        value = self.curve[name][-1]
+        value = self.curve[name][-1] if self.curve[name] else None
         return math.nan if value is None else value
 
     def write(self, path: Path) -> None:
@@ -148,15 +150,17 @@ def collect(
     costs: list[dict[str, Any]],
     data: str,
     command: list[str],
+    diverged: bool = False,
 ) -> Result | None:
-    """The result in the log of a run; None if the run has not finished.
+    """The result in the log of a run; None if the run has neither finished nor diverged.
 
     Args:
         costs: records of `attempt.Attempt`.
     """
     updates = run.updates(study)
     valid, test = (dict(zip(*log.series("ppl", s), strict=True)) for s in ("valid", "test"))
-    if not log.intervals or log.intervals[-1].update != updates or not {updates} <= test.keys():
+    ended = log.intervals and log.intervals[-1].update == updates and updates in test
+    if not (ended or diverged):
         return None
     flops, cpu = _cumulated_flops(log), _cumulated_cpu(costs)
     evaluated = sorted(valid.keys() & test.keys() & flops.keys())
@@ -189,6 +193,7 @@ def collect(
         command=shlex.join(command),
         machine=machine(),
         packages=packages(),
+        diverged=diverged,
     )
 
 

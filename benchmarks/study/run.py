@@ -119,10 +119,9 @@ class Queue:
         if result is not None:
             result.write(results.path_of(run, self.results))
             attempt.folder.remove_checkpoints()
-            say(
-                f"{run.text} {run.name}: test perplexity {result.test_perplexity:.2f}, "
-                f"{result.cpu_seconds:.0f} CPU s; {len(self.left())} left"
-            )
+            ppl = "DIVERGED" if result.diverged else f"test perplexity {result.test_perplexity:.2f}"
+            left = len(self.left())
+            say(f"{run.text} {run.name}: {ppl}, {result.cpu_seconds:.0f} CPU s; {left} left")
         else:
             reason = f"status {status}" if status else "its log ends early"
             self.failed[run] = reason
