@@ -68,6 +68,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "examples").glob("**/*.md")),
+    *sorted((ROOT / "benchmarks").glob("*/README.md")),
 ]
 
 

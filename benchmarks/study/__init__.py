@@ -1,0 +1,1 @@
+"""The study that decides which routing system is worth using (README.md)."""
