@@ -89,6 +89,13 @@ SWITCH = {
     "model.moe_capacity_factor": 2.0,
     "criterion.moe_gate_loss_wt": 0.01,
 }
+LEXICAL = {
+    "model.moe_lexical": "normal:3",
+    "model.moe_expert_size_factor": 4,
+    "model.moe_weight_scale": "unit",
+    "model.moe_weight_total": 4,
+    "model.moe_aux": "none",
+}
 VARIANTS = {
     "dts": DTS,
     "dts_softmax": {**DTS, "model.moe_combine_weights": "softmax"},
@@ -128,6 +135,12 @@ VARIANTS = {
         "model.moe_shared_combine": "softmax",
         "criterion.moe_gate_loss_wt": 0.025,
     },
+    "lexical": {"model.moe_gate": "top_k", "model.moe_top_k": 4, **LEXICAL},
+    "lexical_annealed": {
+        "model.moe_gate": "dense_to_sparse",
+        "model.moe_hard_top_k": 4,
+        **LEXICAL,
+    },
     "dense2moe": {
         "model.moe_gate": "top_k",
         "model.moe_top_k": 2,
@@ -150,6 +163,8 @@ EXPERTS_PER_TOKEN = {
     "dynmoe": ((1, 4), (1, 4)),
     "dcmoe": ((1, 4), (1, 4)),
     "dense2moe": (2, 2),
+    "lexical": (4, 4),
+    "lexical_annealed": ((4, 12), 4),
     "dts": ((7, 8), 1),
     "dts_balanced": ((7, 8), 1),
     "dts_softmax": ((7, 8), 1),
@@ -176,7 +191,9 @@ def recorded(run: str) -> dict:
     )
     polynomial = size == "gpt_small" or variant == "dts_balanced"
     own_count = variant in ("dcmoe", "dense2moe", "dynmoe", "deepseek_style")
-    count = {} if own_count else {"model.moe_expert_count": "8" if size == "gpt_tiny" else "16"}
+    slices = 4 if "lexical" in variant else 1
+    experts = str(slices * (8 if size == "gpt_tiny" else 16))
+    count = {} if own_count else {"model.moe_expert_count": experts}
     return {
         **SHARED,
         **count,

@@ -1,6 +1,6 @@
 """The table of systems: what the study trains.
 
-The recipe under test is filled in at `RECIPE` and `LEVERS`; all else is declared.
+The recipe under test is `RECIPE`; `LEVERS` are its parts.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ class System:
     """The part of the recipe under test that is left out."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The recipe under test."""
-
-    config: str
-    overrides: tuple[str, ...] = ()
-
-
-# The recipe under test. None: there is none yet, and its runs are reported as not declared.
-RECIPE: Recipe | None = None
+# The recipe under test, a configuration of hydra_configs/small.
+RECIPE = "lexical"
 # Part of the recipe -> the overrides that leave it out, given after the recipe's own.
-LEVERS: dict[str, tuple[str, ...]] = {}
+LEVERS: dict[str, tuple[str, ...]] = {
+    "lexical": ("model.moe_lexical=none",),
+    "fine_grain": (
+        "model.moe_expert_count=8",
+        "model.moe_expert_size_factor=1",
+        "model.moe_top_k=1",
+        "model.moe_weight_total=1",
+    ),
+    "weight_scale": ("model.moe_weight_scale=none", "model.moe_weight_total=1"),
+    "balance": ("model.moe_bias_update_rate=0",),
+}
 
 _ONE_EXPERT = ("model.moe_expert_count=1", "model.moe_gate=dense")
 # Schedules that the small configurations count in updates are scaled to 2,000 updates.
@@ -82,18 +84,16 @@ BASELINES = (
 
 def recipe_systems() -> tuple[System, ...]:
     """The recipe under test: as it is, at half the updates, and with each part left out."""
-    if RECIPE is None:
-        return ()
 
     def system(name: str, left_out: tuple[str, ...] = (), **more) -> System:
-        overrides = (*RECIPE.overrides, *left_out)
-        return System(name, RECIPE.config, "lexical", overrides, equal_flops=True, **more)
+        return System(name, RECIPE, "lexical", left_out, equal_flops=True, **more)
 
     return (
         system("lexical", seeds=3, importance=0),
         system("lexical_half", seeds=3, importance=0, share=0.5),
+        System("lexical_annealed", "lexical_annealed", "lexical", (), 3, 1),
         *(
-            system(f"lexical_without_{part}", left_out, importance=2, ablates=part)
+            system(f"lexical_without_{part}", left_out, seeds=3, importance=2, ablates=part)
             for part, left_out in LEVERS.items()
         ),
     )
@@ -127,14 +127,14 @@ class Study:
 STUDY = Study(
     systems=(*recipe_systems(), *BASELINES),
     texts=("prose", "code"),
-    grid=(1e-3, 2e-3, 4e-3),
+    grid=(8e-3, 1.6e-2, 3.2e-2),
     grid_text="prose",
     representatives={
         "dense": "dense",
         "learned": "switch",
         "table": "hash",
         "soft": "dts",
-        **({"lexical": "lexical"} if RECIPE else {}),
+        "lexical": "lexical",
     },
     updates=2000,
     warmup=100,
