@@ -164,7 +164,7 @@ EXPERTS_PER_TOKEN = {
     "dcmoe": ((1, 4), (1, 4)),
     "dense2moe": (2, 2),
     "lexical": (4, 4),
-    "lexical_annealed": ((4, 12), 4),
+    "lexical_annealed": ((4, 20), 4),
     "dts": ((7, 8), 1),
     "dts_balanced": ((7, 8), 1),
     "dts_softmax": ((7, 8), 1),
