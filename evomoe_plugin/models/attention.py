@@ -24,6 +24,37 @@ class Mask(enum.Enum):
     CAUSAL = enum.auto()  # A token attends to those before it and to itself
 
 
+AttentionMask = Mask | Tensor | None
+"""Or bool [B, 1, T or 1, keys], True where a query may attend to a key; None: to all."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale * q k^T) v, with dropout of the weights.
+
+    Args:
+        q, k, v: [B, heads, T or keys, head width].
+        dropout: probability that a weight is dropped.
+    Returns:
+        [B, heads, T, head width].
+    """
+    causal = isinstance(mask, Mask)
+    if dropout and causal and q.device.type == "cpu":
+        return attend_with_dropout(q, k, v, scale, dropout)
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention,
+        dropout_p=dropout,
+        is_causal=causal,
+        attn_mask=None if isinstance(mask, Mask) else mask,
+        scale=scale,
+    )
+    if emulated(q) is None:
+        return sdpa(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
     """The causal self-attention mask of a padded batch.
 
@@ -66,7 +97,7 @@ class SelfAttention(MultiheadAttention):
         incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
         need_weights: bool = True,
         static_kv: bool = False,
-        attn_mask: Mask | Tensor | None = None,
+        attn_mask: AttentionMask = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -129,24 +160,11 @@ class SelfAttention(MultiheadAttention):
         y = self._attend(q, k, v, attn_mask)
         return self.out_proj(y.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)), None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
-        causal = isinstance(mask, Mask)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         dropout = 0.0
         if self.training or self.dropout_module.apply_during_inference:
             dropout = self.dropout_module.p
-        if dropout and causal and q.device.type == "cpu":
-            return attend_with_dropout(q, k, v, self.scaling, dropout)
-        attend = functools.partial(
-            F.scaled_dot_product_attention,
-            dropout_p=dropout,
-            is_causal=causal,
-            attn_mask=None if isinstance(mask, Mask) else mask,
-            scale=self.scaling,
-        )
-        if emulated(q) is None:
-            return attend(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q.float(), k.float(), v.float()).to(q.dtype)
+        return attend(q, k, v, mask, self.scaling, dropout)
 
     def _with_past(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, incremental_state: Any

@@ -74,6 +74,7 @@ class MoEDecoder(TransformerDecoder):
         """Build the next layer, wrapped as in fairseq for checkpointing and FSDP."""
         index, self._layers_built = self._layers_built, self._layers_built + 1
         cfg = TransformerConfig.from_namespace(args)
+        info = None
         if index in self._expert_count:
             layer_id = list(self._expert_count).index(index)
             info = LayerInfo(
@@ -85,20 +86,25 @@ class MoEDecoder(TransformerDecoder):
                 seed=self.args.seed,
                 token_counts_V=self._token_counts,
             )
-            layer = MoEDecoderLayer(cfg, self.args, info)
+        layer = self._build_layer(cfg, info)
+        if info is not None:
             wrap_experts(layer.moe)
-        else:
-            layer = DecoderLayer(cfg, self.args.moe_attention)
         if cfg.checkpoint_activations:
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
         return fsdp_wrap(
             layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         )
 
+    def _build_layer(self, cfg: TransformerConfig, info: LayerInfo | None) -> nn.Module:
+        """A decoder layer; `info` is None for one with a dense FFN."""
+        if info is None:
+            return DecoderLayer(cfg, self.args.moe_attention)
+        return MoEDecoderLayer(cfg, self.args, info)
+
     @property
     def in_dense_phase(self) -> bool:
         """Whether MoE layers use only expert 0 (`MoELayer.in_dense_phase`)."""
-        return self.moe_layers[0].in_dense_phase
+        return any(layer.in_dense_phase for layer in self.moe_layers[:1])
 
     def layer_name(self, moe_layer: int) -> str:
         """Name of the n-th MoE layer in the checkpoint."""
@@ -147,6 +153,7 @@ class MoEDecoder(TransformerDecoder):
                 self.padding_idx,
                 vocab_chunk,
                 reduce,
+                bias_V=self.output_projection.bias,
             )
         elif not features_only:
             x = self.output_layer(x)
@@ -176,7 +183,8 @@ class MoEDecoder(TransformerDecoder):
         Returns:
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
             `moe_aux_coefficients` (name -> float) and `moe_stats` (name -> [L]; [L, R] for
-            exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN).
+            exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN), these three only
+            if there are MoE layers.
         """
         if segments is not None and (incremental_state is not None or full_context_alignment):
             raise ValueError(
@@ -202,7 +210,6 @@ class MoEDecoder(TransformerDecoder):
             )
         if incremental_state is not None:
             prev_output_tokens = prev_output_tokens[:, -1:]
-            padding_mask = padding_mask[:, -1:]
             positions = positions[:, -1:] if positions is not None else None
 
         tokens = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
@@ -218,17 +225,16 @@ class MoEDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
-        known_mask = padding_mask if padding_mask.any() else None
-        attention: dict[str, Any] = {"self_attn_mask": None, "self_attn_padding_mask": known_mask}
-        if incremental_state is None and not full_context_alignment:
-            attention["self_attn_mask"] = self._attention_mask(x, known_mask, packed)
+        attention = self._attention_inputs(
+            x, padding_mask, incremental_state, full_context_alignment, packed
+        )
         inner_states, aux, stats = [x], {}, {}
         for layer in self.layers:  # LayerDrop skips some
             if id(layer) in self._moe_ids:
                 n = self._moe_ids[id(layer)]
                 x, aux[n], stats[n] = layer(x, incremental_state, **attention, **tokens)
             else:
-                x, *_ = layer(x, None, None, incremental_state, **attention)
+                x, *_ = layer(x, incremental_state=incremental_state, **attention)
             inner_states.append(x)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
@@ -245,12 +251,35 @@ class MoEDecoder(TransformerDecoder):
             aux_LA = torch.stack(list(aux.values()))
             moe_aux = dict(zip(self._aux_coefficients, aux_LA.unbind(1), strict=True))
         extra = {"attn": [None], "inner_states": inner_states}
+        if not self.moe_layers:
+            return x, extra
         return x, {
             **extra,
             "moe_aux": moe_aux,
             "moe_stats": moe_stats,
             "moe_aux_coefficients": dict(self._aux_coefficients),
         }
+
+    def _attention_inputs(
+        self,
+        x: Tensor,
+        padding_mask_BT: Tensor,
+        incremental_state: Any,
+        full_context_alignment: bool,
+        packed: Segments | None,
+    ) -> dict[str, Any]:
+        """What the attention of every layer gets beside its input.
+
+        Args:
+            x: the embedded tokens, [length, batch, D]; in incremental decoding only the last.
+            padding_mask_BT: bool, True for padding, of all tokens.
+        """
+        padding_mask_BT = padding_mask_BT[:, -x.size(0) :]
+        known_mask = padding_mask_BT if padding_mask_BT.any() else None
+        mask = None
+        if incremental_state is None and not full_context_alignment:
+            mask = self._attention_mask(x, known_mask, packed)
+        return {"self_attn_mask": mask, "self_attn_padding_mask": known_mask}
 
     def _attention_mask(
         self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
@@ -265,6 +294,8 @@ class MoEDecoder(TransformerDecoder):
 
     def _stack_stats(self, stats: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""
+        if not self.moe_layers:
+            return {}
         most = max(layer.num_experts for layer in self.moe_layers)
         rows = []
         for n, layer in enumerate(self.moe_layers):
@@ -313,7 +344,7 @@ class MoEDecoder(TransformerDecoder):
             group: the data-parallel process group; None if there is none.
         """
         totals, self._update_totals = self._update_totals, {}
-        if num_updates <= self.moe_layers[0].spawn_updates:  # it was in the dense phase
+        if num_updates <= (self.args.moe_spawn_updates or 0):  # it was in the dense phase
             return
         if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
             return
@@ -371,7 +402,7 @@ class MoEDecoder(TransformerDecoder):
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
         """Stop before the optimizer spreads NaN through the weights."""
-        bad_gates_L = moe_stats[st.NONFINITE]
+        bad_gates_L = moe_stats.get(st.NONFINITE, x.new_zeros(1))
         if torch.isfinite(x).all() & ~bad_gates_L.any():  # one synchronisation with the device
             return
         advice = "stopped before the optimizer step; lower --lr or --clip-norm, or look at the data"

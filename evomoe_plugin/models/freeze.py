@@ -20,9 +20,9 @@ WORDS = {
     "shared": r"\.moe\.shared\.",
     "gate": r"\.moe\.gate\.",
     "attention": r"\.self_attn\.",
-    "ffn": r"\.fc[12]\.",
+    "ffn": r"\.fc[123]\.",
     "embeddings": r"embed_tokens\.|embed_positions\.|output_projection\.|project_(in|out)_dim\.",
-    "norms": r"layer_?norm",
+    "norms": r"layer_?norm|\.[qk]_norm\.",
 }
 
 
