@@ -96,7 +96,11 @@ def sources(config: HFConfig) -> dict[str, Source]:
     made: dict[str, Source] = {}
     # Fields that no family sets have their defaults.
     options = CausalLMModelOptions(
-        **{k: v for k, v in config.options.items() if k in CausalLMModelOptions.__dataclass_fields__}
+        **{
+            k: v
+            for k, v in config.options.items()
+            if k in CausalLMModelOptions.__dataclass_fields__
+        }
     )
     width, heads = options.decoder_embed_dim, options.decoder_attention_heads
     kv, dim = options.decoder_kv_heads, options.decoder_head_dim

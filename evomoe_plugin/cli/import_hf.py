@@ -1,4 +1,4 @@
-"""`evomoe import-hf`: convert a Hugging Face GPT-2 to a dense fairseq checkpoint."""
+"""`evomoe import-hf`: convert a Hugging Face model to a fairseq checkpoint."""
 
 from __future__ import annotations
 
@@ -11,20 +11,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="DIR",
-        help="config.json and model.safetensors; nothing in them is executed",
+        help="config.json and model.safetensors, or its parts; nothing in them is executed",
     )
-    parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
+    parser.add_argument(
+        "out", metavar="OUT", help="the checkpoint; of a GPT-2, a folder for model.pt and dict.txt"
+    )
     flag(
         parser,
         "--dict FILE",
         str,
-        "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
-        "get (default: the order of token ids)",
+        "of a GPT-2: dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the "
+        "embeddings get (default: the order of token ids)",
     )
-    flag(parser, "--overwrite", False, "replace OUT's model.pt and dict.txt if they exist")
+    flag(parser, "--overwrite", False, "replace OUT, or its model.pt and dict.txt, if they exist")
 
 
 def run(args: argparse.Namespace) -> int:
+    import evomoe_plugin
+
+    evomoe_plugin.register()
+    from evomoe_plugin.config.hf_config import model_type
+
+    if model_type("DIR", args.folder) == "gpt2":
+        return _import_gpt2(args)
+    return _import(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    import torch
+
+    from evomoe_plugin.checkpoint.atomic_files import write_files
+    from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.config.errors import OptionError
+    from evomoe_plugin.evolve.import_hf import import_hf
+
+    check_output("OUT", args.out, overwrite=args.overwrite)
+    if args.dict is not None:
+        raise OptionError("dict", args.dict, "rows are the model's token ids: leave it out")
+    state = import_hf("DIR", args.folder)
+    write_files({args.out: lambda file: torch.save(state, file)})
+    model, table = state["cfg"]["model"], state["model"]["decoder.embed_tokens.weight"]
+    experts = "no experts"
+    if model["moe_layers"] != "none":
+        count, layers = model["moe_expert_count"], model["moe_layers"].split(",")
+        experts = f"{count} experts in each of {len(layers)} layers"
+    dtype = str(table.dtype).removeprefix("torch.")
+    print(
+        f"{args.out}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+        f"{len(table):,} token ids, {experts}, {dtype}"
+    )
+    return 0
+
+
+def _import_gpt2(args: argparse.Namespace) -> int:
     import io
     import os
 

@@ -58,12 +58,7 @@ def read_hf_config(option: str, path: str) -> HFConfig:
         OptionError: it is missing, unreadable or of an unknown kind of model, a value is invalid
             or cannot be expressed, or there is no transformers.
     """
-    folder, name = (path, CONFIG) if os.path.isdir(path) else os.path.split(path)
-    if not os.path.isfile(os.path.join(folder, name)):
-        raise OptionError(
-            option, path, f"has no {CONFIG}: give the folder of a model of Hugging Face"
-        )
-    content = read_json(option, folder, name)
+    content = _content(option, path)
     kind = content.get("model_type")
     if kind not in KINDS:
         raise OptionError(
@@ -88,6 +83,24 @@ def read_hf_config(option: str, path: str) -> HFConfig:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OptionError(option, path, f"its {CONFIG} has an invalid value ({why})") from error
     return HFConfig(kind, options, vocabulary)
+
+
+def model_type(option: str, path: str) -> Any:
+    """The `model_type` of a config.json.
+
+    Raises:
+        OptionError: it is missing or no JSON object.
+    """
+    return _content(option, path).get("model_type")
+
+
+def _content(option: str, path: str) -> dict[str, Any]:
+    folder, name = (path, CONFIG) if os.path.isdir(path) else os.path.split(path)
+    if not os.path.isfile(os.path.join(folder, name)):
+        raise OptionError(
+            option, path, f"has no {CONFIG}: give the folder of a model of Hugging Face"
+        )
+    return read_json(option, folder, name)
 
 
 def resolve_hf_config(options: Any) -> None:

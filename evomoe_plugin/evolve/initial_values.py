@@ -13,8 +13,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.evolve.init_methods import seed_of
+from evomoe_plugin.experts import ExpertStack
 from evomoe_plugin.gates import gate_class
 from evomoe_plugin.models.language_model import MoELanguageModel
+
+_STREAM = 0xE0  # separates these random numbers from others of the seed
 
 
 def build_without_memory(options: Any, dictionary: Dictionary) -> MoELanguageModel:
@@ -46,3 +50,20 @@ def initial_gates(
             gate = gate_class(options.moe_gate)(layer.gate.info, options)
             for key, value in gate.state_dict().items():
                 yield f"{name}.gate.{key}", value
+
+
+def initial_experts(model: MoELanguageModel, name: str, seed: int) -> Tensor:
+    """The initial value of a parameter of experts, fp32, within the bounds of `ExpertStack`.
+
+    Args:
+        model: from `build_without_memory`.
+        name: of the parameter.
+        seed: of this and the other random numbers of the conversion.
+    """
+    stack = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(stack, ExpertStack), f"{name} has no initial value"
+    part = name.rpartition(".")[2]
+    generator = torch.Generator().manual_seed(seed_of(seed, _STREAM, *name.encode()))
+    _, F, D = stack.fc1_weight.shape
+    bound = (F if part.startswith("fc2") else D) ** -0.5
+    return torch.empty(stack.get_parameter(part).shape).uniform_(-bound, bound, generator=generator)

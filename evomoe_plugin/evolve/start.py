@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.parameter_storage import storages
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
-from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
+from evomoe_plugin.evolve.dense_checkpoint import read_dense
 from evomoe_plugin.evolve.logit_difference import measure_logit_difference
 from evomoe_plugin.evolve.parameters import edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
@@ -42,7 +42,7 @@ def init_from_dense(trainer: Trainer) -> None:
     if decoder is None or decoder.args.moe_init_from_dense is None:
         return
     path = decoder.args.moe_init_from_dense
-    dense = read_dense_checkpoint("moe_init_from_dense", path)
+    dense = read_dense("moe_init_from_dense", path, decoder.dictionary)
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
     trained = {
         name: shape

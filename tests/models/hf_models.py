@@ -87,7 +87,5 @@ def save_hf(folder: Path, name: str, dtype: torch.dtype | None = None, **given: 
     """Save such a model as transformers does, and return it."""
     shard_size = given.pop("max_shard_size", "5GB")
     model = make_hf(name, **given)
-    (model if dtype is None else model.to(dtype)).save_pretrained(
-        folder, max_shard_size=shard_size
-    )
+    (model if dtype is None else model.to(dtype)).save_pretrained(folder, max_shard_size=shard_size)
     return model
