@@ -121,6 +121,11 @@ class MoEOptions:
         "self-attention of all layers: sdpa (torch's scaled_dot_product_attention) or stock "
         "(fairseq's own); equal up to rounding",
     )
+    moe_document_mask: bool = flag(
+        False,
+        "tokens of a row attend only to their own document, which begins with </s>; positions "
+        "restart in each",
+    )
     moe_init_from_dense: Optional[str] = flag(
         None,
         "dense transformer_lm checkpoint to initialise a run without a checkpoint of its own: its "

@@ -28,6 +28,7 @@ from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import NO_LAYERS
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.dense_checkpoint import SIZES, DenseCheckpoint, read_dense
 from evomoe_plugin.evolve.initial_values import (
@@ -182,8 +183,8 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
 def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
     """None: no MoE architecture."""
     kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
-    is_moe = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
-    return kind if is_moe else None
+    is_ours = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
+    return kind if is_ours and kind.moe_layers != NO_LAYERS else None
 
 
 def _data_dictionary(data: str) -> Dictionary:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from evomoe_plugin.models.causal_dropout import attend_with_dropout
 from evomoe_plugin.models.mixed_precision import Linear, emulated
@@ -24,7 +26,18 @@ class Mask(enum.Enum):
     CAUSAL = enum.auto()  # A token attends to those before it and to itself
 
 
-AttentionMask = Mask | Tensor | None
+@dataclass(frozen=True)
+class Runs:
+    """Consecutive tokens, each of which attends to those before it in its run and to itself.
+
+    Args:
+        lengths: tokens of each run, over all rows of the batch, one row after another.
+    """
+
+    lengths: tuple[int, ...]
+
+
+AttentionMask = Mask | Runs | Tensor | None
 """Or bool [B, 1, T or 1, keys], True where a query may attend to a key; None: to all."""
 
 
@@ -39,6 +52,8 @@ def attend(
     Returns:
         [B, heads, T, head width].
     """
+    if isinstance(mask, Runs):
+        return _attend_in_runs(q, k, v, mask, scale, dropout)
     causal = isinstance(mask, Mask)
     if dropout and causal and q.device.type == "cpu":
         return attend_with_dropout(q, k, v, scale, dropout)
@@ -53,6 +68,34 @@ def attend(
         return sdpa(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def _attend_in_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, dropout: float
+) -> Tensor:
+    """Without a mask: on GPUs by flash attention of sequences of several lengths, where it takes
+    the dtype and width; else run by run."""
+    B, H, T, width = q.shape
+    if (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and width % 8 == 0
+        and width <= 256
+    ):
+        _log_runs("flash attention of sequences of several lengths (torch's varlen_attn)")
+        lengths = torch.tensor((0, *runs.lengths), device=q.device)
+        starts, longest = lengths.cumsum(0).int(), max(runs.lengths)
+        rows = (x.transpose(1, 2).reshape(B * T, H, width) for x in (q, k, v))
+        y = varlen_attn(*rows, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+        return y.view(B, T, H, width).transpose(1, 2)
+    _log_runs("one call of torch's scaled_dot_product_attention for each")
+    # Splitting one dimension has a backward pass of one concatenation.
+    parts = (
+        x.transpose(0, 1).reshape(1, H, B * T, width).split(runs.lengths, 2) for x in (q, k, v)
+    )
+    outputs = [attend(*of, Mask.CAUSAL, scale, dropout) for of in zip(*parts, strict=True)]
+    return torch.cat(outputs, 2).view(H, B, T, width).transpose(0, 1)
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
@@ -115,7 +158,7 @@ class SelfAttention(MultiheadAttention):
         """
         ours = (
             attn_mask
-            if isinstance(attn_mask, Mask)
+            if isinstance(attn_mask, (Mask, Runs))
             or (attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4)
             else None
         )
@@ -185,8 +228,13 @@ class SelfAttention(MultiheadAttention):
         self._set_input_buffer(incremental_state, saved)
         return k, v, key_padding_mask
 
-    def _additive(self, mask: Mask | Tensor, x: Tensor) -> Tensor:
+    def _additive(self, mask: Mask | Runs | Tensor, x: Tensor) -> Tensor:
         """The additive mask of fairseq: [T, T], or [B * heads, T, T]."""
+        if isinstance(mask, Runs):
+            lengths = torch.tensor(mask.lengths, device=x.device)
+            run_BT = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+            run_BT = run_BT.view(-1, x.size(0))
+            mask = (run_BT.unsqueeze(2) == run_BT.unsqueeze(1)).tril().unsqueeze(1)
         if isinstance(mask, Mask):
             return x.new_full((x.size(0), x.size(0)), float("-inf")).triu(1)
         additive = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
@@ -196,3 +244,8 @@ class SelfAttention(MultiheadAttention):
 @functools.cache
 def _log_stock(reason: str) -> None:
     logger.info("attention is computed by fairseq's own forward pass: %s", reason)
+
+
+@functools.cache
+def _log_runs(how: str) -> None:
+    logger.info("documents of a row do not attend to each other: %s", how)

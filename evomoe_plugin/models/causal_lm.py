@@ -69,7 +69,7 @@ class CausalLMDecoder(MoEDecoder):
         packed: Segments | None,
     ) -> AttentionMask:
         if packed is not None:
-            return packed.causal_mask()
+            return packed.runs()
         if incremental_state is None and not full_context_alignment:
             return causal_mask(padding_mask_BT)
         if padding_mask_BT is None:

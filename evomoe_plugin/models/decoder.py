@@ -28,7 +28,7 @@ from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
 from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
 from evomoe_plugin.models.mixed_precision import in_matmul_dtype, matmul_dtype
-from evomoe_plugin.models.segments import Segments
+from evomoe_plugin.models.segments import Segments, documents
 from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
@@ -192,6 +192,8 @@ class MoEDecoder(TransformerDecoder):
                 "bidirectional attention"
             )
         padding_mask = prev_output_tokens.eq(self.padding_idx)
+        if self.args.moe_document_mask and segments is None and not full_context_alignment:
+            segments = self._documents(prev_output_tokens, incremental_state is not None)
         packed = None if segments is None else Segments(segments, padding_mask)
         token_keys = None
         if self.training:
@@ -260,6 +262,21 @@ class MoEDecoder(TransformerDecoder):
             "moe_aux_coefficients": dict(self._aux_coefficients),
         }
 
+    def _documents(self, tokens_BT: Tensor, is_incremental: bool) -> Tensor | None:
+        """The segments of `--moe-document-mask`; None where each row is one document.
+
+        Raises:
+            OptionError: there are several in incremental decoding.
+        """
+        eos = self.dictionary.eos()
+        if not is_incremental:
+            return documents(tokens_BT, eos)
+        if tokens_BT[:, 1:].eq(eos).any():
+            raise OptionError(
+                "moe_document_mask", True, "a prompt with </s> inside: give one document each"
+            )
+        return None
+
     def _attention_inputs(
         self,
         x: Tensor,
@@ -286,7 +303,7 @@ class MoEDecoder(TransformerDecoder):
     ) -> Mask | Tensor:
         """The attention mask in the form that the layers' attention expects."""
         if self.args.moe_attention == "sdpa":
-            return causal_mask(padding_mask) if packed is None else packed.causal_mask()
+            return causal_mask(padding_mask) if packed is None else packed.runs()
         mask = self.buffered_future_mask(x)
         if packed is None:
             return mask

@@ -22,7 +22,7 @@ WORDS = {
     "attention": r"\.self_attn\.",
     "ffn": r"\.fc[123]\.",
     "embeddings": r"embed_tokens\.|embed_positions\.|output_projection\.|project_(in|out)_dim\.",
-    "norms": r"layer_?norm|\.[qk]_norm\.",
+    "norms": r"layer_?norm",
 }
 
 

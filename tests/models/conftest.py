@@ -42,8 +42,26 @@ def make_config():
     return make
 
 
+FAMILIES = {
+    "gpt": {},
+    "llama": {
+        "arch": "causal_lm_moe",
+        "decoder_kv_heads": 1,
+        "decoder_qk_norm": "shared",
+        "rope_fraction": 0.5,
+    },
+}
+BOTH_FAMILIES = pytest.mark.parametrize("family", FAMILIES, indirect=True)
+
+
 @pytest.fixture
-def make_model(task, make_config):
+def family(request):
+    """The decoders that `make_model` makes."""
+    return FAMILIES[getattr(request, "param", "gpt")]
+
+
+@pytest.fixture
+def make_model(task, make_config, family):
     """A tiny model, without dropout unless asked for."""
 
     def make(**given):
@@ -55,7 +73,10 @@ def make_model(task, make_config):
             "moe_expert_count": "4",
             "dropout": 0.0,
             "attention_dropout": 0.0,
+            **family,
         }
+        if "hf_config" in given:
+            small = {}
         return build_model(make_config(**{**small, **given}), task)
 
     return make
