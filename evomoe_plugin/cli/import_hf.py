@@ -27,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import evomoe_plugin
-
-    evomoe_plugin.register()
     from evomoe_plugin.config.hf_config import model_type
 
     if model_type("DIR", args.folder) == "gpt2":

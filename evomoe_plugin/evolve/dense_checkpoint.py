@@ -160,7 +160,7 @@ def read_dense(option: str, path: str, dictionary: Dictionary | None = None) -> 
             "checkpoint of it",
         )
     cfg = OmegaConf.create(run_config(weights.config))
-    model = _model_options(cfg, weights)
+    model = transformer_options(cfg, weights)
     rows = weights.config.vocabulary
     return DenseCheckpoint(option, path, cfg, model, weights, rows, keeps_dtype=True)
 
@@ -192,7 +192,7 @@ def _dense_of(
     option: str, path: str, cfg: DictConfig, weights: Mapping[str, Tensor]
 ) -> DenseCheckpoint:
     with report_config_faults(option, path):
-        model = _model_options(cfg, weights)
+        model = transformer_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
             raise OptionError(
@@ -243,8 +243,9 @@ def _check_weights(dense: DenseCheckpoint) -> None:
             )
 
 
-def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options; fairseq's defaults where an old checkpoint has none."""
+def transformer_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of fairseq's transformer_lm, and those of causal_lm if it is one; fairseq's
+    defaults where an old checkpoint has none."""
     saved = plain_config(cfg.model)
     task = cfg.get("task") or {}
     options = {}

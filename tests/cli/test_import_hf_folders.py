@@ -1,4 +1,4 @@
-"""`evomoe import-hf` and `evomoe upcycle` of folders of Hugging Face: what they write and refuse."""
+"""`evomoe import-hf` and `evomoe upcycle` of Hugging Face folders: what they write and refuse."""
 
 import json
 import sys

@@ -38,7 +38,8 @@ def test_architecture_is_the_moe_model_it_says(arch, task, make_config):
     moe = [m for m in model.modules() if isinstance(m, MoELayer)]
     assert len(moe) == layers // 2
     assert {tuple(m.experts.fc1_weight.shape) for m in moe} == {(16, ffn, width)}
-    assert model.decoder.layers[1].normalize_before
+    assert {m.experts.gated for m in moe} == {"llama" in arch}
+    assert "llama" in arch or model.decoder.layers[1].normalize_before
 
 
 OF_LLAMAS = {

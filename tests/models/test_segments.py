@@ -116,7 +116,6 @@ def test_packed_equals_unpacked_in_other_models(make_model, gate, given):
     assert_equal_courses(model, weighted=True)
 
 
-@BOTH_FAMILIES
 def document_batches():
     """One document a row, and the same documents after one another, as pretraining reads them."""
     parts = [torch.cat([torch.tensor([EOS]), part]) for part in examples()]
