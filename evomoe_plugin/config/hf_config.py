@@ -105,18 +105,22 @@ def _content(option: str, path: str) -> dict[str, Any]:
 
 def resolve_hf_config(options: Any) -> None:
     """Set what the config.json of `--hf-config` says, in place, and clear the option: checkpoints
-    do not depend on the file.
+    do not depend on the file. Without it, the folder of `--moe-init-from-dense`, if it is one.
 
     Raises:
         OptionError: as `read_hf_config`, or a given option contradicts the file.
     """
-    path = getattr(options, "hf_config", None)
-    if path is None or not is_causal_lm(options):
+    if not is_causal_lm(options):
         return
-    config = read_hf_config("hf_config", path)
+    option, path = "hf_config", options.hf_config
+    if path is None:
+        option, path = "moe_init_from_dense", options.moe_init_from_dense
+        if path is None or not os.path.isdir(path):
+            return
+    config = read_hf_config(option, path)
     if config.is_moe:
         raise OptionError(
-            "hf_config",
+            option,
             path,
             f"is a {config.kind}, which has experts already: `evomoe import-hf` makes a "
             "checkpoint of it",
