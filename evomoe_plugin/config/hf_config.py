@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import open_dict
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import NO_LAYERS, CausalLMModelOptions, is_causal_lm
+from evomoe_plugin.config.options import NO_LAYERS, CausalLMModelOptions
 
 CONFIG = "config.json"
 # transformers' name -> fairseq's; gelu_accurate is the tanh approximation.
@@ -110,7 +110,7 @@ def resolve_hf_config(options: Any) -> None:
     Raises:
         OptionError: as `read_hf_config`, or a given option contradicts the file.
     """
-    if not is_causal_lm(options):
+    if not hasattr(options, "hf_config"):
         return
     option, path = "hf_config", options.hf_config
     if path is None:

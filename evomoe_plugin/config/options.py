@@ -285,6 +285,9 @@ class CausalLMModelOptions(CausalLMOptions, ModelOptions):
     """The options of a `causal_lm` architecture and their defaults; used as a type."""
 
     activation_fn: str = "swish"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
 
 
 def is_causal_lm(options: object) -> TypeGuard[CausalLMModelOptions]:

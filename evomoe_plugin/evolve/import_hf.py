@@ -40,7 +40,7 @@ def import_hf(option: str, folder: str) -> dict[str, Any]:
     """
     weights = HFWeights(option, folder)
     cfg = run_config(weights.config)
-    options = types.SimpleNamespace(**cfg["model"])
+    options: Any = types.SimpleNamespace(**cfg["model"])
     model = build_without_memory(cfg["model"], placeholder_dictionary(weights.config.vocabulary))
     own = dict(initial_gates(model, options, seed=1))
     made: dict[str, Tensor] = {}

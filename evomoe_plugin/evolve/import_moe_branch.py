@@ -61,7 +61,8 @@ def import_moe_branch(option: str, path: str) -> dict[str, Any]:
     experts = _experts(option, ranks)
     by_layer = {name.rpartition(".moe.")[0]: v for name, v in experts.items()}
     counts = {len(value) for value in by_layer.values()}
-    layers = moe_layer_indices(types.SimpleNamespace(**options), options["decoder_layers"])
+    resolved: Any = types.SimpleNamespace(**options)
+    layers = moe_layer_indices(resolved, options["decoder_layers"])
     if by_layer.keys() != {f"decoder.layers.{n}" for n in layers}:
         raise OptionError(option, path, f"its experts are not in the layers {layers}")
     if counts != {int(options["moe_expert_count"])}:
@@ -77,12 +78,12 @@ def import_moe_branch(option: str, path: str) -> dict[str, Any]:
     with report_config_faults(option, path):
         model = build_without_memory(options, placeholder_dictionary(len(table)))
     weights |= experts
-    own = dict(initial_gates(model, types.SimpleNamespace(**options), seed=1))
-    made = {}
+    weights = {**dict(initial_gates(model, resolved, seed=1)), **weights}
+    made: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        made[name] = weights.pop(name) if name in weights else own.get(name)
-        if made[name] is None or made[name].shape != value.shape:
+        if name not in weights or weights[name].shape != value.shape:
             raise OptionError(option, path, f"its weights have no {name} of {tuple(value.shape)}")
+        made[name] = weights.pop(name)
     if weights:
         raise OptionError(option, path, f"its weights have {min(weights)}, which has no place here")
     cfg = plain_config(shared["cfg"])

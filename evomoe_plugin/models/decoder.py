@@ -23,7 +23,7 @@ from evomoe_plugin.config.options import (
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.attention import Mask, causal_mask
+from evomoe_plugin.models.attention import AttentionMask, causal_mask
 from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
 from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
@@ -300,7 +300,7 @@ class MoEDecoder(TransformerDecoder):
 
     def _attention_mask(
         self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
-    ) -> Mask | Tensor:
+    ) -> AttentionMask:
         """The attention mask in the form that the layers' attention expects."""
         if self.args.moe_attention == "sdpa":
             return causal_mask(padding_mask) if packed is None else packed.runs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class GroupedQueryAttention(nn.Module):
         options: of the model.
     """
 
+    get_incremental_state: Callable[..., Any]  # Of `with_incremental_state`
+    set_incremental_state: Callable[..., Any]
+
     def __init__(self, options: CausalLMModelOptions):
         super().__init__()
         self.num_heads, self.kv_heads = options.decoder_attention_heads, kv_heads(options)
@@ -61,9 +65,8 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.out_proj = Linear(self.num_heads * self.head_dim, width, bias=options.decoder_out_bias)
-        self.q_norm, self.k_norm = (
-            self._build_qk_norm(options, heads) for heads in (self.num_heads, self.kv_heads)
-        )
+        self.q_norm = self._build_qk_norm(options, self.num_heads)
+        self.k_norm = self._build_qk_norm(options, self.kv_heads)
         # The name that --retain-dropout-modules takes.
         self.dropout_module = FairseqDropout(
             options.attention_dropout, module_name=MultiheadAttention.__name__

@@ -150,11 +150,13 @@ class _Chunks:
                 dweight_VD.addmm_(dlogits.t(), self.x_ND[rows])
             else:
                 dweight_VD += dlogits.t() @ self.x_ND[rows]
-        of_weights = (
-            None if known is None else known.to(self._out_dtypes[1])
-            for known in (dweight_VD, dbias_V)
+        dtype = self._out_dtypes[1]
+        return (
+            loss,
+            dx_ND,
+            None if dweight_VD is None else dweight_VD.to(dtype),
+            None if dbias_V is None else dbias_V.to(dtype),
         )
-        return loss, dx_ND, *of_weights
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -195,5 +197,6 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors, *ctx.given)
-        _, *gradients = chunks.gradients(*ctx.needs_input_grad[:3], grad_N)
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        _, *gradients = chunks.gradients(of_x, of_weight, of_bias, grad_N)
         return *gradients, None, None, None

@@ -51,18 +51,13 @@ FAMILIES = {
         "rope_fraction": 0.5,
     },
 }
-BOTH_FAMILIES = pytest.mark.parametrize("family", FAMILIES, indirect=True)
+BOTH_FAMILIES = pytest.mark.parametrize("make_model", FAMILIES, indirect=True)
 
 
 @pytest.fixture
-def family(request):
-    """The decoders that `make_model` makes."""
-    return FAMILIES[getattr(request, "param", "gpt")]
-
-
-@pytest.fixture
-def make_model(task, make_config, family):
-    """A tiny model, without dropout unless asked for."""
+def make_model(task, make_config, request):
+    """A maker of tiny models, GPTs unless parametrised, without dropout unless asked for."""
+    family = FAMILIES[getattr(request, "param", "gpt")]
 
     def make(**given):
         small = {
@@ -79,4 +74,5 @@ def make_model(task, make_config, family):
             small = {}
         return build_model(make_config(**{**small, **given}), task)
 
+    make.family = family
     return make

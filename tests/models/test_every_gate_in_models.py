@@ -37,17 +37,17 @@ CASES = [
     for turn, family in enumerate(FAMILIES)
     if gate in IN_BOTH or n % 2 == turn
 ]
-EVERY_GATE = pytest.mark.parametrize("options, family", CASES, indirect=True)
+EVERY_GATE = pytest.mark.parametrize("options, make_model", CASES, indirect=True)
 # The routing of these depends on the update; that of the others does not.
 AT_UPDATES = pytest.mark.parametrize(
-    "options, family, updates",
+    "options, make_model, updates",
     [
         *((gate, family, 0) for gate, family in CASES),
         ("dense_to_sparse", "gpt", 60),
         ("stable", "llama", 60),
         ("relu", "gpt", 60),
     ],
-    indirect=["options", "family"],
+    indirect=["options", "make_model"],
 )
 
 
@@ -177,14 +177,14 @@ def test_checkpointed_layers_inside_fsdp_change_nothing(make_model, one_rank, op
 
 
 @EVERY_GATE
-def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, options, family):
+def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, options):
     sizes = {
         "decoder_layers": 4,
         "decoder_embed_dim": 16,
         "decoder_ffn_embed_dim": 24,
         "decoder_attention_heads": 2,
         "moe_expert_count": "4",
-        **family,
+        **make_model.family,
     }
     model = make_model(**{**sizes, **options})
     config = make_config(**{**sizes, **options}, decoder_input_dim=16, decoder_output_dim=16)
