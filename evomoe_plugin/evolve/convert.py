@@ -41,7 +41,7 @@ from evomoe_plugin.evolve.logit_difference import (
     measure_logit_difference,
     streamed,
 )
-from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_structure
+from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_family, check_structure
 from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.language_model import MoELanguageModel
 
@@ -159,6 +159,7 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     if kind is None:
         known = sorted(name for name in ARCH_MODEL_NAME_REGISTRY if _dataclass_of(name))
         raise OptionError("arch", arch, f"one of: {', '.join(known)}; --user-dir brings your own")
+    check_family(dense, arch, kind)
     options = {}
     for field in dataclasses.fields(kind):
         default = getattr(kind, field.name, None)

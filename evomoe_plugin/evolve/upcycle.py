@@ -328,6 +328,16 @@ def _width_misfit(options: Any, kind: str, remedy: str) -> OptionError:
     return OptionError(option, getattr(options, option), remedy)
 
 
+def check_family(dense: DenseCheckpoint, arch: str, options: object) -> None:
+    """Raise `OptionError` unless the architecture, with these options, has the dense model's kind
+    of decoder."""
+    if dense.is_causal_lm != is_causal_lm(options):
+        kind = "causal_lm_moe" if dense.is_causal_lm else "transformer_lm_moe"
+        raise OptionError(
+            "arch", arch, f"the dense model {dense.path} has another decoder: give {kind}"
+        )
+
+
 def check_structure(
     dense: DenseCheckpoint, options: Any, given: Iterable[str] | None = None
 ) -> None:
@@ -337,11 +347,7 @@ def check_structure(
         options: the MoE model's.
         given: which options to compare; None: the dense model's `structure`.
     """
-    if dense.is_causal_lm != is_causal_lm(options):
-        kind = "causal_lm_moe" if dense.is_causal_lm else "transformer_lm_moe"
-        raise OptionError(
-            "arch", options._name, f"the dense model {dense.path} has another decoder: give {kind}"
-        )
+    check_family(dense, options._name, options)
     for field in dense.structure if given is None else given:
         wanted, value = dense.model[field], getattr(options, field)
         if field in ("decoder_input_dim", "decoder_output_dim"):
