@@ -18,6 +18,7 @@ from evomoe_plugin.config.options import CausalLMModelOptions
 # Tables that are computed here.
 _COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")
 _TOKENIZER = "tokenizer.json"
+_TABLES = ("decoder.embed_tokens.", "decoder.output_projection.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,24 @@ class HFWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+def with_rows(name: str, value: Tensor, rows: int) -> Tensor:
+    """A table of embeddings with more rows, for tokens that the model does not have; any other
+    tensor as it is.
+
+    New rows are the mean of the others: a logit that is the mean of n logits adds at most 1/n to
+    the sum of their exponentials (Jensen's inequality; Hewitt, "Initializing New Word Embeddings
+    for Pretrained Language Models", 2021).
+
+    Args:
+        name: of a parameter of the model.
+        rows: of the dictionary.
+    """
+    if not name.startswith(_TABLES) or len(value) >= rows:
+        return value
+    mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
+    return torch.cat([value, mean.expand(rows - len(value), *value.shape[1:])])
 
 
 def sources(config: HFConfig) -> dict[str, Source]:

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--dict FILE",
         str,
-        "of a GPT-2: dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the "
-        "embeddings get (default: the order of token ids)",
+        "dict.txt of a data set to train on: embeddings get its order (GPT-2, made with `evomoe "
+        "prepare --gpt2-bpe`) or as many rows as it has entries (others; row n stays token id n)",
     )
     flag(parser, "--overwrite", False, "replace OUT, or its model.pt and dict.txt, if they exist")
 
@@ -39,13 +39,12 @@ def _import(args: argparse.Namespace) -> int:
 
     from evomoe_plugin.checkpoint.atomic_files import write_files
     from evomoe_plugin.checkpoint.output import check_output
-    from evomoe_plugin.config.errors import OptionError
+    from evomoe_plugin.data.dictionary import load_dictionary
     from evomoe_plugin.evolve.import_hf import import_hf
 
     check_output("OUT", args.out, overwrite=args.overwrite)
-    if args.dict is not None:
-        raise OptionError("dict", args.dict, "rows are the model's token ids: leave it out")
-    state = import_hf("DIR", args.folder)
+    dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
+    state = import_hf("DIR", args.folder, dictionary)
     write_files({args.out: lambda file: torch.save(state, file)})
     model, table = state["cfg"]["model"], state["model"]["decoder.embed_tokens.weight"]
     experts = "no experts"

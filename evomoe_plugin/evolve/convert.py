@@ -204,7 +204,8 @@ def _dictionary(
 ) -> Dictionary:
     """The data's; without data a placeholder of that many rows."""
     if known is not None:
-        if len(known) != dense.vocabulary:
+        fits = len(known) == dense.vocabulary
+        if not (fits or (dense.keeps_dtype and len(known) > dense.vocabulary)):
             raise OptionError(
                 "data",
                 data,

@@ -10,9 +10,10 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.hf_weights import HFWeights
+from evomoe_plugin.checkpoint.hf_weights import HFWeights, with_rows
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.reading import plain_config
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import HFConfig
 from evomoe_plugin.evolve.initial_values import build_without_memory, initial_gates
 
@@ -28,27 +29,37 @@ def placeholder_dictionary(rows: int) -> Dictionary:
     return dictionary
 
 
-def import_hf(option: str, folder: str) -> dict[str, Any]:
+def import_hf(option: str, folder: str, dictionary: Dictionary | None = None) -> dict[str, Any]:
     """A checkpoint of the model in `folder`, in the dtype of its weights.
 
     Row n of the embeddings is token id n of the model. Tensors are read one at a time.
 
     Args:
         option: what the user named the folder with, for messages.
+        dictionary: with as many entries as the model has token ids, or more (`with_rows`).
     Raises:
-        OptionError: as `HFWeights`.
+        OptionError: as `HFWeights`, or the dictionary has fewer.
     """
     weights = HFWeights(option, folder)
+    rows = weights.config.vocabulary
+    if dictionary is not None:
+        if len(dictionary) < rows:
+            raise OptionError(
+                "dict",
+                f"({len(dictionary)} entries)",
+                f"the model has {rows} token ids: give the dict.txt that belongs to it",
+            )
+        rows = len(dictionary)
     cfg = run_config(weights.config)
     options: Any = types.SimpleNamespace(**cfg["model"])
-    model = build_without_memory(cfg["model"], placeholder_dictionary(weights.config.vocabulary))
+    model = build_without_memory(cfg["model"], placeholder_dictionary(rows))
     own = dict(initial_gates(model, options, seed=1))
     made: dict[str, Tensor] = {}
     for name in model.state_dict():
         if name == "decoder.output_projection.weight" and options.share_decoder_input_output_embed:
             made[name] = made["decoder.embed_tokens.weight"]
         else:
-            made[name] = weights[name] if name in weights else own[name]
+            made[name] = with_rows(name, weights[name], rows) if name in weights else own[name]
     assert made.keys() >= weights.keys(), weights.keys() - made.keys()
     name = "MoECrossEntropyCriterion" if weights.config.is_moe else "CrossEntropyCriterion"
     return initial_checkpoint(cfg, made, criterion=name)

@@ -123,6 +123,7 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
         finally:
             model.train(training)
         wanted_BTV = other(tokens_BT)[0]
+        logits_BTV = logits_BTV[..., : wanted_BTV.size(2)]  # it may have more token ids
     largest = (logits_BTV - wanted_BTV).abs().max().item()
     equal = largest <= _ROUNDING * wanted_BTV.abs().max().item()
     return LogitDifference(largest, equal, tokens_BT.numel())

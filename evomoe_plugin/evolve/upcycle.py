@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.hf_weights import with_rows
 from evomoe_plugin.config.checks import check_spawned_from
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
@@ -255,6 +256,8 @@ class Upcycling:
                 value[e] = expert(e)
         elif name in self.dense.weights:
             value = self.dense.weight(name)
+            if self.dense.keeps_dtype:
+                value = with_rows(name, value, shape[0])
         else:
             raise self.dense.misfit(f"has no {name}")
         if value.shape == shape:

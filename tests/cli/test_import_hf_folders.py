@@ -1,6 +1,7 @@
 """`evomoe import-hf` and `evomoe upcycle` of Hugging Face folders: what they write and refuse."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomoe_plugin.cli import main
+from evomoe_plugin.evolve.convert import convert
+from evomoe_plugin.evolve.import_hf import import_hf
+from evomoe_plugin.evolve.upcycle import Recipe
 from tests.evolve.dense_models import build, dictionary_of
 from tests.models.hf_models import VOCABULARY, save_hf
 
@@ -184,7 +188,28 @@ def test_without_transformers(folder, tmp_path, capsys, monkeypatch):
     assert "is read by transformers: pip install 'evomoe_plugin[hf]'" in error
 
 
-def test_a_dictionary_is_for_gpt2_alone(folder, tmp_path, capsys):
-    argv = ["import-hf", str(folder()), str(tmp_path / "out.pt"), "--dict", "dict.txt"]
-    assert main(argv) == 2
-    assert "--dict dict.txt: rows are the model's token ids" in capsys.readouterr().err
+def test_a_dictionary_with_more_entries(folder, tmp_path, capsys):
+    """Rows beyond the model's token ids hardly change its probabilities."""
+    extra = 8
+    data, dense = tmp_path / "data", tmp_path / "dense.pt"
+    data.mkdir()
+    dictionary = dictionary_of(VOCABULARY + extra)
+    dictionary.save(str(data / "dict.txt"))
+    argv = ["import-hf", str(folder()), str(dense), "--dict", str(data / "dict.txt")]
+    assert main(argv) == 0
+    options = {"moe_gate": "top_k", "moe_top_k_weights": "renormalized", "moe_expert_count": "2"}
+    converted = convert(str(folder()), options, Recipe(), data=str(data), max_update=9)
+    assert converted.logits.equal
+    assert converted.state["model"]["decoder.embed_tokens.weight"].shape == (48, 32)
+    plain = build(import_hf("DIR", str(folder())), dictionary_of(VOCABULARY))
+    grown = build(torch.load(dense, weights_only=True), dictionary)
+    tokens = torch.randint(4, VOCABULARY, (3, 9))
+    with torch.no_grad():
+        wanted, logits = plain(tokens)[0], grown(tokens)[0]
+    torch.testing.assert_close(logits[..., :VOCABULARY], wanted, rtol=0, atol=1e-5)
+    change = logits.logsumexp(-1) - wanted.logsumexp(-1)
+    assert (change > 0).all() and (change <= math.log(1 + extra / VOCABULARY) + 1e-5).all()
+    dictionary_of(VOCABULARY - 8).save(str(data / "dict.txt"))
+    capsys.readouterr()
+    assert main([*argv, "--overwrite"]) == 2
+    assert "--dict (32 entries): the model has 40 token ids" in capsys.readouterr().err
