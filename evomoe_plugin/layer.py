@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, parse_bool, shared_ffn_dim
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    expert_ffn_dim,
+    has_gated_experts,
+    parse_bool,
+    shared_ffn_dim,
+)
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
@@ -251,7 +257,7 @@ def build_layer(
         model_dim=info.model_dim,
         activation=activation,
         dropout=dropout,
-        gated=options.moe_expert_gated,
+        gated=has_gated_experts(options),
     )
     gate = gate_class(options.moe_gate)(info, options)
     shared = None

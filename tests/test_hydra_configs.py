@@ -37,8 +37,14 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "hydra_configs"
 PLUGIN = ROOT / "evomoe_plugin" / "launch" / "hydra_plugins" / "evomoe_searchpath"
 
-PAPER = sorted(f"paper/{path.stem}" for path in (CONFIGS / "paper").glob("*.yaml"))
-SMALL = sorted(f"small/{path.stem}" for path in (CONFIGS / "small").glob("*.yaml"))
+# Those of other decoders: tests/test_hydra_causal_lm.py.
+CAUSAL_LM = ("llama", "phi", "qwen")
+PAPER = sorted(f"paper/{path.stem}" for path in (CONFIGS / "paper").glob("gpt_*.yaml"))
+SMALL = sorted(
+    f"small/{path.stem}"
+    for path in (CONFIGS / "small").glob("*.yaml")
+    if not path.stem.startswith(CAUSAL_LM)
+)
 RUNS = PAPER + SMALL
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*version_base")

@@ -12,7 +12,7 @@ PACKAGE = Path(evomoe_plugin.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # The options themselves and the errors lie below all, their checks above the gates.
-BASE = {"config.errors", "config.options"}
+BASE = {"config.errors", "config.options", "config.hf_config"}
 LAYER = BASE | {"routing", "gates", "experts", "dispatch", "layer"}
 MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 
@@ -20,6 +20,7 @@ MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 ALLOWED = {
     "config.errors": set(),
     "config.options": {"config.errors"},
+    "config.hf_config": {"config.errors", "config.options"},
     "config.dataclass_fields": set(),
     "config.checks": BASE | {"gates", "dispatch"},
     "config.run_checks": BASE | {"gates", "config.checks"},
@@ -47,6 +48,7 @@ ALLOWED = {
 KNOW_NOTHING_OF_FAIRSEQ = {
     "config.errors",
     "config.options",
+    "config.hf_config",
     "config.checks",
     "config.run_checks",
     "routing",

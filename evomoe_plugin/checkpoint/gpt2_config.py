@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.hf_config import CONFIG, read_json, short
 
-CONFIG = "config.json"
 # transformers' name -> fairseq's; gelu_accurate is the tanh approximation.
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -108,16 +107,16 @@ def read_config(folder: str) -> GPT2Config:
     """
     if not os.path.isfile(os.path.join(folder, CONFIG)):
         raise misfit(folder, f"has no {CONFIG}: give the folder of a model of Hugging Face")
-    content = read_json(folder, CONFIG)
+    content = read_json("DIR", folder, CONFIG)
     kind = content.get("model_type")
     if kind != "gpt2":
-        raise misfit(folder, f"holds a model of type {_short(kind)}: gpt2 can be imported")
+        raise misfit(folder, f"holds a model of type {short(kind)}: gpt2 can be imported")
     known = fields(GPT2Config)
     config = GPT2Config(**{f.name: content[f.name] for f in known if f.name in content})
     for f in known:
         value, wanted = getattr(config, f.name), f.metadata["wanted"]
         if not f.metadata["fits"](value):
-            why = f"its {CONFIG} has {f.name} {_short(value)}, which must be {wanted}"
+            why = f"its {CONFIG} has {f.name} {short(value)}, which must be {wanted}"
             raise misfit(folder, why)
     heads, width, end = config.n_head, config.n_embd, config.eos_token_id
     if width % heads:
@@ -128,25 +127,3 @@ def read_config(folder: str) -> GPT2Config:
         last = config.vocab_size - 1
         raise misfit(folder, f"its {CONFIG} has eos_token_id {end}, and tokens up to {last}")
     return config
-
-
-def read_json(folder: str, name: str) -> dict[str, Any]:
-    """The JSON object in a file of `folder`.
-
-    Raises:
-        OptionError: it is no JSON object.
-    """
-    try:
-        content = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise misfit(folder, f"its {name} is nested too deeply") from None
-    except ValueError as error:
-        raise misfit(folder, f"its {name} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise misfit(folder, f"its {name} is JSON, but no object")
-    return content
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

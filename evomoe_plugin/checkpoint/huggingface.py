@@ -5,7 +5,6 @@ Architecture: GPT-2 (Radford et al., 2019) as in transformers' GPT2LMHeadModel.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +14,16 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.gpt2_config import (
-    CONFIG,
-    GPT2Config,
-    misfit,
-    read_config,
-    read_json,
-)
+from evomoe_plugin.checkpoint.gpt2_config import GPT2Config, misfit, read_config
+from evomoe_plugin.checkpoint.hf_tensors import HFTensors
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.masked_vocab_row import masked_vocab_row
 from evomoe_plugin.checkpoint.reading import plain_config
-from evomoe_plugin.checkpoint.tensor_files import read_safetensors
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.hf_config import CONFIG
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Causal masks in old files, which are computed here.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -73,58 +65,27 @@ def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     return Imported(state, dictionary, has_masked_rows)
 
 
-def _weight_files(folder: str) -> list[str]:
-    if os.path.isfile(os.path.join(folder, INDEX)):
-        named = read_json(folder, INDEX).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
-            raise misfit(folder, f"its {INDEX} has no weight_map of file names")
-        if any(os.path.basename(part) != part for part in named.values()):
-            raise misfit(folder, f"its {INDEX} names files of other folders")
-        return sorted(set(named.values()))
-    if not os.path.isfile(os.path.join(folder, WEIGHTS)):
-        raise misfit(
-            folder,
-            f"has no {WEIGHTS}; pickled weights, which could run a program, are "
-            "not read: save the model again with safe_serialization=True",
-        )
-    return [WEIGHTS]
-
-
 class _Weights:
     """The tensors of the model; each may be taken once."""
 
     def __init__(self, folder: str):
         self._folder = folder
-        self._left: dict[str, Tensor] = {}
-        full_names: dict[str, str] = {}
-        for part in _weight_files(folder):
-            for name, value in read_safetensors("DIR", os.path.join(folder, part)).items():
-                short = name.removeprefix("transformer.")
-                other = full_names.setdefault(short, name)
-                if short in self._left:
-                    twice = f"its weights have {short} twice, with and without transformer. before"
-                    raise misfit(
-                        folder, f"two of its files have {name}" if other == name else f"{twice} it"
-                    )
-                self._left[short] = value
+        self._tensors = HFTensors("DIR", folder)
+        self._left: dict[str, str] = {}  # Full names
+        for name in self._tensors:
+            short = name.removeprefix("transformer.")
+            if short in self._left:
+                twice = f"its weights have {short} twice, with and without transformer. before it"
+                raise misfit(folder, twice)
+            self._left[short] = name
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor, fp32."""
-        value = self._left.pop(name, None)
-        if value is None:
+        full = self._left.pop(name, None)
+        if full is None:
             raise misfit(self._folder, f"its weights have no {name}")
-        if value.shape != shape:
-            raise misfit(
-                self._folder,
-                f"{name} has the shape {tuple(value.shape)}, where {CONFIG} says {shape}",
-            )
-        if value.dtype not in _FLOATS:
-            raise misfit(
-                self._folder,
-                f"{name} is of the type {value.dtype}: give weights of 16 "
-                "or 32 bits, not quantised ones",
-            )
-        return value.float()
+        self._tensors.check(full, shape)
+        return self._tensors.read(full).float()
 
     def take_head(self, is_tied: bool, table: Tensor) -> Tensor:
         """The output embedding, fp32; `table` is the input embedding."""

@@ -1,4 +1,4 @@
-"""`evomoe checkpoint`: inspect, verify and reshard checkpoints."""
+"""`evomoe checkpoint`: inspect, verify, reshard and import checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sharded = action("reshard", "write a checkpoint with its experts in files beside it")
     one = action("consolidate", "write a checkpoint as one file")
-    for parser in (sharded, one):
+    branch = action(
+        "import", "write a checkpoint of fairseq's moe branch (X-shared.pt, X-rank-0.pt, …) as one"
+    )
+    for parser in (sharded, one, branch):
         parser.add_argument("out", metavar="OUT", help="the main file to write")
         flag(parser, "--overwrite", False, "replace OUT if it exists")
     flag(
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.verify import faults
     from evomoe_plugin.config.errors import OptionError
 
+    if args.action == "import":
+        return _import(args)
     if args.action in ("reshard", "consolidate"):
         check_checkpoint_output("OUT", args.out, args.overwrite)
     if args.action == "reshard" and args.size < 1:
@@ -75,4 +80,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         consolidate(main, args.out)
         print(f"{args.out}: update {main.update}, one file")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    import torch
+
+    from evomoe_plugin.checkpoint.atomic_files import write_files
+    from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.evolve.import_moe_branch import import_moe_branch
+
+    check_output("OUT", args.out, overwrite=args.overwrite)
+    state = import_moe_branch("CKPT", args.checkpoint)
+    write_files({args.out: lambda file: torch.save(state, file)})
+    model = state["cfg"]["model"]
+    print(
+        f"{args.out}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+        f"{model['moe_expert_count']} experts, gate {model['moe_gate']}"
+    )
     return 0

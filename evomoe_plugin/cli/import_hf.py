@@ -1,4 +1,4 @@
-"""`evomoe import-hf`: convert a Hugging Face GPT-2 to a dense fairseq checkpoint."""
+"""`evomoe import-hf`: convert a Hugging Face model to a fairseq checkpoint."""
 
 from __future__ import annotations
 
@@ -11,20 +11,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="DIR",
-        help="config.json and model.safetensors; nothing in them is executed",
+        help="config.json and model.safetensors, or its parts; nothing in them is executed",
     )
-    parser.add_argument("out", metavar="OUT", help="folder for model.pt and dict.txt")
+    parser.add_argument(
+        "out", metavar="OUT", help="the checkpoint; of a GPT-2, a folder for model.pt and dict.txt"
+    )
     flag(
         parser,
         "--dict FILE",
         str,
-        "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
-        "get (default: the order of token ids)",
+        "dict.txt of a data set to train on: embeddings get its order (GPT-2, made with `evomoe "
+        "prepare --gpt2-bpe`) or as many rows as it has entries (others; row n stays token id n)",
     )
-    flag(parser, "--overwrite", False, "replace OUT's model.pt and dict.txt if they exist")
+    flag(parser, "--overwrite", False, "replace OUT, or its model.pt and dict.txt, if they exist")
 
 
 def run(args: argparse.Namespace) -> int:
+    from evomoe_plugin.config.hf_config import model_type
+
+    if model_type("DIR", args.folder) == "gpt2":
+        return _import_gpt2(args)
+    return _import(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    import torch
+
+    from evomoe_plugin.checkpoint.atomic_files import write_files
+    from evomoe_plugin.checkpoint.output import check_output
+    from evomoe_plugin.data.dictionary import load_dictionary
+    from evomoe_plugin.evolve.import_hf import import_hf
+
+    check_output("OUT", args.out, overwrite=args.overwrite)
+    dictionary = None if args.dict is None else load_dictionary("dict", args.dict)
+    state = import_hf("DIR", args.folder, dictionary)
+    write_files({args.out: lambda file: torch.save(state, file)})
+    model, table = state["cfg"]["model"], state["model"]["decoder.embed_tokens.weight"]
+    experts = "no experts"
+    if model["moe_layers"] != "none":
+        count, layers = model["moe_expert_count"], model["moe_layers"].split(",")
+        experts = f"{count} experts in each of {len(layers)} layers"
+    dtype = str(table.dtype).removeprefix("torch.")
+    print(
+        f"{args.out}: {model['decoder_layers']} layers of width {model['decoder_embed_dim']}, "
+        f"{len(table):,} token ids, {experts}, {dtype}"
+    )
+    return 0
+
+
+def _import_gpt2(args: argparse.Namespace) -> int:
     import io
     import os
 

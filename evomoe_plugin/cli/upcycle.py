@@ -33,14 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evomoe_plugin.register()
     from fairseq.dataclass.utils import gen_parser_from_dataclass
 
-    from evomoe_plugin.evolve.convert import DEFAULT_ARCH
     from evomoe_plugin.evolve.upcycle import METHODS, SLICES
-    from evomoe_plugin.models.config import MoELanguageModelConfig
+    from evomoe_plugin.models.config import CausalLMMoEConfig
 
     parser.usage = (
         "evomoe upcycle DENSE MOE [--method …] [--data DIR] [--user-dir DIR] [--moe-… options]"
     )
-    parser.add_argument("dense", metavar="DENSE", help="checkpoint of fairseq's transformer_lm")
+    parser.add_argument(
+        "dense",
+        metavar="DENSE",
+        help="checkpoint of fairseq's transformer_lm or of causal_lm, or a folder of Hugging Face",
+    )
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
     add = partial(flag, parser)
     add("--overwrite", False, "replace MOE if it exists")
@@ -72,19 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data DIR", str, "data set to evaluate both models on; also gives the dictionary")
     add("--subset NAME", "valid", "which split of it")
     add("--tokens-per-sample N", int, "context in that evaluation (default: the dense run's)")
-    add("--arch NAME", DEFAULT_ARCH, "MoE architecture; sizes are the dense model's")
+    add(
+        "--arch NAME",
+        str,
+        "MoE architecture (default: transformer_lm_moe or causal_lm_moe, whichever has the dense "
+        "model's decoder); sizes are the dense model's",
+    )
     add("--max-update N", int, "length of the run to come; schedules are fractions of it")
     options = parser.add_argument_group("options of the MoE model, as in fairseq-train")
     # Suppress defaults so that explicit flags can be detected.
     options.argument_default = argparse.SUPPRESS
     parsed = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    gen_parser_from_dataclass(parsed, MoELanguageModelConfig(), delete_default=True)
+    gen_parser_from_dataclass(parsed, CausalLMMoEConfig(), delete_default=True)
     for action in parsed._actions:
-        if not action.dest.startswith("moe_init_"):
+        if not action.dest.startswith(("moe_init_", "hf_config")):
             options._add_action(action)
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
+
     from evomoe_plugin.checkpoint.output import check_output
     from evomoe_plugin.config.options import check_number, expert_ffn_dim, expert_slots
     from evomoe_plugin.evolve.convert import convert, write
@@ -108,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
         user_dir=args.user_dir,
     )
     measured = args.data, args.subset, args.tokens_per_sample
-    before = perplexity(args.dense, *measured) if args.data else None
+    before = None
+    if args.data and not os.path.isdir(args.dense):
+        before = perplexity(args.dense, *measured)
     write(converted.state, args.moe, args.overwrite)
 
     options, layers = converted.upcycling.options, converted.upcycling.moe_layers
@@ -125,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
             f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
             f"({100 * (after / before - 1):+.2f} %)"
         )
+    elif args.data:
+        print(f"perplexity on {args.subset} of {args.data}: {perplexity(args.moe, *measured):.4f}")
     elif not converted.logits.equal:
         print("--data DIR evaluates both models, to show the effect on perplexity")
     return 0

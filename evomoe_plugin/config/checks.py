@@ -14,10 +14,14 @@ from evomoe_plugin.config.options import (
     ACTIVATIONS,
     ATTENTIONS,
     DROP_POLICIES,
+    FFNS,
     MATMUL_DTYPES,
+    NORMS,
+    QK_NORMS,
     SHARED_COMBINE,
     SPAWN_METHODS,
     UNSUPPORTED,
+    CausalLMModelOptions,
     ModelOptions,
     MoEOptions,
     check_choice,
@@ -25,6 +29,9 @@ from evomoe_plugin.config.options import (
     check_rate,
     expert_counts,
     expert_slots,
+    head_dim,
+    is_causal_lm,
+    kv_heads,
     parse_bool,
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
@@ -116,7 +123,12 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
             "weights are not scaled to a sum",
             "--moe-weight-scale unit",
         )
+    if is_causal_lm(options):
+        _check_causal_lm(options)
     _check_experts(options)
+    if not counts:
+        _check_dense(options)
+        return
     _check_expert_parallel(options)
     _check_capacity(options, gate)
     if options.moe_init_from_dense is not None:
@@ -134,6 +146,71 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
     _check_null(options)
     for warning in warnings if warn else ():
         logger.warning(warning)
+
+
+_OF_GPTS = {
+    "moe_attention": "sdpa",
+    "moe_post_norm": False,
+    "decoder_learned_pos": False,
+    "layernorm_embedding": False,
+    "no_decoder_final_norm": False,
+    "decoder_input_dim": 0,
+    "decoder_output_dim": 0,
+}
+
+
+def _check_causal_lm(options: CausalLMModelOptions) -> None:
+    """Check the options that only `causal_lm` architectures have, and that those have no others."""
+    for option, allowed in {
+        "decoder_norm": NORMS,
+        "decoder_qk_norm": QK_NORMS,
+        "decoder_ffn": FFNS,
+    }.items():
+        check_choice(options, option, allowed)
+    for option, default in _OF_GPTS.items():
+        value = getattr(options, option, default)
+        # Resolved, a width of 0 is the decoder's.
+        if value not in (default, options.decoder_embed_dim if default == 0 else default):
+            raise OptionError(
+                option, value, "causal_lm architectures have no such part: leave it out"
+            )
+    for option in ("decoder_kv_heads", "decoder_head_dim"):
+        check_number(options, option, "[0, inf)", "give 1 or more, or 0 for the default")
+    check_number(options, "decoder_norm_eps", "(0, inf)", "give a number above 0, such as 1e-5")
+    check_number(options, "rope_theta", "(0, inf)", "give a number above 0, such as 10000")
+    check_number(options, "rope_fraction", "(0, 1]", "give a share above 0 and at most 1")
+    heads, width = options.decoder_attention_heads, options.decoder_embed_dim
+    if not options.decoder_head_dim and width % heads:
+        raise OptionError(
+            "decoder_attention_heads",
+            heads,
+            f"does not divide --decoder-embed-dim {width}: give a divisor, or --decoder-head-dim",
+        )
+    if heads % kv_heads(options):
+        raise OptionError(
+            "decoder_kv_heads",
+            options.decoder_kv_heads,
+            f"give a divisor of --decoder-attention-heads ({heads})",
+        )
+    rotated = int(head_dim(options) * options.rope_fraction)
+    if rotated < 2 or rotated % 2:
+        raise OptionError(
+            "rope_fraction",
+            options.rope_fraction,
+            f"rotates {rotated} of {head_dim(options)} dimensions of a head: give a share that "
+            "rotates an even number",
+        )
+
+
+def _check_dense(options: ModelOptions) -> None:
+    unused = [
+        "moe_init_from_dense",
+        "moe_null_rate_target",
+        *_named("moe_spawn_"),
+        *_named("moe_ep_"),
+    ]
+    unused += ["moe_expert_parallel_size", "moe_capacity_factor", "moe_eval_capacity_factor"]
+    _refuse_given(options, unused, "the model has no MoE layer", "--moe-layers")
 
 
 def resolve_renamed(options: Any, warn: bool) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeGuard
 
 from evomoe_plugin.config.errors import OptionError
 
@@ -32,7 +32,8 @@ class MoEOptions:
     )
     moe_layers: Optional[str] = flag(
         None,
-        "indices of the MoE layers, from 0 (5,8,11), instead of --moe-freq and --moe-start-layer",
+        "indices of the MoE layers, from 0 (5,8,11), instead of --moe-freq and --moe-start-layer; "
+        "none: a dense model",
     )
     moe_expert_count: str = flag(
         "16",
@@ -92,7 +93,8 @@ class MoEOptions:
     moe_shared_combine: str = flag(
         "add",
         "weights of shared experts: add (1), softmax (over the selected routed and the shared "
-        "experts, as DCMoE), mix (one learned share for all of them, as residual MoE)",
+        "experts, as DCMoE), mix (one learned share for all of them, as residual MoE), sigmoid (a "
+        "learned one for each, independent of the routed experts, as Qwen2-MoE)",
     )
     moe_null_experts: int = flag(0, "candidates of the gate without computation, whose output is 0")
     moe_null_rate_target: Optional[float] = flag(
@@ -129,6 +131,11 @@ class MoEOptions:
         "sdpa",
         "self-attention of all layers: sdpa (torch's scaled_dot_product_attention) or stock "
         "(fairseq's own); equal up to rounding",
+    )
+    moe_document_mask: bool = flag(
+        False,
+        "tokens of a row attend only to their own document, which begins with </s>; positions "
+        "restart in each",
     )
     moe_init_from_dense: Optional[str] = flag(
         None,
@@ -214,6 +221,47 @@ class MoEOptions:
 
 
 @dataclass
+class CausalLMOptions:
+    """The decoder of the `causal_lm` architectures, beside fairseq's own sizes."""
+
+    hf_config: Optional[str] = flag(
+        None,
+        "config.json of a Hugging Face model, or its folder: gives the decoder's sizes and options",
+    )
+    decoder_kv_heads: int = flag(
+        0, "key/value heads (grouped-query attention); 0: --decoder-attention-heads"
+    )
+    decoder_head_dim: int = flag(
+        0, "width of a head; 0: --decoder-embed-dim divided by --decoder-attention-heads"
+    )
+    decoder_norm: str = flag("rms", "norms: rms (RMSNorm) or layer (LayerNorm)")
+    decoder_norm_eps: float = flag(1e-5, "epsilon of the norms")
+    decoder_qk_norm: str = flag(
+        "none",
+        "norm of queries and keys before they are rotated: none, shared (over each head's width, "
+        "one weight for all heads: Qwen3, Phi), separate (one weight for each head: StableLM), "
+        "joint (over all heads at once: OLMoE)",
+    )
+    decoder_qkv_bias: bool = flag(False, "projections to queries, keys and values have biases")
+    decoder_out_bias: bool = flag(False, "the output projection of attention has a bias")
+    decoder_ffn: str = flag(
+        "gated", "FFNs and experts: gated (W2 (act(W1 x) * W3 x)) or plain (W2 act(W1 x))"
+    )
+    decoder_ffn_bias: bool = flag(False, "dense FFNs have biases")
+    decoder_parallel: bool = flag(
+        False, "attention and FFN of a layer side by side, on the output of one norm"
+    )
+    decoder_logits_bias: bool = flag(False, "the output projection to the vocabulary has a bias")
+    rope_theta: float = flag(10000.0, "base of the wavelengths of rotary positions")
+    rope_fraction: float = flag(1.0, "share of each head's width that is rotated")
+    rope_scaling: Optional[str] = flag(
+        None,
+        "scaling of rotary positions, a JSON object as rope_parameters in a config.json, of "
+        "rope_type linear, llama3 or yarn",
+    )
+
+
+@dataclass
 class ModelOptions(MoEOptions):
     """The options of a model that the package reads: ours and those of fairseq's transformer_lm.
 
@@ -243,6 +291,38 @@ class ModelOptions(MoEOptions):
     max_update: Optional[int] = None
 
 
+@dataclass
+class CausalLMModelOptions(CausalLMOptions, ModelOptions):
+    """The options of a `causal_lm` architecture and their defaults; used as a type."""
+
+    activation_fn: str = "swish"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+
+
+def is_causal_lm(options: object) -> TypeGuard[CausalLMModelOptions]:
+    """Whether the options are a `causal_lm` architecture's, rather than a GPT's."""
+    return hasattr(options, "decoder_norm")
+
+
+def kv_heads(options: CausalLMModelOptions) -> int:
+    """Key/value heads."""
+    return options.decoder_kv_heads or options.decoder_attention_heads
+
+
+def head_dim(options: CausalLMModelOptions) -> int:
+    """Width of an attention head."""
+    return options.decoder_head_dim or (
+        options.decoder_embed_dim // options.decoder_attention_heads
+    )
+
+
+def has_gated_experts(options: ModelOptions) -> bool:
+    """Whether experts are gated: where dense FFNs are, or `--moe-expert-gated` says so."""
+    return options.moe_expert_gated or (is_causal_lm(options) and options.decoder_ffn == "gated")
+
+
 def parse_bool(option: str, value: Any) -> bool:
     """`value` (bool, or true/false in any case) as a bool, or an `OptionError`."""
     text = str(value).strip().lower()
@@ -251,11 +331,14 @@ def parse_bool(option: str, value: Any) -> bool:
     return text == "true"
 
 
+NO_LAYERS = "none"  # Value of `--moe-layers` for a dense model
+
+
 def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
-    """Indices, from 0, of the decoder layers that are MoE layers.
+    """Indices, from 0, of the decoder layers that are MoE layers; none with `--moe-layers none`.
 
     Raises:
-        OptionError: there would be no MoE layer, or a given index does not exist.
+        OptionError: there would be no MoE layer otherwise, or a given index does not exist.
     """
     last = num_layers - 1
     if options.moe_layers is not None:
@@ -265,8 +348,7 @@ def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
         raise OptionError(
             "moe_freq",
             freq,
-            "give 1 or more; for a model without MoE layers use a stock "
-            "transformer_lm architecture",
+            "give 1 or more; for a model without MoE layers, --moe-layers none",
         )
     if start is None and freq > num_layers:
         raise OptionError(
@@ -290,6 +372,8 @@ def _listed_layers(options: ModelOptions, last: int) -> list[int]:
                 getattr(options, option),
                 f"--moe-layers {text} lists the layers: leave one of them out",
             )
+    if text == NO_LAYERS:
+        return []
     try:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
@@ -369,7 +453,10 @@ UNSUPPORTED = tuple(
     "scale_heads scale_resids".split()
 )
 MATMUL_DTYPES = ("same", "bf16")
-SHARED_COMBINE = ("add", "softmax", "mix")
+NORMS = ("rms", "layer")
+QK_NORMS = ("none", "shared", "separate", "joint")
+FFNS = ("gated", "plain")
+SHARED_COMBINE = ("add", "softmax", "mix", "sigmoid")
 ATTENTIONS = ("sdpa", "stock")
 DROP_POLICIES = ("position", "probs", "random")
 SPAWN_METHODS = ("copy", "mask", "noise", "reinit")

@@ -18,6 +18,7 @@ import torch
 
 from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.hf_config import resolve_hf_config
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.gate import gate_class
 
@@ -41,6 +42,7 @@ def check_run(cfg: Any, num_ranks: int) -> None:
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.model is not None:
         resolve_renamed(cfg.model, warn=True)
+        resolve_hf_config(cfg.model)
         _check_training(cfg, num_ranks, on_gpu)
     validate_run(cfg)
 

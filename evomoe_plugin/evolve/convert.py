@@ -28,17 +28,24 @@ from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import NO_LAYERS
 from evomoe_plugin.data.dictionary import load_dictionary
-from evomoe_plugin.evolve.dense_checkpoint import (
-    SIZES,
-    DenseCheckpoint,
-    read_dense_checkpoint,
+from evomoe_plugin.evolve.dense_checkpoint import SIZES, DenseCheckpoint, read_dense
+from evomoe_plugin.evolve.initial_values import (
+    build_without_memory,
+    initial_experts,
+    initial_gates,
 )
-from evomoe_plugin.evolve.logit_difference import LogitDifference, measure_logit_difference
-from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_structure
+from evomoe_plugin.evolve.logit_difference import (
+    LogitDifference,
+    measure_logit_difference,
+    streamed,
+)
+from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_family, check_structure
 from evomoe_plugin.models.config import MoELanguageModelConfig
+from evomoe_plugin.models.language_model import MoELanguageModel
 
-DEFAULT_ARCH = "transformer_lm_moe"
+DEFAULT_ARCHS = ("transformer_lm_moe", "causal_lm_moe")
 # Options that may differ from the dense run's without changing what the model computes.
 _FREE = (
     "dropout",
@@ -67,7 +74,7 @@ def convert(
     given: Mapping[str, Any],
     recipe: Recipe,
     *,
-    arch: str = DEFAULT_ARCH,
+    arch: str | None = None,
     data: str | None = None,
     max_update: int | None = None,
     user_dir: str | None = None,
@@ -75,10 +82,11 @@ def convert(
     """Make an MoE model from a dense one.
 
     Args:
-        path: the dense checkpoint.
+        path: the dense checkpoint, or a folder of Hugging Face.
         given: model options that override the dense model's and the defaults.
         recipe: how experts and gates are initialised.
-        arch: an MoE architecture, ours or a user's; sizes are the dense model's.
+        arch: an MoE architecture, ours or a user's; sizes are the dense model's. None: the one of
+            `DEFAULT_ARCHS` that has its decoder.
         data: the folder with the dictionary; gates that look at token ids need it.
         max_update: of the run to come; schedules are fractions of it.
         user_dir: the package that registered the user's gate or architecture, for the checkpoint's
@@ -86,17 +94,26 @@ def convert(
     Raises:
         OptionError: unreadable or unfit input, or options that cannot work.
     """
-    dense = read_dense_checkpoint("DENSE", path)
+    known = None if data is None else _data_dictionary(data)
+    dense = read_dense("DENSE", path, known)
+    if arch is None:
+        arch = DEFAULT_ARCHS[dense.is_causal_lm]
     options = _model_options(dense, given, recipe, arch, max_update)
-    dictionary = _dictionary(dense, options, data)
+    dictionary = _dictionary(dense, options, data, known)
     task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     with report_config_faults("DENSE", path), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = models.build_model(OmegaConf.create(options), task)
+        if dense.keeps_dtype:
+            model = build_without_memory(options, dictionary)
+        else:
+            torch.manual_seed(recipe.seed)
+            model = models.build_model(OmegaConf.create(options), task)
         cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
     upcycling = Upcycling(dense, types.SimpleNamespace(**options), recipe)
     weights = _weights(model, upcycling)
     state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
+    if dense.keeps_dtype:
+        with streamed(model, weights):
+            return Converted(state, upcycling, measure_logit_difference(model, dense))
     model.load_state_dict(dict(weights))
     return Converted(state, upcycling, measure_logit_difference(model, dense))
 
@@ -142,6 +159,7 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     if kind is None:
         known = sorted(name for name in ARCH_MODEL_NAME_REGISTRY if _dataclass_of(name))
         raise OptionError("arch", arch, f"one of: {', '.join(known)}; --user-dir brings your own")
+    check_family(dense, arch, kind)
     options = {}
     for field in dataclasses.fields(kind):
         default = getattr(kind, field.name, None)
@@ -151,7 +169,7 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     chosen = {name: value for name, value in vars(args).items() if name not in given}
     options.update(chosen)
     # Sizes of the default architecture are fairseq's defaults, not a choice.
-    sizes = chosen if kind is MODEL_DATACLASS_REGISTRY[DEFAULT_ARCH] else options
+    sizes = chosen if arch in DEFAULT_ARCHS else options
     for name in SIZES:
         if name in sizes and sizes[name] != dense.model[name]:
             raise OptionError(
@@ -166,29 +184,35 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
 def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
     """None: no MoE architecture."""
     kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
-    is_moe = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
-    return kind if is_moe else None
+    is_ours = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
+    return kind if is_ours and kind.moe_layers != NO_LAYERS else None
 
 
-def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any], data: str | None) -> Dictionary:
+def _data_dictionary(data: str) -> Dictionary:
+    path = os.path.join(data, "dict.txt")
+    if not os.path.isfile(path):
+        raise OptionError(
+            "data",
+            data,
+            "has no dict.txt; give a folder made by `evomoe prepare` or fairseq-preprocess",
+        )
+    return load_dictionary("data", path)
+
+
+def _dictionary(
+    dense: DenseCheckpoint, options: Mapping[str, Any], data: str | None, known: Dictionary | None
+) -> Dictionary:
     """The data's; without data a placeholder of that many rows."""
-    if data is not None:
-        path = os.path.join(data, "dict.txt")
-        if not os.path.isfile(path):
+    if known is not None:
+        fits = len(known) == dense.vocabulary
+        if not (fits or (dense.keeps_dtype and len(known) > dense.vocabulary)):
             raise OptionError(
                 "data",
                 data,
-                "has no dict.txt; give a folder made by `evomoe prepare` or fairseq-preprocess",
-            )
-        dictionary = load_dictionary("data", path)
-        if len(dictionary) != dense.vocabulary:
-            raise OptionError(
-                "data",
-                data,
-                f"its dict.txt has {len(dictionary)} tokens, the dense checkpoint "
+                f"its dict.txt has {len(known)} tokens, the dense checkpoint "
                 f"was trained with {dense.vocabulary}: give its data",
             )
-        return dictionary
+        return known
     if options["moe_gate"] == "hash" and options["moe_hash"] != "random":
         raise OptionError(
             "moe_hash",
@@ -198,15 +222,24 @@ def _dictionary(dense: DenseCheckpoint, options: Mapping[str, Any], data: str | 
     return dense.dictionary
 
 
-def _weights(model: torch.nn.Module, upcycling: Upcycling) -> dict[str, Tensor]:
-    """The MoE model's state dict."""
+def _weights(model: MoELanguageModel, upcycling: Upcycling) -> dict[str, Tensor]:
+    """The MoE model's state dict. Of a model without memory, initial values are made one by one."""
+    options, recipe = upcycling.options, upcycling.recipe
     state = model.state_dict()
     upcycling.check_complete(state)
-    weights = {name: tensor.clone() for name, tensor in state.items()}
+    without_memory = next(model.parameters()).is_meta
+    if without_memory:
+        own = dict(initial_gates(model, options, recipe.seed))
+        weights = {name: own.get(name, value) for name, value in state.items()}
+    else:
+        weights = {name: tensor.clone() for name, tensor in state.items()}
     values: dict[torch.nn.Parameter, Tensor | None] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter not in values:
-            values[parameter] = upcycling.value(name, parameter.shape)
+            value = upcycling.value(name, parameter.shape)
+            if value is None and weights[name].is_meta:
+                value = initial_experts(model, name, recipe.seed).to(upcycling.dense.dtype)
+            values[parameter] = value
         value = values[parameter]
         if value is not None:
             weights[name] = value.contiguous()

@@ -1,9 +1,11 @@
-"""Read the dense language model's checkpoint that experts are made from."""
+"""Read the dense language model that experts are made from: a checkpoint, or a folder of Hugging
+Face."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +17,24 @@ from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
+from evomoe_plugin.checkpoint.hf_weights import HFWeights
+from evomoe_plugin.checkpoint.huggingface import import_gpt2
 from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import UNSUPPORTED
+from evomoe_plugin.config.hf_config import model_type
+from evomoe_plugin.config.options import NO_LAYERS, UNSUPPORTED, CausalLMOptions
+from evomoe_plugin.evolve.import_hf import placeholder_dictionary, run_config
+from evomoe_plugin.models.causal_lm import CausalLM
 from evomoe_plugin.models.language_model import MoELanguageModel
 
-# Options that decide what a dense transformer_lm computes; the MoE model has the same.
+_OF_CAUSAL_LM = tuple(
+    field.name for field in dataclasses.fields(CausalLMOptions) if field.name != "hf_config"
+)
+# Options that decide what a dense model computes; the MoE model has the same.
 SIZES = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
 STRUCTURE = (
     *SIZES,
@@ -39,54 +49,120 @@ STRUCTURE = (
     "no_decoder_final_norm",
     "max_target_positions",
 )
+CAUSAL_LM_STRUCTURE = (
+    *SIZES,
+    "activation_fn",
+    "share_decoder_input_output_embed",
+    *_OF_CAUSAL_LM,
+)
 
 
 @dataclass(frozen=True)
 class DenseCheckpoint:
-    """A dense transformer_lm as fairseq saved it."""
+    """A dense transformer_lm or causal_lm."""
 
     option: str
-    """What the user named the file with."""
+    """What the user named it with."""
     path: str
     cfg: DictConfig
     """The whole run's."""
     model: Mapping[str, Any]
-    """The options of fairseq's transformer_lm, resolved."""
+    """The options of fairseq's transformer_lm, and those of causal_lm if it is one, resolved."""
     weights: Mapping[str, Tensor]
-    """By fairseq's names."""
+    """By fairseq's names; of a folder, read when they are asked for."""
+    vocabulary: int
+    """Rows of the embeddings."""
+    keeps_dtype: bool = False
+    """Whether what is made of it keeps the dtype of its weights; else it is fp32."""
 
     def misfit(self, why: str) -> OptionError:
         """An error that says what is wrong with it."""
         return OptionError(self.option, self.path, why)
 
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the dictionary it was trained with."""
-        return self.weights["decoder.embed_tokens.weight"].size(0)
-
     @functools.cached_property
     def dictionary(self) -> Dictionary:
         """One of that many rows; the checkpoint has neither their names nor their counts."""
-        dictionary = Dictionary()
-        for n in range(self.vocabulary - len(dictionary)):
-            dictionary.add_symbol(f"token{n}")
-        return dictionary
+        return placeholder_dictionary(self.vocabulary)
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether its decoder is one of `models.causal_lm`."""
+        return _OF_CAUSAL_LM[0] in self.model
+
+    @property
+    def structure(self) -> tuple[str, ...]:
+        """Options that decide what it computes."""
+        return CAUSAL_LM_STRUCTURE if self.is_causal_lm else STRUCTURE
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its feed-forward networks are."""
+        return self.is_causal_lm and self.model["decoder_ffn"] == "gated"
 
     @property
     def post_norm(self) -> bool:
         """Whether layers normalise their output rather than their input."""
-        return not self.model["decoder_normalize_before"]
+        return not (self.is_causal_lm or self.model["decoder_normalize_before"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is made of it."""
+        return (
+            self.weights["decoder.layer_norm.weight"].dtype if self.keeps_dtype else torch.float32
+        )
+
+    def weight(self, name: str) -> Tensor:
+        """A weight in the dtype of what is made of it."""
+        value = self.weights[name]
+        return value if self.keeps_dtype else value.float()
 
     def ffn(self, layer: int) -> dict[str, Tensor]:
         """The feed-forward network of a layer by the names of `ExpertFFN`: fc1_weight [F, D],
-        fc1_bias [F], fc2_weight [F, D] (transposed), fc2_bias [D]."""
-        prefix = f"decoder.layers.{layer}"
-        named = {
-            f"{part}_{kind}": self.weights[f"{prefix}.{part}.{kind}"]
-            for part in ("fc1", "fc2")
-            for kind in ("weight", "bias")
-        }
-        return {**named, "fc2_weight": named["fc2_weight"].t()}
+        fc1_bias [F], fc2_weight [F, D] (transposed), fc2_bias [D]; gated, fc3_weight [F, D] and no
+        biases."""
+        kinds = ("weight",) if self.is_gated else ("weight", "bias")
+        parts = ("fc1", "fc2", "fc3") if self.is_gated else ("fc1", "fc2")
+        names = [f"{part}_{kind}" for part in parts for kind in kinds]
+        return {name: self.ffn_tensor(layer, name) for name in names}
+
+    def ffn_tensor(self, layer: int, name: str) -> Tensor:
+        """One tensor of `ffn`."""
+        part, kind = name.split("_")
+        full = f"decoder.layers.{layer}.{part}.{kind}"
+        if kind == "bias" and full not in self.weights:  # experts have biases
+            width = self.model["decoder_embed_dim" if part == "fc2" else "decoder_ffn_embed_dim"]
+            return torch.zeros(width)
+        value = self.weights[full]
+        return value.t() if name == "fc2_weight" else value
+
+
+def read_dense(option: str, path: str, dictionary: Dictionary | None = None) -> DenseCheckpoint:
+    """Read a dense language model: a checkpoint of fairseq, or a folder of Hugging Face.
+
+    Args:
+        option: what the user named it with, for messages.
+        dictionary: gives the order of a GPT-2's rows (`import_gpt2`).
+    Raises:
+        OptionError: as `read_dense_checkpoint`, `HFWeights` and `import_gpt2`.
+    """
+    if not os.path.isdir(path):
+        return read_dense_checkpoint(option, path)
+    if model_type(option, path) == "gpt2":
+        imported = import_gpt2(path, dictionary)
+        cfg = OmegaConf.create(imported.state["cfg"])
+        return _dense_of(option, path, cfg, imported.state["model"])
+    weights = HFWeights(option, path)
+    if weights.config.is_moe:
+        raise OptionError(
+            option,
+            path,
+            f"is a {weights.config.kind}, which has experts already: `evomoe import-hf` makes a "
+            "checkpoint of it",
+        )
+    cfg = OmegaConf.create(run_config(weights.config))
+    model = transformer_options(cfg, weights)
+    rows = weights.config.vocabulary
+    return DenseCheckpoint(option, path, cfg, model, weights, rows, keeps_dtype=True)
 
 
 def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
@@ -102,21 +178,32 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
     cfg, weights = state["cfg"], state["model"]
     name = cfg.model.get("_name") or cfg.model.get("arch")
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    is_ours = isinstance(kind, type) and issubclass(kind, MoELanguageModel)
     if any(".moe." in key for key in weights) or (
-        isinstance(kind, type) and issubclass(kind, MoELanguageModel)
+        is_ours and cfg.model.get("moe_layers") != NO_LAYERS
     ):
         raise misfit(f"is an MoE model already ({name}): give the checkpoint of a dense one")
     if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
         raise misfit(f"is a model {name}, not one of fairseq's transformer_lm")
+    return _dense_of(option, path, cfg, weights)
+
+
+def _dense_of(
+    option: str, path: str, cfg: DictConfig, weights: Mapping[str, Tensor]
+) -> DenseCheckpoint:
     with report_config_faults(option, path):
-        model = _model_options(cfg, weights)
+        model = transformer_options(cfg, weights)
     for field in UNSUPPORTED:
         if model[field]:
-            raise misfit(
+            raise OptionError(
+                option,
+                path,
                 f"was trained with --{field.replace('_', '-')} {model[field]}, which no "
-                "MoE architecture has"
+                "MoE architecture has",
             )
-    dense = DenseCheckpoint(option, path, cfg, model, weights)
+    table = weights.get("decoder.embed_tokens.weight")
+    rows = table.size(0) if table is not None and table.dim() else 0
+    dense = DenseCheckpoint(option, path, cfg, model, weights, rows)
     with report_config_faults(option, path):
         _check_weights(dense)
     return dense
@@ -126,7 +213,11 @@ def _check_weights(dense: DenseCheckpoint) -> None:
     """Raise `OptionError` unless the weights of experts and vocabulary exist and are finite."""
     model, weights = dense.model, dense.weights
     D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
-    shapes = {"fc1.weight": (F, D), "fc1.bias": (F,), "fc2.weight": (D, F), "fc2.bias": (D,)}
+    shapes: dict[str, tuple[int, ...]] = {"fc1.weight": (F, D), "fc2.weight": (D, F)}
+    if dense.is_gated:
+        shapes["fc3.weight"] = (F, D)
+    if not dense.is_causal_lm or model["decoder_ffn_bias"]:
+        shapes |= {"fc1.bias": (F,), "fc2.bias": (D,)}
     wanted: dict[str, tuple[int, ...] | None] = {
         f"decoder.layers.{layer}.{name}": shape
         for layer in range(model["decoder_layers"])
@@ -152,12 +243,18 @@ def _check_weights(dense: DenseCheckpoint) -> None:
             )
 
 
-def _model_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options; fairseq's defaults where an old checkpoint has none."""
+def transformer_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of fairseq's transformer_lm, and those of causal_lm if it is one; fairseq's
+    defaults where an old checkpoint has none."""
     saved = plain_config(cfg.model)
     task = cfg.get("task") or {}
     options = {}
-    for field in dataclasses.fields(TransformerLanguageModelConfig):
+    fields = dataclasses.fields(TransformerLanguageModelConfig)
+    kind = ARCH_MODEL_REGISTRY.get(saved.get("_name") or saved.get("arch"))
+    if isinstance(kind, type) and issubclass(kind, CausalLM):
+        given = dataclasses.fields(CausalLMOptions)
+        fields += tuple(field for field in given if field.name in _OF_CAUSAL_LM)
+    for field in fields:
         default = field.default
         if isinstance(default, str) and default.startswith("${task."):
             default = task.get(field.name)

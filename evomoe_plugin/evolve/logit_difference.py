@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fairseq import models
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.evolve.dense_checkpoint import DenseCheckpoint
+from evomoe_plugin.evolve.initial_values import build_without_memory
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 MAX_TOKENS = 64
@@ -38,6 +43,53 @@ class LogitDifference:
         )
 
 
+@contextlib.contextmanager
+def streamed(
+    model: TransformerLanguageModel,
+    weights: Mapping[str, Tensor],
+    rounded: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Inside, a model without memory computes in fp32: each layer has its weights for the time of
+    its forward pass.
+
+    Args:
+        model: from `initial_values.build_without_memory`.
+        weights: its state dict, in any dtypes.
+        rounded: a dtype that fp32 weights are rounded to; None: they are not.
+    """
+    decoder, table = model.decoder, "decoder.embed_tokens."
+
+    def load(module: nn.Module, prefix: str) -> None:
+        own = {}
+        for name, parameter in module.state_dict().items():
+            value = weights[prefix + name]
+            if parameter.dtype == torch.float32:
+                value = value.to(rounded or value.dtype).float()
+            own[name] = value
+        module.load_state_dict(own, assign=True)
+
+    def around(module: nn.Module, prefix: str) -> None:
+        hooks.append(module.register_forward_pre_hook(lambda *_: load(module, prefix)))
+        hooks.append(module.register_forward_hook(lambda *_: module.to("meta") and None))
+
+    hooks: list[Any] = []
+    tied = decoder.share_input_output_embed
+    load(decoder.embed_tokens, table)
+    for n, layer in enumerate(decoder.layers):
+        around(layer, f"decoder.layers.{n}.")
+    around(decoder.layer_norm, "decoder.layer_norm.")
+    if not tied:
+        around(decoder.output_projection, "decoder.output_projection.")
+    else:
+        decoder.output_projection.weight = decoder.embed_tokens.weight
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.to("meta")
+
+
 @torch.no_grad()
 def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) -> LogitDifference:
     """Compare `model` with the dense model on random tokens.
@@ -50,14 +102,15 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
     Raises:
         OptionError: no model can be built from the dense checkpoint.
     """
-    weight, training = next(model.parameters()), model.training
+    weight, training = model.decoder.embed_tokens.weight, model.training
     tensors = {
         name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not tensor.is_meta
     }
     devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), model.not_recording():
-        other = _build(dense).to(weight.device, weight.dtype).float()
+    with torch.random.fork_rng(devices), model.not_recording(), contextlib.ExitStack() as stack:
+        other = stack.enter_context(_built(dense, weight))
         length = min(16, model.max_positions(), other.max_positions())
         tokens_BT = torch.randint(
             dense.dictionary.nspecial,
@@ -70,18 +123,25 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
         finally:
             model.train(training)
         wanted_BTV = other(tokens_BT)[0]
+        logits_BTV = logits_BTV[..., : wanted_BTV.size(2)]  # it may have more token ids
     largest = (logits_BTV - wanted_BTV).abs().max().item()
     equal = largest <= _ROUNDING * wanted_BTV.abs().max().item()
     return LogitDifference(largest, equal, tokens_BT.numel())
 
 
-def _build(dense: DenseCheckpoint) -> TransformerLanguageModel:
-    """The dense model with its weights, fp32, in evaluation mode."""
+@contextlib.contextmanager
+def _built(dense: DenseCheckpoint, like: Tensor) -> Iterator[TransformerLanguageModel]:
+    """The dense model with its weights, in evaluation mode and fp32, on the device of `like`."""
     with report_config_faults(dense.option, dense.path):
+        cfg = OmegaConf.create({**plain_config(dense.cfg.model), **dense.model})
+        if dense.keeps_dtype and like.device.type == "cpu":
+            model = build_without_memory(cfg, dense.dictionary).eval()
+            with streamed(model, dense.weights, like.dtype):
+                yield model
+            return
         task = types.SimpleNamespace(
             source_dictionary=dense.dictionary, target_dictionary=dense.dictionary
         )
-        cfg = OmegaConf.create({**plain_config(dense.cfg.model), **dense.model})
         model = models.build_model(cfg, task, from_checkpoint=True)
-        model.load_state_dict(dict(dense.weights), strict=True, model_cfg=cfg)
-    return model.eval()
+        model.load_state_dict(dict(dense.weights), strict=not dense.keeps_dtype, model_cfg=cfg)
+    yield model.to(like.device, like.dtype).float().eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.parameter_storage import storages
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
-from evomoe_plugin.evolve.dense_checkpoint import read_dense_checkpoint
+from evomoe_plugin.evolve.dense_checkpoint import read_dense
 from evomoe_plugin.evolve.logit_difference import measure_logit_difference
 from evomoe_plugin.evolve.parameters import edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
@@ -35,14 +35,14 @@ def init_from_dense(trainer: Trainer) -> None:
     optimizer updates; half-precision copies follow.
 
     Raises:
-        OptionError: the file is unreadable or does not fit the model.
+        OptionError: the file or folder is unreadable or does not fit the model.
     """
     model = trainer.get_model()
     decoder = next((m for m in model.modules() if isinstance(m, MoEDecoder)), None)
     if decoder is None or decoder.args.moe_init_from_dense is None:
         return
     path = decoder.args.moe_init_from_dense
-    dense = read_dense_checkpoint("moe_init_from_dense", path)
+    dense = read_dense("moe_init_from_dense", path, decoder.dictionary)
     upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
     trained = {
         name: shape
@@ -55,24 +55,26 @@ def init_from_dense(trainer: Trainer) -> None:
         for name, parameter in model.named_parameters()
         if not (parameter.requires_grad or trainer.is_fsdp)
     }
-    groups, values = expert_groups_of(model), {}
-    # All values are computed before the first is set: an error changes nothing.
-    for name, shape in (*trained.items(), *((name, p.shape) for name, p in frozen.items())):
-        if groups is not None and is_expert_parameter(name):
-            shape = (shape[0] * groups.size, *shape[1:])
-        values[name] = upcycling.value(name, shape)
+    groups = expert_groups_of(model)
+    shapes = {**trained, **{name: tuple(p.shape) for name, p in frozen.items()}}
+    if groups is not None:
+        for name, (rows, *others) in shapes.items():
+            if is_expert_parameter(name):
+                shapes[name] = (rows * groups.size, *others)
     buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
-    upcycling.check_complete([*values, *buffers, "decoder.output_projection.weight"])
-    found = {name: whole for name, whole in values.items() if whole is not None}
+    upcycling.check_complete([*shapes, *buffers, "decoder.output_projection.weight"])
+    # Each value is made when it is set: no second model is held in memory.
     edit_parameters(
         trainer,
-        {name: functools.partial(_set, whole) for name, whole in found.items() if name in trained},
+        {name: functools.partial(_set, upcycling, name, shapes[name]) for name in trained},
     )
-    for name in frozen.keys() & found.keys():
-        whole = found[name]
+    for name, parameter in frozen.items():
+        whole = upcycling.value(name, shapes[name])
+        if whole is None:
+            continue
         if groups is not None and is_expert_parameter(name):
             whole = whole[groups.own(len(whole))]
-        frozen[name].data.copy_(whole)
+        parameter.data.copy_(whole)
     logits: object = (
         "logits not compared with the dense model's, since no rank holds the whole "
         "model: `evomoe upcycle` with the same options compares them"
@@ -82,6 +84,8 @@ def init_from_dense(trainer: Trainer) -> None:
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 
 
-def _set(wanted: Tensor, value: Tensor) -> Tensor:
-    value.copy_(wanted)
+def _set(upcycling: Upcycling, name: str, shape: tuple[int, ...], value: Tensor) -> Tensor:
+    wanted = upcycling.value(name, shape)
+    if wanted is not None:
+        value.copy_(wanted)
     return torch.zeros(1, dtype=torch.bool, device=value.device)  # there are no moments yet

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.checkpoint.hf_weights import with_rows
 from evomoe_plugin.config.checks import check_spawned_from
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
@@ -25,18 +26,19 @@ from evomoe_plugin.config.options import (
     expert_counts,
     expert_ffn_dim,
     expert_slots,
+    is_causal_lm,
     moe_layer_indices,
     resolved_rate,
     shared_ffn_dim,
 )
-from evomoe_plugin.evolve.dense_checkpoint import STRUCTURE, DenseCheckpoint
+from evomoe_plugin.evolve.dense_checkpoint import DenseCheckpoint
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.gates import gate_class
 
 METHODS = (*SPAWN_METHODS, "slice", "none")
 SLICES = ("contiguous", "shuffled")
 
-_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2)\.(weight|bias)$")
+_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2|fc3)\.(weight|bias)$")
 # A parameter inside an MoE layer: which layer, which part, the name there.
 _INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
 _TANH_GELUS = ("gelu_fast", "gelu_accurate")
@@ -138,12 +140,17 @@ class Upcycling:
         """Number of slices of routed experts; 1: whole networks."""
         options, recipe = self.options, self.recipe
         method = f"--{recipe.option('method').replace('_', '-')}"
-        if options.moe_expert_gated:
+        if options.moe_expert_gated and not self.dense.is_gated:
             raise OptionError(
                 "moe_expert_gated",
                 True,
                 "the dense model's feed-forward network is not gated: leave it out, "
                 f"or start the experts afresh with {method} none",
+            )
+        if self.dense.is_gated and self.dense.model["decoder_ffn_bias"]:
+            raise self.dense.misfit(
+                "its gated feed-forward networks have biases, gated experts have none: start the "
+                f"experts afresh with {method} none"
             )
         ffn_dim, width = expert_ffn_dim(options), self.dense.model["decoder_ffn_embed_dim"]
         if recipe.method != "slice":
@@ -222,7 +229,8 @@ class Upcycling:
         )
 
     def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
-        """The initial value of the parameter `name`, fp32; None: its own initialisation.
+        """The initial value of the parameter `name`, fp32 unless the dense model keeps its dtype;
+        None: its own initialisation.
 
         Raises:
             OptionError: the dense checkpoint lacks it, or has another shape.
@@ -239,9 +247,17 @@ class Upcycling:
                 expert = self._routed(layer, rest)
             else:
                 expert = self._sliced(layer, rest, self.num_shared_slices, False)
-            value = torch.stack([expert(e) for e in range(shape[0])])
+            # Into one buffer, so that no more than one expert is held beside it.
+            first = expert(0)
+            dtype = self.dense.ffn_tensor(layer, rest).dtype if self.dense.keeps_dtype else None
+            value = first.new_empty(shape[0], *first.shape, dtype=dtype)
+            value[0] = first
+            for e in range(1, shape[0]):
+                value[e] = expert(e)
         elif name in self.dense.weights:
-            value = self.dense.weights[name].float()
+            value = self.dense.weight(name)
+            if self.dense.keeps_dtype:
+                value = with_rows(name, value, shape[0])
         else:
             raise self.dense.misfit(f"has no {name}")
         if value.shape == shape:
@@ -262,7 +278,7 @@ class Upcycling:
         recipe, n = self.recipe, self._ids[layer]
         if recipe.method == "slice":
             return self._sliced(layer, name, self.num_slices, recipe.rescale)
-        source = self.dense.ffn(layer)[name].float()
+        source = self.dense.ffn_tensor(layer, name).float()
         rate = resolved_rate(recipe.method, recipe.rate)
         spawn = functools.partial(
             spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale
@@ -271,7 +287,7 @@ class Upcycling:
 
     def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
         """Expert e gets slice e mod `slices`; one of each slice sum to the dense network."""
-        source = self.dense.ffn(layer)[name].float()
+        source = self.dense.ffn_tensor(layer, name).float()
         scale = slices if rescale and name.startswith("fc2") else 1
         if name == "fc2_bias":
             return lambda expert: source * (scale / slices)
@@ -317,14 +333,27 @@ def _width_misfit(options: Any, kind: str, remedy: str) -> OptionError:
     return OptionError(option, getattr(options, option), remedy)
 
 
-def check_structure(dense: DenseCheckpoint, options: Any, given: Iterable[str] = STRUCTURE) -> None:
+def check_family(dense: DenseCheckpoint, arch: str, options: object) -> None:
+    """Raise `OptionError` unless the architecture, with these options, has the dense model's kind
+    of decoder."""
+    if dense.is_causal_lm != is_causal_lm(options):
+        kind = "causal_lm_moe" if dense.is_causal_lm else "transformer_lm_moe"
+        raise OptionError(
+            "arch", arch, f"the dense model {dense.path} has another decoder: give {kind}"
+        )
+
+
+def check_structure(
+    dense: DenseCheckpoint, options: Any, given: Iterable[str] | None = None
+) -> None:
     """Raise `OptionError` unless the MoE model has the dense model's structure.
 
     Args:
         options: the MoE model's.
-        given: which of `STRUCTURE` to compare.
+        given: which options to compare; None: the dense model's `structure`.
     """
-    for field in given:
+    check_family(dense, options._name, options)
+    for field in dense.structure if given is None else given:
         wanted, value = dense.model[field], getattr(options, field)
         if field in ("decoder_input_dim", "decoder_output_dim"):
             value = value or options.decoder_embed_dim

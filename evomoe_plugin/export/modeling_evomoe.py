@@ -37,7 +37,7 @@ class EvoMoEConfig(PretrainedConfig):
     expert_ffn_dim = shared_ffn_dim = 8
     expert_gated = False
     num_null_experts = num_shared_experts = 0
-    shared_combine = "add"  # or softmax, mix
+    shared_combine = "add"  # or softmax, mix, sigmoid
     routing = None
     tie_word_embeddings = True
 
@@ -100,9 +100,7 @@ class Gate(nn.Module):
         self.shared = config.num_shared_experts
         self.shared_combine = config.shared_combine
         if self.shared and self.shared_combine != "add":
-            self.shared_weight = _parameter(
-                self.shared if self.shared_combine == "softmax" else 2, D
-            )
+            self.shared_weight = _parameter(2 if self.shared_combine == "mix" else self.shared, D)
 
     def forward(self, x_TD, ids_T):
         """Selection (bool) and weights [T, C]; weights of shared experts [T, S], or None for 1."""
@@ -127,6 +125,8 @@ class Gate(nn.Module):
         if not self.shared or self.shared_combine == "add":
             return mask_TC, weights_TC, None
         logits = F.linear(x_TD, self.shared_weight.to(x_TD.dtype))
+        if self.shared_combine == "sigmoid":
+            return mask_TC, weights_TC, logits.sigmoid()
         if self.shared_combine == "mix":
             routed_T, shared_T = torch.softmax(logits, dim=1).unbind(1)
             shared_TS = shared_T.unsqueeze(1).expand(-1, self.shared)

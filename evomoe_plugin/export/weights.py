@@ -8,7 +8,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import UNSUPPORTED
+from evomoe_plugin.config.options import UNSUPPORTED, is_causal_lm
 from evomoe_plugin.export.routing import export_gate, gate_name
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.layer import MoELayer
@@ -36,6 +36,8 @@ def exported_model(
             "cannot be exported: give a checkpoint of a transformer_lm",
         )
     decoder, args = model.decoder, model.decoder.args  # as built, with defaults filled in
+    if is_causal_lm(args):
+        raise OptionError("arch", args._name, "cannot be exported yet: only GPTs can")
     for option in UNSUPPORTED:
         if args.get(option):
             raise OptionError(option, args[option], "the exported model does not implement it")

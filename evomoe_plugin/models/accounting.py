@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from evomoe_plugin.config.options import (
+    CausalLMModelOptions,
     ModelOptions,
     expert_ffn_dim,
     expert_slots,
+    has_gated_experts,
+    head_dim,
+    is_causal_lm,
+    kv_heads,
     moe_layer_indices,
     shared_ffn_dim,
 )
@@ -46,44 +51,92 @@ def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
     return [made[count] for count in counts]
 
 
-def _embedding_dims(options: ModelOptions) -> tuple[int, int, int]:
-    """Widths of the input and the output embeddings, and the parameters of the matrices that
-    project between them and the decoder's width."""
-    width = options.decoder_embed_dim
-    dims = options.decoder_input_dim or width, options.decoder_output_dim or width
-    return *dims, sum(dim * width for dim in dims if dim != width)
+@dataclass(frozen=True)
+class _DenseParts:
+    """Parameters outside of MoE layers, and the widths of the matmuls."""
+
+    attention_and_norms: int  # Of a layer
+    ffn: int  # Of a layer with a dense FFN
+    outside: int  # Embeddings and final norm
+    embedding_projections: int  # ... of which matrices between their widths and the decoder's
+    projected: int  # Multiply-adds of a layer's attention for a token, in projections
+    attended: int  # ... for a token and one key
+    ffn_matrices: int
+
+
+def _gpt_parts(options: ModelOptions, vocabulary: int) -> _DenseParts:
+    width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
+    input_dim = options.decoder_input_dim or width
+    output_dim = options.decoder_output_dim or width
+    separate = 0 if options.share_decoder_input_output_embed else vocabulary * output_dim
+    projections = sum(dim * width for dim in (input_dim, output_dim) if dim != width)
+    outside = vocabulary * input_dim + separate + projections
+    if options.decoder_learned_pos and not options.no_token_positional_embeddings:
+        # fairseq has two more rows, for the padding index and its offset.
+        outside += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
+    if options.layernorm_embedding:
+        outside += 2 * width
+    no_final_norm = options.no_decoder_final_norm or options.moe_post_norm
+    return _DenseParts(
+        attention_and_norms=4 * (width * width + width) + 2 * 2 * width,
+        ffn=2 * width * ffn_dim + ffn_dim + width,
+        outside=outside + (0 if no_final_norm else 2 * width),
+        embedding_projections=projections,
+        projected=4 * width * width,
+        attended=2 * width,
+        ffn_matrices=2,
+    )
+
+
+def _causal_lm_parts(options: CausalLMModelOptions, vocabulary: int) -> _DenseParts:
+    width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
+    heads, kv, dim = options.decoder_attention_heads, kv_heads(options), head_dim(options)
+    affine = 1 if options.decoder_norm == "rms" else 2  # weight, bias
+    projected = 2 * (heads + kv) * dim * width
+    biases = (heads + 2 * kv) * dim * options.decoder_qkv_bias + width * options.decoder_out_bias
+    qk_norms = {
+        "none": 0,
+        "shared": 2 * dim * affine,
+        "separate": (heads + kv) * dim,
+        "joint": (heads + kv) * dim * affine,
+    }[options.decoder_qk_norm]
+    norms = (1 if options.decoder_parallel else 2) * affine * width
+    gated = options.decoder_ffn == "gated"
+    matrices = 3 if gated else 2
+    ffn_biases = (ffn_dim * (matrices - 1) + width) * options.decoder_ffn_bias
+    tables = 1 if options.share_decoder_input_output_embed else 2
+    outside = tables * vocabulary * width + affine * width
+    return _DenseParts(
+        attention_and_norms=projected + biases + qk_norms + norms,
+        ffn=matrices * width * ffn_dim + ffn_biases,
+        outside=outside + vocabulary * options.decoder_logits_bias,
+        embedding_projections=0,
+        projected=projected,
+        attended=2 * heads * dim,
+        ffn_matrices=matrices,
+    )
+
+
+def _dense_parts(options: ModelOptions, vocabulary: int) -> _DenseParts:
+    if is_causal_lm(options):
+        return _causal_lm_parts(options, vocabulary)
+    return _gpt_parts(options, vocabulary)
 
 
 def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     """Parameters of the model with these options and `vocabulary` token ids."""
-    width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
-    input_dim, output_dim, projections = _embedding_dims(options)
     moe_layers = moe_layer_indices(options, options.decoder_layers)
-    counts = expert_slots(options)
-
-    attention_and_norms = 4 * (width * width + width) + 2 * 2 * width
-    dense_ffn = 2 * width * ffn_dim + ffn_dim + width
-    gated = options.moe_expert_gated
+    counts, width = expert_slots(options), options.decoder_embed_dim
+    gated, dense = has_gated_experts(options), _dense_parts(options, vocabulary)
     one_expert = ExpertFFN.num_parameters(1, width, expert_ffn_dim(options), gated)
     shared = len(moe_layers) * ExpertFFN.num_parameters(
         options.moe_shared_experts, width, shared_ffn_dim(options), gated
     )
     routed = sum(counts) * one_expert
     gates = sum(p.numel() for gate in _gates(options, vocabulary) for p in gate.parameters())
-
-    separate = 0 if options.share_decoder_input_output_embed else vocabulary * output_dim
-    embeddings = vocabulary * input_dim + separate + projections
-    if options.decoder_learned_pos and not options.no_token_positional_embeddings:
-        # fairseq has two more rows, for the padding index and its offset.
-        embeddings += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
-    if options.layernorm_embedding:
-        embeddings += 2 * width
-    no_final_norm = options.no_decoder_final_norm or options.moe_post_norm
-    final_norm = 0 if no_final_norm else 2 * width
-
-    dense_layers = options.decoder_layers - len(moe_layers)
-    layers = options.decoder_layers * attention_and_norms + dense_layers * dense_ffn
-    total = layers + routed + shared + gates + embeddings + final_norm
+    layers = options.decoder_layers * dense.attention_and_norms
+    layers += (options.decoder_layers - len(moe_layers)) * dense.ffn
+    total = layers + routed + shared + gates + dense.outside
     return ParameterCount(total, routed + shared, total - routed + len(counts) * one_expert)
 
 
@@ -107,16 +160,15 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
     """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim
-    _, output_dim, projections = _embedding_dims(options)
     moe_layers = moe_layer_indices(options, options.decoder_layers)
-    matrices = ExpertFFN.num_matrices(options.moe_expert_gated)
-    context = options.tokens_per_sample
-    attention = 8 * width * width + 4 * width * context
+    matrices = ExpertFFN.num_matrices(has_gated_experts(options))
+    dense = _dense_parts(options, vocabulary)
+    attention = 2 * (dense.projected + dense.attended * options.tokens_per_sample)
     dense_layers = options.decoder_layers - len(moe_layers)
     gates = sum(gate.flops_per_token() for gate in _gates(options, vocabulary))
     per_token = (
         options.decoder_layers * attention
-        + dense_layers * 4 * width * options.decoder_ffn_embed_dim
+        + dense_layers * 2 * dense.ffn_matrices * width * options.decoder_ffn_embed_dim
         + gates
         + len(moe_layers)
         * options.moe_shared_experts
@@ -124,7 +176,7 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
         * matrices
         * width
         * shared_ffn_dim(options)
-        + 2 * projections
-        + 2 * output_dim * vocabulary
+        + 2 * dense.embedding_projections
+        + 2 * (options.decoder_output_dim or width) * vocabulary
     )
     return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options), gates)

@@ -7,6 +7,7 @@ fairseq's Hydra entry point never calls architecture functions; with a dataclass
 from fairseq.models import register_model
 
 from evomoe_plugin.models import config
+from evomoe_plugin.models.causal_lm import CausalLM
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 ARCHITECTURES: dict[str, type[config.MoELanguageModelConfig]] = {
@@ -15,11 +16,16 @@ ARCHITECTURES: dict[str, type[config.MoELanguageModelConfig]] = {
     "transformer_lm_gptsmall_moe": config.GPTSmallMoEConfig,
     "transformer_lm_gptmedium_moe": config.GPTMediumMoEConfig,
     "transformer_lm_gptxl_moe": config.GPTXLMoEConfig,
+    "causal_lm_moe": config.CausalLMMoEConfig,
+    "causal_lm": config.CausalLMConfig,
+    "transformer_lm_llama_tiny_moe": config.LlamaTinyMoEConfig,
+    "transformer_lm_llama_small_moe": config.LlamaSmallMoEConfig,
+    "transformer_lm_llama_medium_moe": config.LlamaMediumMoEConfig,
 }
 for _name, _options in ARCHITECTURES.items():
     _model = type(
         _options.__name__.removesuffix("Config"),
-        (MoELanguageModel,),
+        (CausalLM if issubclass(_options, config.CausalLMMoEConfig) else MoELanguageModel,),
         {"__doc__": _options.__doc__, "__module__": __name__},
     )
     register_model(_name, dataclass=_options)(_model)

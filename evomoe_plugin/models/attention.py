@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from evomoe_plugin.models.causal_dropout import attend_with_dropout
 from evomoe_plugin.models.mixed_precision import Linear, emulated
@@ -22,6 +24,79 @@ class Mask(enum.Enum):
     """Attention masks that need no tensor."""
 
     CAUSAL = enum.auto()  # A token attends to those before it and to itself
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Consecutive tokens, each of which attends to those before it in its run and to itself.
+
+    Args:
+        lengths: tokens of each run, over all rows of the batch, one row after another.
+    """
+
+    lengths: tuple[int, ...]
+
+
+AttentionMask = Mask | Runs | Tensor | None
+"""Or bool [B, 1, T or 1, keys], True where a query may attend to a key; None: to all."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale * q k^T) v, with dropout of the weights.
+
+    Args:
+        q, k, v: [B, heads, T or keys, head width].
+        dropout: probability that a weight is dropped.
+    Returns:
+        [B, heads, T, head width].
+    """
+    if isinstance(mask, Runs):
+        return _attend_in_runs(q, k, v, mask, scale, dropout)
+    causal = isinstance(mask, Mask)
+    if dropout and causal and q.device.type == "cpu":
+        return attend_with_dropout(q, k, v, scale, dropout)
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention,
+        dropout_p=dropout,
+        is_causal=causal,
+        attn_mask=None if isinstance(mask, Mask) else mask,
+        scale=scale,
+    )
+    if emulated(q) is None:
+        return sdpa(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def _attend_in_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, dropout: float
+) -> Tensor:
+    """Without a mask: on GPUs by flash attention of sequences of several lengths, where it takes
+    the dtype and width; else run by run."""
+    B, H, T, width = q.shape
+    if (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and width % 8 == 0
+        and width <= 256
+    ):
+        _log_runs("flash attention of sequences of several lengths (torch's varlen_attn)")
+        lengths = torch.tensor((0, *runs.lengths), device=q.device)
+        starts, longest = lengths.cumsum(0).int(), max(runs.lengths)
+        q, k, v = (x.transpose(1, 2).reshape(B * T, H, width) for x in (q, k, v))
+        causal = (-1, 0)
+        y = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=causal)
+        assert isinstance(y, Tensor)
+        return y.view(B, T, H, width).transpose(1, 2)
+    _log_runs("one call of torch's scaled_dot_product_attention for each")
+    # Splitting one dimension has a backward pass of one concatenation.
+    flat = (x.transpose(0, 1).reshape(1, H, B * T, width) for x in (q, k, v))
+    parts = zip(*(x.split(runs.lengths, 2) for x in flat), strict=True)
+    outputs = [attend(q, k, v, Mask.CAUSAL, scale, dropout) for q, k, v in parts]
+    return torch.cat(outputs, 2).view(H, B, T, width).transpose(0, 1)
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
@@ -66,7 +141,7 @@ class SelfAttention(MultiheadAttention):
         incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
         need_weights: bool = True,
         static_kv: bool = False,
-        attn_mask: Mask | Tensor | None = None,
+        attn_mask: AttentionMask = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +159,7 @@ class SelfAttention(MultiheadAttention):
         """
         ours = (
             attn_mask
-            if isinstance(attn_mask, Mask)
+            if isinstance(attn_mask, (Mask, Runs))
             or (attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.dim() == 4)
             else None
         )
@@ -129,24 +204,11 @@ class SelfAttention(MultiheadAttention):
         y = self._attend(q, k, v, attn_mask)
         return self.out_proj(y.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)), None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
-        causal = isinstance(mask, Mask)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         dropout = 0.0
         if self.training or self.dropout_module.apply_during_inference:
             dropout = self.dropout_module.p
-        if dropout and causal and q.device.type == "cpu":
-            return attend_with_dropout(q, k, v, self.scaling, dropout)
-        attend = functools.partial(
-            F.scaled_dot_product_attention,
-            dropout_p=dropout,
-            is_causal=causal,
-            attn_mask=None if isinstance(mask, Mask) else mask,
-            scale=self.scaling,
-        )
-        if emulated(q) is None:
-            return attend(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q.float(), k.float(), v.float()).to(q.dtype)
+        return attend(q, k, v, mask, self.scaling, dropout)
 
     def _with_past(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, incremental_state: Any
@@ -167,8 +229,13 @@ class SelfAttention(MultiheadAttention):
         self._set_input_buffer(incremental_state, saved)
         return k, v, key_padding_mask
 
-    def _additive(self, mask: Mask | Tensor, x: Tensor) -> Tensor:
+    def _additive(self, mask: Mask | Runs | Tensor, x: Tensor) -> Tensor:
         """The additive mask of fairseq: [T, T], or [B * heads, T, T]."""
+        if isinstance(mask, Runs):
+            lengths = torch.tensor(mask.lengths, device=x.device)
+            run_BT = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+            run_BT = run_BT.view(-1, x.size(0))
+            mask = (run_BT.unsqueeze(2) == run_BT.unsqueeze(1)).tril().unsqueeze(1)
         if isinstance(mask, Mask):
             return x.new_full((x.size(0), x.size(0)), float("-inf")).triu(1)
         additive = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
@@ -178,3 +245,8 @@ class SelfAttention(MultiheadAttention):
 @functools.cache
 def _log_stock(reason: str) -> None:
     logger.info("attention is computed by fairseq's own forward pass: %s", reason)
+
+
+@functools.cache
+def _log_runs(how: str) -> None:
+    logger.info("documents of a row do not attend to each other: %s", how)

@@ -10,7 +10,13 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
 from evomoe_plugin.config.dataclass_fields import add_field
-from evomoe_plugin.config.options import ACTIVATIONS, MoEOptions, flag
+from evomoe_plugin.config.options import (
+    ACTIVATIONS,
+    NO_LAYERS,
+    CausalLMOptions,
+    MoEOptions,
+    flag,
+)
 from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
 
 GateOptions: Any = dataclasses.make_dataclass(
@@ -51,33 +57,89 @@ class GPTTinyMoEConfig(MoELanguageModelConfig):
     activation_fn: str = "gelu"
 
 
-def _sized(cls_name: str, layers: int, width: int, heads: int) -> type[GPTTinyMoEConfig]:
-    """The options of a larger model of EvoMoE's code."""
+@dataclass
+class CausalLMMoEConfig(CausalLMOptions, MoELanguageModelConfig):
+    """Llama's kind of decoder; `--hf-config` gives the sizes and options of another."""
+
+    activation_fn: str = flag(
+        "swish", "activation of the feed-forward networks: " + ", ".join(ACTIVATIONS)
+    )
+    dropout: float = 0.0
+
+
+@dataclass
+class CausalLMConfig(CausalLMMoEConfig):
+    """The same without MoE layers."""
+
+    moe_layers: Optional[str] = NO_LAYERS
+
+
+@dataclass
+class LlamaTinyMoEConfig(CausalLMMoEConfig):
+    """For laptops: 4 layers, width 128, 4 heads, 2 key/value heads."""
+
+    decoder_layers: int = 4
+    decoder_embed_dim: int = 128
+    decoder_ffn_embed_dim: int = 352
+    decoder_attention_heads: int = 4
+    decoder_kv_heads: int = 2
+
+
+def _sized(
+    cls_name: str, base: type, layers: int, width: int, heads: int, source: str, **more: int
+) -> type:
+    """The options of a larger model."""
     sizes = {
         "decoder_layers": layers,
         "decoder_embed_dim": width,
         "decoder_ffn_embed_dim": 4 * width,
         "decoder_attention_heads": heads,
+        **more,
     }
-    doc = f"{layers} layers, width {width}, {heads} heads (EvoMoE's code)."
+    doc = f"{layers} layers, width {width}, {heads} heads ({source})."
     fields = [(name, int, size) for name, size in sizes.items()]
     return dataclasses.make_dataclass(
-        cls_name,
-        fields,
-        bases=(GPTTinyMoEConfig,),
-        namespace={"__doc__": doc, "__module__": __name__},
+        cls_name, fields, bases=(base,), namespace={"__doc__": doc, "__module__": __name__}
     )
 
 
-GPTSmallMoEConfig = _sized("GPTSmallMoEConfig", 12, 768, 12)
-GPTMediumMoEConfig = _sized("GPTMediumMoEConfig", 24, 1024, 16)
-GPTXLMoEConfig = _sized("GPTXLMoEConfig", 48, 1600, 25)
+_GPT = "EvoMoE's code"
+GPTSmallMoEConfig = _sized("GPTSmallMoEConfig", GPTTinyMoEConfig, 12, 768, 12, _GPT)
+GPTMediumMoEConfig = _sized("GPTMediumMoEConfig", GPTTinyMoEConfig, 24, 1024, 16, _GPT)
+GPTXLMoEConfig = _sized("GPTXLMoEConfig", GPTTinyMoEConfig, 48, 1600, 25, _GPT)
+# The depth and width of those GPTs; FFNs of 8/3 of the width, as Llama's.
+_LLAMA = "those of GPT, as Llama"
+LlamaSmallMoEConfig = _sized(
+    "LlamaSmallMoEConfig",
+    LlamaTinyMoEConfig,
+    12,
+    768,
+    12,
+    _LLAMA,
+    decoder_ffn_embed_dim=2048,
+    decoder_kv_heads=4,
+)
+LlamaMediumMoEConfig = _sized(
+    "LlamaMediumMoEConfig",
+    LlamaTinyMoEConfig,
+    24,
+    1024,
+    16,
+    _LLAMA,
+    decoder_ffn_embed_dim=2816,
+    decoder_kv_heads=4,
+)
 CONFIGS = (
     MoELanguageModelConfig,
     GPTTinyMoEConfig,
     GPTSmallMoEConfig,
     GPTMediumMoEConfig,
     GPTXLMoEConfig,
+    CausalLMMoEConfig,
+    CausalLMConfig,
+    LlamaTinyMoEConfig,
+    LlamaSmallMoEConfig,
+    LlamaMediumMoEConfig,
 )
 
 

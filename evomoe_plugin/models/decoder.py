@@ -23,12 +23,12 @@ from evomoe_plugin.config.options import (
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.attention import Mask, causal_mask
+from evomoe_plugin.models.attention import AttentionMask, causal_mask
 from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.freeze import freeze, wrap_apart
 from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
 from evomoe_plugin.models.mixed_precision import in_matmul_dtype, matmul_dtype
-from evomoe_plugin.models.segments import Segments
+from evomoe_plugin.models.segments import Segments, documents
 from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
@@ -74,6 +74,7 @@ class MoEDecoder(TransformerDecoder):
         """Build the next layer, wrapped as in fairseq for checkpointing and FSDP."""
         index, self._layers_built = self._layers_built, self._layers_built + 1
         cfg = TransformerConfig.from_namespace(args)
+        info = None
         if index in self._expert_count:
             layer_id = list(self._expert_count).index(index)
             info = LayerInfo(
@@ -85,20 +86,25 @@ class MoEDecoder(TransformerDecoder):
                 seed=self.args.seed,
                 token_counts_V=self._token_counts,
             )
-            layer = MoEDecoderLayer(cfg, self.args, info)
+        layer = self._build_layer(cfg, info)
+        if info is not None:
             wrap_experts(layer.moe)
-        else:
-            layer = DecoderLayer(cfg, self.args.moe_attention)
         if cfg.checkpoint_activations:
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
         return fsdp_wrap(
             layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         )
 
+    def _build_layer(self, cfg: TransformerConfig, info: LayerInfo | None) -> nn.Module:
+        """A decoder layer; `info` is None for one with a dense FFN."""
+        if info is None:
+            return DecoderLayer(cfg, self.args.moe_attention)
+        return MoEDecoderLayer(cfg, self.args, info)
+
     @property
     def in_dense_phase(self) -> bool:
         """Whether MoE layers use only expert 0 (`MoELayer.in_dense_phase`)."""
-        return self.moe_layers[0].in_dense_phase
+        return any(layer.in_dense_phase for layer in self.moe_layers[:1])
 
     def layer_name(self, moe_layer: int) -> str:
         """Name of the n-th MoE layer in the checkpoint."""
@@ -150,6 +156,7 @@ class MoEDecoder(TransformerDecoder):
                 self.padding_idx,
                 vocab_chunk,
                 reduce,
+                bias_V=self.output_projection.bias,
             )
         elif not features_only:
             x = self.output_layer(x)
@@ -183,7 +190,8 @@ class MoEDecoder(TransformerDecoder):
             [batch, length, D], and a dict with `inner_states`, `moe_aux` (name -> [L]),
             `moe_aux_coefficients` (name -> float), `moe_stats` (name -> [L]; [L, R] for
             exchanged pairs, and `tokens_per_expert` -> [L, E] padded with NaN) and
-            `moe_token_routing` (name -> [L, batch, length], of `routing.stability.token_routing`).
+            `moe_token_routing` (name -> [L, batch, length], of `routing.stability.token_routing`),
+            these four only if there are MoE layers.
         """
         if with_token_routing and (self.training or self.in_dense_phase):
             raise ValueError("token routing is that of gates in evaluation mode")
@@ -193,6 +201,8 @@ class MoEDecoder(TransformerDecoder):
                 "bidirectional attention"
             )
         padding_mask = prev_output_tokens.eq(self.padding_idx)
+        if self.args.moe_document_mask and segments is None and not full_context_alignment:
+            segments = self._documents(prev_output_tokens, incremental_state is not None)
         packed = None if segments is None else Segments(segments, padding_mask)
         token_keys = None
         if self.training:
@@ -211,7 +221,6 @@ class MoEDecoder(TransformerDecoder):
             )
         if incremental_state is not None:
             prev_output_tokens = prev_output_tokens[:, -1:]
-            padding_mask = padding_mask[:, -1:]
             positions = positions[:, -1:] if positions is not None else None
 
         tokens: dict[str, Any] = {"token_keys": token_keys, "token_ids": prev_output_tokens.t()}
@@ -229,17 +238,16 @@ class MoEDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
-        known_mask = padding_mask if padding_mask.any() else None
-        attention: dict[str, Any] = {"self_attn_mask": None, "self_attn_padding_mask": known_mask}
-        if incremental_state is None and not full_context_alignment:
-            attention["self_attn_mask"] = self._attention_mask(x, known_mask, packed)
+        attention = self._attention_inputs(
+            x, padding_mask, incremental_state, full_context_alignment, packed
+        )
         inner_states, aux, stats = [x], {}, {}
         for layer in self.layers:  # LayerDrop skips some
             if id(layer) in self._moe_ids:
                 n = self._moe_ids[id(layer)]
                 x, aux[n], stats[n] = layer(x, incremental_state, **attention, **tokens)
             else:
-                x, *_ = layer(x, None, None, incremental_state, **attention)
+                x, *_ = layer(x, incremental_state=incremental_state, **attention)
             inner_states.append(x)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
@@ -256,6 +264,8 @@ class MoEDecoder(TransformerDecoder):
             aux_LA = torch.stack(list(aux.values()))
             moe_aux = dict(zip(self._aux_coefficients, aux_LA.unbind(1), strict=True))
         extra: dict[str, Any] = {"attn": [None], "inner_states": inner_states}
+        if not self.moe_layers:
+            return x, extra
         if with_token_routing:
             length_first = x.size(1), x.size(0)
             extra["moe_token_routing"] = {
@@ -269,12 +279,48 @@ class MoEDecoder(TransformerDecoder):
             "moe_aux_coefficients": dict(self._aux_coefficients),
         }
 
+    def _documents(self, tokens_BT: Tensor, is_incremental: bool) -> Tensor | None:
+        """The segments of `--moe-document-mask`; None where each row is one document.
+
+        Raises:
+            OptionError: there are several in incremental decoding.
+        """
+        eos = self.dictionary.eos()
+        if not is_incremental:
+            return documents(tokens_BT, eos)
+        if tokens_BT[:, 1:].eq(eos).any():
+            raise OptionError(
+                "moe_document_mask", True, "a prompt with </s> inside: give one document each"
+            )
+        return None
+
+    def _attention_inputs(
+        self,
+        x: Tensor,
+        padding_mask_BT: Tensor,
+        incremental_state: Any,
+        full_context_alignment: bool,
+        packed: Segments | None,
+    ) -> dict[str, Any]:
+        """What the attention of every layer gets beside its input.
+
+        Args:
+            x: the embedded tokens, [length, batch, D]; in incremental decoding only the last.
+            padding_mask_BT: bool, True for padding, of all tokens.
+        """
+        padding_mask_BT = padding_mask_BT[:, -x.size(0) :]
+        known_mask = padding_mask_BT if padding_mask_BT.any() else None
+        mask = None
+        if incremental_state is None and not full_context_alignment:
+            mask = self._attention_mask(x, known_mask, packed)
+        return {"self_attn_mask": mask, "self_attn_padding_mask": known_mask}
+
     def _attention_mask(
         self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
-    ) -> Mask | Tensor:
+    ) -> AttentionMask:
         """The attention mask in the form that the layers' attention expects."""
         if self.args.moe_attention == "sdpa":
-            return causal_mask(padding_mask) if packed is None else packed.causal_mask()
+            return causal_mask(padding_mask) if packed is None else packed.runs()
         mask = self.buffered_future_mask(x)
         if packed is None:
             return mask
@@ -282,6 +328,8 @@ class MoEDecoder(TransformerDecoder):
 
     def _stack_stats(self, stats: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """name -> [L] or [L, E], NaN where a layer has fewer experts, 0 for dropped layers."""
+        if not self.moe_layers:
+            return {}
         most = max(layer.num_experts for layer in self.moe_layers)
         rows = []
         for n, layer in enumerate(self.moe_layers):
@@ -330,7 +378,7 @@ class MoEDecoder(TransformerDecoder):
             group: the data-parallel process group; None if there is none.
         """
         totals, self._update_totals = self._update_totals, {}
-        if num_updates <= self.moe_layers[0].spawn_updates:  # it was in the dense phase
+        if num_updates <= (self.args.moe_spawn_updates or 0):  # it was in the dense phase
             return
         if not any(layer.gate.changes_after_updates for layer in self.moe_layers):
             return
@@ -388,7 +436,7 @@ class MoEDecoder(TransformerDecoder):
 
     def _check_finite(self, x: Tensor, inner_states: list[Tensor], moe_stats) -> None:
         """Stop before the optimizer spreads NaN through the weights."""
-        bad_gates_L = moe_stats[st.NONFINITE]
+        bad_gates_L = moe_stats.get(st.NONFINITE, x.new_zeros(1))
         if torch.isfinite(x).all() & ~bad_gates_L.any():  # one synchronisation with the device
             return
         advice = "stopped before the optimizer step; lower --lr or --clip-norm, or look at the data"

@@ -20,7 +20,7 @@ WORDS = {
     "shared": r"\.moe\.shared\.",
     "gate": r"\.moe\.gate\.",
     "attention": r"\.self_attn\.",
-    "ffn": r"\.fc[12]\.",
+    "ffn": r"\.fc[123]\.",
     "embeddings": r"embed_tokens\.|embed_positions\.|output_projection\.|project_(in|out)_dim\.",
     "norms": r"layer_?norm",
 }

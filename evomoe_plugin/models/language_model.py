@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS, TransformerLanguageModel
 from omegaconf import open_dict
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.hf_config import resolve_hf_config
 from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops, count_parameters
 from evomoe_plugin.models.decoder import MoEDecoder
@@ -27,6 +28,7 @@ class MoELanguageModel(TransformerLanguageModel):
     """
 
     gives_losses = True
+    decoder_class: ClassVar[type[MoEDecoder]] = MoEDecoder
 
     def __init__(self, decoder: MoEDecoder, forward_flops: ForwardFlops):
         super().__init__(decoder)
@@ -70,15 +72,13 @@ class MoELanguageModel(TransformerLanguageModel):
         return {}
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> MoELanguageModel:
-        """Build the model that the options describe.
+    def complete(cls, args: Any) -> None:
+        """Check the options, and set those that follow from others.
 
-        Args:
-            args: the fields of `MoELanguageModelConfig`, resolved.
-            task: with the dictionaries.
         Raises:
-            OptionError: an option is invalid, or not supported with MoE layers.
+            OptionError: as `build_model`.
         """
+        resolve_hf_config(args)
         validate(args, warn=False)  # logged before the run, once for all ranks
         with open_dict(args):
             for dim in ("decoder_input_dim", "decoder_output_dim"):
@@ -89,9 +89,21 @@ class MoELanguageModel(TransformerLanguageModel):
             args.checkpoint_activations |= args.offload_activations
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample or DEFAULT_MAX_TARGET_POSITIONS
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> MoELanguageModel:
+        """Build the model that the options describe.
+
+        Args:
+            args: the fields of `MoELanguageModelConfig`, resolved.
+            task: with the dictionaries.
+        Raises:
+            OptionError: an option is invalid, or not supported with MoE layers.
+        """
+        cls.complete(args)
         vocabulary = len(task.source_dictionary)
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
-        decoder = MoEDecoder(args, task.target_dictionary, embed_tokens)
+        decoder = cls.decoder_class(args, task.target_dictionary, embed_tokens)
         _log_sizes(args, vocabulary)
         warn_if_emulated(args.moe_matmul_dtype)
         return cls(decoder, count_flops(args, vocabulary))
@@ -118,6 +130,9 @@ class MoELanguageModel(TransformerLanguageModel):
 def _log_sizes(args: ModelOptions, vocabulary: int) -> None:
     counts, slots = expert_counts(args), expert_slots(args)
     sizes = count_parameters(args, vocabulary)
+    if not counts:
+        logger.info("no MoE layer; parameters: %s", f"{sizes.total:,}")
+        return
     logger.info(
         "MoE: %d of %d layers, gate %s, experts per layer %s%s",
         len(counts),

@@ -7,7 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evomoe_plugin.models.attention import Runs
 from evomoe_plugin.routing import noise
+
+
+def documents(tokens_BT: Tensor, eos: int) -> Tensor:
+    """The number of each token's document in its row, int64 [B, T]: a `</s>` that is read begins
+    one, as its first target is the token after it."""
+    return tokens_BT.eq(eos).cumsum(1)
 
 
 class Segments:
@@ -46,11 +53,11 @@ class Segments:
         x_BTD = torch.nn.functional.embedding(self.positions_BT, table_TD)
         return x_BTD.masked_fill(self._padding_mask_BT.unsqueeze(2), 0.0)
 
-    def causal_mask(self) -> Tensor:
-        """bool [B, 1, T, T], True where a token (third) may attend to another."""
-        numbers_BT, rows = self._index_BT, self._index_BT.size(1)
-        past_TT = torch.ones(rows, rows, dtype=torch.bool, device=numbers_BT.device).tril()
-        return ((numbers_BT.unsqueeze(2) == numbers_BT.unsqueeze(1)) & past_TT).unsqueeze(1)
+    def runs(self) -> Runs:
+        """The attention mask: a token attends to those before it in its example."""
+        rows_BT = torch.arange(self._index_BT.size(0), device=self._index_BT.device).unsqueeze(1)
+        numbers = rows_BT * (self._index_BT.size(1) + 1) + self._index_BT
+        return Runs(tuple(numbers.flatten().unique_consecutive(return_counts=True)[1].tolist()))
 
     def attention_mask(self, future_mask_TT: Tensor, num_heads: int) -> Tensor:
         """Additive mask [B * num_heads, T, T], as in fairseq's attention.

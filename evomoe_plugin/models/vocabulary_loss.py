@@ -27,8 +27,9 @@ def vocabulary_loss(
     padding_idx: int,
     chunk: int | None = None,
     reduce: bool = True,
+    bias_V: Tensor | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of the targets under softmax(x weight^T).
+    """Negative log-likelihood of the targets under softmax(x weight^T + bias).
 
     Logits exist for one chunk of tokens at a time, and their gradient is computed with them (Liger
     kernel, arXiv 2410.10989): memory is V * (chunk + D) instead of several times T * V. Matmuls are
@@ -42,6 +43,7 @@ def vocabulary_loss(
         targets_T: int64 token ids; where one is `padding_idx` the loss is 0 and not computed.
         chunk: tokens of a chunk; None: `CHUNKS` of the device.
         reduce: return the sum.
+        bias_V: of the logits.
     Returns:
         A scalar, or [T] without `reduce`.
     """
@@ -50,8 +52,10 @@ def vocabulary_loss(
     kept_N = targets_T.ne(padding_idx).nonzero().squeeze(1)
     whole = len(kept_N) == len(targets_T)
     x_ND, targets_N = (x_TD, targets_T) if whole else (x_TD[kept_N], targets_T[kept_N])
-    given = x_ND, weight_VD, targets_N, chunk or CHUNKS.get(device, CHUNKS["cuda"]), dtype
-    needs_grad = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    size = chunk or CHUNKS.get(device, CHUNKS["cuda"])
+    given = x_ND, weight_VD, bias_V, targets_N, size, dtype
+    learned = [value for value in given[:3] if value is not None]
+    needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in learned)
     with torch.autocast(device, enabled=False):
         if reduce and needs_grad and dtype != torch.float16:
             return _SummedLoss.apply(*given)
@@ -67,16 +71,23 @@ class _Chunks:
     """Log-probabilities, losses and gradients, chunk by chunk.
 
     Args:
-        x_ND, weight_VD, targets_N: as in `vocabulary_loss`, without padding.
+        x_ND, weight_VD, bias_V, targets_N: as in `vocabulary_loss`, without padding.
         size: tokens of a chunk.
         dtype: of matmul operands.
     """
 
     def __init__(
-        self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, size: int, dtype: torch.dtype
+        self,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        size: int,
+        dtype: torch.dtype,
     ):
         computed = native_matmul_dtype(dtype, x_ND.device.type)
         self.x_ND, self.weight_VD = (given.to(dtype).to(computed) for given in (x_ND, weight_VD))
+        self.bias_V = None if bias_V is None else bias_V.to(dtype).to(computed)
         self.targets_N1 = targets_N.unsqueeze(1)
         self._rounded = None if computed is dtype else dtype
         self.wide = torch.promote_types(x_ND.dtype, torch.float32)
@@ -91,6 +102,8 @@ class _Chunks:
         for start in range(0, N, self._size):
             rows = slice(start, min(start + self._size, N))
             logits = torch.mm(self.x_ND[rows], self.weight_VD.t(), out=buffer[: rows.stop - start])
+            if self.bias_V is not None:
+                logits += self.bias_V
             if self._rounded is not None:
                 logits.copy_(logits.to(self._rounded))
             if logits.dtype == self.wide:
@@ -106,12 +119,15 @@ class _Chunks:
         return losses_N
 
     def gradients(
-        self, of_x: bool, of_weight: bool, grad_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The sum of the losses, and gradients of x and weight: of the sum, or with `grad_N`, the
-        gradient of each loss, of them."""
+        self, of_x: bool, of_weight: bool, of_bias: bool, grad_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The sum of the losses, and gradients of x, weight and bias: of the sum, or with `grad_N`,
+        the gradient of each loss, of them."""
         dx_ND = torch.empty_like(self.x_ND, dtype=self._out_dtypes[0]) if of_x else None
         dweight_VD = torch.zeros_like(self.weight_VD, dtype=self.wide) if of_weight else None
+        dbias_V = (
+            self.weight_VD.new_zeros(len(self.weight_VD), dtype=self.wide) if of_bias else None
+        )
         loss = self.x_ND.new_zeros((), dtype=self.wide)
         for rows, log_probs, dlogits in self.log_probs():
             targets_N1 = self.targets_N1[rows]
@@ -126,13 +142,21 @@ class _Chunks:
                 torch.mul(wide, grad_N[rows].unsqueeze(1), out=dlogits)
             if dx_ND is not None:
                 dx_ND[rows] = dlogits @ self.weight_VD
+            if dbias_V is not None:
+                dbias_V += dlogits.sum(0, dtype=self.wide)
             if dweight_VD is None:
                 continue
             if dlogits.dtype == self.wide:
                 dweight_VD.addmm_(dlogits.t(), self.x_ND[rows])
             else:
                 dweight_VD += dlogits.t() @ self.x_ND[rows]
-        return loss, dx_ND, None if dweight_VD is None else dweight_VD.to(self._out_dtypes[1])
+        dtype = self._out_dtypes[1]
+        return (
+            loss,
+            dx_ND,
+            None if dweight_VD is None else dweight_VD.to(dtype),
+            None if dbias_V is None else dbias_V.to(dtype),
+        )
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -140,7 +164,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        loss, *gradients = _Chunks(*given).gradients(*ctx.needs_input_grad[:2])
+        loss, *gradients = _Chunks(*given).gradients(*ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -158,16 +182,21 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *given: Any
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        *given: Any,
     ) -> Tensor:
-        ctx.save_for_backward(x_ND, weight_VD, targets_N)
+        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
         ctx.given = given
-        return _Chunks(x_ND, weight_VD, targets_N, *given).losses()
+        return _Chunks(x_ND, weight_VD, bias_V, targets_N, *given).losses()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors, *ctx.given)
-        of_x, of_weight, *_ = ctx.needs_input_grad
-        _, dx_ND, dweight_VD = chunks.gradients(of_x, of_weight, grad_N)
-        return dx_ND, dweight_VD, None, None, None
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        _, *gradients = chunks.gradients(of_x, of_weight, of_bias, grad_N)
+        return *gradients, None, None, None

@@ -205,7 +205,7 @@ def spoil(weights, **given):
         ),
         (
             lambda w: spoil(w, h_1_mlp_c_fc_weight=lambda t: t.to(torch.int8)),
-            "h.1.mlp.c_fc.weight is of the type torch.int8: give weights of 16 or 32 bits",
+            "h.1.mlp.c_fc.weight is of the type I8: give weights of 16 or 32 bits",
         ),
         (
             lambda w: w.update({"wte.weight": w["transformer.wte.weight"].clone()}),

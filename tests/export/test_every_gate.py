@@ -30,6 +30,7 @@ def cases_of_models():
             20,
         )
     yield {"moe_gate": "dense_to_sparse", "moe_gating_use_fp32": "false"}, 20
+    yield {"moe_gate": "top_k", "moe_shared_experts": 2, "moe_shared_combine": "sigmoid"}, 20
     for gate in ("top_k", "top_any", "hash"):
         yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 5
         yield {"moe_gate": gate, "moe_spawn_updates": 10, "moe_shared_experts": 1}, 15

@@ -68,6 +68,8 @@ def extras(name):
         {"moe_shared_experts": 2, "moe_expert_gated": True},
         {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_shared_ffn_dim": 3},
     ]
+    if name == "top_k":
+        shared.append({"moe_shared_experts": 2, "moe_shared_combine": "sigmoid"})
     softmax = {"moe_shared_experts": 2, "moe_shared_combine": "softmax"}
     capacities = [
         {

@@ -42,9 +42,22 @@ def make_config():
     return make
 
 
+FAMILIES = {
+    "gpt": {},
+    "llama": {
+        "arch": "causal_lm_moe",
+        "decoder_kv_heads": 1,
+        "decoder_qk_norm": "shared",
+        "rope_fraction": 0.5,
+    },
+}
+BOTH_FAMILIES = pytest.mark.parametrize("make_model", FAMILIES, indirect=True)
+
+
 @pytest.fixture
-def make_model(task, make_config):
-    """A tiny model, without dropout unless asked for."""
+def make_model(task, make_config, request):
+    """A maker of tiny models, GPTs unless parametrised, without dropout unless asked for."""
+    family = FAMILIES[getattr(request, "param", "gpt")]
 
     def make(**given):
         small = {
@@ -55,7 +68,11 @@ def make_model(task, make_config):
             "moe_expert_count": "4",
             "dropout": 0.0,
             "attention_dropout": 0.0,
+            **family,
         }
+        if "hf_config" in given:
+            small = {}
         return build_model(make_config(**{**small, **given}), task)
 
+    make.family = family
     return make

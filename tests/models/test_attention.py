@@ -7,7 +7,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 
 from evomoe_plugin.models import attention as attention_file
-from evomoe_plugin.models.attention import Mask, SelfAttention, causal_mask
+from evomoe_plugin.models.attention import Mask, Runs, SelfAttention, attend, causal_mask
 from evomoe_plugin.models.causal_dropout import BLOCK, attend_with_dropout
 from evomoe_plugin.models.segments import Segments
 
@@ -105,7 +105,7 @@ def test_rows_of_several_examples_equal_stock():
     packed = Segments(numbers, pad)
     x = torch.randn(7, 2, 16).double()
     assert_equal(
-        results(ours, x, ~pad.t(), attn_mask=packed.causal_mask()),
+        results(ours, x, ~pad.t(), attn_mask=packed.runs()),
         results(
             stock,
             x,
@@ -303,3 +303,20 @@ def test_models_equal_those_with_stock_attention(make_model, given, kind):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
     if kind != "segments":
         assert models[0].decoder._future_mask.numel() == 0  # never built
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_runs_on_a_gpu_equal_those_in_fp32(dtype):
+    runs = Runs((3, 4, 7, 1, 6))
+    given = [torch.randn(3, 2, 7, 16, device="cuda").to(dtype).requires_grad_() for _ in "qkv"]
+    wide = [x.detach().float().requires_grad_() for x in given]
+    results = []
+    for q, k, v in (given, wide):
+        y = attend(q, k, v, runs, 0.25)
+        grads = torch.autograd.grad(y.float().pow(2).sum(), (q, k, v))
+        results.append([y, *grads])
+    for half, full in zip(*results, strict=True):
+        assert half.dtype == dtype
+        largest = full.abs().max().item()
+        torch.testing.assert_close(half.float(), full, rtol=0, atol=3e-2 * largest)

@@ -8,6 +8,7 @@ from fairscale.nn.wrap import enable_wrap
 
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.accounting import count_parameters
+from tests.models.conftest import FAMILIES
 
 PAD = 1
 GIVEN = {
@@ -28,20 +29,29 @@ GIVEN = {
     "relu": {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_layers": "0,3"},
 }
 GATES = [name for name in gate_names() if name != "cautious"]  # a user's, from the documentation
+# Gates by turns in one family of decoders and the other; these in both.
+IN_BOTH = ("dense_to_sparse", "top_any", "top_k", "top_p")
+CASES = [
+    (gate, family)
+    for n, gate in enumerate(GATES)
+    for turn, family in enumerate(FAMILIES)
+    if gate in IN_BOTH or n % 2 == turn
+]
+EVERY_GATE = pytest.mark.parametrize("options, make_model", CASES, indirect=True)
 # The routing of these depends on the update; that of the others does not.
 AT_UPDATES = pytest.mark.parametrize(
-    "options, updates",
+    "options, make_model, updates",
     [
-        *((gate, 0) for gate in GATES),
-        ("dense_to_sparse", 60),
-        ("stable", 60),
-        ("relu", 60),
+        *((gate, family, 0) for gate, family in CASES),
+        ("dense_to_sparse", "gpt", 60),
+        ("stable", "llama", 60),
+        ("relu", "gpt", 60),
     ],
-    indirect=["options"],
+    indirect=["options", "make_model"],
 )
 
 
-@pytest.fixture(params=GATES)
+@pytest.fixture
 def options(request):
     return {"moe_gate": request.param, **GIVEN.get(request.param, {})}
 
@@ -74,6 +84,7 @@ def test_evaluation_is_causal(make_model, options, updates):
         assert not torch.allclose(z[:, t:], y[:, t:], atol=1e-5)
 
 
+@EVERY_GATE
 def test_evaluation_depends_on_no_other_sequence_and_no_padding(make_model, options):
     model = with_distinct_scores(make_model(**options)).eval()
     x = tokens(4)
@@ -137,6 +148,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
+@EVERY_GATE
 def test_checkpointed_layers_inside_fsdp_change_nothing(make_model, one_rank, options):
     x = tokens()
     results = []
@@ -164,6 +176,7 @@ def test_checkpointed_layers_inside_fsdp_change_nothing(make_model, one_rank, op
     torch.testing.assert_close(*results, equal_nan=True)
 
 
+@EVERY_GATE
 def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, options):
     sizes = {
         "decoder_layers": 4,
@@ -171,6 +184,7 @@ def test_the_counted_parameters_are_those_of_the_model(make_model, make_config, 
         "decoder_ffn_embed_dim": 24,
         "decoder_attention_heads": 2,
         "moe_expert_count": "4",
+        **make_model.family,
     }
     model = make_model(**{**sizes, **options})
     config = make_config(**{**sizes, **options}, decoder_input_dim=16, decoder_output_dim=16)

@@ -6,6 +6,7 @@ from torch import nn
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.models.freeze import WORDS, trained_names, wrap_apart
+from tests.models.conftest import BOTH_FAMILIES
 
 ALL = {
     "decoder_learned_pos": True,
@@ -39,6 +40,16 @@ def test_words_divide_all_parameters(make_model):
         "decoder.project_in_dim.weight",
         "decoder.output_projection.weight",
     }
+
+
+def test_words_divide_the_parameters_of_other_decoders(make_model):
+    given = {"decoder_qkv_bias": True, "decoder_qk_norm": "joint", "moe_shared_experts": 1}
+    names = {name for name, _ in make_model(arch="causal_lm_moe", **given).named_parameters()}
+    parts = {word: trained_names(names, word) for word in WORDS}
+    assert set().union(*parts.values()) == names
+    assert sum(map(len, parts.values())) == len(names)
+    assert any(".fc3." in name for name in parts["ffn"])
+    assert any(".q_norm." in name for name in parts["attention"])
 
 
 def test_words_and_expressions(make_model):
@@ -97,6 +108,7 @@ def test_an_optimizer_of_what_is_trained(make_model, part):
         assert parameter.grad is not None or name not in chosen
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize("part", ["experts", "attention,norms", "layers.3.moe", "gate"])
 def test_activation_checkpointing_changes_no_gradient(make_model, part):
     """Also where nothing before the first trained layer asks for one."""

@@ -6,6 +6,7 @@ import torch
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.models.decoder import NonFiniteError
 from evomoe_plugin.routing import stats as st
+from tests.models.conftest import BOTH_FAMILIES
 
 PAD, EOS = 1, 2
 STAGES = {"dense": 0, "annealing": 25, "hard": 60}  # of 100 updates, annealed over 30
@@ -15,6 +16,7 @@ def tokens(rows=3, length=12):
     return torch.randint(4, 40, (rows, length))
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize(
     "stage, given",
     [*((stage, {}) for stage in STAGES), ("annealing", {"decoder_learned_pos": True})],
@@ -31,6 +33,7 @@ def test_causality_in_evaluation(make_model, stage, given):
         assert not torch.allclose(model(changed)[0][:, t:], y[:, t:], atol=1e-5)
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluation_depends_on_no_other_sequence_and_no_padding(make_model, stage):
     model = make_model().eval()
@@ -45,6 +48,7 @@ def test_evaluation_depends_on_no_other_sequence_and_no_padding(make_model, stag
     assert torch.allclose(model(padded)[0][:, :12], whole, atol=1e-5)
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize("stage", STAGES)
 def test_incremental_decoding_equals_full(make_model, stage):
     model = make_model().eval()
@@ -58,6 +62,7 @@ def test_incremental_decoding_equals_full(make_model, stage):
         assert torch.allclose(step[:, 0], full[:, t], atol=1e-5)
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize("stage", STAGES)
 def test_activation_checkpointing_changes_nothing(make_model, stage):
     plain = make_model(dropout=0.1, activation_dropout=0.1)
@@ -81,6 +86,7 @@ def test_activation_checkpointing_changes_nothing(make_model, stage):
         assert torch.equal(a, b)
 
 
+@BOTH_FAMILIES
 def test_the_auxiliary_loss_reaches_every_gate(make_model):
     model = make_model(checkpoint_activations=True)
     _, extra = model(tokens())
@@ -97,12 +103,14 @@ def test_statistics_of_unequal_layers_are_padded_with_nan(make_model):
     assert stats[st.TOKENS].tolist() == [36, 36]
 
 
+@BOTH_FAMILIES
 def test_layer_drop_leaves_statistics_in_place(make_model):
     model = make_model(decoder_layerdrop=0.99)
     stats = model(tokens())[1]["moe_stats"]
     assert stats[st.LOAD_E].shape == (2, 4)
 
 
+@BOTH_FAMILIES
 def test_noise_is_the_same_in_any_split_of_the_batch(make_model):
     model = make_model().train()
     x = tokens(6)
@@ -148,6 +156,7 @@ def test_what_does_not_go_together_is_refused(make_model, given, message):
         make_model(**given)
 
 
+@BOTH_FAMILIES
 def test_a_checkpoint_of_another_dictionary_is_refused(make_model):
     model = make_model()
     state = model.state_dict()
@@ -156,6 +165,7 @@ def test_a_checkpoint_of_another_dictionary_is_refused(make_model):
         model.load_state_dict(state)
 
 
+@BOTH_FAMILIES
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_accurate", "swish"])
 def test_activations_of_dense_and_moe_layers(make_model, activation, gated):

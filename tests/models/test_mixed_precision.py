@@ -15,6 +15,7 @@ from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models import mixed_precision
 from evomoe_plugin.patches import checkpoint_autocast
+from tests.models.conftest import BOTH_FAMILIES
 
 GATES = [name for name in gate_names() if name != "cautious"]  # a user's, from the documentation
 GIVEN = {
@@ -64,6 +65,7 @@ def test_every_gate_trains_close_to_full_precision(make_model, gate):
     assert difference(everything, all_wanted) < RELATIVE
 
 
+@BOTH_FAMILIES
 def test_weights_residuals_and_gates_stay_as_they_are(make_model):
     model = make_model(moe_matmul_dtype="bf16")
     seen = {}
@@ -92,6 +94,7 @@ def test_the_second_pass_of_checkpointing_is_in_the_precision_of_the_first(make_
     assert any(not torch.equal(grad, wanted[name]) for name, grad in trained(again)[1].items())
 
 
+@BOTH_FAMILIES
 def test_incremental_decoding_equals_full(make_model):
     model = make_model(moe_matmul_dtype="bf16").eval()
     x, state = tokens(), {}

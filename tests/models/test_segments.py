@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.segments import Segments
 from evomoe_plugin.routing.noise import sequence_keys
+from tests.models.conftest import BOTH_FAMILIES
 
-PAD = 1
+PAD, EOS = 1, 2
 LENGTHS = (5, 9, 3, 7, 1)
 ROWS = ((0, 1), (2, 3, 4))  # 14 tokens, and 11 with 3 of padding
 GIVEN = {
@@ -84,6 +86,7 @@ def assert_equal_courses(model, weighted=False):
 
 
 # Evaluation routes without noise or samples, and otherwise as training does.
+@BOTH_FAMILIES
 @pytest.mark.parametrize(
     "gate, training",
     [
@@ -113,6 +116,42 @@ def test_packed_equals_unpacked_in_other_models(make_model, gate, given):
     assert_equal_courses(model, weighted=True)
 
 
+def document_batches():
+    """One document a row, and the same documents after one another, as pretraining reads them."""
+    parts = [torch.cat([torch.tensor([EOS]), part]) for part in examples()]
+    tokens, _, places = packed(parts)
+    return unpacked(parts), (tokens, None, places)
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("attention", ["sdpa", "stock"])
+def test_documents_of_a_row_are_computed_as_if_alone(make_model, attention):
+    if make_model.family and attention == "stock":
+        pytest.skip("which has no rotary positions")
+    model = make_model(moe_gate="top_p", moe_document_mask=True, moe_attention=attention)
+    model = model.double().train()
+    apart, together = (course(model, *batch) for batch in document_batches())
+    for a, b in zip([*apart[0], *apart[1]], [*together[0], *together[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(apart[3], together[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@BOTH_FAMILIES
+def test_without_the_document_mask_they_would_attend_to_each_other(make_model):
+    model = make_model(moe_gate="top_p").double().eval()
+    apart, together = (course(model, *batch) for batch in document_batches())
+    assert not torch.allclose(apart[0][1], together[0][1], atol=1e-3)
+
+
+def test_a_prompt_of_several_documents_is_refused(make_model):
+    model = make_model(moe_document_mask=True).eval()
+    tokens = torch.tensor([[EOS, 5, EOS]])
+    with pytest.raises(OptionError, match="--moe-document-mask True: a prompt with </s> inside"):
+        model.decoder(tokens, incremental_state={})
+
+
+@BOTH_FAMILIES
 def test_without_segments_the_examples_would_not_be_apart(make_model):
     model = make_model().double().eval()
     tokens, segments, places = packed(examples())
@@ -145,6 +184,7 @@ def test_positions_keys_and_mask_by_hand():
     assert seen[2].tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
+@BOTH_FAMILIES
 def test_segments_are_for_whole_rows(make_model):
     model = make_model().eval()
     tokens, segments, _ = packed(examples())

@@ -19,10 +19,10 @@ def case(dtype=torch.float64, tokens=13, vocab=31, width=8):
     return x, weight, targets
 
 
-def oracle(x, weight, targets, reduce=True):
+def oracle(x, weight, targets, reduce=True, bias=None):
     """As fairseq: logits of all tokens, their softmax in fp32 (fp64 for fp64)."""
     log_probs = F.log_softmax(
-        F.linear(x, weight), -1, dtype=torch.promote_types(x.dtype, torch.float32)
+        F.linear(x, weight, bias), -1, dtype=torch.promote_types(x.dtype, torch.float32)
     )
     return F.nll_loss(log_probs, targets, ignore_index=PAD, reduction="sum" if reduce else "none")
 
@@ -51,6 +51,22 @@ def assert_same(x, weight, targets, chunk, dtype, reduce=True, scale=1.0):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_equals_the_loss_of_all_logits(dtype, chunk, reduce):
     assert_same(*case(dtype), chunk, dtype, reduce)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_a_bias_of_the_logits(dtype, reduce):
+    x, weight, targets = case(dtype)
+    bias = torch.randn(len(weight)).to(dtype).requires_grad_()
+    results = []
+    for loss in (
+        vocabulary_loss(x, weight, targets, PAD, 4, reduce, bias_V=bias),
+        oracle(x, weight, targets, reduce, bias),
+    ):
+        each = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, weight, bias), each)))
+    for ours, stock in zip(*results, strict=True):
+        assert_close(ours, stock, dtype)
 
 
 def test_gradients_by_finite_differences():

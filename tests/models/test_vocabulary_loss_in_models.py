@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from tests.models.conftest import BOTH_FAMILIES
 
 PAD = 1
 TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
@@ -70,6 +71,7 @@ def test_chunks_of_the_vocabulary_loss_change_nothing(
             torch.testing.assert_close(chunked[3][name], grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@BOTH_FAMILIES
 def test_logits_are_not_asked_for(make_model, monkeypatch):
     model = make_model()
     monkeypatch.setattr(model.decoder, "output_layer", None)
