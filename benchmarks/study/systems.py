@@ -146,6 +146,8 @@ STUDY = Study(
         f"model.decoder_ffn_embed_dim={FFN_DIM}",
         "dataset.batch_size=16",
         "task.tokens_per_sample=128",
+        "model.dropout=0",
+        "model.attention_dropout=0",
     ),
 )
 
