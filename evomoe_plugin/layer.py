@@ -143,7 +143,7 @@ class MoELayer(nn.Module):
             with_token_routing: add `routing.stability.token_routing` to the statistics.
         Returns:
             y_TD, zeros for tokens without an expert; the auxiliary losses, [A] with gradient;
-            the statistics by name (`routing.stats`), detached fp64.
+            the statistics by name (`routing.stats`), detached.
         """
         if self.in_dense_phase:
             plan = self._first_expert_plan(x_TD, token_mask_T)

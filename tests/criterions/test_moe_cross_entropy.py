@@ -52,8 +52,8 @@ SAMPLE = {"net_input": {}, "target": torch.tensor([[3, 4, 5, PAD]]), "ntokens": 
 TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
 
 
-def make(weight=0.5, method="average", sentence_avg=False, chunk=None):
-    return MoECrossEntropyCriterion(TASK, sentence_avg, weight, method, chunk)
+def make(weight=0.5, method="average", sentence_avg=False, chunk=None, tokens=0):
+    return MoECrossEntropyCriterion(TASK, sentence_avg, weight, method, chunk, tokens)
 
 
 @pytest.mark.parametrize("method, combined", [("average", 3.0), ("sum", 6.0)])
@@ -137,6 +137,7 @@ def test_perplexity_is_of_the_tokens_also_with_sentence_avg():
         ((float("nan"), "sum"), "--moe-gate-loss-wt nan"),
         ((1.0, "mean"), "--moe-gate-loss-combine-method mean: one of: average, sum"),
         ((1.0, "sum", False, -1), "--moe-vocab-chunk -1: give a number"),
+        ((1.0, "sum", False, 0, -1), "--moe-stability-tokens -1: give a number"),
     ],
 )
 def test_bad_options(given, message):
