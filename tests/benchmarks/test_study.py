@@ -115,9 +115,12 @@ def test_the_grid_is_trained_first_then_what_is_most_important(tmp_path):
     order = runs.ready(SMALL, grid)
     assert len(set(order)) == len(order) and runs.undecided(SMALL, grid) == []
     later = [(r.system.name, r.text, r.seed) for r in order[12:]]
-    declared = [
-        (s.name, t, n + 1) for s in SMALL.systems for t in STUDY.texts for n in range(s.seeds)
-    ]
+    declared = {
+        (system.name, text, seed + 1)
+        for system in SMALL.systems
+        for text in SMALL.texts
+        for seed in range(system.seeds)
+    }
     in_grid = [(name, "prose", 1) for name in SMALL.representatives.values()]
     assert sorted(later) == sorted(declared - set(in_grid))
     assert all(r.lr == 2e-3 for r in order[12:])
@@ -158,11 +161,12 @@ def line(update: int, **values) -> str:
 
 
 def evaluated(update: int, valid: float, test: float, **routing) -> list[str]:
+    def summary(subset, **values):
+        return json.dumps({f"{subset}_{name}": value for name, value in values.items()})
+
     return [
-        json.dumps(
-            {f"{subset}_{k}": v for k, v in {"ppl": ppl, **more, "num_updates": update}.items()}
-        )
-        for subset, ppl, more in (("valid", valid, routing), ("test", test, {}))
+        summary("valid", ppl=valid, **routing, num_updates=update),
+        summary("test", ppl=test, num_updates=update),
     ]
 
 
@@ -294,6 +298,7 @@ def test_a_run_that_fails_does_not_stop_the_queue(queue, monkeypatch, capsys):
     assert "no memory" in capsys.readouterr().out
     (left,) = queue.results.glob("*/*.json")
     assert results.read(left).test_perplexity == 61
+    # Its family waits for the next call, which tries again.
     queue.failed.clear()
     assert [one.system.name for one in queue.left()] == ["dense"]
     assert "1 done, 1 left" in queue.overview(jobs=2)
@@ -324,18 +329,9 @@ def test_a_run_is_trained_by_one_process_and_its_costs_are_measured(queue, monke
 @pytest.mark.distributed
 def test_the_study_goes_on_after_it_was_killed(tmp_path):
     def start(*arguments):
-        script = str(ROOT / "benchmarks/study/run.py")
+        script = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/study/run.py")]
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                script,
-                "--smoke",
-                "--work",
-                str(tmp_path),
-                *arguments,
-            ],
+            [*script, "--smoke", "--work", str(tmp_path), *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
