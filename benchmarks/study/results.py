@@ -71,7 +71,7 @@ class Result:
     machine: dict[str, str]
     packages: dict[str, str]
     diverged: bool = False
-    """It ended early, at gradients that were not finite: its perplexity is infinite."""
+    """It ended early, at numbers that were not finite: its perplexity is infinite."""
 
     @property
     def valid_perplexity(self) -> float:

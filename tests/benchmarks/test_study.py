@@ -48,6 +48,7 @@ NAMES = ("dense", "switch", "hash", "gshard")
 SMALL = dataclasses.replace(
     STUDY,
     systems=(*RECIPE, *(STUDY.system(name) for name in NAMES)),
+    grid=GRID,
     representatives={"dense": "dense", "learned": "switch", "table": "hash", "lexical": "lexical"},
 )
 
@@ -248,7 +249,8 @@ def test_the_report_gives_every_number_its_spread_and_names_what_is_missing(tmp_
     trained(tmp_path, leave_out=[("switch", "code", 3), ("gshard", "prose", 1)])
     page = report.write(SMALL, tmp_path, tmp_path / "out").read_text()
     prose, code = page.split("## Prose")[1].split("## Code")
-    rows = {row.split(" | ")[0].strip("| "): row for row in prose.splitlines() if row[:2] == "| "}
+    table = prose.split("### Final perplexity")[1].split("###")[0]
+    rows = {row.split(" | ")[0].strip("| "): row for row in table.splitlines() if row[:2] == "| "}
     assert "30.00 ± 0.20" in rows["lexical"] and "-25.0 ± 0.1" in rows["lexical"]
     # Seeds end at 29.8, 30 and 30.2; 36 lies between 1.5 and 2 times that.
     expected = [1000 + 500 * math.log(2 * p / 36) / math.log(2 / 1.5) for p in (29.8, 30.0, 30.2)]
@@ -264,10 +266,10 @@ def test_the_report_gives_every_number_its_spread_and_names_what_is_missing(tmp_
 
 
 def test_prose_is_split_at_ends_of_sentences():
-    text = 'One two. "Three?" Four  five! six\nseven. Eight'
-    found = list(texts.documents(text, 10))
-    assert found == ['One two. "Three?"', "Four five! six seven.", "Eight"]
-    assert " ".join(found) == " ".join(text.split())
+    text = 'One two. "Three?" Four five!  Six\nSeven. Eight'
+    found = list(texts.documents(text, 12))
+    assert found == ['One two. "Three?"', "Four five! Six\nSeven.", "Eight"]
+    assert " ".join(found).split() == text.split()
 
 
 @pytest.fixture
@@ -302,6 +304,15 @@ def test_a_run_that_fails_does_not_stop_the_queue(queue, monkeypatch, capsys):
     queue.failed.clear()
     assert [one.system.name for one in queue.left()] == ["dense"]
     assert "1 done, 1 left" in queue.overview(jobs=2)
+
+
+def test_a_run_that_diverges_is_a_result(queue, monkeypatch):
+    error = "error: decoder.layers.1.moe: gate logits are NaN/Inf for 256 tokens"
+    trains_with(monkeypatch, f"print('{error}'); raise SystemExit(1)")
+    queue.work_off(jobs=2, hours=1)
+    assert not queue.failed and not queue.left()
+    page = report.write(SMOKE, queue.results, queue.work).read_text()
+    assert "| diverged |" in page and "Diverged after update 0: switch seed 1." in page
 
 
 def test_no_run_starts_after_the_given_hours(queue, monkeypatch):
