@@ -8,6 +8,7 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-# The end of fairseq's traceback where gradients are not finite.
-_DIVERGED = "FloatingPointError"
+# How a run ends whose logits (this package) or gradients (fairseq) are not finite.
+_DIVERGED = re.compile(r"error: .*NaN/Inf|FloatingPointError")
 
 
 class Locked(Exception):
@@ -202,7 +203,7 @@ class Attempt:
             file.close()
 
     def _measure(self, line: str) -> None:
-        self._diverged |= line.startswith(_DIVERGED)
+        self._diverged |= _DIVERGED.match(line) is not None
         before = self._log.intervals[-1].update if self._log.intervals else None
         record = self._log.add(line)
         if record is not None:

@@ -13,6 +13,7 @@ from study.results import Result
 COLOURS = {
     "lexical": "#D55E00",
     "lexical_half": "#D55E00",
+    "lexical_annealed": "#F0A36B",
     "dense": "#000000",
     "switch": "#0072B2",
     "hash": "#009E73",

@@ -244,8 +244,8 @@ def _missing(compared: Compared) -> str:
     for result in _results(compared):
         if result.diverged:
             lines.append(
-                f"Diverged after update {result.training['update'][-1]}: {result.system} "
-                f"seed {result.seed}."
+                f"Diverged after update {max(result.training['update'], default=0)}: "
+                f"{result.system} seed {result.seed}."
             )
     return "\n\n".join(lines) or "No declared run is missing."
 

@@ -71,7 +71,7 @@ class Result:
     machine: dict[str, str]
     packages: dict[str, str]
     diverged: bool = False
-    """It ended early, at gradients that were not finite: its perplexity is infinite."""
+    """It ended early, at numbers that were not finite: its perplexity is infinite."""
 
     @property
     def valid_perplexity(self) -> float:
@@ -123,12 +123,8 @@ def current(run: Run, study: Study, results: Path) -> Result | None:
     return result if result is not None and result.settings == run.settings(study) else None
 
 
-def grid_perplexities(study: Study, results: Path, failed: set[Run] = frozenset()) -> Perplexities:
-    """Final validation perplexities by family and learning rate, from the results so far.
-
-    Args:
-        failed: runs that count as infinitely bad.
-    """
+def grid_perplexities(study: Study, results: Path) -> Perplexities:
+    """Final validation perplexities by family and learning rate, from the results so far."""
     steps = [study.grid[0] / 2, *study.grid, study.grid[-1] * 2]
     found: dict[str, dict[float, float]] = {}
     for family, name in study.representatives.items():
@@ -138,8 +134,6 @@ def grid_perplexities(study: Study, results: Path, failed: set[Run] = frozenset(
             result = current(run, study, results)
             if result is not None:
                 found[family][lr] = result.valid_perplexity
-            elif run in failed:
-                found[family][lr] = math.inf
     return found
 
 

@@ -48,7 +48,7 @@ class Queue:
     def declared(self) -> list[Run]:
         """Runs whose learning rate is known, and which were asked for or choose that rate."""
         families = families_of(self.study, self._only)
-        grid = results.grid_perplexities(self.study, self.results, set(self.failed))
+        grid = results.grid_perplexities(self.study, self.results)
         return [run for run in ready(self.study, grid) if self._wanted(run, families)]
 
     def _wanted(self, run: Run, families: set[str]) -> bool:

@@ -70,7 +70,7 @@ class Run:
 
 Perplexities = Mapping[str, Mapping[float, float]]
 """Family -> learning rate -> final validation perplexity of the representative, infinite if it
-failed."""
+diverged."""
 
 
 def grid_run(study: Study, family: str, lr: float) -> Run:
