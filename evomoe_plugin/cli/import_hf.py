@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--dict FILE",
         str,
-        "dict.txt of a data set made with `evomoe prepare --gpt2-bpe`, whose order the embeddings "
-        "get (default: the order of token ids)",
+        "dict.txt of a data set made with `evomoe prepare --tokenizer DIR` or `--gpt2-bpe`, whose "
+        "order the embeddings get (default: the order of token ids)",
     )
     flag(parser, "--overwrite", False, "replace OUT's model.pt and dict.txt if they exist")
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.dict is None:
         print(
-            "data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
+            f"data for it: `evomoe prepare … --tokenizer {args.folder} --out DATA`, then "
             "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
             f"fairseq-preprocess --only-source --srcdict {dict_path}"
         )

@@ -36,7 +36,7 @@ class TrainedModel:
         """Token id that sequences start with."""
         if getattr(self.cfg.task, "add_bos_token", False):
             return self.dictionary.bos()
-        return self.dictionary.eos()
+        return self.dictionary.eos() if self.codec.start is None else self.codec.start
 
 
 def load_trained_model(option: str, path: str, data: str | None = None) -> TrainedModel:

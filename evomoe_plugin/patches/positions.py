@@ -45,9 +45,9 @@ def _positional_embedding(
         return upstream(num_embeddings, embedding_dim, padding_idx, **given)
     table = upstream(num_embeddings, embedding_dim, _PADDING_ROW, **given)
     if padding_idx != _PADDING_ROW:
-        kind = _Learned if isinstance(table, LearnedPositionalEmbedding) else _Sinusoidal
-        table.__class__ = kind
-        table.token_padding = padding_idx
+        is_learned = isinstance(table, LearnedPositionalEmbedding)
+        table.__class__ = _Learned if is_learned else _Sinusoidal
+        vars(table)["token_padding"] = padding_idx
     return table
 
 
