@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import render_chats
+from evomoe_plugin.data.huggingface_tokenizer import HuggingFaceTokenizer
+from evomoe_plugin.data.tokenizers import Tokenizer
 
 MAX_BYTES = 1 << 20
 CPU_SECONDS = 5  # for one chat
@@ -49,7 +51,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, name: str, variables: Mapping[str, str], control_tokens: Collection[str]
     ):
-        self.name = name
+        self.source, self.name = source, name
         nonce = secrets.token_hex(8)
         self._marks = f"\0{nonce}<", f"\0{nonce}>"
         self._setup = {
@@ -174,12 +176,34 @@ class ChatTemplate:
                     stream.close()
 
 
-def read_template(option: str, path: Path) -> str:
-    """The text of a template's file.
+def chat_template_of(
+    tokenizer: Tokenizer | None, given: str | None, folder: Path
+) -> ChatTemplate | None:
+    """The template that chats are written with; None: one for each role (`data.turns.Templates`).
 
+    Args:
+        given: a file; "none"; or None for the tokenizer's own, if it has one.
+        folder: of the tokenizer, for messages.
     Raises:
-        OptionError: it cannot be read, is too large, or is not UTF-8.
+        OptionError: the file cannot be read, or the tokenizer has no special tokens.
     """
+    if given == "none":
+        return None
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        if given is not None:
+            fault = f"needs a tokenizer.json, and {folder} has none: omit it"
+            raise OptionError("chat_template", given, fault)
+        return None
+    source, name = tokenizer.chat_template, f"of {folder}"
+    if given is not None:
+        source, name = _read_template(Path(given)), given
+    if source is None:
+        return None
+    return ChatTemplate(source, name, tokenizer.names, tokenizer.control_tokens)
+
+
+def _read_template(path: Path) -> str:
+    option = "chat_template"
     try:
         if path.stat().st_size > MAX_BYTES:
             raise OptionError(option, path, f"has more than {MAX_BYTES >> 10} KiB: give a template")

@@ -5,6 +5,7 @@ value: first the template, its variables, the marks, and CPU seconds for each li
 such lists, each with an answer.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -97,7 +98,8 @@ def main():
     made, template = environment(), None
     made.extensions[f"{Generation.__module__}.Generation"].marks = setup["marks"]
     for which, limit in LIMITS.items():
-        resource.setrlimit(which, (limit, limit))
+        with contextlib.suppress(ValueError):  # macOS does not limit memory
+            resource.setrlimit(which, (limit, limit))
     for line in sys.stdin:
         limit_cpu(setup["cpu_seconds"])
         try:

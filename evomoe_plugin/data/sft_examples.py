@@ -11,7 +11,7 @@ import numpy as np
 from fairseq.data import Dictionary
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate, read_template
+from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate
 from evomoe_plugin.data.dictionary import dictionary_ids
 from evomoe_plugin.data.huggingface_tokenizer import HuggingFaceTokenizer
 from evomoe_plugin.data.sft_files import bad_record, read_records
@@ -84,31 +84,10 @@ class Encoder:
             self._token_ids = dictionary_ids(self.tokenizer, dictionary)
         except ValueError as error:
             raise OptionError("DATA", folder / "dict.txt", f"{error}: {_REMEDY}") from None
-        self._folder, self._eos, self.unk = folder, dictionary.eos(), dictionary.unk()
+        self._eos, self.unk = dictionary.eos(), dictionary.unk()
         self._start = self._eos
         if self.tokenizer.start is not None:
             self._start = int(self._token_ids[self.tokenizer.start])
-
-    def chat_template(self, given: str | None) -> ChatTemplate | None:
-        """The template that chats are written with; None: one for each role (`Templates`).
-
-        Args:
-            given: a file; "none"; or None for the tokenizer's own, if it has one.
-        Raises:
-            OptionError: the file cannot be read, or the tokenizer has no special tokens.
-        """
-        tokenizer = self.tokenizer
-        if given == "none" or (given is None and not isinstance(tokenizer, HuggingFaceTokenizer)):
-            return None
-        if not isinstance(tokenizer, HuggingFaceTokenizer):
-            fault = f"needs a tokenizer.json, and {self._folder} has none: omit it"
-            raise OptionError("chat_template", given, fault)
-        source, name = tokenizer.chat_template, f"of {self._folder}"
-        if given is not None:
-            source, name = read_template("chat_template", Path(given)), given
-        if source is None:
-            return None
-        return ChatTemplate(source, name, tokenizer.names, tokenizer.control_tokens)
 
     def ids(self, text: str) -> np.ndarray:
         """Token ids of the dictionary, int32."""

@@ -68,7 +68,7 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
 
 def _response_ends(trained: TrainedModel) -> dict[str, list[int]]:
     """The ids that end a text, where a chat template has its own beside end-of-sentence."""
-    if not trained.codec.has_chat_template:
+    if trained.codec.chat_template() is None:
         return {}
     try:
         stops = trained.codec.encode_chat(["x"]).stops

@@ -105,15 +105,14 @@ def _write_huggingface(
 ) -> None:
     from tokenizers import AddedToken, Tokenizer
 
-    source = trained.folder
-    library = Tokenizer.from_file(str(source / TOKENIZER_JSON))
+    library = Tokenizer.from_file(str(trained.folder / TOKENIZER_JSON))
     # The library counts on, so this gives the ids of training unless its own have gaps.
     for token in sorted(set(tokenizer.special.values())):
         if token.id >= len(tokenizer.tokens):
             library.add_special_tokens([AddedToken(token.word, special=True, normalized=False)])
     library.save(str(folder / TOKENIZER_JSON))
-    if (source / CHAT_TEMPLATE).is_file():
-        shutil.copyfile(source / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    if (template := trained.codec.chat_template()) is not None:
+        (folder / CHAT_TEMPLATE).write_text(template.source, encoding="utf-8")
     config = {"clean_up_tokenization_spaces": False, **tokenizer.config, **tokenizer.names}
     for name, token in tokenizer.special.items():
         is_used = token.id < len(tokenizer.tokens) or name in ("eos", "pad")
@@ -124,7 +123,8 @@ def _write_huggingface(
     # The class that runs tokenizer.json as it is; others make their own of its vocabulary.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_max_length"] = trained.model.max_decoder_positions()
-    config.pop("auto_map", None)
+    for name in ("auto_map", "chat_template"):
+        config.pop(name, None)
     write_json(folder / TOKENIZER_CONFIG, config)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fairseq.data import Dictionary
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate
+from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate, chat_template_of
 from evomoe_plugin.data.dictionary import TokenizerDictionary, dictionary_ids
 from evomoe_plugin.data.huggingface_tokenizer import HuggingFaceTokenizer
 from evomoe_plugin.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
@@ -33,14 +33,15 @@ class TextCodec:
         folder: has the tokenizer's files, as `evomoe prepare` writes them. Without a tokenizer,
             text is split at spaces, as in fairseq's own commands without `--bpe`.
         dictionary: the task's.
+        chat_template: the option of fine-tuning.
     Raises:
         OptionError: tokenizer and dictionary do not match.
     """
 
-    def __init__(self, folder: Path, dictionary: Dictionary):
-        self.dictionary = dictionary
+    def __init__(self, folder: Path, dictionary: Dictionary, chat_template: str | None = None):
+        self.dictionary, self._folder = dictionary, folder
         self.tokenizer: Tokenizer | None = None
-        self._chat_template: ChatTemplate | None = None
+        self._chat_template = chat_template
         if not has_tokenizer(folder):
             return
         self.tokenizer = tokenizer = load_tokenizer(folder)
@@ -50,10 +51,6 @@ class TextCodec:
             fault = f"its tokenizer and its dict.txt do not match: dict.txt {error}"
             raise OptionError("data", folder, fault) from None
         self._piece_ids = {self._token_ids[i]: i for i, t in enumerate(tokenizer.tokens) if t}
-        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chat_template:
-            self._chat_template = ChatTemplate(
-                tokenizer.chat_template, str(folder), tokenizer.names, tokenizer.control_tokens
-            )
 
     @property
     def start(self) -> int | None:
@@ -62,19 +59,23 @@ class TextCodec:
             return None
         return self._token_ids[self.tokenizer.start]
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that chats were trained with, if there is one.
+
+        Raises:
+            OptionError: its file cannot be read.
+        """
+        return chat_template_of(self.tokenizer, self._chat_template, self._folder)
 
     def encode_chat(self, texts: Sequence[str]) -> Chats:
-        """Users' messages as the tokenizer's chat template writes them, up to the response.
+        """Users' messages as the chat template writes them, up to the response.
 
         Raises:
             OptionError: there is no template, or it fails.
         """
-        tokenizer, template = self.tokenizer, self._chat_template
+        tokenizer, template = self.tokenizer, self.chat_template()
         if template is None or not isinstance(tokenizer, HuggingFaceTokenizer):
-            fault = "the data folder has no chat template of a tokenizer.json: omit it"
+            fault = "no chat template, or the model was trained without it: omit it"
             raise OptionError("chat", True, fault)
         try:
             rendered = [template.prompt(text) for text in texts]

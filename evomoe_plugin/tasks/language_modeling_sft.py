@@ -15,7 +15,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number
-from evomoe_plugin.data.chat_template import ChatTemplate
+from evomoe_plugin.data.chat_template import ChatTemplate, chat_template_of
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples
 from evomoe_plugin.data.sft_examples import Encoder, load_examples
@@ -120,7 +120,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         dictionary = load_dictionary("DATA", folder / "dict.txt")
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         encoder = Encoder(folder, dictionary)
-        chat_template = encoder.chat_template(args.chat_template)
+        chat_template = chat_template_of(encoder.tokenizer, args.chat_template, folder)
         if chat_template is not None:
             for role in ROLES:
                 if (given := getattr(templates, role)) != getattr(Templates, role):

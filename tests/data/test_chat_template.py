@@ -7,7 +7,7 @@ import time
 import pytest
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate, Message, read_template
+from evomoe_plugin.data.chat_template import BadTemplate, ChatTemplate, Message, chat_template_of
 from evomoe_plugin.data.huggingface_tokenizer import HuggingFaceTokenizer, tokenizer_files
 from tests.data import chat_templates as sources
 from tests.data.tiny_tokenizers import save
@@ -208,14 +208,22 @@ def test_the_process_ends_with_its_template(template):
 
 
 def test_template_files(tmp_path):
+    tokenizer = HuggingFaceTokenizer(tokenizer_files(str(save(tmp_path / "t", "gpt2"))))
     path = tmp_path / "chat.jinja"
+
+    def given(value):
+        return chat_template_of(tokenizer, value, tmp_path)
+
+    assert given(None) is given("none") is chat_template_of(None, None, tmp_path) is None
     path.write_bytes("\ufeff{{ 1 }}".encode())
-    assert read_template("chat_template", path) == "{{ 1 }}"
+    assert (given(str(path)).source, given(str(path)).name) == ("{{ 1 }}", str(path))
     path.write_bytes(b"\xff")
     with pytest.raises(OptionError, match=r"--chat-template .*chat.jinja: is not UTF-8 \(byte 1\)"):
-        read_template("chat_template", path)
+        given(str(path))
     os.truncate(path, (1 << 20) + 1)
     with pytest.raises(OptionError, match="has more than 1024 KiB: give a template"):
-        read_template("chat_template", path)
+        given(str(path))
     with pytest.raises(OptionError, match="cannot be read: No such file"):
-        read_template("chat_template", tmp_path / "none.jinja")
+        given(str(tmp_path / "none.jinja"))
+    with pytest.raises(OptionError, match="--chat-template x: needs a tokenizer.json, and"):
+        chat_template_of(None, "x", tmp_path)

@@ -271,7 +271,7 @@ def test_chats_go_on_as_transformers_would(chatting, transformers):  # noqa: F81
 
 
 def test_chats_need_a_template(make_trained):  # noqa: F811
-    with pytest.raises(OptionError, match="--chat True: the data folder has no chat template"):
+    with pytest.raises(OptionError, match="--chat True: no chat template, or the model"):
         make_trained().codec.encode_chat(["a"])
 
 
