@@ -270,6 +270,10 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
             "with one file for all ranks",
             "add --use-sharded-state, or --no-save-optimizer-state",
         )
+    if cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError(
+            "store_ema", combined, "it averages whole models: leave it out, or give legacy_ddp"
+        )
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")
     if _optimizer(cfg) in _NOT_SHARDED:

@@ -33,6 +33,9 @@ from evomoe_plugin.trainer import data_wait, hooks, sharded_gradients
 
 logger = logging.getLogger(__name__)
 
+# Of `extra_state`: updates since the last step of the moving average (--ema-update-freq).
+_EMA_COUNTER = "ema_update_freq_counter"
+
 
 @dataclass
 class _Accumulated:
@@ -388,6 +391,8 @@ class MoETrainer(Trainer):
             model[name] = masters.get(value.data_ptr(), value)
         if "last_optimizer_state" in state and not self.is_fsdp:
             state[PARAMETER_NAMES] = list(model_layout(self).names)
+        if self.cfg.ema.store_ema:
+            state["extra_state"][_EMA_COUNTER] = self.ema.update_freq_counter
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Mapping[str, Any]) -> str | None:
@@ -575,6 +580,7 @@ class MoETrainer(Trainer):
             self.ema.restore(self.get_model().state_dict(), build_fp32_params=self.cfg.ema.ema_fp32)
             return
         self.ema.restore(extra_state["ema"], build_fp32_params=False)
+        self.ema.update_freq_counter = extra_state.get(_EMA_COUNTER, 0)
         if self.cfg.ema.ema_fp32:
             self.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
 
