@@ -548,6 +548,8 @@ class MoETrainer(Trainer):
                     f"{what} does not match; please reset the "
                     f"optimizer (--reset-optimizer). {saved} vs "
                     f"{now}",
+        elif resume.reads_own_shard(self):
+            resume.check_all_have_shards(self, path, exists)
                 )
         if not reset_lr_scheduler:
             self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
