@@ -1,4 +1,4 @@
-"""The moving average of `--store-ema`: of every weight once, of the whole model, not of counters."""
+"""The moving average of `--store-ema`: of each weight once, of the whole model, not of counters."""
 
 from __future__ import annotations
 
