@@ -61,6 +61,7 @@ class MoETrainer(Trainer):
     # --- updates
 
     @metrics.aggregate("train")
+    _has_begun = False
     def train_step(self, samples: Sequence[Any], raise_oom: bool = False) -> Any:
         """Make one update from the micro-batches `samples`.
 
@@ -346,6 +347,36 @@ class MoETrainer(Trainer):
         """As fairseq's; with sharded experts a rank that is out of memory ends the run, since the
         others wait for its rows."""
         return super().valid_step(sample, raise_oom=raise_oom or self._shards_experts)
+    def begin_epoch(self, epoch: int) -> None:
+        """As fairseq's; before the first, check the name that validation must log."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._check_best_metric()
+        super().begin_epoch(epoch)
+
+    def _check_best_metric(self) -> None:
+        """Validate one batch, to have the names of what is logged.
+
+        Raises:
+            OptionError: `--best-checkpoint-metric` is not among them.
+        """
+        metric = self.cfg.checkpoint.best_checkpoint_metric
+        if metric == "loss" or self.cfg.dataset.disable_validation:
+            return
+        if hasattr(self.task, "post_validate"):  # which may add names
+            return
+        subset = self.cfg.dataset.valid_subset.split(",")[0]
+        batches = self.get_valid_iterator(subset).next_epoch_itr(
+            shuffle=False, set_dataset_epoch=False
+        )
+        with metrics.aggregate(new_root=True) as logged:
+            self.valid_step(next(batches))
+        names = [name for name in logged.get_smoothed_values() if not name.startswith("_")]
+        if metric not in names:
+            raise OptionError(
+                "best_checkpoint_metric", metric, f"validation logs {', '.join(names)}: give one"
+            )
+
 
     @property
     def _shards_experts(self) -> bool:
