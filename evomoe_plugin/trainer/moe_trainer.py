@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import utils
+from fairseq import checkpoint_utils, utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.file_io import PathManager
@@ -29,12 +29,16 @@ from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
-from evomoe_plugin.trainer import data_wait, hooks, sharded_gradients
+from evomoe_plugin.trainer import data_wait, early_stopping, hooks, sharded_gradients
 
 logger = logging.getLogger(__name__)
 
-# Of `extra_state`: updates since the last step of the moving average (--ema-update-freq).
-_EMA_COUNTER = "ema_update_freq_counter"
+# What `extra_state` holds beside fairseq's: updates since the last step of the moving average
+# (--ema-update-freq), counters of the loss scaler, validations since the best.
+_EMA_COUNTER, _SCALER, _EARLY_STOPPING = "ema_update_freq_counter", "loss_scaler", "early_stopping"
+
+# Of fairseq's DynamicLossScaler.
+_COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
 
 
 @dataclass
@@ -57,11 +61,11 @@ class MoETrainer(Trainer):
     """
 
     _amp_retries: int  # set by fairseq with --amp
+    _has_begun = False
 
     # --- updates
 
     @metrics.aggregate("train")
-    _has_begun = False
     def train_step(self, samples: Sequence[Any], raise_oom: bool = False) -> Any:
         """Make one update from the micro-batches `samples`.
 
@@ -343,10 +347,6 @@ class MoETrainer(Trainer):
         except RunFailed as error:  # must not hide the exception that is being handled
             logger.error("no crash.pt: %s", error)
 
-    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
-        """As fairseq's; with sharded experts a rank that is out of memory ends the run, since the
-        others wait for its rows."""
-        return super().valid_step(sample, raise_oom=raise_oom or self._shards_experts)
     def begin_epoch(self, epoch: int) -> None:
         """As fairseq's; before the first, check the name that validation must log."""
         if not self._has_begun:
@@ -377,10 +377,19 @@ class MoETrainer(Trainer):
                 "best_checkpoint_metric", metric, f"validation logs {', '.join(names)}: give one"
             )
 
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        """As fairseq's; with sharded experts a rank that is out of memory ends the run, since the
+        others wait for its rows."""
+        return super().valid_step(sample, raise_oom=raise_oom or self._shards_experts)
 
     @property
     def _shards_experts(self) -> bool:
         return getattr(self.cfg.model, "moe_expert_parallel_size", 1) > 1
+
+    @property
+    def _scaler(self) -> Any:
+        """The loss scaler of --fp16 or --amp; else None."""
+        return getattr(self.optimizer, "scaler", None)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Set the number of completed updates, of the model too: its schedules follow it."""
@@ -422,8 +431,13 @@ class MoETrainer(Trainer):
             model[name] = masters.get(value.data_ptr(), value)
         if "last_optimizer_state" in state and not self.is_fsdp:
             state[PARAMETER_NAMES] = list(model_layout(self).names)
+        extra_state = state["extra_state"]
         if self.cfg.ema.store_ema:
-            state["extra_state"][_EMA_COUNTER] = self.ema.update_freq_counter
+            extra_state[_EMA_COUNTER] = self.ema.update_freq_counter
+        if self._scaler is not None:
+            extra_state[_SCALER] = _scaler_state(self._scaler)
+        if self.cfg.checkpoint.patience > 0:
+            extra_state[_EARLY_STOPPING] = early_stopping.STATE.state_dict()
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Mapping[str, Any]) -> str | None:
@@ -465,6 +479,9 @@ class MoETrainer(Trainer):
             checkpoint_files.remove_leftovers(checkpoint.save_dir)
         self._optim_history = []
         logger.info("Preparing to load checkpoint %s", filename)
+        # Of an earlier run in this process, as of a Hydra sweep.
+        early_stopping.STATE.restore({})
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
         path = resume.file_to_read(self, filename)
         state = self._read_checkpoint(path, reset_optimizer)
         if state is None:
@@ -484,6 +501,11 @@ class MoETrainer(Trainer):
                 if name in exact:
                     master.copy_(exact[name])
         extra_state = state["extra_state"]
+        if not reset_optimizer:
+            if self._scaler is not None:
+                _restore_scaler(self._scaler, extra_state.get(_SCALER, {}))
+            if not reset_meters:  # as fairseq does with the best score
+                early_stopping.STATE.restore(extra_state.get(_EARLY_STOPPING, {}))
         self._load_progress(extra_state, reset_meters)
         self._set_model_updates()  # 0 with --reset-optimizer
         self._check_same_on_all_ranks(path, filename)
@@ -493,7 +515,29 @@ class MoETrainer(Trainer):
             extra_state["train_iterator"]["epoch"],
             self.get_num_updates(),
         )
+        self._end_if_done()
         return extra_state
+
+    def _end_if_done(self) -> None:
+        """Have fairseq's main not train where the run has ended already: it would look only after
+        one more update, and write that."""
+        limits, updates = self.cfg.optimization, self.get_num_updates()
+        hours = self.cumulative_training_time() / 3600
+        if 0 < limits.max_update <= updates:
+            reason = f"--max-update {limits.max_update}"
+        elif 0 < limits.stop_time_hours < hours:
+            reason = f"--stop-time-hours {limits.stop_time_hours}"
+        elif early_stopping.STATE.is_over(self.cfg.checkpoint):
+            reason = f"--patience {self.cfg.checkpoint.patience}"
+        else:
+            return
+        logger.info(
+            "nothing to train: the checkpoint, of update %d and %.2f hours, has reached %s",
+            updates,
+            hours,
+            reason,
+        )
+        limits.max_epoch = -1  # main reads it after loading; 0 would be no limit
 
     def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
         """This rank's state, fitted to the run; None where there is no file.
@@ -504,6 +548,8 @@ class MoETrainer(Trainer):
         exists = PathManager.isfile(path)
         if is_sharded:
             check_all_ranks_see(path, exists)
+        elif resume.reads_own_shard(self):
+            resume.check_all_have_shards(self, path, exists)
         if not exists:
             return None
         on_all_ranks = (
@@ -579,8 +625,6 @@ class MoETrainer(Trainer):
                     f"{what} does not match; please reset the "
                     f"optimizer (--reset-optimizer). {saved} vs "
                     f"{now}",
-        elif resume.reads_own_shard(self):
-            resume.check_all_have_shards(self, path, exists)
                 )
         if not reset_lr_scheduler:
             self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
@@ -624,3 +668,19 @@ class MoETrainer(Trainer):
             resume.check_same_update(self, filename, updates)
         elif sharded_layers(self.get_model()):
             check_all_ranks_see(path, updates)
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """What the optimizer's state lacks: fairseq saves the scale alone, and no torch scaler."""
+    if hasattr(scaler, "state_dict"):
+        return scaler.state_dict()
+    return {name: value for name, value in vars(scaler).items() if name in _COUNTERS}
+
+
+def _restore_scaler(scaler: Any, state: dict[str, Any]) -> None:
+    if not state or ("scale" in state) != hasattr(scaler, "state_dict"):
+        return  # of an earlier version, or of another precision
+    if hasattr(scaler, "state_dict"):
+        scaler.load_state_dict(state)
+    else:
+        vars(scaler).update(state)
