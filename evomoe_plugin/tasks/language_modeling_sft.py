@@ -68,12 +68,16 @@ class LanguageModelingSFTTask(LanguageModelingTask):
 
     Loss, perplexity and gradients are per target token: those of responses and the end-of-sentence
     after each.
+
+    Attributes:
+        has_context: whether batches have tokens that are no targets, or weights of tokens.
     """
 
     def __init__(self, args: Any, dictionary: Dictionary, encoder: Encoder, templates: Templates):
         super().__init__(args, dictionary)
         self.encoder = encoder
         self.templates = templates
+        self.has_context = not args.train_on_prompt or args.moe_aux_balance_weight != 1
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> "LanguageModelingSFTTask":

@@ -80,6 +80,8 @@ class MoETrainer(Trainer):
         self.zero_grad()
         metrics.log_start_time("train_wall", priority=800, round=0)
 
+        if hasattr(self.get_criterion(), "begin_update"):
+            self.get_criterion().begin_update(samples, self._sum_of_ranks)
         done = self._forward_backward(samples, raise_oom or self._shards_experts)
         if done is None:
             return None
@@ -127,6 +129,12 @@ class MoETrainer(Trainer):
         self._log_loss_scale()
         metrics.log_stop_time("train_wall")
         return logged
+
+    def _sum_of_ranks(self, value: Tensor) -> Tensor:
+        if self.data_parallel_world_size == 1:
+            return value
+        group = self.data_parallel_process_group
+        return distributed_utils.all_reduce(value.to(self.device), group=group)
 
     def _forward_backward(self, samples: Sequence[Any], raise_oom: bool) -> _Accumulated | None:
         """Accumulate gradients; None where the only rank of the run was out of memory."""
