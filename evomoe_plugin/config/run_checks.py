@@ -63,10 +63,14 @@ def validate_run(cfg: Any) -> None:
     if any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
-    if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
+    criterion = getattr(cfg.criterion, "_name", None)
+    if criterion not in (None, "moe_cross_entropy") and not hasattr(
+        cfg.criterion, "moe_gate_loss_wt"
+    ):
         logger.warning(
-            "--criterion cross_entropy: gate losses are not added and routing is not "
-            "logged; --criterion moe_cross_entropy does both"
+            "--criterion %s: gate losses are not added and routing is not logged; "
+            "--criterion moe_cross_entropy does both",
+            criterion,
         )
     _warn_of_large_loss(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0))
 
