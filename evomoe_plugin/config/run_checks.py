@@ -185,8 +185,10 @@ def _check_data(cfg: Any) -> None:
     task = cfg.task
     if task is None or getattr(task, "_name", None) != "language_modeling":
         return
-    folder = Path(str(task.data).split(os.pathsep)[0])
     remedy = "give a folder made by `evomoe prepare` or fairseq-preprocess"
+    if task.data is None:
+        raise OptionError("DATA", "is missing", f"{remedy}; with Hydra, task.data=FOLDER")
+    folder = Path(str(task.data).split(os.pathsep)[0])
     if not folder.is_dir():
         raise OptionError("DATA", task.data, f"no such folder; {remedy}")
     if not (folder / "dict.txt").is_file():

@@ -104,6 +104,8 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             "give a folder with train.jsonl, valid.jsonl, and dict.txt and the tokenizer "
             "that the model was trained with"
         )
+        if args.data is None:
+            raise OptionError("DATA", "is missing", f"{remedy}; with Hydra, task.data=FOLDER")
         for path, fault in ((folder, "no such folder"), (folder / "dict.txt", "has no dict.txt")):
             if not path.exists():
                 raise OptionError("DATA", args.data, f"{fault}; {remedy}")
