@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, BinaryIO
 
@@ -177,12 +178,33 @@ def load_checkpoint_to_cpu(
     return state
 
 
-def misfit(filename: str, error: BaseException) -> OptionError:
-    """From torch's "Error(s) in loading state_dict", which has one line a fault."""
+# Options of a model that decide on the names and shapes of its weights.
+_SHAPE = re.compile(
+    r"_dim$|_layers$|_embed$|_output_dim|_heads$|_norm$|_pos$|_position|_embeddings$|_freq$|expert"
+    r"|moe_(gate|scorer|shared|null|hash)|^share_|max_target_positions"
+)
+
+
+def misfit(
+    filename: str, error: BaseException, saved: Mapping[str, Any] = {}, own: Any = None
+) -> OptionError:
+    """From torch's "Error(s) in loading state_dict", which has one line a fault.
+
+    Args:
+        saved: the options of the checkpoint's model.
+        own: those of the run's.
+    """
     faults = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     first = (faults or [str(error)])[0][:300]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     remedy = "give the architecture and options it was trained with"
-    if "size mismatch" in first and "embed_tokens" in first:
+    different = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in saved.items()
+        if _SHAPE.search(name) and name in own and own[name] != value
+    ]
+    if different:
+        remedy += ": " + ", ".join(different)
+    if "size mismatch" in first and "embed_tokens" in first and not different:
         remedy = "give the data, and so the dictionary, that it was trained with"
     return OptionError("checkpoint", filename, f"does not fit the model: {first}{more}; {remedy}")

@@ -467,14 +467,7 @@ class MoETrainer(Trainer):
         state.write(filename)
         return os.path.abspath(filename)
 
-    def load_checkpoint(
-        self,
-        filename: str,
-        reset_optimizer: bool = False,
-        reset_lr_scheduler: bool = False,
-        optimizer_overrides: dict[str, Any] | None = None,
-        reset_meters: bool = False,
-    ) -> dict[str, Any] | None:
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """Resume from a checkpoint of any parallelism, called on all ranks.
 
         Returns:
@@ -482,6 +475,27 @@ class MoETrainer(Trainer):
         Raises:
             OptionError: the checkpoint cannot be read or does not fit the run.
         """
+        try:
+            return self._load_checkpoint(filename, *args, **kwargs)
+        except OptionError as error:
+            option, value, remedy = error.arguments
+            given = self.cfg.checkpoint
+            if option != "checkpoint":
+                raise
+            if filename == given.finetune_from_model:
+                option = "finetune_from_model"
+            elif given.restore_file != "checkpoint_last.pt":
+                option = "restore_file"
+            raise OptionError(option, value, remedy) from error
+
+    def _load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: dict[str, Any] | None = None,
+        reset_meters: bool = False,
+    ) -> dict[str, Any] | None:
         checkpoint = self.cfg.checkpoint
         if self.data_parallel_rank == 0 and not checkpoint.no_save:
             checkpoint_files.remove_leftovers(checkpoint.save_dir)
@@ -608,7 +622,8 @@ class MoETrainer(Trainer):
         except OptionError:
             raise
         except Exception as error:
-            raise misfit(path, error) from error
+            saved = (state.get("cfg") or {}).get("model") or {}
+            raise misfit(path, error, saved, self.cfg.model) from error
         if self.is_fsdp or not (self.cfg.common.fp16 or self.cfg.common.bf16):
             return {}
         return {  # by the names of today, which loading gave to those of an earlier fairseq
