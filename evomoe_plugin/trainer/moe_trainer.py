@@ -544,7 +544,7 @@ class MoETrainer(Trainer):
         """Have fairseq's main not train where the run has ended already: it would look only after
         one more update, and write that."""
         limits, updates = self.cfg.optimization, self.get_num_updates()
-        hours = self.cumulative_training_time() / 3600
+        hours = self._previous_training_time / 3600  # the same on all ranks
         if 0 < limits.max_update <= updates:
             reason = f"--max-update {limits.max_update}"
         elif 0 < limits.stop_time_hours < hours:
