@@ -25,7 +25,7 @@ class FakeModel(torch.nn.Module):
         self.coefficients = {"balance": coefficient}
         self.forward_flops = ForwardFlops(per_token=1_000_000, per_pair=500_000)
 
-    def forward(self):
+    def forward(self, src_tokens):
         stats = {
             "tokens": torch.tensor([3.0, 3.0]),
             "pairs": self.pairs,
@@ -48,7 +48,11 @@ class FakeModel(torch.nn.Module):
         return sample["target"]
 
 
-SAMPLE = {"net_input": {}, "target": torch.tensor([[3, 4, 5, PAD]]), "ntokens": 3}
+SAMPLE = {
+    "net_input": {"src_tokens": torch.tensor([[2, 3, 4, PAD]])},
+    "target": torch.tensor([[3, 4, 5, PAD]]),
+    "ntokens": 3,
+}
 TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
 
 
