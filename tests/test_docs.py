@@ -92,3 +92,17 @@ def test_links_named_files_and_named_tests_exist(page):
         linked = page.parent / target if target else page
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+def test_what_the_commands_of_the_documentation_write_is_ignored():
+    written = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.sh")):
+        for found in re.finditer(
+            r"(?:--out |--save-dir |tee |--local-dir |evomoe (?:upcycle|export|import-hf) \S+ )"
+            r"\"?(?:\$\{\w+:-)?([a-z][\w.-]*)",
+            page.read_text(),
+        ):
+            written.add(found[1])
+    assert {"data-bin", "checkpoints", "moe.pt", "exported", "imported", "train.log"} <= written
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert [name for name in written if not {f"/{name}", f"/{name}/"} & {*ignored}] == []

@@ -68,18 +68,19 @@ class MainFile:
         return state
 
 
-def read_main_file(option: str, path: str) -> MainFile:
+def read_main_file(option: str, path: str, tensors: bool = True) -> MainFile:
     """Read a checkpoint of ours; FSDP shards are consolidated.
 
     Args:
         option: what the user named the file with, for messages.
+        tensors: whether values of tensors are used; else their checksums are not verified.
     Raises:
-        OptionError: no such file, cut short, or not one of a run.
+        OptionError: no such file, cut short, altered, or not one of a run.
     """
 
     def load(file: str) -> dict[str, Any]:
         with open(file, "rb") as opened:
-            return load_file(opened, map_location="cpu", mapped=True)
+            return load_file(opened, map_location="cpu", mapped=True, tensors=tensors)
 
     try:
         file = existing_file(option, path)

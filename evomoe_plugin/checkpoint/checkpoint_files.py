@@ -99,5 +99,6 @@ def remove_leftovers(folder: str) -> None:
             path = entry.path.removesuffix(expert_files.FOLDER) + ".pt"
             with contextlib.suppress(OSError, OptionError), open(path, "rb") as file:
                 # Memory-mapped, so that only the manifest is read.
-                manifest = manifest_of(load_file(file, map_location="cpu", mapped=True), path)
+                state = load_file(file, map_location="cpu", mapped=True, tensors=False)
+                manifest = manifest_of(state, path)
                 expert_files.keep_only(path, [manifest.tag] if manifest else [])

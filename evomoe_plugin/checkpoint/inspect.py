@@ -19,7 +19,8 @@ def summary(main: MainFile) -> list[tuple[str, str]]:
         of_experts = is_expert_parameter(name)
         if of_experts:
             experts[name.partition(".moe.experts.")[0].rpartition(".")[2]] = weight.shape[0]
-        if "float" in weight.dtype:
+        is_buffer = name.endswith((".version", "._float_tensor")) or weight.dtype == "float64"
+        if "float" in weight.dtype and not is_buffer:
             dtypes.add(weight.dtype)
             if not (tied and name.endswith("output_projection.weight")):
                 counts[of_experts] += math.prod(weight.shape)

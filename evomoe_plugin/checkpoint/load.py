@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, BinaryIO
 
@@ -24,15 +25,28 @@ from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
 
+# The attribute of a record that stands for a folder.
+_DIRECTORY = 0x10
 
-def load_file(file: BinaryIO, map_location: Any = None, mapped: bool = False) -> dict[str, Any]:
-    """`torch.load` of a checkpoint, of data only (`weights_only=True`).
+
+def load_file(
+    file: BinaryIO, map_location: Any = None, mapped: bool = False, tensors: bool = True
+) -> dict[str, Any]:
+    """`torch.load` of a checkpoint, of data only (`weights_only=True`), if its checksums are right.
 
     Args:
         mapped: memory-map the tensors, if the file's format allows it.
+        tensors: whether values of tensors are used; else only the checksum of the rest is verified.
     Raises:
         OptionError: naming the file, and what is wrong with it.
     """
+    damaged = damaged_part(file, tensors)
+    if damaged is not None:
+        raise OptionError(
+            "checkpoint",
+            file.name,
+            f"has been altered: the checksum of its part {damaged} is wrong; take an earlier one",
+        )
     try:
         with safe_globals(allowed_globals()):
             if mapped and zipfile.is_zipfile(file.name):
@@ -57,6 +71,41 @@ def load_file(file: BinaryIO, map_location: Any = None, mapped: bool = False) ->
             "is a file of torch, but no checkpoint of fairseq (it has no 'model')",
         )
     return state
+
+
+def damaged_part(file: BinaryIO, tensors: bool = True) -> str | None:
+    """The first record of a file of torch whose CRC-32 is not the one that was written; None if
+    there is none.
+
+    torch writes checksums, but does not read them. Files of torch before 1.6 have none.
+
+    Args:
+        file: open at its start, as it is left.
+        tensors: verify the records of tensors too, which reads the whole file.
+    """
+    part = "(its directory)"
+    try:
+        if not zipfile.is_zipfile(file):
+            return None
+        with zipfile.ZipFile(file) as records:
+            for record in records.infolist():
+                part = record.filename
+                # Else torch would read another number of bytes than zipfile, or none.
+                if (
+                    record.compress_type != zipfile.ZIP_STORED
+                    or record.file_size != record.compress_size
+                    or record.external_attr & _DIRECTORY
+                ):
+                    return part
+                if tensors or not part.rpartition("/")[0].endswith("/data"):
+                    with records.open(record) as content:
+                        while content.read(2**20):
+                            pass
+    except Exception:  # a flag or length that is wrong leads zipfile anywhere
+        return part
+    finally:
+        file.seek(0)
+    return None
 
 
 def _unpickling_reason(message: str) -> str:
@@ -129,12 +178,33 @@ def load_checkpoint_to_cpu(
     return state
 
 
-def misfit(filename: str, error: BaseException) -> OptionError:
-    """From torch's "Error(s) in loading state_dict", which has one line a fault."""
+# Options of a model that decide on the names and shapes of its weights.
+_SHAPE = re.compile(
+    r"_dim$|_layers$|_embed$|_output_dim|_heads$|_norm$|_pos$|_position|_embeddings$|_freq$|expert"
+    r"|moe_(gate|scorer|shared|null|hash)|^share_|max_target_positions"
+)
+
+
+def misfit(
+    filename: str, error: BaseException, saved: Mapping[str, Any] = {}, own: Any = None
+) -> OptionError:
+    """From torch's "Error(s) in loading state_dict", which has one line a fault.
+
+    Args:
+        saved: the options of the checkpoint's model.
+        own: those of the run's.
+    """
     faults = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     first = (faults or [str(error)])[0][:300]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     remedy = "give the architecture and options it was trained with"
-    if "size mismatch" in first and "embed_tokens" in first:
+    different = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in saved.items()
+        if _SHAPE.search(name) and name in own and own[name] != value
+    ]
+    if different:
+        remedy += ": " + ", ".join(different)
+    if "size mismatch" in first and "embed_tokens" in first and not different:
         remedy = "give the data, and so the dictionary, that it was trained with"
     return OptionError("checkpoint", filename, f"does not fit the model: {first}{more}; {remedy}")

@@ -77,6 +77,20 @@ def _other_world_size(count: int, trainer: Any) -> OptionError:
     )
 
 
+def check_all_have_shards(trainer: Any, filename: str, exists: bool) -> None:
+    """Raise `OptionError` on all ranks if some have a file of their own, and others have none."""
+    found = [exists] * trainer.data_parallel_world_size
+    dist.all_gather_object(found, exists, group=trainer.data_parallel_process_group)
+    if len(set(found)) > 1:
+        missing = fsdp_shards.shard_path(filename, found.index(False))
+        raise OptionError(
+            "checkpoint",
+            fsdp_shards.SHARD.sub(".pt", filename),
+            f"shard {found.index(False)} of {len(found)} is missing: {missing}; take another "
+            "checkpoint with --restore-file",
+        )
+
+
 def check_same_update(trainer: Any, filename: str, num_updates: int) -> None:
     """Raise `OptionError` if the ranks' shards, left by a killed run, are of different updates."""
     updates = [num_updates] * trainer.data_parallel_world_size

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "reshard" and args.size < 1:
         raise OptionError("size", args.size, "give 1 or more")
     try:
-        main = read_main_file("CKPT", args.checkpoint)
+        main = read_main_file("CKPT", args.checkpoint, tensors=args.action != "inspect")
     except OptionError as error:
         if args.action != "verify" or not os.path.exists(args.checkpoint):
             raise

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 FAILED = 1
@@ -35,6 +36,19 @@ class RunFailed(RuntimeError):
 def exit_status(error: BaseException) -> int | None:
     """The exit status of an error whose message suffices for the user, else None."""
     return getattr(error, "exit_status", None)
+
+
+def install_excepthook() -> None:
+    """Print `OptionError` and `RunFailed` in one line in programs that do not catch them."""
+    before = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, (OptionError, RunFailed)):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = show
 
 
 @contextlib.contextmanager

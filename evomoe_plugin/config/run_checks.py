@@ -65,10 +65,14 @@ def validate_run(cfg: Any) -> None:
     if any(f.name not in model for f in fields(MoEOptions)):
         return
     validate(model)
-    if cfg.criterion is not None and cfg.criterion._name == "cross_entropy":
+    criterion = getattr(cfg.criterion, "_name", None)
+    if criterion not in (None, "moe_cross_entropy") and not hasattr(
+        cfg.criterion, "moe_gate_loss_wt"
+    ):
         logger.warning(
-            "--criterion cross_entropy: gate losses are not added and routing is not "
-            "logged; --criterion moe_cross_entropy does both"
+            "--criterion %s: gate losses are not added and routing is not logged; "
+            "--criterion moe_cross_entropy does both",
+            criterion,
         )
     weight = getattr(cfg.criterion, "moe_gate_loss_wt", None)
     if weight is not None:
@@ -202,8 +206,10 @@ def _check_data(cfg: Any) -> None:
     task = cfg.task
     if task is None or getattr(task, "_name", None) != "language_modeling":
         return
-    folder = Path(str(task.data).split(os.pathsep)[0])
     remedy = "give a folder made by `evomoe prepare` or fairseq-preprocess"
+    if task.data is None:
+        raise OptionError("DATA", "is missing", f"{remedy}; with Hydra, task.data=FOLDER")
+    folder = Path(str(task.data).split(os.pathsep)[0])
     if not folder.is_dir():
         raise OptionError("DATA", task.data, f"no such folder; {remedy}")
     if not (folder / "dict.txt").is_file():
@@ -290,6 +296,10 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
             "not_fsdp_flatten_parameters",
             "with one file for all ranks",
             "add --use-sharded-state, or --no-save-optimizer-state",
+        )
+    if cfg.ema is not None and cfg.ema.store_ema:
+        raise OptionError(
+            "store_ema", combined, "it averages whole models: leave it out, or give legacy_ddp"
         )
     if cfg.optimization.use_bmuf:
         raise OptionError("use_bmuf", combined, "leave it out")

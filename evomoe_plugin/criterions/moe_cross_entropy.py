@@ -5,6 +5,7 @@
 import functools
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _STATS = "moe_stats_"
 _AUX = "moe_aux_"
+_AUX_TOKENS = "moe_tokens_of_aux"
 
 
 @dataclass
@@ -48,6 +50,11 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
 class MoECrossEntropyCriterion(CrossEntropyCriterion):
     """loss = cross-entropy + weight * sample size * sum of coefficient * combined auxiliary loss.
+
+    An auxiliary loss is a mean over the tokens of a micro-batch. Where a micro-batch's sample size
+    is not its number of tokens (prompts that are no targets, token weights, --sentence-avg), the
+    means are weighed by tokens, with the ratio of both in the whole update: the loss of an update
+    does not depend on how it is divided into micro-batches and ranks.
 
     In evaluation the auxiliary losses are logged but not added. Perplexity is always that of the
     cross-entropy.
@@ -81,8 +88,34 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             )
         self.vocab_chunk = moe_vocab_chunk
         self.stability_tokens = moe_stability_tokens
+        self._counts_tokens = sentence_avg or getattr(task, "has_context", False)
+        self._size_per_token = 1.0  # in the current update
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine_method = moe_gate_loss_combine_method
+
+    def begin_update(
+        self, samples: Sequence[dict[str, Any]], total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Called with the micro-batches of an update, on every rank, before they are trained on.
+
+        Args:
+            total: the sum of a tensor over all ranks.
+        """
+        if not self._counts_tokens or self.gate_loss_weight == 0:
+            return
+        sizes = [(self._sample_size(s), float(self._num_tokens(s))) for s in samples if s]
+        rank = torch.tensor(sizes, dtype=torch.float64).reshape(-1, 2).sum(0)
+        size, tokens = total(rank).tolist()
+        self._size_per_token = size / tokens if tokens else 1.0
+
+    def _sample_size(self, sample: dict[str, Any]) -> int:
+        return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+
+    def _num_tokens(self, sample: dict[str, Any]) -> Tensor:
+        """The sum of the weights that the gates' means are taken with."""
+        keep = sample["net_input"]["src_tokens"] != self.padding_idx
+        weights = sample["net_input"].get("token_weights")
+        return keep.sum() if weights is None else (weights * keep).sum()
 
     def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss of one batch.
@@ -93,7 +126,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             model for it, which the trainer takes out before.
         """
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        sample_size = self._sample_size(sample)
+        tokens = self._num_tokens(sample) if self._counts_tokens else sample_size
         logging_output = {
             "inner_loss": inner_loss.detach(),
             "ntokens": sample["ntokens"],
@@ -105,8 +139,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             combined = aux_L.mean() if self.combine_method == "average" else aux_L.sum()
             weight = self.gate_loss_weight * extra["moe_aux_coefficients"][name]
             if self.training and weight > 0:
-                loss = loss + weight * sample_size * combined.to(loss.dtype)
-            logging_output[_AUX + name] = combined.detach() * sample_size
+                loss = loss + weight * self._size_per_token * tokens * combined.to(loss.dtype)
+            logging_output[_AUX + name] = combined.detach() * tokens
+            logging_output[_AUX_TOKENS] = tokens
         logging_output["loss"] = loss.detach()
         if "moe_stats" in extra:
             logging_output.update({_STATS + k: v for k, v in extra["moe_stats"].items()})
@@ -151,7 +186,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         for key in sorted(keys):
             if key.startswith(_AUX):
                 name = "gate_loss_" + key[len(_AUX) :]
-                metrics.log_scalar(name, total(key) / sample_size, sample_size, round=4)
+                tokens = total(_AUX_TOKENS)
+                metrics.log_scalar(name, total(key) / tokens, tokens, round=4)
         stats = {key[len(_STATS) :]: total(key) for key in sorted(keys) if key.startswith(_STATS)}
         if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
             return

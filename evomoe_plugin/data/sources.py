@@ -138,13 +138,18 @@ def _wanted(path: Path, exclude: tuple[str, ...]) -> bool:
     )
 
 
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".lz4"}
+_NO_TEXT = _COMPRESSED | {".bin", ".idx", ".pt", ".npy", ".safetensors", ".pdf", ".docx"}
+
+
 def _unknown(found: list[str], suffixes: Iterable[str]) -> str:
     known, counts = ", ".join(sorted(suffixes)), Counter(found)
     if not found:
         return f"contains no files; supported are {known}"
     common = counts.most_common(5)
     listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in common)
-    remedy = next(
-        (f"; --text-suffix {suffix} reads them as plain text" for suffix, _ in common if suffix), ""
-    )
+    text = (suffix for suffix, _ in common if suffix and suffix not in _NO_TEXT)
+    remedy = next((f"; --text-suffix {suffix} reads them as plain text" for suffix in text), "")
+    if any(suffix in _COMPRESSED for suffix, _ in common):
+        remedy = "; unpack compressed files first"
     return f"contains {listed}; supported are {known}{remedy}"

@@ -22,7 +22,7 @@ class EvoMoEConfig(PretrainedConfig):
     """Sizes; `routing` configures the gates."""
 
     model_type = "evomoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # a list: Trainer adds to it
 
     vocab_size = hidden_size = input_dim = output_dim = intermediate_size = 8
     num_hidden_layers = num_attention_heads = 1
@@ -415,6 +415,12 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
+    def get_output_embeddings(self):
+        return self.output_projection
+
+    def set_output_embeddings(self, value):
+        self.output_projection = value
+
     def forward(
         self,
         input_ids,
@@ -424,46 +430,93 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """Logits [B, L, V] of the next tokens.
 
         Args:
             input_ids: [B, L], tokens not in the cache.
-            attention_mask: [B, M], 0 for padding, on either side.
+            attention_mask: [B, M], 0 for padding, on either side; or [B, 1, L, M], of pairs.
+            past_key_values: any cache of transformers.
             labels: [B, L], -100 is ignored.
             logits_to_keep: number of last positions to return; 0: all.
+            output_hidden_states: return the embedded input and each layer's output [B, L, D], the
+                last one after the final norm.
+            return_dict: False: a tuple of what is not None.
+            num_items_in_batch: number of labels of all batches of an update, by which the sum of
+                losses is divided, as Trainer asks for; None: their number in this batch.
+        Raises:
+            ValueError: more tokens than learned positions; attention weights are asked for.
         """
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("output_attentions: this model does not return attention weights")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        (B, L), past = input_ids.shape, 0
-        if past_key_values is not None:
-            past = past_key_values.get_seq_length()
-        device, M = input_ids.device, past + L
-        positions_M = torch.arange(M, device=device)
-        positions_L = positions_M[past:]
-        allowed = (positions_M <= positions_L.unsqueeze(1))[None, None]
-        if attention_mask is None:
-            keep_BM = torch.ones(B, M, dtype=torch.bool, device=device)
-        else:
-            keep_BM = attention_mask.bool()
-            # Padding attends to itself: a fully masked row would be NaN.
-            itself = (positions_M == positions_L.unsqueeze(1))[None, None]
-            allowed = allowed & (keep_BM[:, None, None, :] | itself)
-        if position_ids is None:
-            position_ids = (keep_BM.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        allowed, keep_BL, positions_BL = self._masks(input_ids, attention_mask, past_key_values)
 
-        x_BLD = self._embed(input_ids, position_ids)
+        x_BLD = self._embed(input_ids, positions_BL if position_ids is None else position_ids)
+        states = [x_BLD]
         for block in self.layers:
-            x_BLD = block(x_BLD, input_ids, keep_BM[:, past:], allowed, past_key_values)
+            x_BLD = block(x_BLD, input_ids, keep_BL, allowed, past_key_values)
+            states.append(x_BLD)
+        if output_hidden_states:
+            states[-1] = self.layer_norm(x_BLD)
         x_BLD = self.project_out_dim(self.layer_norm(x_BLD[:, -logits_to_keep:]))
         logits = F.linear(x_BLD, (self.output_projection or self.embed_tokens).weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+                logits[:, :-1].flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=-100,
+                reduction="mean" if num_items_in_batch is None else "sum",
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+        wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
+        return output.to_tuple() if wants_tuple else output
+
+    def _masks(self, ids_BL, attention_mask, cache):
+        """Which pairs may attend [B or 1, 1, L, M]; which new tokens are no padding [B, L]; and
+        their positions [B, L].
+
+        M are all keys: of a static cache, the empty ones after the last token too.
+        """
+        (B, L), past, M = ids_BL.shape, 0, ids_BL.size(1)
+        if cache is not None:
+            past, M = int(cache.get_seq_length()), int(cache.get_mask_sizes(L, 0)[0])
+        keys_M = torch.arange(M, device=ids_BL.device)
+        queries_L1 = keys_M[past : past + L].unsqueeze(1)
+        causal, itself = (keys_M <= queries_L1)[None, None], (keys_M == queries_L1)[None, None]
+        keep_BM = keys_M.lt(past + L).expand(B, M)
+        if attention_mask is None:
+            allowed = causal
+        elif attention_mask.dim() == 4:
+            pairs = attention_mask
+            pairs = pairs if pairs.dtype == torch.bool else pairs == 0  # added to logits
+            # Padding is what does not attend to itself; it does here, as a fully masked row is NaN.
+            own_BL = pairs[:, 0, :, past : past + L].diagonal(dim1=1, dim2=2)
+            seen_BM = pairs[:, 0, -1].expand(B, M)
+            keep_BM = torch.cat([seen_BM[:, :past], own_BL.expand(B, L), seen_BM[:, past + L :]], 1)
+            allowed = (pairs & causal) | itself
+        else:
+            given_BM = attention_mask.bool()
+            keep_BM = F.pad(given_BM, (0, M - given_BM.size(1)))
+            allowed = causal & (keep_BM[:, None, None, :] | itself)
+        positions_BM = (keep_BM.long().cumsum(1) - 1).clamp(min=0)
+        return allowed, keep_BM[:, past : past + L], positions_BM[:, past : past + L]
 
     def _embed(self, ids_BL, positions_BL):
         D = self.config.hidden_size

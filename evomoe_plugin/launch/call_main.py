@@ -20,7 +20,7 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
 from evomoe_plugin.checkpoint import async_writer
-from evomoe_plugin.config.errors import OptionError, one_line_errors
+from evomoe_plugin.config.errors import OptionError, install_excepthook, one_line_errors
 from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
@@ -147,5 +147,7 @@ def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> No
 
 @functools.cache
 def install() -> None:
-    """Replace `call_main` for all of fairseq's commands."""
+    """Replace `call_main` for all of fairseq's commands; those that do not call it have one-line
+    errors too."""
+    install_excepthook()
     wrap(distributed_utils, "call_main", _call_main)

@@ -28,6 +28,9 @@ def _parse_args_and_arch(
     parsed = upstream(parser, input_args, *args, **kwargs)
     # Upstream returns (known, rest) when it was asked to leave unknown arguments.
     namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    evaluates = hasattr(namespace, "model_overrides")
+    if evaluates and (given.bf16 or given.memory_efficient_bf16):
+        parser.error("--bf16: fairseq evaluates in fp32, or with --fp16: leave it out")
     if hasattr(namespace, "tpu"):
         namespace.tpu = given.tpu
     return parsed
@@ -35,8 +38,10 @@ def _parse_args_and_arch(
 
 PATCH = Patch(
     name="bf16-flag",
-    broken="--bf16 ends in ModuleNotFoundError: torch_xla; through Hydra it works",
-    upstream="fairseq/options.py: parse_args_and_arch sets tpu wherever bf16 is set",
+    broken="--bf16 ends in ModuleNotFoundError: torch_xla; through Hydra it works; commands that "
+    "evaluate ignore it",
+    upstream="fairseq/options.py: parse_args_and_arch sets tpu wherever bf16 is set; "
+    "fairseq_cli/eval_lm.py and others look at fp16 alone",
     remove_when="fairseq leaves --tpu to the user",
     needed=always("--bf16 is not --tpu"),
     apply=wrapping(options, parse_args_and_arch=_parse_args_and_arch),

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
-from torch.serialization import safe_globals
 
-from evomoe_plugin.checkpoint.load import load_checkpoint_to_cpu, misfit
-from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
+from evomoe_plugin.checkpoint.load import load_checkpoint_to_cpu, load_file, misfit
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.patches.patch import Patch, always, wrap
 
@@ -39,9 +37,25 @@ def _load_models(upstream: Callable, filenames: list[str], *args: Any, **kwargs:
         raise
 
 
-def _load_ema(upstream: Callable, path: str) -> Any:
-    with safe_globals(allowed_globals()):
-        return upstream(path)
+def _load_ema(path: str) -> dict[str, Any]:
+    """The state of a checkpoint, with its moving average of the weights as the model, in fp32."""
+    if not os.path.isfile(path):
+        raise OptionError("ema_seed_model", path, "there is no such file")
+    try:
+        with open(path, "rb") as file:
+            state = load_file(file, map_location="cpu")
+    except OptionError as error:
+        raise OptionError("ema_seed_model", path, error.arguments[2]) from error
+    average = state.get("extra_state", {}).get("ema")
+    if not average:
+        raise OptionError(
+            "ema_seed_model", path, "has no moving average: give a checkpoint of --store-ema"
+        )
+    state["model"] = {
+        name: value.float() if value.dtype == torch.half else value.clone()
+        for name, value in average.items()
+    }
+    return state
 
 
 def _check_folder(upstream: Callable, save_dir: str) -> None:
@@ -55,7 +69,7 @@ def apply() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     wrap(checkpoint_utils, "get_maybe_sharded_checkpoint_filename", _file_to_evaluate)
     wrap(checkpoint_utils, "load_model_ensemble_and_task", _load_models)
-    wrap(checkpoint_utils, "load_ema_from_checkpoint", _load_ema)
+    checkpoint_utils.load_ema_from_checkpoint = _load_ema
     wrap(checkpoint_utils, "verify_checkpoint_directory", _check_folder)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from fairseq.data import data_utils
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
@@ -16,6 +17,13 @@ def _batch_by_size(
 ) -> list:
     if not isinstance(indices, np.ndarray):
         indices = np.fromiter(indices, dtype=np.int64, count=-1)
+    if not len(indices):
+        raise OptionError(
+            "DATA",
+            "with these options",
+            "no sample is left: all are longer than the model's positions or --max-tokens; give a "
+            "larger --tokens-per-sample or --max-tokens, or another --sample-break-mode",
+        )
     batches = upstream(indices, *args, fixed_shapes=fixed_shapes, **kwargs)
     if fixed_shapes is not None:
         return batches
@@ -26,7 +34,8 @@ def _batch_by_size(
 PATCH = Patch(
     name="last-batch",
     broken="training, validation and fairseq-validate silently leave out the last batch, so that "
-    "perplexity depends on the batch size and differs from fairseq-eval-lm's",
+    "perplexity depends on the batch size and differs from fairseq-eval-lm's; where all samples "
+    "are too long, an IndexError",
     upstream="fairseq/data/data_utils.py: batch_by_size (fairseq issue 5036)",
     remove_when="fairseq keeps the last batch under --required-batch-size-multiple",
     needed=always("no sample is left out"),

@@ -6,6 +6,7 @@ before `--user-dir`, and nothing of ours could run earlier. Only the standard li
 imported here, not `evomoe_plugin`: fairseq wants to import that itself.
 """
 
+import logging
 import warnings
 
 # Beginning of the message, and the module that is blamed; as regular expressions.
@@ -22,6 +23,10 @@ IGNORED = (
 
 
 def ignore_warnings() -> None:
-    """Ignore these, unless `-W` or PYTHONWARNINGS says otherwise."""
+    """Ignore these, unless `-W` or PYTHONWARNINGS says otherwise.
+
+    And that a task of fairseq asks every command to install tensorboardX, when it is imported.
+    """
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     for message, module in IGNORED:
         warnings.filterwarnings("ignore", message, module=module, append=True)

@@ -75,6 +75,9 @@ class LanguageModelingSFTTask(LanguageModelingTask):
 
     Loss, perplexity and gradients are per target token: those of responses and the end-of-sentence
     after each.
+
+    Attributes:
+        has_context: whether batches have tokens that are no targets, or weights of tokens.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class LanguageModelingSFTTask(LanguageModelingTask):
     ):
         super().__init__(args, dictionary)
         self.encoder, self.templates, self.chat_template = encoder, templates, chat_template
+        self.has_context = not args.train_on_prompt or args.moe_aux_balance_weight != 1
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> "LanguageModelingSFTTask":
@@ -114,6 +118,8 @@ class LanguageModelingSFTTask(LanguageModelingTask):
             "give a folder with train.jsonl, valid.jsonl, and dict.txt and the tokenizer "
             "that the model was trained with"
         )
+        if args.data is None:
+            raise OptionError("DATA", "is missing", f"{remedy}; with Hydra, task.data=FOLDER")
         for path, fault in ((folder, "no such folder"), (folder / "dict.txt", "has no dict.txt")):
             if not path.exists():
                 raise OptionError("DATA", args.data, f"{fault}; {remedy}")

@@ -11,6 +11,7 @@ from fairseq.data import iterators
 from fairseq.trainer import Trainer
 
 from evomoe_plugin.checkpoint.save import save_checkpoint
+from evomoe_plugin.trainer import early_stopping
 from evomoe_plugin.trainer.data_wait import TimedGroupedIterator
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
@@ -31,3 +32,4 @@ def install_in(main: Callable[..., Any]) -> None:
 def _use_trainer(names: dict[str, Any]) -> None:
     if names.get("Trainer") is Trainer:
         names["Trainer"] = MoETrainer
+        names["should_stop_early"] = early_stopping.STATE.should_stop

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import utils
+from fairseq import checkpoint_utils, utils
 from fairseq.data.iterators import EpochBatchIterating, EpochBatchIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
@@ -30,10 +30,17 @@ from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
-from evomoe_plugin.trainer import data_wait, hooks, sharded_gradients
+from evomoe_plugin.trainer import data_wait, early_stopping, hooks, sharded_gradients
 from evomoe_plugin.trainer.routing_sample import RoutingSample
 
 logger = logging.getLogger(__name__)
+
+# What `extra_state` holds beside fairseq's: updates since the last step of the moving average
+# (--ema-update-freq), counters of the loss scaler, validations since the best.
+_EMA_COUNTER, _SCALER, _EARLY_STOPPING = "ema_update_freq_counter", "loss_scaler", "early_stopping"
+
+# Of fairseq's DynamicLossScaler.
+_COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
 
 
 @dataclass
@@ -57,6 +64,7 @@ class MoETrainer(Trainer):
 
     _amp_retries: int  # set by fairseq with --amp
     _routing_sample: RoutingSample | None = None  # of the validation in progress
+    _has_begun = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -79,6 +87,8 @@ class MoETrainer(Trainer):
         self.zero_grad()
         metrics.log_start_time("train_wall", priority=800, round=0)
 
+        if hasattr(self.get_criterion(), "begin_update"):
+            self.get_criterion().begin_update(samples, self._sum_of_ranks)
         done = self._forward_backward(samples, raise_oom or self._shards_experts)
         if done is None:
             return None
@@ -126,6 +136,12 @@ class MoETrainer(Trainer):
         self._log_loss_scale()
         metrics.log_stop_time("train_wall")
         return logged
+
+    def _sum_of_ranks(self, value: Tensor) -> Tensor:
+        if self.data_parallel_world_size == 1:
+            return value
+        group = self.data_parallel_process_group
+        return distributed_utils.all_reduce(value.to(self.device), group=group)
 
     def _forward_backward(self, samples: Sequence[Any], raise_oom: bool) -> _Accumulated | None:
         """Accumulate gradients; None where the only rank of the run was out of memory."""
@@ -373,6 +389,37 @@ class MoETrainer(Trainer):
         sample.begin(num_layers, steps, self.device)
         return sample
 
+    def begin_epoch(self, epoch: int) -> None:
+        """As fairseq's; before the first, check the name that validation must log."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._check_best_metric()
+        super().begin_epoch(epoch)
+
+    def _check_best_metric(self) -> None:
+        """Validate one batch, to have the names of what is logged.
+
+        Raises:
+            OptionError: `--best-checkpoint-metric` is not among them.
+        """
+        metric = self.cfg.checkpoint.best_checkpoint_metric
+        if metric == "loss" or self.cfg.dataset.disable_validation:
+            return
+        if hasattr(self.task, "post_validate"):  # which may add names
+            return
+        subset = self.cfg.dataset.valid_subset.split(",")[0]
+        batches = self.get_valid_iterator(subset).next_epoch_itr(
+            shuffle=False, set_dataset_epoch=False
+        )
+        self._routing_sample = None  # this is no validation to compare with
+        with metrics.aggregate(new_root=True) as logged:
+            self.valid_step(next(batches))
+        names = [name for name in logged.get_smoothed_values() if not name.startswith("_")]
+        if metric not in names:
+            raise OptionError(
+                "best_checkpoint_metric", metric, f"validation logs {', '.join(names)}: give one"
+            )
+
     @metrics.aggregate("valid")
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
         """Evaluate a batch.
@@ -432,6 +479,11 @@ class MoETrainer(Trainer):
     def _shards_experts(self) -> bool:
         return getattr(self.cfg.model, "moe_expert_parallel_size", 1) > 1
 
+    @property
+    def _scaler(self) -> Any:
+        """The loss scaler of --fp16 or --amp; else None."""
+        return getattr(self.optimizer, "scaler", None)
+
     def set_num_updates(self, num_updates: int) -> None:
         """Set the number of completed updates, of the model too: its schedules follow it."""
         super().set_num_updates(num_updates)
@@ -472,6 +524,13 @@ class MoETrainer(Trainer):
             model[name] = masters.get(value.data_ptr(), value)
         if "last_optimizer_state" in state and not self.is_fsdp:
             state[PARAMETER_NAMES] = list(model_layout(self).names)
+        extra_state = state["extra_state"]
+        if self.cfg.ema.store_ema:
+            extra_state[_EMA_COUNTER] = self.ema.update_freq_counter
+        if self._scaler is not None:
+            extra_state[_SCALER] = _scaler_state(self._scaler)
+        if self.cfg.checkpoint.patience > 0:
+            extra_state[_EARLY_STOPPING] = early_stopping.STATE.state_dict()
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Mapping[str, Any]) -> str | None:
@@ -493,14 +552,7 @@ class MoETrainer(Trainer):
         state.write(filename)
         return os.path.abspath(filename)
 
-    def load_checkpoint(
-        self,
-        filename: str,
-        reset_optimizer: bool = False,
-        reset_lr_scheduler: bool = False,
-        optimizer_overrides: dict[str, Any] | None = None,
-        reset_meters: bool = False,
-    ) -> dict[str, Any] | None:
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """Resume from a checkpoint of any parallelism, called on all ranks.
 
         Returns:
@@ -508,11 +560,35 @@ class MoETrainer(Trainer):
         Raises:
             OptionError: the checkpoint cannot be read or does not fit the run.
         """
+        try:
+            return self._load_checkpoint(filename, *args, **kwargs)
+        except OptionError as error:
+            option, value, remedy = error.arguments
+            given = self.cfg.checkpoint
+            if option != "checkpoint":
+                raise
+            if filename == given.finetune_from_model:
+                option = "finetune_from_model"
+            elif given.restore_file != "checkpoint_last.pt":
+                option = "restore_file"
+            raise OptionError(option, value, remedy) from error
+
+    def _load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: dict[str, Any] | None = None,
+        reset_meters: bool = False,
+    ) -> dict[str, Any] | None:
         checkpoint = self.cfg.checkpoint
         if self.data_parallel_rank == 0 and not checkpoint.no_save:
             checkpoint_files.remove_leftovers(checkpoint.save_dir)
         self._optim_history = []
         logger.info("Preparing to load checkpoint %s", filename)
+        # Of an earlier run in this process, as of a Hydra sweep.
+        early_stopping.STATE.restore({})
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
         path = resume.file_to_read(self, filename)
         state = self._read_checkpoint(path, reset_optimizer)
         if state is None:
@@ -532,6 +608,11 @@ class MoETrainer(Trainer):
                 if name in exact:
                     master.copy_(exact[name])
         extra_state = state["extra_state"]
+        if not reset_optimizer:
+            if self._scaler is not None:
+                _restore_scaler(self._scaler, extra_state.get(_SCALER, {}))
+            if not reset_meters:  # as fairseq does with the best score
+                early_stopping.STATE.restore(extra_state.get(_EARLY_STOPPING, {}))
         self._load_progress(extra_state, reset_meters)
         self._set_model_updates()  # 0 with --reset-optimizer
         self._check_same_on_all_ranks(path, filename)
@@ -541,7 +622,29 @@ class MoETrainer(Trainer):
             extra_state["train_iterator"]["epoch"],
             self.get_num_updates(),
         )
+        self._end_if_done()
         return extra_state
+
+    def _end_if_done(self) -> None:
+        """Have fairseq's main not train where the run has ended already: it would look only after
+        one more update, and write that."""
+        limits, updates = self.cfg.optimization, self.get_num_updates()
+        hours = self._previous_training_time / 3600  # the same on all ranks
+        if 0 < limits.max_update <= updates:
+            reason = f"--max-update {limits.max_update}"
+        elif 0 < limits.stop_time_hours < hours:
+            reason = f"--stop-time-hours {limits.stop_time_hours}"
+        elif early_stopping.STATE.is_over(self.cfg.checkpoint):
+            reason = f"--patience {self.cfg.checkpoint.patience}"
+        else:
+            return
+        logger.info(
+            "nothing to train: the checkpoint, of update %d and %.2f hours, has reached %s",
+            updates,
+            hours,
+            reason,
+        )
+        limits.max_epoch = -1  # main reads it after loading; 0 would be no limit
 
     def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
         """This rank's state, fitted to the run; None where there is no file.
@@ -552,6 +655,8 @@ class MoETrainer(Trainer):
         exists = PathManager.isfile(path)
         if is_sharded:
             check_all_ranks_see(path, exists)
+        elif resume.reads_own_shard(self):
+            resume.check_all_have_shards(self, path, exists)
         if not exists:
             return None
         on_all_ranks = (
@@ -602,7 +707,8 @@ class MoETrainer(Trainer):
         except OptionError:
             raise
         except Exception as error:
-            raise misfit(path, error) from error
+            saved = (state.get("cfg") or {}).get("model") or {}
+            raise misfit(path, error, saved, self.cfg.model) from error
         if self.is_fsdp or not (self.cfg.common.fp16 or self.cfg.common.bf16):
             return {}
         return {  # by the names of today, which loading gave to those of an earlier fairseq
@@ -659,6 +765,7 @@ class MoETrainer(Trainer):
             self.ema.restore(self.get_model().state_dict(), build_fp32_params=self.cfg.ema.ema_fp32)
             return
         self.ema.restore(extra_state["ema"], build_fp32_params=False)
+        self.ema.update_freq_counter = extra_state.get(_EMA_COUNTER, 0)
         if self.cfg.ema.ema_fp32:
             self.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
 
@@ -669,3 +776,19 @@ class MoETrainer(Trainer):
             resume.check_same_update(self, filename, updates)
         elif sharded_layers(self.get_model()):
             check_all_ranks_see(path, updates)
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """What the optimizer's state lacks: fairseq saves the scale alone, and no torch scaler."""
+    if hasattr(scaler, "state_dict"):
+        return scaler.state_dict()
+    return {name: value for name, value in vars(scaler).items() if name in _COUNTERS}
+
+
+def _restore_scaler(scaler: Any, state: dict[str, Any]) -> None:
+    if not state or ("scale" in state) != hasattr(scaler, "state_dict"):
+        return  # of an earlier version, or of another precision
+    if hasattr(scaler, "state_dict"):
+        scaler.load_state_dict(state)
+    else:
+        vars(scaler).update(state)

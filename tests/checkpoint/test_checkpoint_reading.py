@@ -14,7 +14,9 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
+from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
 from evomoe_plugin.checkpoint.load import _local_path, load_file
+from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 
 
@@ -171,3 +173,63 @@ def test_ranks_may_remove_a_stale_copy_of_a_remote_file_at_once(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "remove", remove)
         assert _local_path("remote://last.pt", load_on_all_ranks=False) == str(copy)
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        checkpoint_utils.load_checkpoint_to_cpu,
+        checkpoint_utils.load_ema_from_checkpoint,
+        lambda path: read_checkpoint("DENSE", path),
+        lambda path: read_main_file("CKPT", path),
+    ],
+)
+def test_every_reader_refuses_a_flipped_bit_of_a_tensor(tmp_path, read):
+    path = tmp_path / "c.pt"
+    tensor = torch.arange(1000.0)
+    torch.save(state(model={"w": tensor}, extra_state={"ema": {"w": tensor}}), path)
+    read(str(path))
+    flip(path, 8 * path.read_bytes().index(tensor.numpy().tobytes()) + 4321)
+    with pytest.raises(OptionError, match=r"c\.pt: has been altered: .* part \S+data/0 is wrong"):
+        read(str(path))
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
+    """In the directory too, where other bits tell torch than zipfile how to read a record."""
+    path, draw, refused = tmp_path / "c.pt", random.Random(1), 0
+    torch.save(state(model={"w": torch.arange(7.0), "n": torch.arange(3)}), path)
+    good = path.read_bytes()
+    with open(path, "rb") as file:
+        wanted = repr(load_file(file))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    used = [at for at, byte in enumerate(good[:start]) if byte != ord("Z")]  # no padding
+    bits = [8 * draw.choice(used) + draw.randrange(8) for _ in range(200)]
+    for bit in [*bits, *range(8 * start, 8 * len(good), 3)]:
+        path.write_bytes(good)
+        flip(path, bit)
+        try:
+            with open(path, "rb") as file:
+                assert repr(load_file(file)) == wanted, bit
+        except OptionError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 200
+
+
+def test_what_is_no_moving_average_is_named(tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save(state(), path)
+    with pytest.raises(OptionError, match=r"^--ema-seed-model .*has no moving average"):
+        checkpoint_utils.load_ema_from_checkpoint(str(path))
+    path.write_text("text")
+    with pytest.raises(OptionError, match=r"^--ema-seed-model .*cannot be read"):
+        checkpoint_utils.load_ema_from_checkpoint(str(path))
+    with pytest.raises(OptionError, match=r"^--ema-seed-model .*no such file"):
+        checkpoint_utils.load_ema_from_checkpoint(str(tmp_path / "none.pt"))

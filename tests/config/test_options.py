@@ -144,6 +144,19 @@ def test_unbalanced_annealing_is_warned_of(moe_options, data, caplog, given, wei
     assert [text[: len(wanted[0])] for text in caplog.messages] == wanted * warned
 
 
-def test_plain_cross_entropy_is_pointed_out(moe_options, data, caplog):
-    validate_run(run_config(moe_options, data, criterion={"_name": "cross_entropy"}))
-    assert "gate losses are not added" in caplog.text
+@pytest.mark.parametrize("name", ["cross_entropy", "label_smoothed_cross_entropy", "of_ones_own"])
+def test_a_criterion_without_gate_losses_is_pointed_out(moe_options, data, caplog, name):
+    validate_run(run_config(moe_options, data, criterion={"_name": name}))
+    assert f"--criterion {name}: gate losses are not added" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{"_name": "moe_cross_entropy"}, {"moe_gate_loss_wt": 0.1}])
+def test_a_criterion_with_them_is_not(moe_options, data, caplog, given):
+    validate_run(run_config(moe_options, data, criterion={"_name": "of_ones_own", **given}))
+    assert "gate losses" not in caplog.text
+
+
+def test_missing_data_is_said_to_be_missing(moe_options):
+    with pytest.raises(OptionError, match=r"^DATA is missing: .*task\.data=FOLDER"):
+        task = {"_name": "language_modeling", "data": None}
+        validate_run(run_config(moe_options, None, task=task))

@@ -66,6 +66,10 @@ BAD = [
         "--use-sharded-state with --moe-expert-parallel-size: leave it out: --moe-ep-checkpoint",
     ),
     ({"ema.store_ema": True}, "--store-ema with --moe-expert-parallel-size: it does not include"),
+    (
+        {"distributed_training.ddp_backend": "fully_sharded", "ema.store_ema": True},
+        "--store-ema with --ddp-backend fully_sharded: it averages whole models",
+    ),
     ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
     (
         {"optimizer._name": "adafactor"},

@@ -25,7 +25,7 @@ class FakeModel(torch.nn.Module):
         self.coefficients = {"balance": coefficient}
         self.forward_flops = ForwardFlops(per_token=1_000_000, per_pair=500_000)
 
-    def forward(self):
+    def forward(self, src_tokens):
         stats = {
             "tokens": torch.tensor([3.0, 3.0]),
             "pairs": self.pairs,
@@ -48,7 +48,11 @@ class FakeModel(torch.nn.Module):
         return sample["target"]
 
 
-SAMPLE = {"net_input": {}, "target": torch.tensor([[3, 4, 5, PAD]]), "ntokens": 3}
+SAMPLE = {
+    "net_input": {"src_tokens": torch.tensor([[2, 3, 4, PAD]])},
+    "target": torch.tensor([[3, 4, 5, PAD]]),
+    "ntokens": 3,
+}
 TASK = types.SimpleNamespace(target_dictionary=types.SimpleNamespace(pad=lambda: PAD))
 
 
@@ -151,3 +155,67 @@ def test_other_models_are_told_of_once(caplog):
         for _ in range(2):
             make()(FakeModel(), SAMPLE)
     assert len(caplog.records) == 1 and "not an evomoe_plugin model" in caplog.text
+
+
+class MeanOfTokens(FakeModel):
+    """An auxiliary loss that is a mean over tokens: of a parameter for each token id."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits_V = torch.nn.Parameter(torch.randn(7, 7))
+        self.aux_V = torch.nn.Parameter(torch.randn(7))
+
+    def forward(self, src_tokens, token_weights=None):
+        weights = (src_tokens != PAD).float()
+        if token_weights is not None:
+            weights = weights * token_weights
+        mean = (weights * self.aux_V[src_tokens]).sum() / weights.sum()
+        return self.logits_V[src_tokens], {
+            "moe_aux": {"balance": mean.expand(2)},
+            "moe_aux_coefficients": {"balance": 1.0},
+        }
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_division_into_micro_batches_changes_no_gradient(sentence_avg, weighted):
+    """Rows with 1, 3 and 2 targets, of 5, 4 and 2 tokens; also with ranks that have none."""
+    source = torch.tensor([[2, 3, 4, 5, 6], [2, 6, 5, 4, PAD], [2, 3, PAD, PAD, PAD]])
+    target = source.roll(-1, 1)
+    target[0, :-2] = target[:, -1] = PAD
+    target[1, 3] = target[2, 1] = 2
+    weights_T = torch.rand(3, 5) if weighted else None
+
+    def batch(rows):
+        net_input = {"src_tokens": source[rows]}
+        if weights_T is not None:
+            net_input["token_weights"] = weights_T[rows]
+        ntokens = int((target[rows] != PAD).sum())
+        return {"net_input": net_input, "target": target[rows], "ntokens": ntokens}
+
+    task = types.SimpleNamespace(**vars(TASK), has_context=True)
+    results = []
+    for parts in ([[0, 1, 2]], [[0, 1], [2]], [[0], [1], [2]]):
+        torch.manual_seed(3)
+        model, criterion = MeanOfTokens(), MoECrossEntropyCriterion(task, sentence_avg, 0.5)
+        samples = [batch(rows) for rows in parts]
+        criterion.begin_update([*samples, {}], lambda value: value)
+        logs, size = [], 0
+        for sample in samples:
+            loss, sample_size, log = criterion(model, sample)
+            loss.backward()
+            logs.append(log)
+            size += sample_size
+        assert size == (3 if sentence_avg else int((target != PAD).sum()))
+        with metrics.aggregate() as logged:
+            criterion.reduce_metrics(logs)
+        values = {name: meter.avg for name, meter in logged.items() if hasattr(meter, "avg")}
+        mean = values["gate_loss_balance"]
+        wanted = float(values["inner_loss"]) if not sentence_avg else None
+        if wanted is not None:  # the loss in bits
+            assert float(values["loss"]) == pytest.approx(wanted + 0.5 * float(mean) / math.log(2))
+        results.append((mean, model.aux_V.grad / size, model.logits_V.grad / size))
+    whole, *others = results
+    for other in others:
+        for ours, theirs in zip(other, whole, strict=True):
+            torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs))

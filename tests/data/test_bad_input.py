@@ -110,7 +110,7 @@ def test_rows_that_are_no_chats(tmp_path, quiet):
 
 def test_a_file_of_another_kind(tmp_path, quiet):
     (tmp_path / "a.gz").write_text("x")
-    refuse(tmp_path, quiet, r"a.gz: contains 1 .gz; .*--text-suffix .gz", tmp_path / "a.gz")
+    refuse(tmp_path, quiet, r"a.gz: contains 1 .gz; .*unpack compressed files", tmp_path / "a.gz")
 
 
 def test_held_out_files(tmp_path, folder, quiet):

@@ -215,8 +215,8 @@ def test_activation_checkpointing_changes_nothing(make_model, gate, updates):
 @pytest.mark.parametrize(
     "given, state",
     [
-        ({"moe_gate": "top_k", "moe_bias_update_rate": 0.01}, "bias_C_bits"),
-        ({"moe_gate": "relu"}, "coefficient_bits"),
+        ({"moe_gate": "top_k", "moe_bias_update_rate": 0.01}, "bias_C"),
+        ({"moe_gate": "relu"}, "coefficient"),
         (
             {"moe_gate": "top_any", "moe_max_experts": 6, "moe_adapt_record_interval": 5},
             "record.routed_E",

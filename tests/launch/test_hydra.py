@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
+from tests.conftest import ROOT
+
+PLUGIN = ROOT / "evomoe_plugin/launch/hydra_plugins/evomoe_searchpath/plugin.py"
 SHORT = (
     "optimization.max_update=2",
     "dataset.batch_size=4",
@@ -43,6 +47,57 @@ assert not any(name.startswith(("evomoe_plugin", "fairseq", "torch")) for name i
 """
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": hydra_path})
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_ours"),
+    [
+        ("", False),
+        ("--config-dir {theirs} --config-name plain common.log_interval=1", False),
+        ("--config-dir {theirs} --config-name plain common.user_dir={other}", False),
+        ("--config-dir {theirs} --config-name plain common.user_dir=evomoe_plugin", True),
+        ("--config-dir {theirs} --config-name plain common.user_dir={gates}", True),
+        ("--config-dir {ours} --config-name moe", True),
+        ("--config-name small/evomoe_dts", True),
+        ("--config-name nothing/of_ours", False),
+    ],
+)
+def test_runs_of_fairseq_that_do_not_name_the_package_are_left_alone(
+    tmp_path, monkeypatch, arguments, is_ours
+):
+    folders = {name: tmp_path / name for name in ("theirs", "ours", "other", "gates")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["theirs"] / "plain.yaml").write_text("common:\n  log_interval: 2")
+    (folders["ours"] / "moe.yaml").write_text("defaults: [base]")
+    (folders["ours"] / "base.yaml").write_text("common:\n  user_dir: evomoe_plugin")
+    (folders["other"] / "__init__.py").write_text("import fairseq")
+    (folders["gates"] / "__init__.py").write_text("from evomoe_plugin.gates import Gate")
+    spec = importlib.util.spec_from_file_location("plugin", PLUGIN)
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    monkeypatch.delitem(sys.modules, plugin.PACKAGE)
+    assert plugin.is_wanted(arguments.format(**folders).split()) is is_ours
+
+
+def test_a_plain_run_through_hydra_is_not_patched(tmp_path, hydra_path):
+    code = """
+import sys
+from fairseq_cli.hydra_train import cli_main
+sys.argv = ["fairseq-hydra-train", "--cfg", "job"]
+cli_main()
+assert "hydra_plugins.evomoe_searchpath" in sys.modules
+assert not any(name.startswith("evomoe_plugin.") for name in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={"PYTHONPATH": hydra_path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "distributed_world_size" in done.stdout
 
 
 @pytest.mark.slow

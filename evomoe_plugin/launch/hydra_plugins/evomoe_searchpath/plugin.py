@@ -2,17 +2,19 @@
 
 `common.user_dir` is imported after composition: too late for our models, and for the gates of a
 user's own package, to be fields of the configuration, and for the patches to take part in how the
-run starts. Every Hydra program of the environment loads this; those that are not fairseq's are left
-alone.
+run starts. Every Hydra program of the environment loads this; those that are not fairseq's, and
+runs of fairseq that do not name this package, are left alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser  # fairseq_cli.hydra_train reads its name so too
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -23,22 +25,65 @@ class EvoMoESearchPath(SearchPathPlugin):
     """Imports the package, and adds its `hydra_configs` to where configurations are sought."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if "fairseq" not in sys.modules:
+        if "fairseq" not in sys.modules or not is_wanted(sys.argv[1:]):
             return
-        package = Path(importlib.import_module(PACKAGE).__path__[0])
+        importlib.import_module(PACKAGE)
         import_user_dir(sys.argv[1:])
-        for parent in (package, package.parent):  # installed, or cloned
-            folder = parent / "hydra_configs"
-            if folder.is_dir():
-                search_path.append(provider=PACKAGE, path=f"file://{folder}")
-                break
+        folder = own_configs()
+        if folder is not None:
+            search_path.append(provider=PACKAGE, path=f"file://{folder}")
+
+
+def is_wanted(arguments: list[str]) -> bool:
+    """Whether the command line is one of this package.
+
+    It is if the package is imported, if the user_dir or a configuration in the given folder names
+    it, or if the configuration is one of its own.
+    """
+    if PACKAGE in sys.modules:
+        return True
+    given, _ = get_args_parser().parse_known_args(arguments)
+    user_dir = user_dir_of(arguments)
+    if user_dir is not None and names_package(Path(user_dir)):
+        return True
+    name = f"{(given.config_name or '').removesuffix('.yaml')}.yaml"
+    folders = [Path(folder) for folder in (given.config_dir, given.config_path) if folder]
+    if any((folder / name).is_file() for folder in folders):
+        return any(PACKAGE in file.read_text() for f in folders for file in f.rglob("*.yaml"))
+    own = own_configs()
+    return own is not None and (own / name).is_file()
+
+
+def names_package(user_dir: Path) -> bool:
+    """Whether a user_dir is this package, or imports it."""
+    return user_dir.name == PACKAGE or any(
+        PACKAGE in file.read_text() for file in user_dir.rglob("*.py")
+    )
+
+
+def own_configs() -> Path | None:
+    """The package's `hydra_configs`, installed or cloned."""
+    found = importlib.util.find_spec(PACKAGE)
+    for package in found.submodule_search_locations or () if found else ():
+        for parent in (Path(package), Path(package).parent):
+            if (parent / "hydra_configs").is_dir():
+                return parent / "hydra_configs"
+    return None
+
+
+def user_dir_of(arguments: list[str]) -> str | None:
+    """The value of an override `common.user_dir=…`."""
+    for argument in arguments:
+        name, _, value = argument.lstrip("+").partition("=")
+        if name == "common.user_dir":
+            return value.strip("'\"")
+    return None
 
 
 def import_user_dir(arguments: list[str]) -> None:
     """Import the package that an override `common.user_dir=…` names, as fairseq would later."""
-    for argument in arguments:
-        name, _, value = argument.lstrip("+").partition("=")
-        if name == "common.user_dir":
-            from fairseq import utils
+    user_dir = user_dir_of(arguments)
+    if user_dir is not None:
+        from fairseq import utils
 
-            utils.import_user_module(argparse.Namespace(user_dir=value.strip("'\"")))
+        utils.import_user_module(argparse.Namespace(user_dir=user_dir))

@@ -1,0 +1,117 @@
+"""What fairseq's commands ignored or printed wrongly."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from fairseq.data import data_utils
+
+from evomoe_plugin.checkpoint.overrides import check_model_overrides
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.patches.byte_pieces import with_bytes
+
+MOE = ("--arch", "transformer_lm_gpttiny_moe", "--moe-expert-count", "4")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(module_runs):
+    return module_runs.train("moe", *MOE, updates=1).folder / "checkpoint_last.pt"
+
+
+def evaluation(runs, checkpoint, *more):
+    return (runs.data, "--path", checkpoint, "--batch-size", "4", "--num-workers", "0", *more)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (
+            "eval_lm",
+            ("--model-overrides", "{'moe_evl_gate': 'top1'}"),
+            "did you mean moe_eval_gate",
+        ),
+        ("generate", ("--model-overrides", "{'moe_evl_gate': 1}"), "has no such option"),
+        ("eval_lm", ("--model-overrides", "moe_eval_gate=top1"), "is no dictionary of Python"),
+        ("eval_lm", ("--bf16",), "fairseq evaluates in fp32, or with --fp16"),
+        ("generate", ("--distributed-world-size", "2"), "only the share of rank 0"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    module_runs, checkpoint, command, options, message, capsys
+):
+    assert module_runs.run(command, *evaluation(module_runs, checkpoint, *options)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_overrides_of_options_of_any_part_are_taken(tmp_path, checkpoint):
+    given = {"moe_eval_gate": "top1", "data": ".", "tokens_per_sample": 8}
+    check_model_overrides(repr(given), str(checkpoint))
+    check_model_overrides("{}", None)
+    check_model_overrides("{'any': 1}", str(tmp_path / "missing.pt"))  # reported when it is loaded
+    with pytest.raises(OptionError, match=r"^--model-overrides any: .*_last.pt has no such option"):
+        check_model_overrides("{'any': 1}", f"{tmp_path}/missing.pt:{checkpoint}")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_an_empty_split_is_named(runs, tmp_path, split, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(runs.data, data)
+    (data / f"{split}.bin").write_bytes(b"")
+    runs.data = data
+    assert runs.train("run", updates=1, validate=True).status == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert f"{split}.bin: is empty" in line
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        ("caf<0xC3><0xA9>", "café"),
+        ("<0xF0><0x9F><0x98><0x80>!", "😀!"),
+        ("<0xC3>?", "\ufffd?"),
+        ("a<0x20>b <0x> <0xg1>", "a b <0x> <0xg1>"),
+    ],
+)
+def test_pieces_of_bytes_are_text(pieces, text):
+    assert with_bytes(pieces) == text
+
+
+def test_bytes_are_joined_when_fairseq_joins_pieces():
+    assert data_utils.post_process("▁un ▁caf <0xC3> <0xA9>", "sentencepiece") == "un café"
+    assert data_utils.post_process("caf <0xC3> <0xA9>", "none") == "caf <0xC3> <0xA9>"
+
+
+def test_weights_of_other_sizes_are_told_by_the_options(runs, checkpoint, capsys):
+    run = runs.train("other", *MOE, "--decoder-input-dim", 16, "--finetune-from-model", checkpoint)
+    assert run.status == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert line.startswith(f"error: --finetune-from-model {checkpoint}: does not fit the model: ")
+    assert line.endswith("options it was trained with: --decoder-input-dim 32")
+
+
+def test_inspect_counts_the_weights_that_the_log_counts(module_runs, checkpoint, caplog, capsys):
+    from evomoe_plugin.cli import main as evomoe
+
+    module_runs.train("moe", *MOE, updates=1)  # which ends after loading, and logs sizes
+    (total,) = set(re.findall(r"parameters: ([\d,]+) in total", caplog.text))
+    assert evomoe(["checkpoint", "inspect", str(checkpoint)]) == 0
+    assert f"{total}, of experts" in capsys.readouterr().out
+    assert torch.load(checkpoint, weights_only=False)["model"]["decoder.version"].numel() == 1
+
+
+@pytest.mark.parametrize("mode", ["eos", "complete_doc"])
+def test_data_of_which_no_sample_is_left_is_refused(runs, mode, capsys):
+    """Every line has 9 tokens or more."""
+    options = ("--sample-break-mode", mode, "--tokens-per-sample", "5")
+    assert runs.train("run", *MOE, *options).status == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert "no sample is left" in line
+
+
+def test_errors_of_commands_that_do_not_catch_them_are_one_line(runs, tmp_path):
+    (tmp_path / "text.pt").write_text("text")
+    command = evaluation(runs, tmp_path / "text.pt", "--user-dir", "evomoe_plugin")
+    status, _, err = runs.output("generate", *command)
+    assert status == 1 and "Traceback" not in err
+    assert "text.pt: cannot be read" in err.splitlines()[-1]

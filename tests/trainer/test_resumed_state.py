@@ -1,0 +1,135 @@
+"""State that is neither weights nor the optimizer's resumes too."""
+
+import pytest
+import torch
+
+MOE = """--arch transformer_lm_gpttiny_moe --moe-expert-count 4 --moe-gate top_k
+--moe-bias-update-rate 0.01 --criterion moe_cross_entropy""".split()
+EMA = ("--store-ema", "--ema-decay", "0.5")
+
+
+def restore(result, name="checkpoint_1_3.pt"):
+    return "--restore-file", result.folder / name
+
+
+def test_the_moving_average_is_of_weights_and_leaves_counters_alone(runs):
+    run = runs.train(
+        "run", *MOE, *EMA, "--ema-start-update", "2", "--save-interval-updates", "1", updates=3
+    )
+    states = [run.checkpoint(f"checkpoint_1_{update}.pt") for update in (1, 2, 3)]
+    average = states[-1]["extra_state"]["ema"]
+    first, second, third = (state["model"] for state in states)
+    assert average.keys() == third.keys()
+    for name, value in average.items():
+        if not value.is_floating_point():
+            assert torch.equal(value, third[name]), name
+        elif not name.endswith(("gate.bias_C", "version")):  # set after the average is taken
+            wanted = 0.25 * first[name] + 0.25 * second[name] + 0.5 * third[name]
+            torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize(
+    "more", [("--ema-update-freq", "2"), ("--fp16", "--ema-fp32")], ids=["every second", "fp16"]
+)
+def test_the_moving_average_resumes_bit_equal(runs, more):
+    options = (*MOE, *EMA, *more, "--save-interval-updates", "3")
+    whole = runs.train("whole", *options)
+    resumed = runs.train("resumed", *options, *restore(whole))
+    assert resumed.losses() == whole.losses(3)
+    one, other = (result.checkpoint()["extra_state"] for result in (whole, resumed))
+    for part in ("ema", "ema_fp32_params"):
+        assert one.get(part, {}).keys() == other.get(part, {}).keys()
+        assert all(
+            torch.equal(value, other[part][name]) for name, value in one.get(part, {}).items()
+        )
+
+
+def files(run):
+    return {path.name: path.read_bytes() for path in run.folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize(
+    "more", [("--max-update", "5"), ("--max-update", "3"), ("--stop-time-hours", "1e-9")]
+)
+def test_a_run_that_has_ended_trains_no_further(runs, more, caplog):
+    run = runs.train("run", updates=5)
+    before = files(run)
+    again = runs.train("run", "--max-update", 9, *more)
+    assert again.status == 0 and again.losses() == {} and files(again) == before
+    assert f"the checkpoint, of update 5 and 0.00 hours, has reached {more[0]}" in caplog.text
+
+
+def test_patience_counts_over_a_resume(runs, caplog):
+    """No validation improves on the first: the run ends after three."""
+    options = (
+        "--patience 2 --validate-interval-updates 1 --save-interval-updates 1 --lr 1e-9".split()
+    )
+    whole = runs.train("whole", *options, updates=20, validate=True)
+    assert sorted(whole.losses()) == [1, 2, 3]
+    resumed = runs.train(
+        "resumed", *options, *restore(whole, "checkpoint_1_2.pt"), updates=20, validate=True
+    )
+    assert sorted(resumed.losses()) == [3]
+    again = runs.train("resumed", *options, updates=20, validate=True)
+    assert again.losses() == {} and "has reached --patience 2" in caplog.text
+    other = runs.train("other", *options, updates=2, validate=True)  # in the same process
+    assert other.checkpoint()["extra_state"]["early_stopping"]["worse"] == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--memory-efficient-fp16",)])
+def test_the_loss_scaler_goes_on_counting(runs, more):
+    """It overflows in updates 1 and 2, and grows 3 updates after that, not 3 after the resume."""
+    scale = ("--fp16", "--fp16-init-scale", "1048576", "--fp16-scale-window", "5", *more)
+    whole = runs.train("whole", *MOE, *scale, "--save-interval-updates", "3", updates=9)
+    resumed = runs.train("resumed", *MOE, *scale, *restore(whole), updates=9)
+
+    def scales(run, after=3):
+        lines = [line for line in run.log if int(line.get("num_updates", 0)) > after]
+        return [line["loss_scale"] for line in lines]
+
+    assert len(set(scales(whole))) > 1
+    assert scales(resumed) == scales(whole) and resumed.losses() == whole.losses(3)
+
+
+@pytest.mark.parametrize("size, position", [(2, 60), (4, 30), (16, 7)])
+def test_another_batch_size_resumes_at_the_same_share_of_the_epoch(runs, size, position, caplog):
+    run = runs.train("run", updates=30)
+    state = run.checkpoint()["extra_state"]["train_iterator"]
+    assert state["batches"] == 44 and state["iterations_in_epoch"] == 30
+    again = runs.train("run", "--batch-size", size, updates=31)
+    assert again.status == 0 and len(again.losses()) == 1
+    state = again.checkpoint()["extra_state"]["train_iterator"]
+    assert state["iterations_in_epoch"] == position + 1
+    assert ("is the same share of it" in caplog.text) is (size != 4)
+
+
+def test_a_place_that_earlier_checkpoints_cannot_scale_is_refused(runs, capsys):
+    run = runs.train("run", updates=30)
+    state = run.checkpoint()
+    del state["extra_state"]["train_iterator"]["batches"]
+    torch.save(state, run.folder / "checkpoint_last.pt")
+    again = runs.train("run", "--batch-size", 64, updates=31)
+    assert again.status == 2
+    assert (
+        "error: --reset-dataloader is missing: the checkpoint is 30 batches"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("metric, status", [("pppl", 2), ("ppl", 0)])
+def test_a_misspelt_metric_is_refused_before_the_first_step(runs, metric, status, capsys):
+    run = runs.train("run", "--best-checkpoint-metric", metric, updates=2, validate=True)
+    assert run.status == status and len(run.losses()) == (0 if status else 2)
+    if status:
+        err = capsys.readouterr().err
+        assert "error: --best-checkpoint-metric pppl: validation logs loss, ppl" in err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_missing_shard_ends_every_rank(runs, rank, capsys):
+    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state")
+    run = runs.train("run", *options, world=2, updates=2)
+    (run.folder / f"checkpoint_last-shard{rank}.pt").unlink()
+    again = runs.train("run", *options, world=2, updates=3)
+    assert again.status == 2
+    assert f"checkpoint_last.pt: shard {rank} of 2 is missing" in capsys.readouterr().err
