@@ -28,6 +28,8 @@ setup(
         "fairscale>=0.4.13",
         "hydra-core>=1.3.2,<1.4",
         "iopath",
+        # Older releases let templates out of the sandbox.
+        "jinja2>=3.1.6",
         "numpy",
         "omegaconf",
         "packaging",
@@ -35,6 +37,7 @@ setup(
         "rich",
         "safetensors",
         "sentencepiece",
+        "tokenizers>=0.20",
         # The oldest release that the tests run with.
         "torch>=2.13",
     ],

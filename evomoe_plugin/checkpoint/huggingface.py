@@ -42,7 +42,7 @@ def import_gpt2(folder: str, dictionary: Dictionary | None = None) -> Imported:
     """Read a GPT-2 from `folder`.
 
     The dictionary entry of token id n is n in decimal, as for fairseq's `--bpe gpt2`. The end of
-    text becomes fairseq's `</s>`. Rows that are then unused, the original end-of-text id among
+    text becomes end-of-sentence. Rows that are then unused, the original end-of-text id among
     them, get an embedding with a low logit after every input (`masked_vocab_row`), so that
     probabilities stay those of the Hugging Face model; if there is none, the end of text's.
 
@@ -117,17 +117,18 @@ _NO_TOKEN = -1
 def _rows(dictionary: Dictionary, config: GPT2Config) -> Tensor:
     """The token id whose embedding each row of the dictionary gets, int64 [V]; or `_NO_TOKEN`."""
     size, rows = config.vocab_size, []
+    special = {dictionary.bos(), dictionary.pad(), dictionary.eos(), dictionary.unk()}
     for row, entry in enumerate(dictionary.symbols):
-        is_special = row < dictionary.nspecial or entry.startswith("madeupword")
-        if not is_special and not (entry.isascii() and entry.isdigit() and int(entry) < size):
+        is_token = entry.isascii() and entry.isdigit() and int(entry) < size
+        if not is_token and row not in special and not entry.startswith("madeupword"):
             raise OptionError(
                 "dict",
                 entry,
                 f"is no token id of the model (0 to {size - 1}): "
-                "give a dictionary made with --gpt2-bpe",
+                "give a dictionary made with --gpt2-bpe or --tokenizer",
             )
         # The end of text in one row: two would halve its probability.
-        is_unused = is_special or int(entry) == config.eos_token_id
+        is_unused = not is_token or int(entry) == config.eos_token_id
         rows.append(_NO_TOKEN if is_unused else int(entry))
     rows[dictionary.eos()] = config.eos_token_id
     return torch.tensor(rows)

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt TEXT", [], "text to continue; repeatable")
     add("--prompts-file FILE", str, "one prompt per line, UTF-8; empty lines are skipped")
+    add("--chat", False, "prompts are a user's messages, in the chat template of the tokenizer")
     add_data(parser)
     add("--max-new-tokens N", default["max_new_tokens"], "most tokens after each prompt")
     add("--beam N", default["beam"], "beam width; 1 takes the most probable token at each step")
@@ -44,18 +45,22 @@ def run(args: argparse.Namespace) -> int:
 
     texts = _prompts(args.prompt, args.prompts_file)
     trained = load_trained_model("path", args.path, args.data)
-    prompts = [trained.codec.encode(text) for text in texts]
+    if args.chat:
+        starts, prompts, stops = trained.codec.encode_chat(texts)
+    else:
+        starts, prompts, stops = None, [trained.codec.encode(text) for text in texts], []
     if unknown := sum(prompt.count(trained.dictionary.unk()) for prompt in prompts):
         print(
             f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
             file=sys.stderr,
         )
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    done = generate(trained, prompts, parsed(GenerationOptions, args), device)
+    options = parsed(GenerationOptions, args)
+    done = generate(trained, prompts, options, device, starts, stops)
     for number, found in enumerate(done.continuations, 1):
         if len(prompts) > 1:
             print(f"--- {number}")
-        print(trained.codec.decode(found.prompt + found.new))
+        print(trained.codec.decode(found.new if args.chat else found.prompt + found.new))
     sys.stdout.flush()
     new = sum(len(found.new) for found in done.continuations)
     print(
@@ -78,7 +83,7 @@ def _prompts(given: list[str], path: str | None) -> list[str]:
     texts = list(given)
     if path is not None:
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise OptionError(
                 "prompts_file",

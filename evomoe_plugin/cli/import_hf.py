@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--dict FILE",
         str,
-        "dict.txt of a data set to train on: embeddings get its order (GPT-2, made with `evomoe "
-        "prepare --gpt2-bpe`) or as many rows as it has entries (others; row n stays token id n)",
+        "dict.txt of a data set made with `evomoe prepare --tokenizer DIR`, or --gpt2-bpe: "
+        "embeddings get as many rows as it has entries, those of a GPT-2 in its order (default: "
+        "one row for each token id)",
     )
     flag(parser, "--overwrite", False, "replace OUT, or its model.pt and dict.txt, if they exist")
 
@@ -97,7 +98,7 @@ def _import_gpt2(args: argparse.Namespace) -> int:
         )
     if args.dict is None:
         print(
-            "data for it: `evomoe prepare … --gpt2-bpe encoder.json vocab.bpe --out DATA`, then "
+            f"data for it: `evomoe prepare … --tokenizer {args.folder} --out DATA`, then "
             "import again with --dict DATA/dict.txt; or text of --bpe gpt2 through "
             f"fairseq-preprocess --only-source --srcdict {dict_path}"
         )

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="file or folder (searched for .txt, .jsonl and .parquet files)",
+        help="file or folder (searched for .txt, .jsonl and .parquet files, and data sets that "
+        "`datasets` saved); a JSON array as .json",
     )
     add = partial(flag, parser)
     add("--out DIR", str, "the folder to write", required=True)
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "skip files and folders whose name, or path inside the INPUT, matches; repeatable",
     )
     add("--text-field NAME", default["text_field"], "field or column with the text")
+    add(
+        "--rows",
+        default["rows"],
+        "what rows hold: a text in that field, or a chat or a prompt with a response (docs/sft.md)",
+        choices=options.ROWS,
+    )
     add(
         "--documents-by",
         default["documents_by"],
@@ -78,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "use GPT-2's byte-level BPE",
         nargs=2,
         metavar=("ENCODER_JSON", "VOCAB_BPE"),
+    )
+    add(
+        "--tokenizer PATH",
+        str,
+        "use a tokenizer of Hugging Face, with its own token ids: the folder of a model, or a "
+        "tokenizer.json",
     )
 
 

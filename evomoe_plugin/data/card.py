@@ -20,7 +20,7 @@ class DataCard:
     """The record of a prepared folder. Equal inputs and options give equal cards."""
 
     options: dict[str, Any]
-    tokenizer: dict[str, Any]  # kind, size of the dictionary, lossless, interactive flags
+    tokenizer: dict[str, Any]  # kind, rows of the dictionary, lossless, flags; special token ids
     splits: dict[str, dict[str, int]]  # documents, items, tokens (eos included), bytes of text, …
     empty_documents: int
     inputs: list[dict[str, Any]]  # name, split, bytes, sha256 of every file read
@@ -79,6 +79,8 @@ class DataCard:
             if self.tokenizer["lossless"]
             else "The tokenizer normalises: decoding does not restore the text exactly."
         )
+        special = ", ".join(f"{name} {i}" for name, i in self.tokenizer.get("special", {}).items())
+        ids = f" Token ids are its own; special tokens: {special}." if special else ""
         return f"""\
 # Data card
 
@@ -101,7 +103,7 @@ DATA is this folder:
         {" ".join(self.tokenizer["flags"])}
 
 Tokenizer: {self.tokenizer["kind"]}; the dictionary has {self.tokenizer["rows"]:,} entries. \
-{exact} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
+{exact}{ids} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
 
 ## Options
 

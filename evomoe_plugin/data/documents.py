@@ -18,6 +18,7 @@ class Passage(NamedTuple):
 
     text: str
     ends_document: bool
+    starts_document: bool = False  # set by `staging`
 
 
 def read_documents(
@@ -28,7 +29,7 @@ def read_documents(
     records = read_records(
         source,
         lines=start is not None or options.documents_by != "file",
-        text_field=options.text_field,
+        text_field=None if options.rows == "chat" else options.text_field,
         errors=options.encoding_errors,
         advance=advance,
     )

@@ -12,13 +12,17 @@ from evomoe_plugin.config.errors import OptionError
 
 DOCUMENTS_BY = ("file", "line", "blank-line")
 ENCODING_ERRORS = ("strict", "replace")
+ROWS = ("text", "chat")
+TOKENIZER_OPTIONS = ("sentencepiece_model", "gpt2_bpe", "tokenizer")
 DEFAULT_VOCAB_SIZE = 8192
 _FIXED_ROWS = 260
 _TOO_SMALL = f"choose more than {_FIXED_ROWS}: 256 bytes and fairseq's 4 special tokens"
-_CHOICES = {"documents_by": DOCUMENTS_BY, "encoding_errors": ENCODING_ERRORS}
+_CHOICES = {"documents_by": DOCUMENTS_BY, "encoding_errors": ENCODING_ERRORS, "rows": ROWS}
 
 # Options that do not change the result. Inputs and tokenizer files are recorded by content.
-_NOT_RECORDED = "inputs valid test sentencepiece_model gpt2_bpe out workers overwrite".split()
+_NOT_RECORDED = (
+    "inputs valid test sentencepiece_model gpt2_bpe tokenizer out workers overwrite".split()
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class PrepareOptions:
     text_suffix: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     text_field: str = "text"
+    rows: str = "text"
     documents_by: str = "file"
     document_start: str | None = None
     encoding_errors: str = "strict"
@@ -43,20 +48,18 @@ class PrepareOptions:
     sample_bytes: int = 10_000_000
     sentencepiece_model: str | None = None
     gpt2_bpe: tuple[str, str] | None = None
+    tokenizer: str | None = None
     source: str = ""
     workers: int | None = None
     overwrite: bool = False
 
     @property
-    def tokenizer_files(self) -> dict[str, tuple[str, ...]]:
-        """The given files by option."""
-        model = (self.sentencepiece_model,) if self.sentencepiece_model is not None else ()
-        given = {"sentencepiece_model": model, "gpt2_bpe": self.gpt2_bpe or ()}
-        return {option: files for option, files in given.items() if files}
-
-    @property
     def trains_tokenizer(self) -> bool:
-        return not self.tokenizer_files
+        return not self._given_tokenizers()
+
+    def _given_tokenizers(self) -> dict[str, Any]:
+        values = {option: getattr(self, option) for option in TOKENIZER_OPTIONS}
+        return {option: value for option, value in values.items() if value is not None}
 
     @property
     def fractions(self) -> dict[str, float]:
@@ -117,8 +120,10 @@ class PrepareOptions:
         for option in ("max_bytes", "sample_bytes", "vocab_size", "workers"):
             if (value := getattr(self, option)) is not None and value < 1:
                 yield option, value, "a positive number"
-        if len(self.tokenizer_files) > 1:
-            yield "sentencepiece_model", self.sentencepiece_model, "or --gpt2-bpe, not both"
+        if len(given := self._given_tokenizers()) > 1:
+            option, value = next(iter(given.items()))
+            others = " or ".join(f"--{o.replace('_', '-')}" for o in given if o != option)
+            yield option, value, f"or {others}, not both"
         if (size := self.vocab_size) is not None:
             if not self.trains_tokenizer:
                 yield "vocab_size", size, "only valid if a tokenizer is trained; omit it"

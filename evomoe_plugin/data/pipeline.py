@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
-import logging
 import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evomoe_plugin
@@ -18,28 +16,22 @@ from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.card import DataCard, options_difference
 from evomoe_plugin.data.folder import OutputFolder
+from evomoe_plugin.data.given_tokenizer import GivenTokenizer
+from evomoe_plugin.data.huggingface_tokenizer import HuggingFaceTokenizer
 from evomoe_plugin.data.options import PrepareOptions
 from evomoe_plugin.data.progress import Progress
 from evomoe_plugin.data.sources import SourceFile, find_sources, inputs_difference
 from evomoe_plugin.data.splits import SPLITS
 from evomoe_plugin.data.staging import STAGED, Staged, shard_prefixes, stage
-from evomoe_plugin.data.tokenizers import (
-    GPT2_SHA256,
-    SENTENCEPIECE_MODEL,
-    TOKENIZERS,
-    Tokenizer,
-    load_tokenizer,
-)
+from evomoe_plugin.data.tokenizers import SENTENCEPIECE_MODEL, Tokenizer, load_tokenizer
 from evomoe_plugin.data.train_sentencepiece import train_sentencepiece
 from evomoe_plugin.data.workers import Workers
 
 if TYPE_CHECKING:
     import numpy as np
 
-logger = logging.getLogger(__name__)
-
 DICTIONARY = "dict.txt"
-_PACKAGES = ("ve-fairseq", "fairseq-fixed", "fairseq", "sentencepiece", "pyarrow", "numpy")
+_PACKAGES = "ve-fairseq fairseq-fixed fairseq sentencepiece tokenizers pyarrow numpy".split()
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCard:
@@ -54,7 +46,8 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
     folder = OutputFolder(options.out)
     with _explained(options):
         sources = find_sources(options)
-        recorded = options.recorded() | _given_tokenizer(options)
+        given = GivenTokenizer.of(options)
+        recorded = options.recorded() | given.recorded()
         with folder.locked():
             try:
                 card = _already_prepared(folder, options, recorded, sources)
@@ -62,7 +55,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
                     folder.discard()
                     progress.say(f"already prepared: {options.out}")
                     return card
-                return _Preparation(options, recorded, sources, folder, progress).run()
+                return _Preparation(options, given, recorded, sources, folder, progress).run()
             except BaseException as error:
                 continues = (folder.work / STAGED).exists()
                 if isinstance(error, OptionError) or _is_full(error) or not continues:
@@ -73,6 +66,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
 @dataclass
 class _Preparation:
     options: PrepareOptions
+    given: GivenTokenizer
     recorded: dict[str, Any]
     sources: list[SourceFile]
     folder: OutputFolder
@@ -111,11 +105,9 @@ class _Preparation:
 
     def _copy_tokenizer(self) -> None:
         """Copy a given tokenizer; an invalid one is rejected before text is read."""
-        for option, files in self.options.tokenizer_files.items():
-            kind = TOKENIZERS[option]
-            kind(*map(Path, files))
-            for file, name in zip(files, kind.files, strict=True):
-                shutil.copyfile(file, self.data / name)
+        self.given.check()
+        for name, file in self.given.files.items():
+            shutil.copyfile(file, self.data / name)
 
     def _make_tokenizer(self, staged: Staged, workers: Workers) -> Tokenizer:
         model = self.data / SENTENCEPIECE_MODEL
@@ -128,7 +120,13 @@ class _Preparation:
                 message.append(f"{size * share / 1e6:,.1f} MB of the train split")
                 arguments = shards, model, entries, share, self.options.seed
                 workers.run(train_sentencepiece, *arguments)
-        return load_tokenizer(self.data)
+        tokenizer = load_tokenizer(self.data)
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            special = ", ".join(
+                f"{name} {token.word} {token.id}" for name, token in tokenizer.special.items()
+            )
+            self.progress.say(f"tokenizer  {len(tokenizer.tokens):,} token ids; {special}")
+        return tokenizer
 
     def _binarize(
         self, tokenizer: Tokenizer, staged: Staged, workers: Workers
@@ -136,9 +134,9 @@ class _Preparation:
         """Size of the dictionary, and the count of each of the tokenizer's ids by split."""
         from evomoe_plugin.data import binarize
 
-        vocabulary, prefixes = tokenizer.tokens, {split: self.data / split for split in SPLITS}
-        ids = len(vocabulary) + 1
-        rows = len(binarize.make_dictionary(vocabulary, [0] * ids))
+        prefixes = {split: self.data / split for split in SPLITS}
+        ids, embedding_rows = len(tokenizer.tokens) + 1, self.given.embedding_rows
+        rows = len(binarize.make_dictionary(tokenizer, [0] * ids, embedding_rows))
         shards = {split: shard_prefixes(self.work, split, staged) for split in SPLITS}
         every = [shard for split in SPLITS for shard in shards[split]]
         to_do = [shard for shard in every if not binarize.is_binarized(shard)]
@@ -151,10 +149,11 @@ class _Preparation:
             for split, prefix in prefixes.items():
                 binarize.merge(shards[split], prefix, max(rows, ids))
                 counts[split] = binarize.count_ids(prefix, ids)
-            dictionary = binarize.make_dictionary(vocabulary, counts["train"].tolist())
+            train = counts["train"].tolist()
+            dictionary = binarize.make_dictionary(tokenizer, train, embedding_rows)
             dictionary.save(str(self.data / DICTIONARY))
             for prefix in prefixes.values():
-                binarize.convert_ids(dictionary, vocabulary, prefix)
+                binarize.convert_ids(dictionary, tokenizer, prefix)
             totals = ", ".join(f"{count.sum():,} {split}" for split, count in counts.items())
             message.append(f"tokens: {totals}")
         return rows, counts
@@ -182,6 +181,7 @@ class _Preparation:
                 "rows": rows,
                 "lossless": tokenizer.lossless,
                 "flags": tokenizer.flags.split(),
+                **_special_tokens(tokenizer),
             },
             splits=splits,
             empty_documents=staged.empty_documents,
@@ -216,18 +216,10 @@ def _difference(before: DataCard | Staged, recorded: dict, sources: list[SourceF
     )
 
 
-def _given_tokenizer(options: PrepareOptions) -> dict[str, list[str]]:
-    """The hashes of given tokenizer files, for the record."""
-    recorded = {}
-    for option, paths in options.tokenizer_files.items():
-        for path in paths:
-            if not Path(path).is_file():
-                raise OptionError(option, path, "no such file")
-        recorded[option] = [sha256(path) for path in paths]
-    if options.gpt2_bpe and recorded["gpt2_bpe"] != list(GPT2_SHA256.values()):
-        files = " ".join(options.gpt2_bpe)
-        logger.warning("--gpt2-bpe %s: not the published files of GPT-2 (by SHA-256)", files)
-    return recorded
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return {}
+    return {"special": {name: token.id for name, token in tokenizer.special.items()}}
 
 
 def _versions() -> dict[str, str]:

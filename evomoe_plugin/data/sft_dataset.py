@@ -17,13 +17,14 @@ from evomoe_plugin.data.sft_examples import Example
 class SFTDataset(FairseqDataset):
     """Rows of one example each, or of several packed examples.
 
-    A row starts with an end-of-sentence, as generation in fairseq does. The target of a position is
-    the following token, or padding if that is not trained on. `ntokens`, by which fairseq
+    A row starts with an end-of-sentence, as generation in fairseq does, or with the tokenizer's own
+    start of a text or chat. The target of a position is the following token, or padding if that is
+    not trained on. `ntokens`, by which fairseq
     normalizes, is the number of targets.
 
     Args:
         examples: to train on.
-        dictionary: for eos and padding.
+        dictionary: for padding.
         train_on_prompt: train on every token, not only on responses.
         response_weight: weight of response tokens in the auxiliary losses, where others have 1; if
             it is 1, batches have no weights.
@@ -42,7 +43,7 @@ class SFTDataset(FairseqDataset):
         scored: bool = False,
     ):
         self.examples = examples
-        self._eos, self._pad = dictionary.eos(), dictionary.pad()
+        self._pad = dictionary.pad()
         self._train_on_prompt, self._response_weight = train_on_prompt, response_weight
         self._scored, self._packed = scored, row_size is not None
         lengths = [len(example) for example in examples]
@@ -63,7 +64,7 @@ class SFTDataset(FairseqDataset):
     def _example(self, example: Example, segment: int) -> dict[str, Tensor]:
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         response = torch.from_numpy(example.responses > 0)
-        source = torch.cat([torch.tensor([self._eos]), tokens[:-1]])
+        source = torch.cat([torch.tensor([example.start]), tokens[:-1]])
         target = tokens if self._train_on_prompt else tokens.masked_fill(~response, self._pad)
         weights = torch.ones(len(tokens))
         weights[1:][response[:-1]] = self._response_weight
@@ -130,5 +131,5 @@ def scoring_examples(examples: Sequence[Example]) -> list[Example]:
         for response in np.unique(example.responses[example.responses > 0]):
             own = np.where(example.responses == response, example.responses, 0)
             end = int(np.flatnonzero(own)[-1]) + 1
-            divided.append(Example(example.tokens[:end], own[:end]))
+            divided.append(Example(example.tokens[:end], own[:end], example.start))
     return divided

@@ -14,9 +14,13 @@ from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.card import CARD
 from evomoe_plugin.data.options import PrepareOptions
+from evomoe_plugin.data.rows import BadRow, is_saved, saved_files
 
-ROW_SUFFIXES = (".jsonl", ".parquet")
-SUFFIXES = (*ROW_SUFFIXES, ".txt")
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+# Folders have many other files of these kinds. They are read if they are named themselves; Arrow
+# files also if they are part of a data set that `datasets` saved.
+NAMED_SUFFIXES = (".arrow", ".json")
+ROW_SUFFIXES = (".arrow", ".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,21 @@ class SourceFile:
     name: str
     bytes: int
     split: str | None  # of the whole file; None: each document by its hash
+    as_text: bool = False  # though the suffix may be one of rows
 
     @property
     def is_text(self) -> bool:
-        return self.path.suffix not in ROW_SUFFIXES
+        return self.as_text or self.path.suffix not in ROW_SUFFIXES
 
 
 def find_sources(options: PrepareOptions) -> list[SourceFile]:
     """The files of all inputs: in the given order, each folder sorted by path, without duplicates.
 
     Files of `--valid` and `--test` are excluded from the INPUTs. Hidden folders and folders written
-    by `prepare` are skipped. Raises OptionError for an input that is missing, has an unknown
-    format, or contains no file to read.
+    by `prepare` are skipped; of data sets saved by `datasets` the listed files are read.
+
+    Raises:
+        OptionError: an input is missing, has an unknown format, or contains no file to read.
     """
     held_out: dict[Path, SourceFile] = {}
     for split in ("valid", "test"):
@@ -85,13 +92,27 @@ def _find(
             raise OptionError(name, given, "no such file or folder")
         files = [Path()] if root.is_file() else list(_walk(root, options.exclude))
         label = Path(os.path.abspath(root))
-        chosen = [file for file in files if (root / file).suffix in suffixes]
+        known = suffixes if root.is_dir() else suffixes | set(NAMED_SUFFIXES)
+        saved = set(_saved([root / f for f in files], name))
+        chosen = [f for f in files if (root / f).suffix in known or root / f in saved]
         if not chosen:
-            raise OptionError(name, given, _unknown([(root / f).suffix for f in files], suffixes))
+            raise OptionError(name, given, _unknown([(root / f).suffix for f in files], known))
         for file in sorted(chosen, key=Path.as_posix):
             relative = (label / file).relative_to(label.parent).as_posix()
             printable = os.fsencode(relative).decode("utf-8", "backslashreplace")
-            yield SourceFile(root / file, printable, (root / file).stat().st_size, split)
+            path = root / file
+            as_text = path.suffix in options.text_suffix and path.suffix not in SUFFIXES
+            yield SourceFile(path, printable, path.stat().st_size, split, as_text)
+
+
+def _saved(files: list[Path], name: str) -> Iterator[Path]:
+    """Those that are part of saved data sets; other Arrow files next to them are a cache."""
+    for folder in sorted({path.parent for path in files if path.suffix == ".arrow"}):
+        if is_saved(folder):
+            try:
+                yield from saved_files(folder)
+            except BadRow as error:
+                raise OptionError(name, folder, str(error)) from None
 
 
 def _walk(root: Path, exclude: tuple[str, ...]) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """Staging: divide the text of all inputs into splits, and each split into independent shards.
 
-A shard is a file with one passage per line: the JSON list [text, ends_document] in ASCII, so that
-no character of the text can be mistaken for the end of a line.
+A shard is a file with one passage per line: the JSON list of its fields in ASCII, so that no
+character of the text can be mistaken for the end of a line.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _Stager:
                 passage = self._within_limit(passage)
                 at_limit = not self.left
             if not (at_limit and starts) or passage.text.strip():
-                self.shards[split].write(passage, starts)
+                self.shards[split].write(passage._replace(starts_document=starts))
             if at_limit:
                 return
             if passage.ends_document:
@@ -154,14 +154,14 @@ class _ShardWriter:
         self.work, self.split, self.counts = work, split, counts
         self.stream: TextIO | None = None
 
-    def write(self, passage: Passage, starts_document: bool) -> None:
+    def write(self, passage: Passage) -> None:
         if self.stream is None:
             path = passages_path(self.work / f"{self.split}-{self.counts.shards:06d}")
             self.stream = open(path, "w", encoding="ascii")
             self.counts.shards += 1
         self.stream.write(json.dumps(passage) + "\n")
         self.counts.passages += 1
-        self.counts.documents += starts_document
+        self.counts.documents += passage.starts_document
         self.counts.bytes += len(passage.text.encode())
         if self.stream.tell() >= SHARD_BYTES:
             self.close()

@@ -11,6 +11,7 @@ from typing import Protocol
 from evomoe_plugin.config.errors import OptionError
 
 SENTENCEPIECE_MODEL = "sentencepiece.model"
+TOKENIZER_JSON = "tokenizer.json"
 GPT2_ENCODER, GPT2_MERGES = "encoder.json", "vocab.bpe"
 GPT2_SHA256 = {
     GPT2_ENCODER: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -20,27 +21,46 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 
 # SentencePiece writes a space as this character, and cannot distinguish the two.
 SPACE = "\u2581"
-_PROBE = f" a  b\n\n\tc {SPACE} é \u3000😀\r\n "
+PROBE = f" a  b\n\n\tc {SPACE} é \u3000😀\r\n "
 _GPT2_CACHED_WORDS = 200_000
 
 
 class Tokenizer(Protocol):
     kind: str
-    files: tuple[str, ...]
     flags: str  # of fairseq-interactive and fairseq-generate; DATA is the folder
     tokens: list[str | None]  # by id; None: an id that no text is encoded to
     lossless: bool  # decoding the ids of any text gives exactly this text
+    start: int | None = None  # the id that a text starts with, if the tokenizer has one
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each of several texts that follow one another."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the main file of a tokenizer."""
+    names = (SENTENCEPIECE_MODEL, TOKENIZER_JSON, GPT2_ENCODER)
+    return any((folder / name).is_file() for name in names)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a prepared folder. Raises OptionError if its files are invalid."""
+    """Load the tokenizer of a prepared folder.
+
+    Raises:
+        OptionError: its files are invalid.
+        FileNotFoundError: one is missing.
+    """
     folder = Path(folder)
     if (folder / SENTENCEPIECE_MODEL).exists():
         return SentencePieceTokenizer(folder / SENTENCEPIECE_MODEL)
+    if (folder / TOKENIZER_JSON).exists():
+        from evomoe_plugin.data import huggingface_tokenizer as huggingface
+
+        return huggingface.HuggingFaceTokenizer(huggingface.tokenizer_files(str(folder)))
     return GPT2Tokenizer(folder / GPT2_ENCODER, folder / GPT2_MERGES)
 
 
@@ -52,7 +72,6 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind = "sentencepiece"
-    files = (SENTENCEPIECE_MODEL,)
     flags = f"--bpe sentencepiece --sentencepiece-model DATA/{SENTENCEPIECE_MODEL}"
 
     def __init__(self, path: Path):
@@ -66,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
         _check_tokens("sentencepiece_model", path, self.tokens)
         self.encoded_apart = self._encoded_apart()
         self._divider = f"([{''.join(self.encoded_apart)}])"
-        self.lossless = self.decode(self.encode(_PROBE)) == _PROBE
+        self.lossless = self.decode(self.encode(PROBE)) == PROBE
 
     def _token(self, piece_id: int) -> str | None:
         model = self._model
@@ -105,7 +124,6 @@ class GPT2Tokenizer(Tokenizer):
     fairseq's own `--bpe gpt2`."""
 
     kind = "gpt2"
-    files = (GPT2_ENCODER, GPT2_MERGES)
     flags = "--bpe gpt2 --gpt2-encoder-json DATA/encoder.json --gpt2-vocab-bpe DATA/vocab.bpe"
     lossless = True
 
@@ -148,12 +166,6 @@ def _check_tokens(option: str, path: Path, tokens: list[str | None]) -> None:
         if token in seen:
             raise OptionError(option, path, f"two of its pieces would be written {token!r}")
         seen.add(token)
-
-
-TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[GPT2Tokenizer]] = {
-    "sentencepiece_model": SentencePieceTokenizer,
-    "gpt2_bpe": GPT2Tokenizer,
-}
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 
 from evomoe_plugin.checkpoint.atomic_files import reason_of
 from evomoe_plugin.checkpoint.output import check_output
-from evomoe_plugin.config.errors import RunFailed
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.export.tokenizer import write_json, write_tokenizer
 from evomoe_plugin.export.weights import exported_model
 from evomoe_plugin.generation.loading import TrainedModel
 
+logger = logging.getLogger(__name__)
 _MODELING = "modeling_evomoe.py"
 
 
@@ -53,7 +55,7 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
                     **config,
                 },
             )
-            write_json(work / "generation_config.json", ids)
+            write_json(work / "generation_config.json", {**ids, **_response_ends(trained)})
             shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
             write_tokenizer(trained, work)
             work.rename(target)
@@ -62,3 +64,15 @@ def export(trained: TrainedModel, out: str, without_eval_capacity: bool = False)
             f"cannot write {out}: {reason_of(error)}; partial output is removed"
         ) from error
     return target
+
+
+def _response_ends(trained: TrainedModel) -> dict[str, list[int]]:
+    """The ids that end a text, where a chat template has its own beside end-of-sentence."""
+    if trained.codec.chat_template() is None:
+        return {}
+    try:
+        stops = trained.codec.encode_chat(["x"]).stops
+    except OptionError as error:
+        logger.warning("%s; generation will end at end-of-sentence only", error)
+        return {}
+    return {"eos_token_id": sorted({trained.dictionary.eos(), *stops})} if stops else {}

@@ -9,10 +9,16 @@ from typing import Any
 
 from fairseq.data import Dictionary
 
+from evomoe_plugin.data.huggingface_tokenizer import (
+    CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+    HuggingFaceTokenizer,
+)
 from evomoe_plugin.data.tokenizers import (
     GPT2_ENCODER,
     GPT2_MERGES,
     SENTENCEPIECE_MODEL,
+    TOKENIZER_JSON,
     SentencePieceTokenizer,
 )
 from evomoe_plugin.generation.loading import TrainedModel
@@ -23,11 +29,14 @@ _TOKENIZATION = "tokenization_evomoe.py"
 def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     """Write the files that `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
 
-    Texts start with the start token of training. SentencePiece models run in their own small
-    tokenizer class, so that ids are exactly the same; GPT-2's BPE and plain words become a
-    `tokenizer.json`.
+    A tokenizer.json is written as it is, with the special tokens that it lacks. Otherwise texts
+    start with the start token of training: SentencePiece models run in their own small tokenizer
+    class, so that ids are exactly the same; GPT-2's BPE and plain words become a `tokenizer.json`.
     """
     dictionary, tokenizer = trained.dictionary, trained.codec.tokenizer
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        _write_huggingface(trained, tokenizer, folder)
+        return
     start = dictionary[trained.start]
     config: dict[str, Any] = {
         "bos_token": start,
@@ -58,7 +67,7 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
         ]
         parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
         write_json(
-            folder / "tokenizer.json",
+            folder / TOKENIZER_JSON,
             {
                 "version": "1.0",
                 "truncation": None,
@@ -88,7 +97,35 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
             },
         )
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / TOKENIZER_CONFIG, config)
+
+
+def _write_huggingface(
+    trained: TrainedModel, tokenizer: HuggingFaceTokenizer, folder: Path
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    library = Tokenizer.from_file(str(trained.folder / TOKENIZER_JSON))
+    # The library counts on, so this gives the ids of training unless its own have gaps.
+    for token in sorted(set(tokenizer.special.values())):
+        if token.id >= len(tokenizer.tokens):
+            library.add_special_tokens([AddedToken(token.word, special=True, normalized=False)])
+    library.save(str(folder / TOKENIZER_JSON))
+    if (template := trained.codec.chat_template()) is not None:
+        (folder / CHAT_TEMPLATE).write_text(template.source, encoding="utf-8")
+    config = {"clean_up_tokenization_spaces": False, **tokenizer.config, **tokenizer.names}
+    for name, token in tokenizer.special.items():
+        is_used = token.id < len(tokenizer.tokens) or name in ("eos", "pad")
+        if is_used and library.token_to_id(token.word) == token.id:
+            config[f"{name}_token"] = token.word
+        else:
+            config.pop(f"{name}_token", None)
+    # The class that runs tokenizer.json as it is; others make their own of its vocabulary.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_max_length"] = trained.model.max_decoder_positions()
+    for name in ("auto_map", "chat_template"):
+        config.pop(name, None)
+    write_json(folder / TOKENIZER_CONFIG, config)
 
 
 def _gpt2(trained: TrainedModel) -> dict[str, Any]:

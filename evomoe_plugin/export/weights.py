@@ -56,9 +56,9 @@ def exported_model(
             tensors.update({f"{prefix}{name}.{key}": value for key, value in state.items()})
 
     if decoder.embed_positions is not None and args.decoder_learned_pos:
-        # fairseq's positions start after the padding index.
-        weight = decoder.embed_positions.weight
-        tensors["embed_positions.weight"] = weight[trained.dictionary.pad() + 1 :]
+        # The first position's row comes after that of padding.
+        table = decoder.embed_positions
+        tensors["embed_positions.weight"] = table.weight[table.padding_idx + 1 :]
     add(
         "",
         decoder,

@@ -51,6 +51,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     device: torch.device | str = "cpu",
+    starts: Sequence[int] | None = None,
+    stops: Sequence[int] = (),
 ) -> Generation:
     """Continue each of `prompts`, given as token ids.
 
@@ -58,6 +60,10 @@ def generate(
     rounding in matmuls of another size). Each step is one position, with a key-value cache; only
     routed pairs are computed.
 
+    Args:
+        starts: token id before each prompt, which is not in the results; None: that of training.
+        stops: token ids that end a response, and that prompts may contain; () for end-of-sentence,
+            which prompts may not contain then.
     Raises:
         OptionError: options that cannot work, or a prompt that is too long or ends a text.
         RunFailed: the model's output is NaN.
@@ -73,15 +79,19 @@ def generate(
                 f"has {len(prompt)} tokens: give at "
                 f"most {longest}, which leaves a position for one new token",
             )
-        if dictionary.eos() in prompt:
+        if not stops and dictionary.eos() in prompt:
             raise OptionError(
                 "prompt",
                 f"(number {number})",
-                f"contains {dictionary[dictionary.eos()]}, which ends a text: split it there",
+                f"contains {dictionary.eos_word}, which ends a text: split it there",
             )
     lengths_P = torch.tensor([len(p) for p in prompts], device=device)
+    starts_P = torch.tensor(starts or [trained.start] * len(prompts), device=device)
     limits_P = (lengths_P + options.max_new_tokens).clamp(max=longest + 1)
-    allowed = Prompts(dictionary, lengths_P, limits_P, trained.codec.without_text())
+    never, end = trained.codec.without_text(), dictionary.eos()
+    if stops:
+        stops, end = [*stops, end], _end_beside(never, dictionary.pad(), prompts)
+    allowed = Prompts(len(dictionary), lengths_P, limits_P, never, end, list(stops))
     search: Search = PromptedBeamSearch(dictionary, allowed)
     if options.samples:
         search = KeyedSampling(
@@ -111,6 +121,7 @@ def generate(
                 max_len_b=int(limits_P[numbers].max()),
                 temperature=options.temperature or 1.0,
                 search_strategy=search,
+                eos=end,
             )
             prefix = pad_sequence(
                 [torch.tensor(row, dtype=torch.int64) for row in rows],
@@ -124,12 +135,26 @@ def generate(
                     "net_input": {"src_tokens": prefix, "src_lengths": lengths_P[numbers]},
                 },
                 prefix_tokens=prefix,
-                bos_token=trained.start,
+                bos_token=starts_P[numbers].repeat_interleave(options.beam),
             )
             for row, (best, *_) in zip(rows, found, strict=True):
-                tokens, length = best["tokens"].tolist(), len(row)
+                tokens, length = best["tokens"].tolist()[:-1], len(row)
+                if len(tokens) > length and tokens[-1] in allowed.stops:
+                    del tokens[-1]
                 done.continuations.append(
-                    Continuation(tokens[:length], tokens[length:-1], float(best["score"]))
+                    Continuation(tokens[:length], tokens[length:], float(best["score"]))
                 )
     done.seconds = time.perf_counter() - began
     return done
+
+
+def _end_beside(never: Sequence[int], pad: int, prompts: Sequence[Sequence[int]]) -> int:
+    """A token id that no prompt contains and that is not generated, to end texts in the search.
+
+    fairseq's generator ends a text at its end-of-sentence in the prompt, too.
+    """
+    used = {token for prompt in prompts for token in prompt} | {pad}
+    for token in never:
+        if token not in used:
+            return token
+    raise OptionError("chat", True, "prompts contain every token without text: remove one")

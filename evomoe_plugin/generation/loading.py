@@ -36,7 +36,7 @@ class TrainedModel:
         """Token id that sequences start with."""
         if getattr(self.cfg.task, "add_bos_token", False):
             return self.dictionary.bos()
-        return self.dictionary.eos()
+        return self.dictionary.eos() if self.codec.start is None else self.codec.start
 
 
 def load_trained_model(option: str, path: str, data: str | None = None) -> TrainedModel:
@@ -96,4 +96,5 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
             f"its input dictionary has another size ({len(dictionary)}): the "
             "model cannot continue its own output",
         )
-    return TrainedModel(models[0].eval(), cfg, dictionary, TextCodec(folder, dictionary), folder)
+    codec = TextCodec(folder, dictionary, getattr(cfg.task, "chat_template", None))
+    return TrainedModel(models[0].eval(), cfg, dictionary, codec, folder)

@@ -20,26 +20,40 @@ class Prompts:
     once no prompt of the batch is left to read: results would depend on the other prompts.
 
     Args:
-        dictionary: its end-of-sentence ends a text.
+        size: of the dictionary, V.
         lengths_P: int64, tokens of each prompt.
         limits_P: int64, maximum length, prompt included.
         never: token ids that are never generated.
+        end: the token id that ends a text.
+        stops: token ids after which a text ends; `end` is never generated otherwise. Empty: it ends
+            with `end`.
     """
 
     def __init__(
-        self, dictionary: Dictionary, lengths_P: Tensor, limits_P: Tensor, never: list[int]
+        self,
+        size: int,
+        lengths_P: Tensor,
+        limits_P: Tensor,
+        never: list[int],
+        end: int,
+        stops: list[int],
     ):
-        self.lengths_P, self.limits_P = lengths_P, limits_P
-        tokens_V = torch.arange(len(dictionary), device=lengths_P.device)
-        self.never_V = torch.isin(tokens_V, torch.tensor(never, device=lengths_P.device))
-        self.text_V = tokens_V != dictionary.eos()
+        self.lengths_P, self.limits_P, self.end, self.stops = lengths_P, limits_P, end, stops
+        device = lengths_P.device
+        tokens_V = torch.arange(size, device=device)
+        self.never_V = torch.isin(tokens_V, torch.tensor(never, device=device))
+        self.text_V = tokens_V != end
+        self._stops = torch.tensor(stops, dtype=torch.int64, device=device)
 
-    def restrict(self, step: int, lprobs: Tensor, numbers_B: Tensor) -> Tensor:
+    def restrict(
+        self, step: int, lprobs: Tensor, numbers_B: Tensor, tokens: Tensor | None
+    ) -> Tensor:
         """Log-probabilities [B, beams, V], -inf for tokens that are not allowed.
 
         Args:
             step: position of the next token, from 0.
             numbers_B: the prompt of each row.
+            tokens: int64 [B * beams, step + 1], those before.
         Raises:
             RunFailed: the model's output is NaN/Inf.
         """
@@ -48,7 +62,16 @@ class Prompts:
         free_B = step >= self.lengths_P[numbers_B]
         ends_B = step >= self.limits_P[numbers_B]
         excluded_BV = (free_B[:, None] & self.never_V) | (ends_B[:, None] & self.text_V)
-        return lprobs.masked_fill(excluded_BV.unsqueeze(1), float("-inf"))
+        lprobs = lprobs.masked_fill(excluded_BV.unsqueeze(1), float("-inf"))
+        if self.stops:
+            assert tokens is not None
+            stopped = torch.isin(tokens[:, -1], self._stops).view(lprobs.shape[:2])
+            stopped &= (step > self.lengths_P[numbers_B]).unsqueeze(1)
+            ended = stopped | ends_B.unsqueeze(1)
+            # Certain, so that a text's score is that of its tokens.
+            certain_V = torch.where(self.text_V, float("-inf"), 0.0)
+            lprobs = torch.where(ended.unsqueeze(2), certain_V, lprobs)
+        return lprobs
 
 
 class PromptedBeamSearch(BeamSearch):
@@ -60,7 +83,7 @@ class PromptedBeamSearch(BeamSearch):
 
     def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
         """As upstream: scores, tokens and beams of the candidates, [B, 2 * beams] each."""
-        lprobs = self.prompts.restrict(step, lprobs, original_batch_idxs)
+        lprobs = self.prompts.restrict(step, lprobs, original_batch_idxs, prev_output_tokens)
         return super().step(step, lprobs, scores)
 
 
@@ -91,7 +114,7 @@ class KeyedSampling(Search):
     def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
         """As upstream, for one beam: score, token and beam 0, [B, 1] each."""
         numbers_B = original_batch_idxs
-        lprobs = self.prompts.restrict(step, lprobs, numbers_B)[:, 0]
+        lprobs = self.prompts.restrict(step, lprobs, numbers_B, prev_output_tokens)[:, 0]
         ranked, tokens = lprobs.sort(dim=1, descending=True, stable=True)
         if self.top_k:
             ranked[:, self.top_k :] = float("-inf")

@@ -15,10 +15,12 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number
+from evomoe_plugin.data.chat_template import ChatTemplate, chat_template_of
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples
 from evomoe_plugin.data.sft_examples import Encoder, load_examples
-from evomoe_plugin.data.turns import Templates
+from evomoe_plugin.data.sft_files import file_of_split
+from evomoe_plugin.data.turns import ROLES, Templates
 from evomoe_plugin.models.decoder import MoEDecoder
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class LanguageModelingSFTConfig(FairseqDataclass):
     data: Optional[str] = _option(
         None,
         "folder with train.jsonl and valid.jsonl, and dict.txt and the tokenizer that the "
-        "model was trained with",
+        "model was trained with (docs/sft.md has other formats)",
     )
     tokens_per_sample: int = _option(
         1024,
@@ -52,6 +54,11 @@ class LanguageModelingSFTConfig(FairseqDataclass):
     )
     moe_aux_balance_weight: float = _option(
         1.0, "weight of response tokens in the gates' auxiliary losses; prompt tokens have 1"
+    )
+    chat_template: Optional[str] = _option(
+        None,
+        "file with the Jinja template of chats; none: the templates of roles below (default: that "
+        "of the tokenizer, if it has one)",
     )
     prompt_template: str = _option(Templates.prompt, "text around prompts; {} is the prompt")
     response_template: str = _option(Templates.response, "text around responses")
@@ -70,10 +77,16 @@ class LanguageModelingSFTTask(LanguageModelingTask):
     after each.
     """
 
-    def __init__(self, args: Any, dictionary: Dictionary, encoder: Encoder, templates: Templates):
+    def __init__(
+        self,
+        args: Any,
+        dictionary: Dictionary,
+        encoder: Encoder,
+        templates: Templates,
+        chat_template: Optional[ChatTemplate],
+    ):
         super().__init__(args, dictionary)
-        self.encoder = encoder
-        self.templates = templates
+        self.encoder, self.templates, self.chat_template = encoder, templates, chat_template
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> "LanguageModelingSFTTask":
@@ -92,7 +105,8 @@ class LanguageModelingSFTTask(LanguageModelingTask):
                 f"give at most --max-target-positions ({positions})",
             )
         if args.add_bos_token:
-            raise OptionError("add_bos_token", True, "examples start with </s>: omit it")
+            fault = "examples start with </s>, or as the tokenizer starts texts: omit it"
+            raise OptionError("add_bos_token", True, fault)
         templates = Templates(*(getattr(args, f"{f.name}_template") for f in fields(Templates)))
         templates.validate()
         folder = Path(str(args.data))
@@ -105,7 +119,15 @@ class LanguageModelingSFTTask(LanguageModelingTask):
                 raise OptionError("DATA", args.data, f"{fault}; {remedy}")
         dictionary = load_dictionary("DATA", folder / "dict.txt")
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
-        return cls(args, dictionary, Encoder(folder, dictionary), templates)
+        encoder = Encoder(folder, dictionary)
+        chat_template = chat_template_of(encoder.tokenizer, args.chat_template, folder)
+        if chat_template is not None:
+            for role in ROLES:
+                if (given := getattr(templates, role)) != getattr(Templates, role):
+                    fault = f"chats are written by the chat template {chat_template.name}: omit it"
+                    fault += ", or give --chat-template none"
+                    raise OptionError(f"{role}_template", repr(given), fault)
+        return cls(args, dictionary, encoder, templates, chat_template)
 
     def build_model(self, args: Any, from_checkpoint: bool = False):
         """Build the model.
@@ -122,21 +144,20 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
-        """Tokenize SPLIT.jsonl.
+        """Tokenize a split.
 
         Raises:
-            OptionError: no such file, or a malformed line.
+            OptionError: no such file, a malformed record, or a chat template that fails.
         """
-        path = Path(self.args.data) / f"{split}.jsonl"
-        if not path.is_file():
-            raise OptionError(
-                "DATA",
-                self.args.data,
-                f"has no {path.name}: each name in "
-                "--train-subset, --valid-subset and --gen-subset needs such a file",
-            )
+        path = file_of_split(Path(self.args.data), split)
         row_size = self.args.tokens_per_sample
-        examples = load_examples(path, self.encoder, self.templates, row_size)
+        try:
+            examples = load_examples(
+                path, self.encoder, self.templates, row_size, self.chat_template
+            )
+        finally:
+            if self.chat_template is not None:
+                self.chat_template.close()
         dataset = SFTDataset(
             examples,
             self.dictionary,
@@ -197,9 +218,24 @@ class LanguageModelingSFTTask(LanguageModelingTask):
         """
         if "segments" in sample["net_input"]:
             raise OptionError("pack_examples", True, "generation needs one prompt per row: omit it")
-        if sample.get("target") is not None and prefix_tokens is None:
-            sample = {**sample, "net_input": self._prompts(sample)}
-        return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        if sample.get("target") is None or prefix_tokens is not None:
+            return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        prompts = self._prompts(sample)
+        starts, rest = prompts["src_tokens"][:, 0], prompts["src_tokens"][:, 1:]
+        if rest.eq(self.dictionary.eos()).any():
+            raise OptionError(
+                "DATA",
+                self.args.data,
+                f"prompts contain {self.dictionary.eos_word}, where fairseq's generator stops: use "
+                "evomoe generate --chat",
+            )
+        start = int(starts[0])
+        if not starts.eq(start).all():
+            start = starts.repeat_interleave(generator.beam_size)
+        with torch.no_grad():
+            return generator.generate(
+                models, {**sample, "net_input": prompts}, prefix_tokens=rest, bos_token=start
+            )
 
     def _prompts(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         if self.args.train_on_prompt:

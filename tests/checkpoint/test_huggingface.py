@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from evomoe_plugin.checkpoint.huggingface import import_gpt2
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.data.dictionary import TokenizerDictionary
+from evomoe_plugin.data.huggingface_tokenizer import SpecialToken
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.upcycle import Recipe
 from tests.evolve.dense_models import build
@@ -58,6 +60,25 @@ def both_logits(model, imported, rows=None):
         ours = build(imported.state, imported.dictionary)(rows[ids])[0]
     assert theirs.std() > 0.3
     return theirs, ours[..., rows], ours
+
+
+def test_a_tokenizers_own_ids_are_the_rows(gpt2):
+    """With the dictionary of `prepare --tokenizer` the embedding keeps its order."""
+    model, folder = gpt2()
+    words = {"bos": END, "eos": END, "unk": VOCABULARY, "pad": VOCABULARY + 1}
+    dictionary = TokenizerDictionary({n: SpecialToken(i, f"<{n}>") for n, i in words.items()})
+    for entry in [*map(str, range(VOCABULARY)), "<unk>", "<pad>"]:
+        dictionary.add_symbol(entry)
+    dictionary.pad_to_multiple_(8)
+    imported = import_gpt2(folder, dictionary)
+    ids = torch.arange(VOCABULARY)
+    theirs, ours, whole = both_logits(model, imported, ids)
+    assert torch.allclose(theirs, ours, atol=1e-5)
+    table = imported.state["model"]["decoder.embed_tokens.weight"]
+    assert torch.equal(table[:VOCABULARY], model.transformer.wte.weight)
+    positions = imported.state["model"]["decoder.embed_positions.weight"]
+    assert positions.shape == (LENGTH + 2, 16)
+    assert (whole[..., VOCABULARY:] < theirs.amin(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize(

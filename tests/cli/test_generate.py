@@ -27,7 +27,7 @@ def checkpoint(make_trained, tmp_path):  # noqa: F811
 
 def test_text_numbers_and_experts(checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("w3\n\nw9 w30 w2 w2\n")
+    prompts.write_text("\ufeffw3\n\nw9 w30 w2 w2\n")  # a byte-order mark is no text
     common = [
         "generate",
         "--path",

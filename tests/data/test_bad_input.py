@@ -25,6 +25,7 @@ OPTIONS = {
     "sample": ({"sample_bytes": 0}, "--sample-bytes 0: a positive number"),
     "out": ({"out": ""}, "--out '': name the folder"),
     "tokenizers": ({"sentencepiece_model": "a", "gpt2_bpe": ("b", "c")}, "not both"),
+    "rows": ({"rows": "x"}, "--rows x: choose from text, chat"),
     "no model": ({"sentencepiece_model": "no.model"}, "--sentencepiece-model no.model: no such"),
     "no bpe": ({"gpt2_bpe": ("no.json", "no.bpe")}, "--gpt2-bpe no.json: no such file"),
     "no valid": ({"valid": ("no.txt",)}, "valid no.txt: no such file or folder"),
@@ -84,6 +85,7 @@ INPUTS = {
     ),
     "one text": ({f"given/{n}.txt": "all the same" for n in range(9)}, "too few distinct"),
     "no field": ({"given/a.jsonl": json.dumps({"body": "x"})}, "--text-field text: no such field"),
+    "no .json of a folder": ({"given/a.json": "[]"}, "contains 1 .json; supported are .jsonl, .pa"),
 }
 
 
@@ -98,6 +100,12 @@ def test_inputs(tmp_path, quiet, case):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     refuse(tmp_path, quiet, message, tmp_path / "given")
+
+
+def test_rows_that_are_no_chats(tmp_path, quiet):
+    (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}, {"text": "c"}]')
+    message = r'INPUT .*a.json, record 2: has no prompt; each must be {"prompt"'
+    refuse(tmp_path, quiet, message, tmp_path / "a.json", rows="chat")
 
 
 def test_a_file_of_another_kind(tmp_path, quiet):

@@ -27,7 +27,7 @@ def grouped(path, **given):
 
 def joined(passages):
     texts, parts = [], []
-    for text, ends_document in passages:
+    for text, ends_document, *_ in passages:
         parts.append(text)
         if ends_document:
             texts.append("".join(parts))

@@ -13,6 +13,7 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import readers
 from evomoe_plugin.data.readers import read_records
 from evomoe_plugin.data.sources import SourceFile
+from tests.data.test_sft_files import save_to_disk
 
 
 def records(path, **given):
@@ -33,7 +34,11 @@ def source(path):
 
 
 def write_rows(path, rows, kind=None, field="text", **given):
-    if path.suffix == ".parquet":
+    if path.suffix == ".arrow":
+        schema = pa.schema([("id", pa.int64()), (field, kind or pa.string())])
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            stream.write_table(pa.table([range(len(rows)), rows], schema=schema), 1000)
+    elif path.suffix == ".parquet":
         column = pa.array(rows, kind)
         table = pa.table({"id": pa.array(range(len(rows))), field: column})
         parquet.write_table(table, path, **given)
@@ -80,6 +85,30 @@ def test_jsonl_rows_and_blank_lines(tmp_path):
     assert records(path) == ["a\nb", "", "😀"]
 
 
+def test_arrays_and_saved_data_sets_are_rows(tmp_path):
+    rows = ["a\nb", None, "😀"] * 100
+    path = tmp_path / "a.json"
+    path.write_text(f"\ufeff{json.dumps([{'text': row} for row in rows], indent=1)}\n")
+    assert records(path) == ["a\nb", "", "😀"] * 100
+    saved = save_to_disk(tmp_path / "b", [pa.table({"text": rows})])
+    assert records(saved / "data-00000-of-00001.arrow") == ["a\nb", "", "😀"] * 100
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+def test_rows_that_are_chats(tmp_path, suffix):
+    chat = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"conversations": chat}, {"instruction": "c", "input": "d", "output": "e"}]
+    path = tmp_path / f"a{suffix}"
+    table = pa.table({name: [row.get(name) for row in rows] for row in rows for name in row})
+    if suffix == ".arrow":
+        path = save_to_disk(tmp_path / "a", [table]) / "data-00000-of-00001.arrow"
+    elif suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    assert records(path, text_field=None) == ["User: a Assistant: b", "User: c\nd Assistant: e"]
+
+
 def test_another_field(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         path = write_rows(tmp_path / f"a{suffix}", ["x", "y"], field="content")
@@ -112,6 +141,9 @@ UNREADABLE = {
     ),
     "jsonl type": ("a.jsonl", b'{"text": 5}', "--text-field text: is a int in line 1"),
     "surrogate": ("a.jsonl", b'{"text": "\\ud800"}', "line 1: character 0 .* lone surrogate"),
+    "array": ("a.json", b'[{"text": "a"} 1', "record 2 is not JSON: '1' where , or ] must be"),
+    "array field": ("a.json", b'[{"body": 1}]', "no such field in record 1 of .*fields are body"),
+    "arrow": ("a.arrow", b"ARROW1", "a.arrow: cannot be read as an Arrow stream"),
     "parquet": ("a.parquet", b"PAR1 it is not", "cannot be read as Parquet"),
     "empty parquet": ("a.parquet", b"", "cannot be read as Parquet"),
 }
@@ -160,7 +192,7 @@ def test_rejects_an_endless_row(tmp_path, monkeypatch):
         records(path)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "line.txt", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.txt", "line.txt", "a.jsonl", "a.json", "a.parquet", "a.arrow"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     """24 MB of text (one line of it in line.txt) in less than 8 MB: Python's and pyarrow's."""
     path, line = tmp_path / name, "some words of text, " * 250 + "\n"

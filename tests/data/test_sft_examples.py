@@ -8,9 +8,8 @@ from evomoe_plugin.data.sft_examples import Example, truncate
 
 def example(responses):
     """Tokens 10, 11, … with these response numbers."""
-    return Example(
-        np.arange(10, 10 + len(responses), dtype=np.int32), np.array(responses, dtype=np.int32)
-    )
+    tokens = np.arange(10, 10 + len(responses), dtype=np.int32)
+    return Example(tokens, np.array(responses, dtype=np.int32), start=7)
 
 
 CASES = {
@@ -36,6 +35,7 @@ def test_truncation_by_hand(responses, limit, wanted):
         assert left is None
     else:
         assert (left.tokens.tolist(), left.responses.tolist()) == wanted
+        assert left.start == 7
 
 
 def test_truncation_does_not_change_what_it_was_given():

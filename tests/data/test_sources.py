@@ -1,9 +1,12 @@
 """Which files are read, and in which order."""
 
+import pyarrow as pa
 import pytest
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import PrepareOptions
 from evomoe_plugin.data.sources import find_sources
+from tests.data.test_sft_files import save_to_disk
 
 
 @pytest.fixture
@@ -56,6 +59,22 @@ def test_text_suffix_and_exclude(tree):
         "root/b.txt",
     ]
     assert names(tree, exclude=("a/*",)) == ["root/B.txt", "root/b.txt", "root/test/t.txt"]
+
+
+def test_arrays_are_named_and_saved_data_sets_found(tree):
+    for name in ("package.json", "loose.arrow"):
+        (tree / name).write_text("x")
+    save_to_disk(tree / "saved", [pa.table({"text": ["a"]}), pa.table({"text": ["b"]})])
+    found = set(names(tree))
+    listed = {f"root/saved/data-{n:05d}-of-00002.arrow" for n in (0, 1)}
+    assert {name for name in found if name.endswith((".json", ".arrow"))} == listed
+    assert names(tree / "package.json", tree / "loose.arrow") == ["package.json", "loose.arrow"]
+    options = PrepareOptions(inputs=(str(tree),), out="out", text_suffix=(".json",))
+    texts = {source.name for source in find_sources(options) if source.is_text}
+    assert {"root/package.json", "root/saved/state.json", "root/b.txt"} <= texts
+    (tree / "saved" / "state.json").write_text("{}")
+    with pytest.raises(OptionError, match="INPUT .*saved: its state.json does not list data files"):
+        names(tree)
 
 
 def test_no_file_is_read_twice(tree):

@@ -33,7 +33,7 @@ def staged_text(work, options):
     staged = stage(find_sources(options), options, work, lambda n: None)
     documents, parts = [], []
     for shard in shard_prefixes(work, "train", staged):
-        for text, ends_document in read_passages(shard):
+        for text, ends_document, _ in read_passages(shard):
             parts.append(text)
             if ends_document:
                 documents.append("".join(parts))

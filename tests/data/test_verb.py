@@ -58,6 +58,7 @@ FLAGS = {
     "text_suffix": (["--text-suffix", ".py", "--text-suffix", ".md"], (".py", ".md")),
     "exclude": (["--exclude", "a*", "--exclude", "b"], ("a*", "b")),
     "text_field": (["--text-field", "body"], "body"),
+    "rows": (["--rows", "chat"], "chat"),
     "documents_by": (["--documents-by", "blank-line"], "blank-line"),
     "document_start": (["--document-start", "^ = "], "^ = "),
     "encoding_errors": (["--encoding-errors", "replace"], "replace"),
@@ -71,6 +72,7 @@ FLAGS = {
     "sample_bytes": (["--sample-bytes", "1.5K"], 1500),
     "sentencepiece_model": (["--sentencepiece-model", "m"], "m"),
     "gpt2_bpe": (["--gpt2-bpe", "e", "v"], ("e", "v")),
+    "tokenizer": (["--tokenizer", "t"], "t"),
 }
 
 

@@ -22,7 +22,7 @@ def words(seed, count=300):
 
 def options_for(tmp_path, *inputs, **given):
     settings = {"out": str(tmp_path / "out"), "vocab_size": 400, "workers": 1, **given}
-    if "sentencepiece_model" in given or "gpt2_bpe" in given:
+    if {"sentencepiece_model", "gpt2_bpe", "tokenizer"} & given.keys():
         settings.pop("vocab_size")
     return PrepareOptions(inputs=tuple(map(str, inputs)), **settings)
 

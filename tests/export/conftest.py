@@ -47,8 +47,9 @@ def words(tmp_path):
 def make_trained(words, make_config):  # noqa: F811
     """A tiny model in evaluation mode after some updates, as `load_trained_model` returns it."""
 
-    def make(updates=0, arch="transformer_lm_gpttiny_moe", start="</s>", **given):
-        dictionary = Dictionary.load(str(words / "dict.txt"))
+    def make(updates=0, arch="transformer_lm_gpttiny_moe", start="</s>", dictionary=None, **given):
+        own = Dictionary.load(str(words / "dict.txt"))
+        dictionary = own if dictionary is None else dictionary
         task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
         sizes = (
             SIZES
@@ -71,7 +72,7 @@ def make_trained(words, make_config):  # noqa: F811
         cfg = types.SimpleNamespace(
             model=args, task=types.SimpleNamespace(add_bos_token=start == "<s>")
         )
-        return TrainedModel(model.eval(), cfg, dictionary, TextCodec(words, dictionary), words)
+        return TrainedModel(model.eval(), cfg, dictionary, TextCodec(words, own), words)
 
     return make
 

@@ -13,10 +13,14 @@ from evomoe_plugin.export import folder as folder_module
 from evomoe_plugin.export.folder import export
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.generation.text import TextCodec
+from tests.data import chat_templates
 from tests.data.conftest import gpt2_files  # noqa: F401  a fixture
 from tests.data.conftest import trained as prepared  # noqa: F401  a fixture
 from tests.data.texts import ODD, options_for
 from tests.data.texts import words as some_words
+from tests.data.tiny_tokenizers import KINDS
+from tests.data.tiny_tokenizers import TEXTS as TEXTS_OF_SCRIPTS
+from tests.tasks.test_chat_template import write
 
 ALONE = """
 import importlib.abc, sys
@@ -146,6 +150,48 @@ def test_the_tokenizer_gives_the_same_ids(
     tokenizer.save_pretrained(tmp_path / "again")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert again(ODD)["input_ids"] == tokenizer(ODD)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_json_stays_as_it_is(make_trained, tmp_path, transformers, kind):
+    folder = write(tmp_path / "data", kind, chat_template=chat_templates.INST)
+    given = transformers.AutoTokenizer.from_pretrained(folder)
+    (folder / "train.json").unlink()
+    trained = with_data(make_trained(), folder)
+    tokenizer = trained.codec.tokenizer
+    export(trained, str(tmp_path / "exported"))
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    start = [] if tokenizer.start is None else [tokenizer.start]
+    for text in TEXTS_OF_SCRIPTS:
+        assert exported(text)["input_ids"] == given(text)["input_ids"]
+        assert exported(text, split_special_tokens=True, add_special_tokens=False)[
+            "input_ids"
+        ] == trained.codec.encode(text)
+    special = tokenizer.special
+    assert (exported.eos_token_id, exported.pad_token_id) == (special["eos"].id, special["pad"].id)
+    assert exported.bos_token_id == given.bos_token_id
+    assert exported.unk_token_id == (
+        special["unk"].id if special["unk"].id < len(tokenizer.tokens) else None
+    )
+    assert trained.start == (start or [special["eos"].id])[0]
+    batch = exported(["a b", "a b a b a b"], padding=True)
+    assert batch["input_ids"][0][-1] == special["pad"].id
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert config["eos_token_id"] == special["eos"].id < config["vocab_size"]
+    chat = [{"role": "user", "content": "a"}]
+    if kind == "llama2":  # has the special tokens of this template
+        ids = exported.apply_chat_template(chat, return_dict=False)
+        assert ids == given.apply_chat_template(chat, return_dict=False)
+
+
+def test_a_chats_own_end_ends_generation(make_trained, tmp_path):
+    folder = write(tmp_path / "data", "llama3", chat_template=chat_templates.HEADERS)
+    trained = with_data(make_trained(), folder)
+    library = trained.codec.tokenizer._tokenizer
+    export(trained, str(tmp_path / "exported"))
+    config = json.loads((tmp_path / "exported/generation_config.json").read_text())
+    ends = [library.token_to_id(word) for word in ("<|end_of_text|>", "<|eot_id|>")]
+    assert config["eos_token_id"] == sorted(ends)
 
 
 def test_what_is_there_is_left_alone(make_trained, tmp_path):

@@ -1,5 +1,6 @@
 """Results do not depend on the batch; the cost follows the routed pairs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.generation.generate import generate
 from evomoe_plugin.generation.options import GenerationOptions
-from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
+from evomoe_plugin.generation.text import TextCodec
+from tests.data import chat_templates
+from tests.export.conftest import make_trained, transformers, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
+from tests.tasks.test_chat_template import write
 
 EOS, PAD, UNK, BOS = 2, 1, 3, 0
 GATES = [
@@ -189,6 +194,85 @@ def test_the_cost_of_a_step_follows_the_pairs(make_trained):  # noqa: F811
         if steps == cheap[2]:
             assert flops - cheap[0] == (pairs - cheap[1]) * per_pair
     assert sum(steps == cheap[2] for _, _, steps in costs.values()) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"beam": 3}, {"temperature": 1.0, "seed": 3}])
+def test_stops_end_texts_and_prompts_may_contain_them(make_trained, options):  # noqa: F811
+    """Whatever the batch; before it stops, a text is that of a search without stops."""
+    trained = make_trained(20)
+    given = [[*prompt, EOS, 9] for prompt in prompts()]
+    starts = [5, *[6] * (len(given) - 1)]
+
+    def tokens(given, starts, stops, **more):
+        done = generate(
+            trained,
+            given,
+            GenerationOptions(max_new_tokens=8, **options, **more),
+            starts=starts,
+            stops=stops,
+        )
+        return [c.new for c in done.continuations]
+
+    stops = [9, 17, 23, 31]
+    together = tokens(given, starts, stops)
+    assert tokens(given, starts, stops, batch_size=1) == together
+    assert any(len(new) < 8 for new in together) and any(together)
+    assert not {9, 17, 23, 31, EOS, BOS, PAD, UNK} & {t for new in together for t in new}
+    if "beam" not in options:
+        unstopped = tokens(given, starts, [39])
+        for new, longer in zip(together, unstopped, strict=True):
+            both = min(len(new), len(longer))
+            assert longer[:both] == new[:both]
+            assert both == len(longer) or longer[both] in stops
+
+
+@pytest.fixture
+def chatting(make_trained, tmp_path):  # noqa: F811
+    """A model of a tokenizer whose end of text is in every prompt of its chats."""
+    marks = {"eos_token": "<|eot_id|>", "chat_template": chat_templates.HEADERS}
+    folder = write(tmp_path / "chat", "llama3", **marks)
+    dictionary = load_dictionary("data", folder / "dict.txt")
+    trained = make_trained(20, dictionary=dictionary)
+    return dataclasses.replace(
+        trained, dictionary=dictionary, codec=TextCodec(folder, dictionary), folder=folder
+    )
+
+
+def test_chats_go_on_as_transformers_would(chatting, transformers):  # noqa: F811
+    theirs = transformers.AutoTokenizer.from_pretrained(chatting.folder)
+    texts = ["The dog?", "The </s> fox"]
+    chats = chatting.codec.encode_chat(texts)
+    wanted = [
+        theirs.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in texts
+    ]
+    assert [[s, *p] for s, p in zip(chats.starts, chats.prompts, strict=True)] == wanted
+    assert chats.stops == [theirs.eos_token_id]
+    done = generate(
+        chatting,
+        chats.prompts,
+        GenerationOptions(max_new_tokens=6),
+        starts=chats.starts,
+        stops=chats.stops,
+    )
+    for ids, found in zip(wanted, done.continuations, strict=True):
+        greedy = []
+        with torch.no_grad():
+            while len(greedy) < 6:
+                logits = chatting.model(torch.tensor([[*ids, *greedy]]))[0][0, -1]
+                logits[chatting.codec.without_text()] = -math.inf
+                if (token := int(logits.argmax())) == theirs.eos_token_id:
+                    break
+                greedy.append(token)
+        assert found.new == greedy
+    assert chatting.codec.decode(wanted[0]) == theirs.decode(wanted[0])
+
+
+def test_chats_need_a_template(make_trained):  # noqa: F811
+    with pytest.raises(OptionError, match="--chat True: no chat template, or the model"):
+        make_trained().codec.encode_chat(["a"])
 
 
 BAD = [

@@ -163,13 +163,16 @@ def shorter_dictionary(folder):
 
 BAD_FOLDERS = {
     "no dictionary": (without("dict.txt"), "has no dict.txt; give a folder with train.jsonl"),
-    "no tokenizer": (without("sentencepiece.model"), r"has no tokenizer \(sentencepiece.model, or"),
+    "no tokenizer": (
+        without("sentencepiece.model"),
+        r"no tokenizer \(sentencepiece.model, tok",
+    ),
     "another dictionary": (shorter_dictionary, "dict.txt: has no '.+', which the tokenizer next"),
     "a foreign tokenizer": (
         lambda folder: (folder / "sentencepiece.model").write_text("x"),
         "not a SentencePiece model",
     ),
-    "no train.jsonl": (without("train.jsonl"), "has no train.jsonl: each name in"),
+    "no train.jsonl": (without("train.jsonl"), "has no train.jsonl, train.json or folder"),
     "a bad line": (
         lambda folder: (folder / "train.jsonl").write_text('{"prompt": 1}'),
         "train.jsonl, line 1: prompt is not a text but a number",
@@ -200,7 +203,8 @@ BAD_OPTIONS = {
     "positions": ({"max_target_positions": 32}, "--tokens-per-sample 64: give at most --max-ta"),
     "weight": ({"moe_aux_balance_weight": -1.0}, "--moe-aux-balance-weight -1.0: give a weight"),
     "nan": ({"moe_aux_balance_weight": float("nan")}, "--moe-aux-balance-weight nan: give a we"),
-    "bos": ({"add_bos_token": True}, "--add-bos-token True: examples start with </s>"),
+    "bos": ({"add_bos_token": True}, "--add-bos-token True: examples start with </s>, or"),
+    "no such template": ({"chat_template": "x"}, "--chat-template x: needs a tokenizer.json, and"),
     "template": ({"user_template": "User"}, "--user-template 'User': give a text that contains {}"),
 }
 
