@@ -20,7 +20,7 @@ from evomoe_plugin.export.misfit import Misfit
 from evomoe_plugin.export.model_card import model_card
 from evomoe_plugin.export.native import NATIVE, Native, closest, native_model
 from evomoe_plugin.export.shards import MAX_SHARD, Planned, parse_size, write_shards
-from evomoe_plugin.export.tokenizer import write_json, write_tokenizer
+from evomoe_plugin.export.tokenizer import runs_in_code, write_json, write_tokenizer
 from evomoe_plugin.export.weights import check_exportable, exported_model
 from evomoe_plugin.generation.loading import TrainedModel
 
@@ -39,6 +39,8 @@ class Exported:
     """A `model_type` of transformers, or evomoe."""
     why: str | None = None
     """Of `auto`, why no class of transformers could be taken."""
+    tokenizer_has_code: bool = False
+    """Whether `AutoTokenizer` needs `trust_remote_code=True`."""
 
 
 def export(
@@ -52,7 +54,7 @@ def export(
 
     `AutoModelForCausalLM.from_pretrained(out)` gives the logits of the trained model in evaluation
     mode; with the format evomoe, the folder has the model's code, and it needs
-    `trust_remote_code=True`. Weights have the dtype of the checkpoint.
+    `trust_remote_code=True`, as `AutoTokenizer` does for SentencePiece models. Weights have the dtype of the checkpoint.
 
     Args:
         without_eval_capacity: leave out capacities in evaluation.
@@ -96,7 +98,7 @@ def export(
         raise RunFailed(
             f"cannot write {out}: {reason_of(error)}; partial output is removed"
         ) from error
-    return Exported(target, chosen, why)
+    return Exported(target, chosen, why, runs_in_code(trained))
 
 
 def check_format(format: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.gpt2_config import ACTIVATIONS
+from evomoe_plugin.config.options import is_causal_lm
 from evomoe_plugin.export.misfit import Misfit
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.layer import MoELayer
@@ -29,8 +30,10 @@ def gpt2_config(trained: TrainedModel) -> dict[str, Any]:
     """
     decoder = trained.model.decoder
     args, width = decoder.args, decoder.embed_dim
+    if is_causal_lm(args):
+        raise Misfit("decoder_norm", args.decoder_norm)
+    widths = {_ffn_dim(args, layer) for layer in decoder.layers}
     wanted = (
-        ("decoder_norm", not hasattr(args, "decoder_norm")),
         ("decoder_normalize_before", bool(args.decoder_normalize_before)),
         ("no_decoder_final_norm", decoder.layer_norm is not None),
         ("decoder_learned_pos", decoder.embed_positions is not None and args.decoder_learned_pos),
@@ -43,7 +46,6 @@ def gpt2_config(trained: TrainedModel) -> dict[str, Any]:
     for option, fits in wanted:
         if not fits:
             raise Misfit(option, args[option])
-    widths = {_ffn_dim(args, layer) for layer in decoder.layers}
     if len(widths) > 1:
         raise Misfit("moe_expert_ffn_dim", args.moe_expert_ffn_dim)
     return {

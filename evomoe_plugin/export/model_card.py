@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from evomoe_plugin import __version__
 from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.export.shards import Planned
+from evomoe_plugin.export.tokenizer import runs_in_code
 from evomoe_plugin.generation.loading import TrainedModel
 
 # Of a run, beside the options of its model: configuration group, field.
@@ -58,6 +59,7 @@ def model_card(trained: TrainedModel, format: str, name: str, tensors: Sequence[
         tensors: that are written.
     """
     code = ", trust_remote_code=True" if format == "evomoe" else ""
+    tokenizer_code = ", trust_remote_code=True" if code or runs_in_code(trained) else ""
     parameters = sum(math.prod(t.shape) for t in tensors if t.dtype.is_floating_point)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
@@ -68,7 +70,7 @@ def model_card(trained: TrainedModel, format: str, name: str, tensors: Sequence[
         + (" (its code is in this folder).\n" if code else ".\n"),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({name!r}{code})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r}{code})\n```\n",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r}{tokenizer_code})\n```\n",
         "## Architecture\n",
         _table(("layer", "experts", "gate"), _layers(trained)),
         "## Training\n",

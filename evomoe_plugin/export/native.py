@@ -296,7 +296,7 @@ def _misfits(options: Mapping[str, Any], config: HFConfig) -> list[Misfit]:
     found = []
     for name, value in options.items():
         if name == "moe_layers" and NO_LAYERS in (value, theirs[name]) and value != theirs[name]:
-            return [Misfit(name, value)]  # experts, or none
+            return [Misfit(name, value)] * len(options)  # experts or none: nothing else compares
         if name == "rope_scaling":
             given, known = (json.loads(text or "{}") for text in (value, theirs[name]))
             fits = all(known.get(key) == part for key, part in given.items())

@@ -1,6 +1,6 @@
 """Load the exported model with transformers alone, and measure its loss on a text.
 
-    python load.py FOLDER TEXT_FILE
+python load.py FOLDER TEXT_FILE
 """
 
 import math

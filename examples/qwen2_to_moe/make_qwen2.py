@@ -1,6 +1,6 @@
 """Make a tiny Qwen2 with a tokenizer of its own, in place of a downloaded model.
 
-    python make_qwen2.py OUT TEXT_FOLDER
+python make_qwen2.py OUT TEXT_FOLDER
 """
 
 import sys

@@ -129,7 +129,9 @@ def test_a_static_cache_generates_the_same(make_trained, exported, given):
 def test_added_tokens(make_trained, exported, transformers, tmp_path, given, tied):
     trained = make_trained(20, **given, share_decoder_input_output_embed=tied)
     model = exported(trained)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "exported", trust_remote_code=True
+    )
     assert tokenizer.add_tokens(["<new>", "<newer>"]) == 2
     ids = tokenizer("w1 <new> w2 <newer>", return_tensors="pt")["input_ids"]
     assert ids[0, 2].item() == 40 and ids[0, 4].item() == 41

@@ -24,6 +24,7 @@ GPT2 = {
     "moe_spawn_updates": 10,
     "activation_fn": "gelu_accurate",
 }
+NARROW = {"decoder_input_dim": 16, "decoder_output_dim": 16}
 QWEN2_MOE = {
     **LLAMA,
     **RENORMALIZED,
@@ -137,7 +138,11 @@ MISFITS = [
     ({**QWEN2_MOE, "moe_shared_combine": "add"}, "qwen2_moe has no --moe-shared-combine add"),
     ({**QWEN2_MOE, "moe_shared_experts": 2}, "qwen2_moe has no --moe-shared-experts 2"),
     ({"arch": "causal_lm", "moe_layers": "none", "rope_fraction": 0.5}, "no --rope-fraction 0.5"),
-    ({**RENORMALIZED}, "gpt2 has no --decoder-learned-pos"),
+    ({**RENORMALIZED}, "gpt2 has no --moe-layers (layers with 5 experts)"),
+    (
+        {"arch": "transformer_lm", "decoder_normalize_before": True, **NARROW},
+        "gpt2 has no --decoder-learned-pos False",
+    ),
 ]
 
 
@@ -208,7 +213,7 @@ def test_import_and_export_give_the_same_bytes(name, tmp_path):
     for tensor_name, value in first["model"].items():
         assert torch.equal(value, again["model"][tensor_name])
         assert value.dtype == again["model"][tensor_name].dtype
-    assert again["cfg"]["model"] == first["cfg"]["model"] or kind == "mistral"
+    assert again["cfg"]["model"] == first["cfg"]["model"]
     # Without a name, a class that computes the same, if not the one that it came from.
     assert export(trained, str(tmp_path / "auto")).format in ("llama", kind)
 
