@@ -54,7 +54,8 @@ def export(
 
     `AutoModelForCausalLM.from_pretrained(out)` gives the logits of the trained model in evaluation
     mode; with the format evomoe, the folder has the model's code, and it needs
-    `trust_remote_code=True`, as `AutoTokenizer` does for SentencePiece models. Weights have the dtype of the checkpoint.
+    `trust_remote_code=True`, as `AutoTokenizer` does for SentencePiece models. Weights have the
+    dtype of the checkpoint.
 
     Args:
         without_eval_capacity: leave out capacities in evaluation.

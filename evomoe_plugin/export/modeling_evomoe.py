@@ -615,9 +615,11 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         }
         states, attentions = (), ()
         for block in self.layers:
-            states += (x_BLD,)
+            if output_hidden_states:
+                states += (x_BLD,)
             x_BLD, weights = block(x_BLD, input_ids, keep_BL, **attention)
-            attentions += (weights,)
+            if output_attentions:
+                attentions += (weights,)
         x_BLD = self.layer_norm(x_BLD)
         logits = self.output_projection(self.project_out_dim(x_BLD[:, -logits_to_keep:]))
         loss = None
