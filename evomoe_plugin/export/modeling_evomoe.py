@@ -35,7 +35,6 @@ class EvoMoEConfig(PretrainedConfig):
     activation = "gelu"
     position_embedding = "sinusoidal"  # or learned, rotary, none
     first_position = 2  # of sinusoidal ones: fairseq's come after that of padding
-    rope_parameters = None
     scale_embedding = True
     norm = "layer"  # or rms
     norm_eps = 1e-5
