@@ -35,6 +35,8 @@ _HIDDEN_ACT = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} |
     "gelu_accurate": "gelu_pytorch_tanh",
     "gelu_fast": "gelu_pytorch_tanh",
 }
+# Kinds whose classes read a head_dim that their configurations do not declare.
+_ANY_HEAD_DIM = ("qwen2", "qwen2_moe", "qwen3_moe", "olmoe")
 _HEAD = "decoder.output_projection.weight"
 
 
@@ -264,7 +266,13 @@ def _content(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         "model_type": kind,
-        **{name: value for name, value in given.items() if hasattr(default, name)},
+        # Of the run, and written with the folder.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **{
+            name: value
+            for name, value in given.items()
+            if hasattr(default, name) or (name == "head_dim" and kind in _ANY_HEAD_DIM)
+        },
     }
 
 

@@ -45,6 +45,7 @@ def test_a_class_of_transformers_is_taken_and_named(
     model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     assert type(model).__name__ == "MixtralForCausalLM"
     assert (out / "model.safetensors.index.json").exists()
+    capsys.readouterr()
     for arguments, message in (
         (["--format", "olmoe"], "--format olmoe: it has no --decoder-qk-norm none: give --format"),
         (["--format", "gpt5"], "--format gpt5: one of: auto, llama,"),

@@ -32,7 +32,7 @@ def test_what_is_known(card, words):
     split = {"documents": 7, "items": 7, "tokens": 4321, "bytes": 9999, "unknown_tokens": 0}
     DataCard(
         {"source": "Tales, CC0."},
-        {"kind": "gpt2", "rows": 40},
+        {"kind": "gpt2", "rows": 40, "lossless": True, "flags": []},
         {"train": split},
         0,
         [],
