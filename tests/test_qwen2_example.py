@@ -39,7 +39,7 @@ def test_the_example_runs(tmp_path):
     found = re.search(r"^Qwen2MoeForCausalLM, 4 experts, perplexity ([\d.]+)", done.stdout, re.M)
     assert found and 1 < float(found[1]) < 512  # of 1024 token ids
     card = (run / "exported/README.md").read_text()
-    assert re.search(r"Perplexity per token on the split `valid`[^:]*: [\d.]+", card)
+    assert re.search(r"Perplexity per token on the split `valid`.*: [\d.]+", card)
     assert "| experts_per_token | 2 |" in card and "| train |" in card
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and again.stderr.endswith("exists already: give another folder\n")

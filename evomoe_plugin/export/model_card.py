@@ -129,35 +129,39 @@ def _flag(name: str) -> str:
 
 
 def _routing(trained: TrainedModel) -> str:
-    meters = trained.extra_state.get("metrics") or {}
-    found = {}
-    for _priority, key, _kind, meter in meters.get("train") or ():
-        count, total = meter.get("count"), meter.get("sum")
-        if key in _ROUTING and count and total is not None and math.isfinite(float(total)):
-            found[key] = float(total) / float(count)
-    if not found:
-        return "The checkpoint records no statistics of routing.\n"
-    rows = ((key, f"{found[key]:.4g}", why) for key, why in _ROUTING.items() if key in found)
-    return (
-        "Means over the updates of the epoch in which the checkpoint was written, in training:\n\n"
-        + _table(("statistic", "value", "meaning"), rows)
-    )
+    for subset, means in _validations(trained):
+        if rows := [(k, f"{means[k]:.4g}", why) for k, why in _ROUTING.items() if k in means]:
+            return (
+                f"On the split `{subset}`, in the last validation before the checkpoint:\n\n"
+                + _table(("statistic", "value", "meaning"), rows)
+            )
+    return "The checkpoint records no statistics of routing.\n"
 
 
 def _evaluation(trained: TrainedModel) -> str:
-    value = (trained.extra_state.get("train_iterator") or {}).get("val_loss")
-    value = trained.extra_state.get("val_loss", value)
-    checkpoint = _plain(getattr(trained.cfg, "checkpoint", None) or {})
-    metric = checkpoint.get("best_checkpoint_metric")
+    lines = []
+    for subset, means in _validations(trained):
+        # In bits; the first has no auxiliary losses.
+        bits = next((means[k] for k in ("inner_loss", "nll_loss", "loss") if k in means), None)
+        if bits is not None:
+            lines.append(
+                f"Perplexity per token on the split `{subset}`, in the last validation before the "
+                f"checkpoint: {2**bits:.2f}.\n"
+            )
+    return "\n".join(lines) or "The checkpoint records no perplexity.\n"
+
+
+def _validations(trained: TrainedModel) -> Iterable[tuple[str, Mapping[str, float]]]:
+    """Splits and the means of their meters, those that have data."""
+    groups = trained.extra_state.get("metrics") or {}
     dataset = _plain(getattr(trained.cfg, "dataset", None) or {})
-    subset = str(dataset.get("valid_subset") or "valid").split(",")[0]
-    if value is None or metric not in ("loss", "ppl") or not math.isfinite(float(value)):
-        return "The checkpoint records no perplexity.\n"
-    perplexity = 2 ** float(value) if metric == "loss" else float(value)
-    return (
-        f"Perplexity per token on the split `{subset}` when the checkpoint was written: "
-        f"{perplexity:.2f}.\n"
-    )
+    for subset in str(dataset.get("valid_subset") or "valid").split(","):
+        means = {}
+        for _priority, key, _kind, meter in groups.get(subset) or ():
+            total, count = meter.get("sum"), meter.get("count")
+            if count and total is not None and math.isfinite(mean := float(total) / float(count)):
+                means[key] = mean
+        yield subset, means
 
 
 def _data(trained: TrainedModel) -> str:

@@ -9,6 +9,8 @@ from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.export.folder import export
 
 METERS = [
+    (90, "loss", "AverageMeter", {"val": 5, "sum": 50.0, "count": 10, "round": 3}),
+    (91, "inner_loss", "AverageMeter", {"val": 3, "sum": 30.0, "count": 10, "round": 3}),
     (100, "experts_per_token", "AverageMeter", {"val": 2, "sum": 30.0, "count": 10, "round": 3}),
     (101, "load_max", "AverageMeter", {"val": 0, "sum": float("nan"), "count": 10, "round": 3}),
     (102, "gate_entropy", "AverageMeter", {"val": None, "sum": 0, "count": 0, "round": 3}),
@@ -18,9 +20,8 @@ METERS = [
 
 @pytest.fixture
 def card(make_trained, tmp_path):
-    def make(extra=None, metric="ppl", **given):
+    def make(extra=None, **given):
         trained = make_trained(20, **given)
-        trained.cfg.checkpoint = {"best_checkpoint_metric": metric}
         trained = dataclasses.replace(trained, num_updates=1234, extra_state=extra or {})
         return (export(trained, str(tmp_path / "my-moe")).path / "README.md").read_text()
 
@@ -41,7 +42,7 @@ def test_what_is_known(card, words):
         {},
     ).save(words)
     text = card(
-        {"metrics": {"train": METERS}, "train_iterator": {"val_loss": 12.345}},
+        {"metrics": {"valid": METERS, "train": []}},
         moe_gate="top_p",
         moe_lexical="normal:1",
     )
@@ -55,24 +56,14 @@ def test_what_is_known(card, words):
     )
     assert "| experts_per_token | 3 |" in text
     assert "load_max" not in text and "gate_entropy" not in text and "nan" not in text
-    assert "12.35" in text and "split `valid`" in text
+    assert "Perplexity per token on the split `valid`, in the last validation" in text
+    assert "checkpoint: 8.00.\n" in text
     assert "Tales, CC0. Tokenizer: gpt2, 40 entries." in text and "| train | 7 | 4,321 |" in text
 
 
-def test_a_loss_in_bits_becomes_a_perplexity(card):
-    assert "written: 8.00." in card({"train_iterator": {"val_loss": 3.0}}, metric="loss")
-
-
-@pytest.mark.parametrize(
-    "extra, metric",
-    [
-        ({}, "ppl"),
-        ({"train_iterator": {"val_loss": None}}, "loss"),
-        ({"val_loss": 3.0}, "accuracy"),
-    ],
-)
-def test_what_is_unknown_is_not_made_up(card, extra, metric):
-    text = card(extra, metric)
+@pytest.mark.parametrize("metrics", [None, {}, {"train": METERS}, {"valid": METERS[3:]}])
+def test_what_is_unknown_is_not_made_up(card, metrics):
+    text = card({} if metrics is None else {"metrics": metrics})
     assert "records no perplexity" in text and "records no statistics of routing" in text
     assert "has no data card" in text
     assert not re.search(r"[Pp]erplexity[^\n]*\d", text)
