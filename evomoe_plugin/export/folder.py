@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.atomic_files import reason_of
+from evomoe_plugin.checkpoint.atomic_files import reason_of, sync
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.export.misfit import Misfit
@@ -94,7 +94,10 @@ def export(
             write_tokenizer(trained, work)
             card = model_card(trained, chosen, target.name, planned)
             (work / "README.md").write_text(card, encoding="utf-8")
+            for path in (*work.iterdir(), work):
+                sync(path)
             work.rename(target)
+            sync(parent)
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"cannot write {out}: {reason_of(error)}; partial output is removed"

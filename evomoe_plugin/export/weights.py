@@ -31,6 +31,10 @@ def check_exportable(trained: TrainedModel, without_eval_capacity: bool = False)
             type(model).__name__,
             "cannot be exported: give a checkpoint of a transformer_lm or causal_lm",
         )
+    args = model.decoder.args
+    for option in UNSUPPORTED:
+        if args.get(option):
+            raise OptionError(option, args[option], "the exported model does not implement it")
     for layer in getattr(model.decoder, "moe_layers", ()):
         if layer.eval_capacity and not without_eval_capacity:
             raise OptionError(
@@ -49,9 +53,6 @@ def exported_model(trained: TrainedModel) -> tuple[dict[str, Any], dict[str, Ten
     """
     decoder = trained.model.decoder
     args = decoder.args  # as built, with defaults filled in
-    for option in UNSUPPORTED:
-        if args.get(option):
-            raise OptionError(option, args[option], "the exported model does not implement it")
     if args.activation_fn not in _ACTIVATIONS:
         raise OptionError(
             "activation_fn",
