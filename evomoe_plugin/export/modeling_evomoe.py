@@ -26,7 +26,7 @@ class EvoMoEConfig(PretrainedConfig):
     """Sizes; `routing` configures the gates."""
 
     model_type = "evomoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # a list: Trainer adds to it
 
     vocab_size = hidden_size = input_dim = output_dim = intermediate_size = 8
     num_hidden_layers = num_attention_heads = num_key_value_heads = 1
@@ -569,6 +569,7 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """Logits [B, L, V] of the next tokens.
@@ -582,7 +583,9 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: also return the embeddings, the output of each layer but the last,
                 and the output of the last after the final norm.
             output_attentions: also return attention's weights; of attn_implementation="eager" only.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple of what is not None.
+            num_items_in_batch: number of labels of all batches of an update, by which the sum of
+                losses is divided, as Trainer asks for; None: their number in this batch.
         """
         config = self.config
         output_attentions = _given(output_attentions, config.output_attentions)
@@ -624,8 +627,13 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+                logits[:, :-1].flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=-100,
+                reduction="mean" if num_items_in_batch is None else "sum",
             )
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

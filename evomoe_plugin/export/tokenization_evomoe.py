@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizer
 class EvoMoETokenizer(PreTrainedTokenizer):
     """Text to the token ids of training, preceded by the start token.
 
-    Special tokens in a text, such as `</s>`, are tokenized as text.
+    Special tokens in a text, such as `</s>`, are tokenized as text, unless `split_special_tokens`
+    is False; tokens that were added with `add_tokens` are found.
 
     Args:
         vocab_file: token -> id, JSON.
@@ -53,7 +54,22 @@ class EvoMoETokenizer(PreTrainedTokenizer):
         return len(self._vocab)
 
     def get_vocab(self):
-        return dict(self._vocab)
+        return {**self._vocab, **self.added_tokens_encoder}
+
+    def tokenize(self, text, **kwargs):
+        """The tokens of a text."""
+        if not kwargs.get("split_special_tokens", self.split_special_tokens):
+            return super().tokenize(text, **kwargs)
+        added = [token for token in self.added_tokens_decoder.values() if not token.special]
+        if not added:
+            return super().tokenize(text, **kwargs)
+        pattern = "|".join(_pattern(t) for t in sorted(added, key=lambda t: -len(t.content)))
+        tokens, end = [], 0
+        for found in re.finditer(pattern, text):
+            tokens += self._tokenize(text[end : found.start()])
+            tokens.append(next(group for group in found.groups() if group))
+            end = found.end()
+        return tokens + self._tokenize(text[end:])
 
     def _tokenize(self, text, **kwargs):
         tokens = []
@@ -96,3 +112,11 @@ class EvoMoETokenizer(PreTrainedTokenizer):
                 shutil.copyfile(path, target)
             saved.append(str(target))
         return tuple(saved)
+
+
+def _pattern(token):
+    """Where an added token is found in a text, with the spaces that it takes."""
+    pattern = f"({re.escape(token.content)})"
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")

@@ -265,6 +265,22 @@ def test_the_loss_is_that_of_shifted_labels(make_trained, exported):
     assert torch.allclose(output.loss, wanted)
 
 
+def test_the_loss_of_an_update_does_not_depend_on_its_batches(make_trained, exported):
+    """As transformers' Trainer asks for it: the sum over all labels of the update."""
+    model, ids = exported(make_trained()), tokens()
+    labels = ids.clone()
+    labels[0, :8] = labels[2, :3] = -100
+    whole = model(ids, labels=labels).loss
+    count = (labels[:, 1:] != -100).sum()
+    parts = [
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=count).loss
+        for row in range(3)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    # As Trainer.evaluate joins them.
+    assert model.config.keys_to_ignore_at_inference + ["loss"] == ["past_key_values", "loss"]
+
+
 def test_a_capacity_of_evaluation_is_refused(make_trained, exported, tmp_path):
     trained = make_trained(moe_gate="top_k", moe_eval_capacity_factor=0.5)
     with pytest.raises(OptionError, match="give --without-eval-capacity"):

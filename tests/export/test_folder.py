@@ -194,6 +194,31 @@ def test_a_chats_own_end_ends_generation(make_trained, tmp_path):
     assert config["eos_token_id"] == sorted(ends)
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_added_tokens_are_found_in_texts(make_trained, tmp_path, transformers, request, kind):
+    folder = request.getfixturevalue({"sentencepiece": "prepared", "gpt2": "gpt2_folder"}[kind])
+    trained = with_data(make_trained(), folder)
+    export(trained, str(tmp_path / "exported"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "exported", trust_remote_code=True
+    )
+    before = len(tokenizer)
+    spaced = transformers.AddedToken("<b>", rstrip=True, lstrip=True)
+    assert tokenizer.add_tokens(["<a>", "<ab>", spaced]) == 3 and len(tokenizer) == before + 3
+    first, longer, eager = range(before, before + 3)
+    a, b = trained.codec.encode("a"), trained.codec.encode("b")
+    for text, wanted in {
+        "a<a>b": [*a, first, *b],
+        "<ab><a>": [longer, first],
+        "a  <b> b</s>": [*a, eager, *trained.codec.encode("b</s>")],
+    }.items():
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == wanted
+    assert tokenizer.decode([*a, first, *b]) == "a<a>b"
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again("a<a>b")["input_ids"] == tokenizer("a<a>b")["input_ids"]
+
+
 def test_what_is_there_is_left_alone(make_trained, tmp_path):
     (tmp_path / "exported").mkdir()
     with pytest.raises(OptionError, match="exported: exists already: give another path"):

@@ -96,15 +96,15 @@ def test_attention_by_name(make_trained, exported, transformers, given, tmp_path
 @BOTH
 @torch.no_grad()
 def test_hidden_states_and_tuples(make_trained, exported, given):
-    model, x = exported(make_trained(20, **given)), tokens()
+    trained, x = make_trained(20, **given), tokens()
+    model = exported(trained)
     output = model(x, output_hidden_states=True)
-    states = output.hidden_states
-    assert len(states) == 1 + model.config.num_hidden_layers
+    states, inner = output.hidden_states, trained.model(x)[1]["inner_states"]
+    assert len(states) == len(inner) == 1 + model.config.num_hidden_layers
+    for theirs, ours in zip(states[:-1], inner[:-1], strict=True):
+        torch.testing.assert_close(theirs, ours.transpose(0, 1), rtol=0, atol=1e-5)
     assert torch.equal(model.output_projection(states[-1]), output.logits)
-    layer_outputs = []
-    model.layers[0].register_forward_hook(lambda module, given, out: layer_outputs.append(out[0]))
     assert model(x).hidden_states is None
-    assert torch.equal(layer_outputs[0], states[1])
     loss, logits = model(x, labels=x, return_dict=False)
     assert torch.equal(logits, output.logits) and torch.equal(loss, model(x, labels=x).loss)
     model.config.return_dict = False
