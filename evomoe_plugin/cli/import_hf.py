@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--dict FILE",
         str,
-        "dict.txt of a data set to train on, made with `evomoe prepare --tokenizer DIR` (or "
-        "`--gpt2-bpe` for GPT-2): embeddings get its order and as many rows as it has entries "
-        "(default: the order of token ids)",
+        "dict.txt of a data set made with `evomoe prepare --tokenizer DIR`, or --gpt2-bpe: "
+        "embeddings get as many rows as it has entries, those of a GPT-2 in its order (default: "
+        "one row for each token id)",
     )
     flag(parser, "--overwrite", False, "replace OUT, or its model.pt and dict.txt, if they exist")
 

@@ -67,22 +67,30 @@ def read_hf_config(option: str, path: str) -> HFConfig:
     if content.get("quantization_config") is not None:
         raise OptionError(option, path, "has quantised weights: give the model in 16 or 32 bits")
     try:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        return parse_hf_config(content)
     except ImportError as error:
         raise OptionError(
             option, path, f"is read by transformers: pip install 'evomoe_plugin[hf]' ({error})"
         ) from error
-    try:
-        config = CONFIG_MAPPING[kind].from_dict(content)
-        options = _decoder(config)
-        options |= KINDS[kind](config)
-        vocabulary = int(config.vocab_size)
-    except _Unsupported as error:
+    except Unsupported as error:
         raise OptionError(option, path, f"its {CONFIG} has {error}") from None
     except Exception as error:  # transformers raises anything for invalid values
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OptionError(option, path, f"its {CONFIG} has an invalid value ({why})") from error
-    return HFConfig(kind, options, vocabulary)
+
+
+def parse_hf_config(content: dict[str, Any]) -> HFConfig:
+    """The decoder of a config.json's content, whose `model_type` is one of `KINDS`.
+
+    Raises:
+        ImportError: there is no transformers.
+        Unsupported: no option expresses it. Anything: transformers refuses a value.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = content["model_type"]
+    config = CONFIG_MAPPING[kind].from_dict(content)
+    return HFConfig(kind, _decoder(config) | KINDS[kind](config), int(config.vocab_size))
 
 
 def model_type(option: str, path: str) -> Any:
@@ -160,23 +168,21 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-class _Unsupported(Exception):
+class Unsupported(Exception):
     """What a config has that no option expresses."""
 
 
 def _require(config: Any, name: str, value: Any, remedy: str) -> None:
     given = getattr(config, name, value)
     if given != value:
-        raise _Unsupported(f"{name} {short(given)}, which is not supported: {remedy}")
+        raise Unsupported(f"{name} {short(given)}, which is not supported: {remedy}")
 
 
 def _decoder(config: Any) -> dict[str, Any]:
     """What all kinds have."""
     activation = ACTIVATIONS.get(config.hidden_act)
     if activation is None:
-        raise _Unsupported(
-            f"hidden_act {short(config.hidden_act)}; known: {', '.join(ACTIVATIONS)}"
-        )
+        raise Unsupported(f"hidden_act {short(config.hidden_act)}; known: {', '.join(ACTIVATIONS)}")
     heads, width = config.num_attention_heads, config.hidden_size
     kv_heads = config.num_key_value_heads or heads
     head_dim = getattr(config, "head_dim", None) or width // heads
@@ -189,9 +195,9 @@ def _decoder(config: Any) -> dict[str, Any]:
         ("vocab_size", config.vocab_size),
     ):
         if number < 1:
-            raise _Unsupported(f"{name} {number}, which must be at least 1")
+            raise Unsupported(f"{name} {number}, which must be at least 1")
     if heads % kv_heads:
-        raise _Unsupported(
+        raise Unsupported(
             f"num_key_value_heads {kv_heads}, which does not divide num_attention_heads {heads}"
         )
     positions = config.max_position_embeddings
@@ -203,7 +209,7 @@ def _decoder(config: Any) -> dict[str, Any]:
     rope.pop("type", None)
     scaling = None if rope["rope_type"] == "default" else json.dumps(rope, sort_keys=True)
     if scaling is not None and rope["rope_type"] not in ("linear", "llama3", "yarn"):
-        raise _Unsupported(
+        raise Unsupported(
             f"rope_type {short(rope['rope_type'])}; known: default, linear, llama3, yarn"
         )
     return {
@@ -278,10 +284,10 @@ def _experts(config: Any, ffn_dim: int, count: int, renormalized: bool) -> dict[
     dense = getattr(config, "mlp_only_layers", None) or []
     step = getattr(config, "decoder_sparse_step", 1)
     if step < 1 or count < 1:
-        raise _Unsupported(f"decoder_sparse_step {step} and {count} experts: it has no MoE layer")
+        raise Unsupported(f"decoder_sparse_step {step} and {count} experts: it has no MoE layer")
     layers = [n for n in range(config.num_hidden_layers) if n not in dense and (n + 1) % step == 0]
     if not layers:
-        raise _Unsupported(
+        raise Unsupported(
             f"mlp_only_layers {short(dense)} and decoder_sparse_step {step}: it has no MoE layer"
         )
     return {

@@ -1,11 +1,12 @@
-"""GPT with mixture-of-experts layers for transformers, trained by fairseq with evomoe_plugin.
+"""Decoders with mixture-of-experts layers for transformers, trained by fairseq with evomoe_plugin:
+GPTs, and those with rotary positions, as in Llama.
 
-It needs only torch and transformers. Its outputs equal those of the trained model in evaluation
-mode; it has no dropout, routing noise or auxiliary losses.
+It needs only torch and transformers, 5 or newer. Its outputs equal those of the trained model in
+evaluation mode; it has no dropout, routing noise or auxiliary losses.
 
 Shape suffixes: B batch, L new positions, M all positions, T tokens, D model width, F hidden width,
 E routed experts, C candidates of a gate (the E experts, then null experts), N routed (token,
-expert) pairs, S shared experts, K experts per token or selectors.
+expert) pairs, S shared experts, K experts per token or selectors, R rotated width of a head.
 """
 
 import math
@@ -15,7 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class EvoMoEConfig(PretrainedConfig):
@@ -25,11 +29,20 @@ class EvoMoEConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # a list: Trainer adds to it
 
     vocab_size = hidden_size = input_dim = output_dim = intermediate_size = 8
-    num_hidden_layers = num_attention_heads = 1
+    num_hidden_layers = num_attention_heads = num_key_value_heads = 1
+    head_dim = 8
     max_position_embeddings = 8
     activation = "gelu"
-    position_embedding = "sinusoidal"  # or learned, none
+    position_embedding = "sinusoidal"  # or learned, rotary, none
+    first_position = 2  # of sinusoidal ones: fairseq's come after that of padding
     scale_embedding = True
+    norm = "layer"  # or rms
+    norm_eps = 1e-5
+    qk_norm = "none"  # or shared, separate, joint
+    qkv_bias = out_bias = ffn_bias = True
+    ffn_gated = False
+    parallel = False  # attention and FFN on the output of one norm
+    logits_bias = False
     layernorm_embedding = False
     post_norm = False  # norms after attention and FFN, instead of before
     final_norm = True
@@ -51,6 +64,7 @@ ACTIVATIONS = {
     "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).pow(2),
     "tanh": torch.tanh,
     "linear": lambda x: x,
     "swish": F.silu,
@@ -101,6 +115,16 @@ class Gate(nn.Module):
         self.shared_combine = config.shared_combine
         if self.shared and self.shared_combine != "add":
             self.shared_weight = _parameter(2 if self.shared_combine == "mix" else self.shared, D)
+
+    def resize(self, vocab_size):
+        """Rows for new token ids: experts in turn, and no lexical logits."""
+        if self.routing["select"] == "table":
+            new = torch.arange(len(self.table), vocab_size, device=self.table.device)
+            self.table = torch.cat([self.table, new % self.num_experts])[:vocab_size]
+        if self.routing.get("lexical"):
+            logits = self.lexical_logits.detach()
+            new = logits.new_zeros(max(vocab_size - len(logits), 0), logits.size(1))
+            self.lexical_logits = nn.Parameter(torch.cat([logits, new])[:vocab_size])
 
     def forward(self, x_TD, ids_T):
         """Selection (bool) and weights [T, C]; weights of shared experts [T, S], or None for 1."""
@@ -336,49 +360,152 @@ class MoE(nn.Module):
         return y_TD + rows.sum(0)
 
 
+def _norm(config, width):
+    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)
+
+
+class SeparateNorm(nn.Module):
+    """A norm over each head without bias, with a weight of its own for every head."""
+
+    def __init__(self, config, heads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, config.head_dim))
+        self.normalize = F.rms_norm if config.norm == "rms" else F.layer_norm
+        self.eps = config.norm_eps
+
+    def forward(self, x):
+        return self.normalize(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class Rotary:
+    """Cosines and sines of positions. Frequencies stay in fp32, whatever the model's dtype."""
+
+    def __init__(self, config):
+        self.config, self.on = config, {}
+
+    def __call__(self, positions_BL, dtype):
+        """[B, 1, L, R] each."""
+        device = positions_BL.device
+        if device not in self.on:
+            self.on[device] = self._frequencies(device)
+        frequencies, scale = self.on[device]
+        angles = positions_BL.unsqueeze(-1).float() * frequencies
+        angles = torch.cat([angles, angles], -1).unsqueeze(1)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    def _frequencies(self, device):
+        given = self.config.rope_parameters
+        if given["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[given["rope_type"]](self.config, device)
+        width = int(self.config.head_dim * given.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1.0 / given["rope_theta"] ** exponents, 1.0
+
+
+def _rotate(x, cos, sin):
+    """Rotate the first R dimensions of each head."""
+    R = cos.size(-1)
+    if R < x.size(-1):
+        return torch.cat([_rotate(x[..., :R], cos, sin), x[..., R:]], -1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention with its weights [B, heads, L, M]."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask[..., : key.size(2)]
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class Attention(nn.Module):
+    """By the function that `attn_implementation` names: sdpa, eager, flash_attention_2, …"""
+
+    is_causal = True
+
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.heads, D = layer, config.num_attention_heads, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
-
-    def forward(self, x_BLD, allowed, cache):
-        q, k, v = (
-            project(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+        self.config, self.layer_idx, D = config, layer, config.hidden_size
+        heads, groups, width = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
         )
+        self.num_key_value_groups, self.scaling = heads // groups, width**-0.5
+        self.q_proj = nn.Linear(D, heads * width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, groups * width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, groups * width, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(heads * width, D, bias=config.out_bias)
+        self.q_norm, self.k_norm = self._qk_norm(heads), self._qk_norm(groups)
+
+    def _qk_norm(self, heads):
+        kind, width = self.config.qk_norm, self.config.head_dim
+        if kind == "none":
+            return None
+        if kind == "separate":
+            return SeparateNorm(self.config, heads)
+        return _norm(self.config, width * (heads if kind == "joint" else 1))
+
+    def _heads(self, x_BLD, norm=None):
+        joint = self.config.qk_norm == "joint"
+        if norm is not None and joint:
+            x_BLD = norm(x_BLD)
+        x = x_BLD.unflatten(-1, (-1, self.config.head_dim))
+        if norm is not None and not joint:
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def forward(self, x_BLD, mask, rotary, cache, **kwargs):
+        q = self._heads(self.q_proj(x_BLD), self.q_norm)
+        k = self._heads(self.k_proj(x_BLD), self.k_norm)
+        v = self._heads(self.v_proj(x_BLD))
+        if rotary is not None:
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        y, weights = attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.out_proj(y.reshape(*x_BLD.shape[:2], -1)), weights
 
 
 class Block(nn.Module):
-    """Attention, then an FFN or an MoE layer; pre-norm or post-norm."""
+    """Attention, then an FFN or an MoE layer: pre-norm, post-norm or side by side."""
 
     def __init__(self, config, layer):
         super().__init__()
-        D = config.hidden_size
-        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.self_attn_layer_norm = _norm(config, D)
+        self.final_layer_norm = None if config.parallel else _norm(config, D)
         self.self_attn, self.post_norm = Attention(config, layer), config.post_norm
         self.moe = None
         if config.num_experts[layer]:
             self.moe = MoE(config, config.num_experts[layer])
         else:
             self.activation = ACTIVATIONS[config.activation]
-            self.fc1 = nn.Linear(D, config.intermediate_size)
-            self.fc2 = nn.Linear(config.intermediate_size, D)
+            self.fc1 = nn.Linear(D, F_, bias=config.ffn_bias)
+            self.fc2 = nn.Linear(F_, D, bias=config.ffn_bias)
+            self.fc3 = nn.Linear(D, F_, bias=config.ffn_bias) if config.ffn_gated else None
 
-    def forward(self, x_BLD, ids_BL, keep_BL, allowed, cache):
+    def forward(self, x_BLD, ids_BL, keep_BL, **attention):
+        """The output, and attention's weights or None."""
         if self.post_norm:
-            x_BLD = self.self_attn_layer_norm(x_BLD + self.self_attn(x_BLD, allowed, cache))
-            return self.final_layer_norm(x_BLD + self._ffn(x_BLD, ids_BL, keep_BL))
-        x_BLD = x_BLD + self.self_attn(self.self_attn_layer_norm(x_BLD), allowed, cache)
-        return x_BLD + self._ffn(self.final_layer_norm(x_BLD), ids_BL, keep_BL)
+            y_BLD, weights = self.self_attn(x_BLD, **attention)
+            x_BLD = self.self_attn_layer_norm(x_BLD + y_BLD)
+            return self.final_layer_norm(x_BLD + self._ffn(x_BLD, ids_BL, keep_BL)), weights
+        normed_BLD = self.self_attn_layer_norm(x_BLD)
+        y_BLD, weights = self.self_attn(normed_BLD, **attention)
+        x_BLD = x_BLD + y_BLD
+        if self.final_layer_norm is not None:
+            normed_BLD = self.final_layer_norm(x_BLD)
+        return x_BLD + self._ffn(normed_BLD, ids_BL, keep_BL), weights
 
     def _ffn(self, x_BLD, ids_BL, keep_BL):
         if self.moe is None:
-            return self.fc2(self.activation(self.fc1(x_BLD)))
+            hidden = self.activation(self.fc1(x_BLD))
+            return self.fc2(hidden if self.fc3 is None else hidden * self.fc3(x_BLD))
         y_TD = self.moe(x_BLD.flatten(0, 1), ids_BL.flatten(), keep_BL.flatten())
         return y_TD.view_as(x_BLD)
 
@@ -388,7 +515,9 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = EvoMoEConfig
     _no_split_modules = ["Block"]
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"output_projection.weight": "embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -401,12 +530,11 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             self.project_out_dim = nn.Linear(D, config.output_dim, bias=False)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, D)
+        self.rotary = Rotary(config) if config.position_embedding == "rotary" else None
         self.layernorm_embedding = nn.LayerNorm(D) if config.layernorm_embedding else nn.Identity()
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.layer_norm = nn.LayerNorm(D) if config.final_norm else nn.Identity()
-        self.output_projection = None
-        if not config.tie_word_embeddings:
-            self.output_projection = nn.Linear(config.output_dim, V, bias=False)
+        self.layer_norm = _norm(config, D) if config.final_norm else nn.Identity()
+        self.output_projection = nn.Linear(config.output_dim, V, bias=config.logits_bias)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -421,6 +549,14 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.output_projection = value
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As transformers does it, and the gates' tables of token ids with it."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for block in self.layers:
+            if block.moe is not None:
+                block.moe.gate.resize(self.config.vocab_size)
+        return embeddings
+
     def forward(
         self,
         input_ids,
@@ -430,8 +566,8 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
-        output_hidden_states=None,
         output_attentions=None,
+        output_hidden_states=None,
         return_dict=None,
         num_items_in_batch=None,
         **kwargs,
@@ -440,35 +576,54 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, L], tokens not in the cache.
-            attention_mask: [B, M], 0 for padding, on either side; or [B, 1, L, M], of pairs.
-            past_key_values: any cache of transformers.
+            attention_mask: [B, M], 0 for padding, on either side; or what
+                `create_masks_for_generate` makes of it.
             labels: [B, L], -100 is ignored.
             logits_to_keep: number of last positions to return; 0: all.
-            output_hidden_states: return the embedded input and each layer's output [B, L, D], the
-                last one after the final norm.
-            return_dict: False: a tuple of what is not None.
+            output_hidden_states: also return the embeddings, the output of each layer but the last,
+                and the output of the last after the final norm.
+            output_attentions: also return attention's weights; of attn_implementation="eager" only.
+            return_dict: False returns a tuple of what is not None.
             num_items_in_batch: number of labels of all batches of an update, by which the sum of
                 losses is divided, as Trainer asks for; None: their number in this batch.
-        Raises:
-            ValueError: more tokens than learned positions; attention weights are asked for.
         """
-        if output_attentions or self.config.output_attentions:
-            raise ValueError("output_attentions: this model does not return attention weights")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        config = self.config
+        output_attentions = _given(output_attentions, config.output_attentions)
+        output_hidden_states = _given(output_hidden_states, config.output_hidden_states)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        allowed, keep_BL, positions_BL = self._masks(input_ids, attention_mask, past_key_values)
-
-        x_BLD = self._embed(input_ids, positions_BL if position_ids is None else position_ids)
-        states = [x_BLD]
+        (B, L), past, device = input_ids.shape, 0, input_ids.device
+        if past_key_values is not None:
+            past = int(past_key_values.get_seq_length())
+        keep_BL = torch.ones(B, L, dtype=torch.bool, device=device)
+        positions_BL = torch.arange(past, past + L, device=device).expand(B, L)
+        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+            keep_BM, new = attention_mask.bool(), slice(past, past + L)
+            keep_BL = keep_BM[:, new]
+            positions_BL = (keep_BM.long().cumsum(1) - 1).clamp(min=0)[:, new]
+        if position_ids is not None:
+            positions_BL = position_ids
+        x_BLD = self._embed(input_ids, positions_BL)
+        attention = {
+            "mask": create_causal_mask(
+                config=config,
+                inputs_embeds=x_BLD,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            ),
+            "rotary": None if self.rotary is None else self.rotary(positions_BL, x_BLD.dtype),
+            "cache": past_key_values,
+        }
+        states, attentions = (), ()
         for block in self.layers:
-            x_BLD = block(x_BLD, input_ids, keep_BL, allowed, past_key_values)
-            states.append(x_BLD)
-        if output_hidden_states:
-            states[-1] = self.layer_norm(x_BLD)
-        x_BLD = self.project_out_dim(self.layer_norm(x_BLD[:, -logits_to_keep:]))
-        logits = F.linear(x_BLD, (self.output_projection or self.embed_tokens).weight)
+            if output_hidden_states:
+                states += (x_BLD,)
+            x_BLD, weights = block(x_BLD, input_ids, keep_BL, **attention)
+            if output_attentions:
+                attentions += (weights,)
+        x_BLD = self.layer_norm(x_BLD)
+        logits = self.output_projection(self.project_out_dim(x_BLD[:, -logits_to_keep:]))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
@@ -483,40 +638,10 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=(*states, x_BLD) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
-        wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
-        return output.to_tuple() if wants_tuple else output
-
-    def _masks(self, ids_BL, attention_mask, cache):
-        """Which pairs may attend [B or 1, 1, L, M]; which new tokens are no padding [B, L]; and
-        their positions [B, L].
-
-        M are all keys: of a static cache, the empty ones after the last token too.
-        """
-        (B, L), past, M = ids_BL.shape, 0, ids_BL.size(1)
-        if cache is not None:
-            past, M = int(cache.get_seq_length()), int(cache.get_mask_sizes(L, 0)[0])
-        keys_M = torch.arange(M, device=ids_BL.device)
-        queries_L1 = keys_M[past : past + L].unsqueeze(1)
-        causal, itself = (keys_M <= queries_L1)[None, None], (keys_M == queries_L1)[None, None]
-        keep_BM = keys_M.lt(past + L).expand(B, M)
-        if attention_mask is None:
-            allowed = causal
-        elif attention_mask.dim() == 4:
-            pairs = attention_mask
-            pairs = pairs if pairs.dtype == torch.bool else pairs == 0  # added to logits
-            # Padding is what does not attend to itself; it does here, as a fully masked row is NaN.
-            own_BL = pairs[:, 0, :, past : past + L].diagonal(dim1=1, dim2=2)
-            seen_BM = pairs[:, 0, -1].expand(B, M)
-            keep_BM = torch.cat([seen_BM[:, :past], own_BL.expand(B, L), seen_BM[:, past + L :]], 1)
-            allowed = (pairs & causal) | itself
-        else:
-            given_BM = attention_mask.bool()
-            keep_BM = F.pad(given_BM, (0, M - given_BM.size(1)))
-            allowed = causal & (keep_BM[:, None, None, :] | itself)
-        positions_BM = (keep_BM.long().cumsum(1) - 1).clamp(min=0)
-        return allowed, keep_BM[:, past : past + L], positions_BM[:, past : past + L]
+        return output if _given(return_dict, config.return_dict) else output.to_tuple()
 
     def _embed(self, ids_BL, positions_BL):
         D = self.config.hidden_size
@@ -536,9 +661,12 @@ class EvoMoEForCausalLM(PreTrainedModel, GenerationMixin):
             half = D // 2
             step = -math.log(10000) / (half - 1)
             rates = torch.exp(torch.arange(half, dtype=torch.float, device=ids_BL.device) * step)
-            # fairseq's positions start after the padding index.
-            indices = positions_BL + self.config.pad_token_id + 1
+            indices = positions_BL + self.config.first_position
             angles = indices.float().unsqueeze(-1) * rates
             waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
             x_BLD = x_BLD + F.pad(waves, (0, D % 2)).to(x_BLD.dtype)
         return self.layernorm_embedding(x_BLD)
+
+
+def _given(argument, default):
+    return default if argument is None else argument

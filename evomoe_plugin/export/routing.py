@@ -96,7 +96,7 @@ def _added(gate: Gate, num_updates: int) -> dict[str, Any]:
     if scale is not None and scale.kind == "unit":
         given |= {"unit_weights": True, "weight_total": scale.total}
     elif scale is not None:
-        gain = scale.gain
+        gain: Tensor | None = scale.gain
         if gain is None:
             gain = (scale.total / scale.mean).float().expand(gate.info.num_candidates)
         given |= {"gains": True, "gain": gain}

@@ -26,6 +26,12 @@ from evomoe_plugin.generation.loading import TrainedModel
 _TOKENIZATION = "tokenization_evomoe.py"
 
 
+def runs_in_code(trained: TrainedModel) -> bool:
+    """Whether the exported tokenizer is a class of this package: no tokenizer.json gives the ids
+    of a SentencePiece model in every text."""
+    return isinstance(trained.codec.tokenizer, SentencePieceTokenizer)
+
+
 def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     """Write the files that `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
 

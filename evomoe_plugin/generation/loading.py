@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
@@ -30,6 +32,12 @@ class TrainedModel:
     codec: TextCodec
     folder: Path
     """Has dict.txt and the tokenizer's files."""
+    dtype: torch.dtype = torch.float32
+    """Of the embeddings in the checkpoint."""
+    num_updates: int = 0
+    """Completed by the run that wrote the checkpoint."""
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
+    """fairseq's: the last validation and the meters, among others."""
 
     @property
     def start(self) -> int:
@@ -97,4 +105,14 @@ def load_trained_model(option: str, path: str, data: str | None = None) -> Train
             "model cannot continue its own output",
         )
     codec = TextCodec(folder, dictionary, getattr(cfg.task, "chat_template", None))
-    return TrainedModel(models[0].eval(), cfg, dictionary, codec, folder)
+    history = state.get("optimizer_history") or [{}]
+    return TrainedModel(
+        models[0].eval(),
+        cfg,
+        dictionary,
+        codec,
+        folder,
+        getattr(state["model"].get("decoder.embed_tokens.weight"), "dtype", torch.float32),
+        history[-1].get("num_updates") or 0,
+        state.get("extra_state") or {},
+    )

@@ -79,12 +79,14 @@ def make_trained(words, make_config):  # noqa: F811
 
 @pytest.fixture
 def exported(tmp_path, transformers):
-    """Export a model and load it in transformers."""
+    """Export a model in our format and load it in transformers."""
 
-    def load(trained, **given):
+    def load(trained, loading=None, **given):
         folder = tmp_path / "exported"
-        export(trained, str(folder), **given)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        export(trained, str(folder), **{"format": "evomoe", **given})
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, **(loading or {})
+        )
         return model.eval()
 
     return load

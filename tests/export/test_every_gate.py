@@ -305,50 +305,6 @@ def test_the_loss_of_an_update_does_not_depend_on_its_batches(make_trained, expo
     assert model.config.keys_to_ignore_at_inference + ["loss"] == ["past_key_values", "loss"]
 
 
-@pytest.mark.parametrize("given", [{}, {"moe_post_norm": True}])
-def test_hidden_states_and_tuples(make_trained, exported, given):
-    trained, ids = make_trained(**given), tokens()
-    model = exported(trained)
-    output = model(ids, output_hidden_states=True)
-    inner = trained.model(ids)[1]["inner_states"]
-    assert len(output.hidden_states) == len(inner) == 4
-    for ours, theirs in zip(output.hidden_states[:-1], inner[:-1], strict=True):
-        torch.testing.assert_close(ours, theirs.transpose(0, 1))
-    logits = torch.nn.functional.linear(output.hidden_states[-1], model.embed_tokens.weight)
-    if model.output_projection is None:
-        torch.testing.assert_close(logits, output.logits)
-    assert model(ids).hidden_states is None
-    loss, logits, states = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
-    torch.testing.assert_close(logits, output.logits)
-    assert loss.dim() == 0 and len(states) == 4
-    model.config.return_dict = False
-    assert isinstance(model(ids), tuple)
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(ids, output_attentions=True)
-
-
-@pytest.mark.parametrize("padding", [False, True])
-def test_a_static_cache_changes_nothing(make_trained, exported, padding):
-    model, ids = exported(make_trained()), tokens(2, 5)
-    mask = torch.ones_like(ids)
-    if padding:
-        mask[0, :2] = 0
-        ids[0, :2] = 1
-    options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    wanted = model.generate(ids, **options)
-    static = model.generate(ids, cache_implementation="static", **options)
-    assert static.tolist() == wanted.tolist()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_can_be_resized(make_trained, exported, tied):
-    model = exported(make_trained(share_decoder_input_output_embed=tied))
-    size = model.config.vocab_size
-    model.resize_token_embeddings(size + 2)
-    ids = torch.tensor([[2, 5, size + 1]])
-    assert model(ids).logits.shape == (1, 3, size + 2)
-
-
 def test_a_capacity_of_evaluation_is_refused(make_trained, exported, tmp_path):
     trained = make_trained(moe_gate="top_k", moe_eval_capacity_factor=0.5)
     with pytest.raises(OptionError, match="give --without-eval-capacity"):

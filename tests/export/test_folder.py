@@ -240,6 +240,7 @@ def test_the_folder_holds_what_it_needs_and_no_pickle(make_trained, tmp_path):
     export(make_trained(), str(tmp_path / "exported"))
     names = {entry.name for entry in (tmp_path / "exported").iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
