@@ -60,13 +60,14 @@ def model_card(trained: TrainedModel, format: str, name: str, tensors: Sequence[
     """
     code = ", trust_remote_code=True" if format == "evomoe" else ""
     tokenizer_code = ", trust_remote_code=True" if code or runs_in_code(trained) else ""
+    dtype = str(trained.dtype).removeprefix("torch.")
     parameters = sum(math.prod(t.shape) for t in tensors if t.dtype.is_floating_point)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags:\n- mixture-of-experts\n- evomoe\n---\n",
         f"# {name}\n",
-        f"A language model of {parameters:,} parameters in {trained.dtype}, trained by fairseq "
-        f"with evomoe_plugin {__version__}, as transformers' `{format}`"
+        f"A language model of {parameters:,} parameters in {dtype}, trained by fairseq with "
+        f"evomoe_plugin {__version__}, as transformers' `{format}`"
         + (" (its code is in this folder).\n" if code else ".\n"),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({name!r}{code})\n"
@@ -107,7 +108,12 @@ def _recipe(cfg: Any) -> Iterable[tuple[str, Any]]:
     registered = MODEL_DATACLASS_REGISTRY.get(arch)
     defaults = vars(registered()) if registered else {}
     for name, value in sorted(model.items()):
-        if name in defaults and not isinstance(value, (dict, list)) and value != defaults[name]:
+        if (
+            name in defaults
+            and name != "_name"
+            and not isinstance(value, (dict, list))
+            and value != defaults[name]
+        ):
             if isinstance(value, str) and os.path.isabs(value):
                 value = os.path.basename(value)  # a path of the machine that trained
             if value is not None and not str(defaults[name]).startswith("${"):

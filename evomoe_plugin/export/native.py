@@ -23,6 +23,7 @@ from evomoe_plugin.config.options import (
 from evomoe_plugin.export.gpt2 import gpt2_config, gpt2_tensors
 from evomoe_plugin.export.misfit import Misfit
 from evomoe_plugin.export.routing import export_gate, gate_name
+from evomoe_plugin.gates import gate_class
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.layer import MoELayer
 
@@ -135,6 +136,9 @@ def _described(trained: TrainedModel) -> _Described:
             if found.setdefault(option, value) != value:
                 # Named as the user gave it: of all layers.
                 raise Misfit(option, getattr(args, option, value))
+    coefficients = gate_class(args.moe_gate).aux_coefficients(args)
+    if "balance" in coefficients:  # of training, so a class may do without
+        found["moe_aux"] = f"balance={float(coefficients['balance'])}"
     return _Described({**options, "moe_layers": ",".join(map(str, moe)), **found}, weights)
 
 
@@ -259,6 +263,7 @@ def _content(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
             "norm_topk_prob": options["moe_top_k_weights"] == "renormalized",
             "moe_intermediate_size": options["moe_expert_ffn_dim"],
             "shared_expert_intermediate_size": options.get("moe_shared_ffn_dim", 1),
+            "router_aux_loss_coef": float(options.get("moe_aux", "=0.0").partition("=")[2]),
             "decoder_sparse_step": step,
             "mlp_only_layers": dense,
         }

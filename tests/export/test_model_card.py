@@ -49,7 +49,11 @@ def test_what_is_known(card, words):
     header = text.split("---\n")[1]
     assert "library_name: transformers" in header and "pipeline_tag: text-generation" in header
     assert text.count("trust_remote_code=True") == 2 and "# my-moe" in text
-    assert "1,234 updates" in text
+    assert (
+        "1,234 updates" in text
+        and "parameters in float32, trained" in text
+        and "---name" not in text
+    )
     assert "| 0 | 5 of width 24 | top_p |" in text and "| 1 | one FFN | – |" in text
     assert (
         "| --moe-lexical | normal:1 |" in text and "| --arch | transformer_lm_gpttiny_moe |" in text

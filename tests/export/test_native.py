@@ -111,12 +111,15 @@ CASES = [
 )
 @torch.no_grad()
 def test_the_class_computes_the_same(make_trained, loaded, kind, given, updates):
-    trained = make_trained(updates, **given)
+    has_experts = kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+    trained = make_trained(updates, **given, **({"moe_aux": "balance=0.02"} if has_experts else {}))
     done, model = loaded(trained)
     assert (done.format, done.why, model.config.model_type) == (kind, None, kind)
     wanted = trained.model(tokens())[0]
     assert wanted.std() > 0.1
     torch.testing.assert_close(model(tokens()).logits, wanted, rtol=0, atol=1e-5)
+    if has_experts:
+        assert model.config.router_aux_loss_coef == 0.02
     assert model.generation_config.eos_token_id == 2 and model.config.pad_token_id == 1
 
 
