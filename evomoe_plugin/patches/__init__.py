@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # The files of this folder, in the order in which they are applied.
 _FILES = """
     quiet_imports silent_commands swish numpy_compat object_broadcast user_module help
-    sample_sizes context_window last_batch skipped_samples empty_batches gather_list
+    validated_task sample_sizes context_window last_batch skipped_samples empty_batches gather_list
     epoch_batches bf16_flag ddp_cpu fp16_cpu clip_norm
     checkpoint_autocast checkpoint_loading fsdp_cpu fsdp_fp16 fsdp_optimizer_state fsdp_frozen
 """
