@@ -33,13 +33,15 @@ def register() -> None:
 
     patches.apply_all()
 
-    from evomoe_plugin.config.dataclass_fields import add_checkpoint_fields
+    from evomoe_plugin.config.dataclass_fields import add_fields
+    from evomoe_plugin.evaluation import eval_lm
     from evomoe_plugin.launch import call_main
     from evomoe_plugin.trainer import install
 
-    add_checkpoint_fields()
+    add_fields()
     call_main.install()
     install.install()
+    eval_lm.install()
 
     from evomoe_plugin import criterions, evolve, models, optim, tasks  # noqa: F401
 

@@ -38,12 +38,13 @@ ALLOWED = {
     "checkpoint.atomic_files": {"config.errors"},
     "checkpoint": BASE | {"dispatch", "checkpoint.atomic_files"},
     "trainer": BASE | {"routing", "dispatch", "checkpoint"},
-    "evolve": MODEL | {"checkpoint", "data", "trainer"},
+    "evaluation": BASE | {"dispatch"},
+    "evolve": MODEL | {"checkpoint", "data", "evaluation", "trainer"},
     "generation": MODEL | {"checkpoint", "data"},
     "export": MODEL | {"checkpoint", "data", "generation"},
-    "patches": BASE | {"checkpoint", "quiet_imports"},
+    "patches": BASE | {"checkpoint", "dispatch", "quiet_imports"},
     "quiet_imports": set(),
-    "launch": BASE | {"checkpoint", "config.run_checks", "patches", "trainer"},
+    "launch": BASE | {"checkpoint", "config.run_checks", "evaluation", "patches", "trainer"},
 }
 KNOW_NOTHING_OF_FAIRSEQ = {
     "config.errors",

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, BinaryIO
 
@@ -24,6 +24,8 @@ from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, me
 from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.dispatch.process_groups import expert_groups
+from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
 # The attribute of a record that stands for a folder.
 _DIRECTORY = 0x10
@@ -119,16 +121,20 @@ def _unpickling_reason(message: str) -> str:
 
 
 def read_state(
-    path: str, arg_overrides: dict[str, Any] | None = None, load_on_all_ranks: bool = False
+    path: str,
+    arg_overrides: dict[str, Any] | None = None,
+    load_on_all_ranks: bool = False,
+    mapped: bool = False,
 ) -> dict[str, Any]:
     """One file's state on the CPU, in the form of today's fairseq.
 
     Args:
         arg_overrides: options to set in the stored configuration.
         load_on_all_ranks: whether all ranks read, not one only.
+        mapped: as `load_file`.
     """
     with open(_local_path(path, load_on_all_ranks), "rb") as file:
-        state = load_file(file, map_location="cpu")
+        state = load_file(file, map_location="cpu", mapped=mapped)
     if arg_overrides and state.get("args") is not None:
         vars(state["args"]).update(arg_overrides)
     if state.get("cfg") is not None:
@@ -153,28 +159,40 @@ def _local_path(path: str, load_on_all_ranks: bool) -> str:
 def load_checkpoint_to_cpu(
     path: str, arg_overrides: dict[str, Any] | None = None, load_on_all_ranks: bool = False
 ) -> dict[str, Any]:
-    """In place of fairseq's `checkpoint_utils.load_checkpoint_to_cpu`: the whole model.
+    """In place of fairseq's `checkpoint_utils.load_checkpoint_to_cpu`: a model to evaluate.
 
-    FSDP shards and sharded experts are put together, and the stored configuration says that each
-    rank holds all experts: the ranks of an evaluation have different numbers of batches, and could
-    not exchange rows.
+    FSDP shards and sharded experts are put together. How training sharded the experts is no matter:
+    the stored configuration says that each rank holds all of them, unless `arg_overrides` shard
+    them, in which case the ranks read their own from expert files. Tensors may be memory-mapped;
+    the optimizer's state of experts in files of their own is left there.
+
+    Raises:
+        OptionError: a file is missing or unreadable, weights are NaN/Inf, or `arg_overrides` shard
+            the experts of a model that has none.
     """
+    overrides = _unless_sharded(arg_overrides)
 
     def read(file: str) -> dict[str, Any]:
-        return read_state(file, arg_overrides, load_on_all_ranks)
+        return read_state(file, overrides, load_on_all_ranks, mapped=True)
 
+    manifest = None
     if fsdp_shards.SHARD.search(path):
         state = fsdp_shards.consolidated(path, read)
         del state["fsdp_metadata"]  # it would make fairseq look for shards
     else:
         state = read(path)
         manifest = manifest_of(state, path)
-        if manifest is not None:
-            merge(state, ExpertShards(path, manifest))
-    model = (state.get("cfg") or {}).get("model") or {}
-    for option in fields(MoEOptions):
-        if option.name.startswith(("moe_expert_parallel_", "moe_ep_")) and option.name in model:
-            model[option.name] = option.default
+    size = overrides["moe_expert_parallel_size"]
+    if size > 1 and "moe_expert_parallel_size" not in ((state.get("cfg") or {}).get("model") or {}):
+        raise OptionError("moe_expert_parallel_size", size, f"{path} has no experts: leave it out")
+    groups, model = expert_groups(size), state["model"]
+    if manifest is not None:
+        own = groups.own if groups is not None else None
+        merge(state, ExpertShards(path, manifest), own, with_optimizer=False)
+    elif groups is not None:
+        for name in filter(is_expert_parameter, list(model)):
+            model[name] = model[name][groups.own(len(model[name]))]
+    check_finite(state["model"], path)
     return state
 
 
@@ -183,6 +201,34 @@ _SHAPE = re.compile(
     r"_dim$|_layers$|_embed$|_output_dim|_heads$|_norm$|_pos$|_position|_embeddings$|_freq$|expert"
     r"|moe_(gate|scorer|shared|null|hash)|^share_|max_target_positions"
 )
+
+
+def _unless_sharded(arg_overrides: dict[str, Any] | None) -> dict[str, Any]:
+    """Overrides by which each rank holds all experts, where they do not say otherwise."""
+    whole = {
+        option.name: option.default
+        for option in fields(MoEOptions)
+        if option.name.startswith(("moe_expert_parallel_", "moe_ep_"))
+    }
+    return {**whole, **(arg_overrides or {})}
+
+
+def check_finite(model: Mapping[str, Any], path: str) -> None:
+    """Raise `OptionError` if a weight or buffer of the checkpoint is NaN/Inf."""
+    fault = next(nan_or_inf(model), None)
+    if fault is not None:
+        raise OptionError("checkpoint", path, f"{fault}: take an earlier one")
+
+
+def nan_or_inf(tensors: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each tensor with NaN/Inf."""
+    for name, value in tensors.items():
+        if not (torch.is_tensor(value) and value.is_floating_point() and value.numel()):
+            continue
+        # Faster than counting, and without a copy: minimum and maximum propagate NaN.
+        if not torch.stack(value.aminmax()).isfinite().all():
+            count = value.numel() - int(value.isfinite().sum())
+            yield f"{name} has {count} NaN/Inf values"
 
 
 def misfit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | No
     async_writer.wait()
     if trainer.data_parallel_rank == 0:
         os.makedirs(cfg.save_dir, exist_ok=True)
+    if val_loss is not None and math.isnan(val_loss):  # of no order: the best would be forgotten
+        logger.warning("validation gave NaN: this checkpoint has no score")
+        val_loss = None
     _update_best(cfg, val_loss)
     if cfg.no_save:
         return None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from evomoe_plugin.checkpoint.checkpoint_file import MainFile
 from evomoe_plugin.checkpoint.expert_shards import (
     MODEL,
@@ -15,6 +13,7 @@ from evomoe_plugin.checkpoint.expert_shards import (
     Manifest,
     with_experts,
 )
+from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, expert_slots, moe_layer_indices
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
@@ -25,21 +24,14 @@ def faults(main: MainFile) -> Iterator[str]:
 
     That the main file is what was written was verified when it was read.
     """
-    yield from _nan_or_inf("", main.state["model"])
+    yield from nan_or_inf(main.state["model"])
     optimizer = main.state.get("last_optimizer_state") or {"state": {}}
     for i, entry in optimizer["state"].items():
-        yield from _nan_or_inf(f"the optimizer's state of parameter {i}: ", entry)
+        for fault in nan_or_inf(entry):
+            yield f"the optimizer's state of parameter {i}: {fault}"
     yield from _faults_of_layers(main)
     if main.manifest is not None:
         yield from _faults_of_shards(main, main.manifest, optimizer)
-
-
-def _nan_or_inf(where: str, tensors: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in tensors.items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            count = value.numel() - int(value.isfinite().sum())
-            if count:
-                yield f"{where}{name} has {count} NaN/Inf values"
 
 
 def _faults_of_layers(main: MainFile) -> Iterator[str]:
@@ -94,4 +86,5 @@ def _faults_of_shards(
         yield from found
         if not found:
             for key in manifest.tensors:
-                yield from _nan_or_inf(f"{file.name}: ", {key: shards.rows_of_file(key, rank)})
+                for fault in nan_or_inf({key: shards.rows_of_file(key, rank)}):
+                    yield f"{file.name}: {fault}"

@@ -6,6 +6,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evomoe_plugin.cli.flags import add_data, defaults, flag, parsed
 
@@ -33,23 +34,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch-size N", default["batch_size"], "prompts at a time; the tokens do not depend on it"
     )
+    add(
+        "--moe-expert-parallel-size R",
+        1,
+        "shard the experts over R processes: those of torchrun or Slurm, or else R that it starts",
+    )
     add("--cpu", False, "use the CPU, even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.distributed import utils as distributed_utils
+    from omegaconf import OmegaConf
+
+    from evomoe_plugin.config.run_checks import check_run
+    from evomoe_plugin.launch.environment import process_count
+
+    cfg = OmegaConf.structured(FairseqConfig)
+    cfg.common.cpu, cfg.common.user_dir = args.cpu, args.user_dir
+    cfg.common_eval.path = args.path
+    cfg.eval_lm.moe_expert_parallel_size = args.moe_expert_parallel_size
+    parallel = cfg.distributed_training
+    parallel.distributed_world_size = 1
+    if process_count(parallel) == 1:
+        parallel.distributed_world_size = max(1, args.moe_expert_parallel_size)
+    if process_count(parallel) == 1:
+        check_run(cfg, 1)
+        _generate(cfg, args)
+    else:
+        distributed_utils.call_main(cfg, _generate, args=args)
+    return 0
+
+
+def _generate(cfg: Any, args: argparse.Namespace) -> None:
+    """Continue the prompts on each rank; the first prints all texts."""
     import torch
+    import torch.distributed as dist
+    from fairseq import utils
 
     from evomoe_plugin.generation.generate import generate
     from evomoe_plugin.generation.loading import load_trained_model
     from evomoe_plugin.generation.options import GenerationOptions
 
+    utils.import_user_module(cfg.common)
     texts = _prompts(args.prompt, args.prompts_file)
-    trained = load_trained_model("path", args.path, args.data)
+    trained = load_trained_model("path", args.path, args.data, args.moe_expert_parallel_size)
     if args.chat:
         starts, prompts, stops = trained.codec.encode_chat(texts)
     else:
         starts, prompts, stops = None, [trained.codec.encode(text) for text in texts], []
-    if unknown := sum(prompt.count(trained.dictionary.unk()) for prompt in prompts):
+    prints = not dist.is_initialized() or dist.get_rank() == 0
+    unknown = sum(prompt.count(trained.dictionary.unk()) for prompt in prompts)
+    if unknown and prints:
         print(
             f"warning: {unknown} tokens of the prompts are not in {trained.folder}/dict.txt",
             file=sys.stderr,
@@ -57,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     options = parsed(GenerationOptions, args)
     done = generate(trained, prompts, options, device, starts, stops)
+    if not prints:
+        return
     for number, found in enumerate(done.continuations, 1):
         if len(prompts) > 1:
             print(f"--- {number}")
@@ -74,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
             "experts per token were used in each MoE layer, on average",
             file=sys.stderr,
         )
-    return 0
 
 
 def _prompts(given: list[str], path: str | None) -> list[str]:

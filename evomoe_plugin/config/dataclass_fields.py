@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
+from fairseq.dataclass.configs import CheckpointConfig, EvalLMConfig, FairseqConfig
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
@@ -53,9 +53,10 @@ def add_field(
         store.store(name=arch, group="model", node=node, provider="fairseq")
 
 
-def add_checkpoint_fields() -> None:
-    """Add `--symlink`, which the published command lines give: the EvoMoE authors' fork of fairseq
-    has it."""
+def add_fields() -> None:
+    """Add `--symlink` to checkpoints, which the published command lines give: the EvoMoE authors'
+    fork of fairseq has it; and `--moe-expert-parallel-size` to fairseq-eval-lm, whose model and its
+    options come from a checkpoint."""
     add_field(
         CheckpointConfig,
         "symlink",
@@ -63,4 +64,12 @@ def add_checkpoint_fields() -> None:
         default=False,
         help="make checkpoint_last.pt and checkpoint_best.pt relative links to the numbered "
         "file they equal, instead of copies",
+    )
+    add_field(
+        EvalLMConfig,
+        "moe_expert_parallel_size",
+        int,
+        default=1,
+        help="number of ranks that the experts of each layer are sharded over; 1: every rank has "
+        "all experts, however they were trained",
     )

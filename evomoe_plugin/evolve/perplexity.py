@@ -15,6 +15,7 @@ from fairseq_cli import eval_lm
 from evomoe_plugin.checkpoint.build_model import describe, report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.evaluation.eval_lm import install_in
 
 # fairseq materialises the logits of a whole batch.
 TOKENS_PER_BATCH = 4096
@@ -54,6 +55,7 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
     args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # fairseq's own report
+    install_in(eval_lm.main)
     try:
         with report_config_faults("path", path):
             return float(eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])

@@ -6,14 +6,18 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 
 import torch
+import torch.distributed as dist
 from fairseq.search import Search
 from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.dispatch.joined_forwards import joined_forwards
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.generation.options import GenerationOptions
 from evomoe_plugin.generation.search import KeyedSampling, PromptedBeamSearch, Prompts
@@ -60,6 +64,9 @@ def generate(
     rounding in matmuls of another size). Each step is one position, with a key-value cache; only
     routed pairs are computed.
 
+    With several ranks, all of which call this alike, each continues every W-th prompt, and has the
+    results of all. Experts of `trained` may be sharded over ranks.
+
     Args:
         starts: token id before each prompt, which is not in the results; None: that of training.
         stops: token ids that end a response, and that prompts may contain; () for end-of-sentence,
@@ -98,6 +105,8 @@ def generate(
             dictionary, allowed, options.seed, options.top_k or 0, options.top_p or 1.0
         )
     done = Generation()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = range(rank, len(prompts), ranks)
 
     def count(layer: nn.Module, _inputs: object, output: tuple) -> None:
         stats = output[2]
@@ -105,14 +114,16 @@ def generate(
         done.routed_tokens += float(stats[st.TOKENS])
         done.experts += float(stats[st.EXPERTS])
 
+    start_11 = torch.tensor([[trained.start]], device=device)
     began = time.perf_counter()
-    with ExitStack() as hooks:
+    with torch.no_grad(), joined_forwards(model, partial(model, start_11)), ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, MoELayer):
                 hooks.enter_context(module.register_forward_hook(count))
-        for first in range(0, len(prompts), options.batch_size):
-            rows = prompts[first : first + options.batch_size]
-            numbers = torch.arange(first, first + len(rows), device=device)
+        for first in range(0, len(own), options.batch_size):
+            batch = own[first : first + options.batch_size]
+            rows = [prompts[number] for number in batch]
+            numbers = torch.tensor(batch, device=device)
             generator = SequenceGenerator(
                 [model],
                 dictionary,
@@ -145,7 +156,7 @@ def generate(
                     Continuation(tokens[:length], tokens[length:], float(best["score"]))
                 )
     done.seconds = time.perf_counter() - began
-    return done
+    return done if ranks == 1 else _of_all_ranks(done, ranks)
 
 
 def _end_beside(never: Sequence[int], pad: int, prompts: Sequence[Sequence[int]]) -> int:
@@ -158,3 +169,17 @@ def _end_beside(never: Sequence[int], pad: int, prompts: Sequence[Sequence[int]]
         if token not in used:
             return token
     raise OptionError("chat", True, "prompts contain every token without text: remove one")
+
+
+def _of_all_ranks(own: Generation, ranks: int) -> Generation:
+    """The continuations of all prompts, whose cost is the sum of the ranks'."""
+    parts = [own] * ranks
+    dist.all_gather_object(parts, own)
+    by_turns = zip_longest(*(part.continuations for part in parts))
+    return Generation(
+        [found for turn in by_turns for found in turn if found is not None],
+        max(part.seconds for part in parts),
+        sum(part.pairs for part in parts),
+        sum(part.routed_tokens for part in parts),
+        sum(part.experts for part in parts),
+    )

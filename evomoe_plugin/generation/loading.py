@@ -47,17 +47,20 @@ class TrainedModel:
         return self.dictionary.eos() if self.codec.start is None else self.codec.start
 
 
-def load_trained_model(option: str, path: str, data: str | None = None) -> TrainedModel:
+def load_trained_model(
+    option: str, path: str, data: str | None = None, experts_over: int = 1
+) -> TrainedModel:
     """Load any checkpoint that `fairseq-eval-lm` reads; no code in the file is executed.
 
     Args:
         option: the option that gave the file, for messages.
         path: the checkpoint; with `--use-sharded-state`, its common name or the file of any rank.
         data: folder with dict.txt and the tokenizer; None: the folder it was trained with.
+        experts_over: number of ranks that the experts are sharded over, each of which calls this.
     Raises:
         OptionError: no such file or folder, not a language model, or they do not match.
     """
-    state = read_checkpoint(option, path)
+    state = read_checkpoint(option, path, {"moe_expert_parallel_size": experts_over})
     with report_config_faults(option, path):
         task = state["cfg"].get("task") or {}
         name = task.get("_name")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,14 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
 from evomoe_plugin.checkpoint import async_writer
-from evomoe_plugin.config.errors import OptionError, install_excepthook, one_line_errors
-from evomoe_plugin.config.run_checks import check_run
+from evomoe_plugin.config.errors import (
+    OptionError,
+    RunFailed,
+    install_excepthook,
+    one_line_errors,
+)
+from evomoe_plugin.config.run_checks import check_run, model_overrides
+from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
 from evomoe_plugin.patches.patch import wrap
@@ -29,12 +36,31 @@ from evomoe_plugin.trainer.install import install_in
 
 logger = logging.getLogger(__name__)
 
+# How gloo and NCCL say that a rank at the other end of a connection is gone.
+_LOST_RANK = re.compile(
+    "onnection (closed|reset) by (remote )?peer|Broken pipe|remote process exited"
+)
+
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
-    """Run `main` with `MoETrainer`, in a rank's process; return when all files are written."""
+    """Run `main` with our trainer and evaluation, in a rank's process; return when all files are
+    written.
+
+    Raises:
+        RunFailed: another rank has ended.
+    """
     install_in(main)
+    eval_lm.install_in(main)
     with async_writer.finished_on_exit():
-        main(cfg, **kwargs)
+        try:
+            main(cfg, **kwargs)
+        except RuntimeError as error:
+            if _LOST_RANK.search(str(error)):
+                raise RunFailed(
+                    f"rank {dist.get_rank()} lost its connection to another rank, which ended "
+                    "first and said why"
+                ) from error
+            raise
 
 
 def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
@@ -42,18 +68,32 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
     with one_line_errors():
         count = process_count(cfg.distributed_training)
         check_run(cfg, count)
-        if count > 1 and "eval_lm" in main.__globals__:
-            raise OptionError(
-                "distributed_world_size",
-                count,
-                "fairseq-eval-lm would print the perplexity of each rank's share of "
-                "the data: start one process",
-            )
+        if cfg.model is None:
+            _set_overrides(cfg, main)
         main = functools.partial(run_main, main)
         if torch.cuda.is_available() and not cfg.common.cpu:
             _launch_on_gpus(upstream, cfg, main, kwargs)
         else:
             _launch_on_cpus(cfg, main, kwargs)
+
+
+# Their ranks generate texts of different lengths, and would wait for each other's rows in vain.
+_NEVER_SHARD = ("fairseq_cli.generate", "fairseq_cli.interactive")
+
+
+def _set_overrides(cfg: Any, main: Callable) -> None:
+    """Put `--moe-expert-parallel-size` of an evaluating command where fairseq reads options of the
+    checkpoint's model."""
+    overrides = model_overrides(cfg)
+    size = overrides.get("moe_expert_parallel_size", 1)
+    spec = main.__globals__.get("__spec__")
+    if size > 1 and (main.__module__ if spec is None else spec.name) in _NEVER_SHARD:
+        raise OptionError(
+            "moe_expert_parallel_size",
+            size,
+            "this command does not shard experts: evomoe generate does",
+        )
+    cfg.common_eval.model_overrides = repr(overrides)
 
 
 def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) -> None:

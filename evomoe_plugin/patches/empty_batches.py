@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from fairseq.tasks import FairseqTask
 
+from evomoe_plugin.dispatch.sharded_layers import sharded_layers
 from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 
 def _valid_step(
-    upstream: Callable, task: FairseqTask, sample: Any, *args: Any, **kwargs: Any
+    upstream: Callable, task: FairseqTask, sample: Any, model: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """An empty batch has no loss. (A trainer passes an earlier batch instead.)"""
-    if not sample:
-        return 0.0, 0, {}
-    return upstream(task, sample, *args, **kwargs)
+    if sample:
+        return upstream(task, sample, model, *args, **kwargs)
+    layers = sharded_layers(model)
+    if layers:  # the other ranks' tokens go to experts of this one
+        eos = task.source_dictionary.eos()
+        with torch.no_grad():
+            model(torch.tensor([[eos]], device=layers[0].num_updates.device))
+    return 0.0, 0, {}
 
 
 PATCH = Patch(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from evomoe_plugin.checkpoint import checkpoint_files, resume
-from evomoe_plugin.checkpoint.load import misfit
+from evomoe_plugin.checkpoint.load import check_finite, misfit
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
 from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout
 from evomoe_plugin.checkpoint.save import TrainerState
@@ -667,6 +667,7 @@ class MoETrainer(Trainer):
         )
 
         def check(state: dict[str, Any], path: str) -> None:
+            check_finite(state["model"], path)
             for function in hooks.LOADING:
                 function(self, state, path, reset_optimizer)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import signal
 import time
+import types
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 
 FSDP = ("--ddp-backend", "fully_sharded")
 ASYNC = ("--write-checkpoints-asynchronously",)
@@ -136,3 +139,15 @@ def test_a_folder_that_cannot_be_written_is_named(runs, tmp_path, capsys):
     status = runs.run("train", *runs.arguments(tmp_path / "file", "--log-file", tmp_path / "log"))
     assert status == 2
     assert f"error: --save-dir {tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
+
+
+def test_nan_is_no_score(tmp_path, monkeypatch):
+    """Neither the best one, nor one that makes the best one forgotten."""
+    cfg = types.SimpleNamespace(
+        save_dir=str(tmp_path), no_save=True, maximize_best_checkpoint_metric=False
+    )
+    trainer = types.SimpleNamespace(data_parallel_rank=0)
+    monkeypatch.setattr(checkpoint_utils.save_checkpoint, "best", 2.0, raising=False)
+    for score in (math.nan, 2.5, math.nan):
+        checkpoint_utils.save_checkpoint(cfg, trainer, None, score)
+        assert checkpoint_utils.save_checkpoint.best == 2.0

@@ -27,7 +27,7 @@ def checkpoint(make_trained, tmp_path):  # noqa: F811
 
 def test_text_numbers_and_experts(checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\ufeffw3\n\nw9 w30 w2 w2\n")  # a byte-order mark is no text
+    prompts.write_text("w3\n\nw9 w30 w2 w2\n", encoding="utf-8-sig")  # as Windows marks it
     common = [
         "generate",
         "--path",
@@ -234,3 +234,44 @@ def test_as_fairseq_interactive(checkpoint):
     )
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout.split() == line.split("\t")[2].split()
+
+
+# Under torchrun another process may be the one that prints first.
+LAUNCHERS = {
+    "its own": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_experts_sharded_over_processes(make_trained, tmp_path, capsys, launcher):  # noqa: F811
+    """All texts are printed once, in the order of the prompts."""
+    trained = make_trained(20, moe_gate="top_k", moe_expert_count="4")
+    path = save_checkpoint(trained, tmp_path / "checkpoint.pt")
+    prompts = [word for text in ("w1 w2", "w3", "w9 w30") for word in ("--prompt", text)]
+    common = ["generate", "--path", str(path), *prompts, "--max-new-tokens", "6", "--cpu"]
+    assert main(common) == 0
+    wanted = capsys.readouterr()
+    script = tmp_path / "evomoe.py"
+    script.write_text(
+        "import sys\nfrom evomoe_plugin.cli import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    sharded = ["--moe-expert-parallel-size", "2"]
+    found = subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], str(script), *common, *sharded],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        },
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == wanted.out
+    assert found.stderr.count("tokens per second") == 1
+    assert "2.00 of 4 experts per token were used" in found.stderr

@@ -13,6 +13,8 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
+from evomoe_plugin.evaluation.eval_lm import install_in
+
 
 class Run:
     """A finished command."""
@@ -91,4 +93,5 @@ def evaluate(data_bin, path, *given) -> dict:
             *given,
         ],
     )
+    install_in(eval_lm.main)
     return eval_lm.main(convert_namespace_to_omegaconf(args))

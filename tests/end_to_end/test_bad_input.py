@@ -114,16 +114,28 @@ def test_a_dictionary_that_does_not_fit_the_checkpoint(
     assert message in error
 
 
-def test_nan_names_the_layer_and_leaves_the_last_good_checkpoint(
-    data_bin, train, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    "value, status, message",
+    [
+        (
+            float("nan"),
+            2,
+            "bad.pt: decoder.layers.1.moe.gate.scorer.weight has 128 NaN/Inf values: take an",
+        ),
+        # Its products overflow.
+        (3e38, 1, "error: decoder.layers.1.moe: gate logits are NaN/Inf for"),
+    ],
+)
+def test_nan_is_named_and_leaves_the_last_good_checkpoint(
+    data_bin, train, tmp_path, monkeypatch, capsys, value, status, message
 ):
     train(tmp_path, "--max-update", "1")
     good = tmp_path / "checkpoint_last.pt"
     before = good.read_bytes()
     bad = load(good)
-    bad["model"]["decoder.layers.1.moe.gate.scorer.weight"].fill_(float("nan"))
+    bad["model"]["decoder.layers.1.moe.gate.scorer.weight"].fill_(value)
     torch.save(bad, tmp_path / "bad.pt")
-    status, error = run(
+    found, error = run(
         monkeypatch,
         capsys,
         fairseq_train,
@@ -131,8 +143,8 @@ def test_nan_names_the_layer_and_leaves_the_last_good_checkpoint(
         "--restore-file",
         tmp_path / "bad.pt",
     )
-    assert status == 1
-    assert "error: decoder.layers.1.moe: gate logits are NaN/Inf for" in error
+    assert found == status
+    assert message in error
     assert "Traceback" not in error
     assert good.read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [

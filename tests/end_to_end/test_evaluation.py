@@ -1,5 +1,7 @@
 """fairseq's evaluation commands on our checkpoints."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -55,8 +57,6 @@ def test_validate_agrees(checkpoints, data_bin, run_command):
         data_bin,
         "--user-dir",
         "evomoe_plugin",
-        "--task",
-        "language_modeling",
         "--path",
         folder / "checkpoint_1_9.pt",
         "--valid-subset",
@@ -137,3 +137,172 @@ def test_best_checkpoint_by_perplexity(train, tmp_path):
     best = load(tmp_path / "checkpoint_best.pt")["extra_state"]
     wanted = min(record["valid_ppl"] for record in run.logged("valid"))
     assert best["best"] == pytest.approx(wanted, abs=0.01)
+
+
+# --- several ranks
+
+RANKS = ("--distributed-world-size", "2")
+SHARDED = (*RANKS, "--moe-expert-parallel-size", "2")
+
+
+@pytest.fixture(scope="module")
+def sharded(train, tmp_path_factory):
+    """A checkpoint with the experts of two ranks beside it."""
+    folder = tmp_path_factory.mktemp("sharded")
+    train(
+        folder,
+        *SHARDED,
+        *ANNEAL,
+        "--ddp-backend",
+        "legacy_ddp",
+        "--moe-ep-checkpoint",
+        "sharded",
+        "--max-update",
+        "4",
+    )
+    assert len(list(folder.glob("checkpoint_last.experts/*/*.safetensors"))) == 2
+    return folder / "checkpoint_last.pt"
+
+
+def evaluated(run_command, data_bin, path, *given, **more):
+    """What the command prints, once, of how many tokens and with which loss."""
+    run = run_command(
+        "eval_lm",
+        data_bin,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        path,
+        "--gen-subset",
+        "valid",
+        "--tokens-per-sample",
+        "32",
+        "--num-workers",
+        "0",
+        *given,
+        **more,
+    )
+    ((tokens,), (loss,)) = (
+        re.findall(pattern, run.output)
+        for pattern in (r"Evaluated ([\d,]+) tokens", r"Loss \(base 2\): ([\d.]+), Perplexity")
+    )
+    return tokens, float(loss)
+
+
+# 33 samples: 17 batches, 9 for one rank; 1 batch, none for the other.
+@pytest.mark.parametrize("batch_size", ["2", "64"])
+@pytest.mark.parametrize("ranks", [RANKS, SHARDED], ids=["data", "experts"])
+def test_two_ranks_print_the_result_of_one(checkpoints, data_bin, run_command, batch_size, ranks):
+    path = checkpoints[0] / f"checkpoint_1_{STAGES['annealing']}.pt"
+    one = evaluate(data_bin, path, "--batch-size", batch_size)["loss"].item()
+    found = evaluated(run_command, data_bin, path, "--batch-size", batch_size, *ranks)
+    assert found == ("1,040", pytest.approx(one, abs=6e-5))
+
+
+def test_each_rank_reads_its_own_experts(sharded, data_bin, run_command):
+    one = evaluate(data_bin, sharded, "--batch-size", "2")["loss"].item()
+    overrides = (*RANKS, "--model-overrides", repr({"moe_expert_parallel_size": 2}))
+    for given in (SHARDED, overrides):
+        found = evaluated(run_command, data_bin, sharded, "--batch-size", "2", *given)
+        assert found == ("1,040", pytest.approx(one, abs=6e-5))
+
+
+def test_contexts_do_not_depend_on_the_ranks(checkpoints, data_bin, run_command):
+    path = checkpoints[0] / f"checkpoint_1_{STAGES['annealing']}.pt"
+    given = ("--context-window", "20", "--batch-size", "2")
+    one = evaluate(data_bin, path, *given)["loss"].item()
+    found = evaluated(run_command, data_bin, path, *given, *SHARDED)
+    assert found == ("1,040", pytest.approx(one, abs=6e-5))
+
+
+def test_validation_on_two_ranks_that_shard_experts(checkpoints, data_bin, run_command):
+    folder, run = checkpoints
+    validated = run_command(
+        "validate",
+        data_bin,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        folder / "checkpoint_1_9.pt",
+        "--batch-size",
+        "4",  # 9 batches
+        *RANKS,
+        "--model-overrides",
+        repr({"moe_expert_parallel_size": 2}),
+        "--log-format",
+        "json",
+        "--num-workers",
+        "0",
+    )
+    wanted = run.logged("valid")[-1]
+    for got in validated.logged("valid"):  # each rank prints that of all
+        assert got["valid_inner_loss"] == pytest.approx(wanted["valid_inner_loss"], abs=2e-3)
+
+
+def test_a_rank_that_fails_ends_the_others(sharded, data_bin, run_command, tmp_path):
+    """Only the second rank reads the file that was altered."""
+    copy = tmp_path / "checkpoint_last.pt"
+    shutil.copy(sharded, copy)
+    shutil.copytree(sharded.with_suffix(".experts"), copy.with_suffix(".experts"))
+    (altered,) = copy.with_suffix(".experts").glob("*/00001-of-00002.safetensors")
+    altered.write_bytes(altered.read_bytes()[:-4] + b"\0\0\0\0")
+    arguments = (
+        data_bin,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        copy,
+        "--gen-subset",
+        "valid",
+        "--tokens-per-sample",
+        "32",
+    )
+    run = run_command("eval_lm", *arguments, *SHARDED, check=False)
+    assert run.status == 2
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{altered} has been altered" in errors[0]
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_started(sharded, data_bin, run_command):
+    one = evaluate(data_bin, sharded, "--batch-size", "2")["loss"].item()
+    run = run_command(
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fairseq_cli.eval_lm",
+        data_bin,
+        "--user-dir",
+        "evomoe_plugin",
+        "--path",
+        sharded,
+        "--gen-subset",
+        "valid",
+        "--tokens-per-sample",
+        "32",
+        "--batch-size",
+        "2",
+        "--moe-expert-parallel-size",
+        "2",
+    )
+    (loss,) = re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity", run.output)
+    assert float(loss) == pytest.approx(one, abs=6e-5)
+
+
+def test_experts_that_are_not_there_cannot_be_sharded(runs, capsys):
+    """A dense model."""
+    trained = runs.train("dense", updates=1)
+    status = runs.run(
+        "eval_lm",
+        runs.data,
+        "--path",
+        trained.folder / "checkpoint_last.pt",
+        "--gen-subset",
+        "valid",
+        *SHARDED,
+    )
+    assert status == 2
+    assert "has no experts: leave it out" in capsys.readouterr().err

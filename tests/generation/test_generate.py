@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import evomoe_plugin
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.generation.generate import generate
+from evomoe_plugin.generation.loading import load_trained_model
 from evomoe_plugin.generation.options import GenerationOptions
 from evomoe_plugin.generation.text import TextCodec
+from tests.cli.checkpoints import save_checkpoint
 from tests.data import chat_templates
+from tests.dispatch.test_expert_parallel import on_ranks
 from tests.export.conftest import make_trained, transformers, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 from tests.tasks.test_chat_template import write
@@ -75,6 +79,44 @@ def test_the_same_tokens_at_any_batch_size(make_trained, gate, strategy):  # noq
     alone = tokens_of(trained, prompts(), batch_size=1, **STRATEGIES[strategy])
     assert len(set(map(tuple, alone))) > 5
     assert tokens_of(trained, prompts(), batch_size=8, **STRATEGIES[strategy]) == alone
+
+
+def check_on_ranks(rank, size, folder, wanted, options):
+    """A rank, alone or with another, generates what one process does, at the same cost."""
+    evomoe_plugin.register()
+    trained = load_trained_model("path", f"{folder}/checkpoint.pt", f"{folder}/data", size)
+    experts = trained.model.decoder.moe_layers[0].experts
+    assert len(experts.fc1_weight) == 4 // size
+    for one in wanted:
+        given = [c.prompt for c in one.continuations]
+        done = generate(trained, given, GenerationOptions(max_new_tokens=12, **options))
+        assert [(c.prompt, c.new) for c in done.continuations] == [
+            (c.prompt, c.new) for c in one.continuations
+        ]
+        if len(given) == 1:
+            assert (done.pairs, done.routed_tokens) == (one.pairs, one.routed_tokens)
+
+
+@pytest.mark.parametrize(
+    "size, strategy",
+    [
+        (2, "sampling"),
+        pytest.param(1, "sampling", marks=pytest.mark.slow),
+        pytest.param(2, "greedy", marks=pytest.mark.slow),
+        pytest.param(2, "beam", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.distributed
+def test_the_same_tokens_on_two_ranks(make_trained, tmp_path, size, strategy):  # noqa: F811
+    """Prompts divided over the ranks, and experts too."""
+    trained = make_trained(20, moe_gate="top_p", moe_top_p=0.6, moe_expert_count="4")
+    save_checkpoint(trained, tmp_path / "checkpoint.pt")
+    options = STRATEGIES[strategy]
+    wanted = [
+        generate(trained, given, GenerationOptions(max_new_tokens=12, **options))
+        for given in (prompts(), prompts()[:1])  # 5 and 4; 1 and none
+    ]
+    on_ranks(2, check_on_ranks, size, str(tmp_path), wanted, {**options, "batch_size": 2})
 
 
 @torch.no_grad()

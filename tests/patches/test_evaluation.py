@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from fairseq import options
 
 ROOT = Path(__file__).parents[2]
 FSDP = ("--ddp-backend", "fully_sharded")
@@ -118,7 +121,7 @@ def test_a_model_of_another_size_is_refused(trained, runs, capsys):
 @pytest.mark.parametrize(
     "command, more",
     [
-        ("validate", ("--task", "language_modeling", "--valid-subset", "valid")),
+        ("validate", ("--valid-subset", "valid")),
         pytest.param(
             "generate",
             (
@@ -163,19 +166,113 @@ def test_the_perplexity_is_printed(trained, module_runs):
         whole.folder / "checkpoint_last.pt",
         "--batch-size",
         "4",
+        "--tokens-per-sample",
+        "32",
         cwd=ROOT,
     )
     assert status == 0, err
-    assert len(re.findall(r"Perplexity: [\d.]+", out + err)) == 1
+    assert len(re.findall(r"Perplexity: \d\d\.", out + err)) == 1
 
 
-def test_evaluation_by_shares_is_refused(trained, module_runs, caplog, capsys):
-    whole, _ = trained
-    status, _ = evaluate(
-        module_runs, caplog, whole.folder / "checkpoint_last.pt", "--distributed-world-size", "2"
-    )
+BAD = [
+    (
+        ("--context-window", "32"),
+        "--context-window 32: is a part of --tokens-per-sample (32): give less than that",
+    ),
+    (("--context-window", "-1"), "--context-window -1: is a part of"),
+    (("--model-overrides", "moe=1"), "--model-overrides moe=1: give a dictionary"),
+    (("--shard-id", "1"), "--shard-id 1: give 0 to 0, less than --num-shards"),
+    (
+        ("--num-shards", "2", "--distributed-world-size", "2"),
+        "--num-shards 2: the 2 ranks share the data already: leave it out",
+    ),
+    (
+        ("--output-word-stats", "--distributed-world-size", "2"),
+        "--output-word-stats with 2 ranks: each has a share of the words: start one process",
+    ),
+    (
+        ("--moe-expert-parallel-size", "2"),
+        "--moe-expert-parallel-size 2: does not divide the 1 ranks",
+    ),
+    (("--moe-expert-parallel-size", "0"), "--moe-expert-parallel-size 0: give 1 or more"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD, ids=[m[:32] for _, m in BAD])
+def test_bad_options_are_refused_in_one_line(module_runs, caplog, capsys, given, message):
+    status, _ = evaluate(module_runs, caplog, "not_read.pt", *given)
+    lines = capsys.readouterr().err.splitlines()
     assert status == 2
-    assert "error: --distributed-world-size 2: fairseq-eval-lm would" in capsys.readouterr().err
+    assert lines[-1].startswith(f"error: {message}")
+
+
+def test_samples_longer_than_the_model_are_no_result(trained, module_runs, caplog, capsys):
+    """Where all are, upstream prints a perplexity of 1."""
+    path = trained[0].folder / "checkpoint_last.pt"
+    status, loss = evaluate(module_runs, caplog, path, "--tokens-per-sample", "64")
+    assert (status, loss) == (1, None)
+    assert re.search(
+        r"^error: \d+ of \d+ samples, with \d+ of \d+ tokens, are longer than 32 tokens; at most "
+        r"10% of a data set may be left out: give --tokens-per-sample 32 or less",
+        capsys.readouterr().err,
+        re.M,
+    )
+
+
+def test_a_context_window_gives_one_number(trained, module_runs, caplog):
+    caplog.set_level("INFO")
+    path = trained[0].folder / "checkpoint_last.pt"
+    found = {
+        evaluate(module_runs, caplog, path, "--context-window", "16", "--num-workers", workers)
+        for workers in (0, 2)
+    }
+    assert len(found) == 1 and None not in found.pop()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_weight_is_named(trained, module_runs, caplog, capsys, tmp_path, value):
+    state = trained[0].checkpoint()
+    state["model"]["decoder.layers.1.fc1.weight"][3, 5] = value
+    torch.save(state, tmp_path / "broken.pt")
+    status, loss = evaluate(module_runs, caplog, tmp_path / "broken.pt")
+    assert (status, loss) == (2, None)
+    assert capsys.readouterr().err.endswith(
+        "broken.pt: decoder.layers.1.fc1.weight has 1 NaN/Inf values: take an earlier one\n"
+    )
+
+
+@pytest.mark.parametrize("task", ["language_modeling", "language_modeling_sft"])
+def test_validation_takes_the_task_of_the_checkpoint(trained, tmp_path, task):
+    state = trained[0].checkpoint()
+    state["cfg"]["task"]["_name"] = task
+    torch.save(state, tmp_path / "other.pt")
+    words = ["data", "--path", str(tmp_path / "other.pt"), "--tokens-per-sample", "16"]
+    args = options.parse_args_and_arch(options.get_validation_parser(), words)
+    assert (args.task, args.data, args.tokens_per_sample) == (task, "data", 16)
+    assert hasattr(args, "pack_examples") == task.endswith("sft")
+
+
+def test_validation_of_no_checkpoint(module_runs, capsys):
+    for given, told in (("nowhere.pt",), "nowhere.pt: there is no such file"), ((), "(not given)"):
+        path = ("--path", *given) if given else ()
+        assert module_runs.run("validate", module_runs.data, *path) == 2
+        assert f"error: --path {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("--max-tokens", "16", "--batch-size", "4"), "give --max-tokens 32 or more"),
+        (
+            ("--sample-break-mode", "eos", "--tokens-per-sample", "4"),
+            "give --sample-break-mode none, which divides documents, or --shorten-method truncate",
+        ),
+    ],
+)
+def test_training_on_a_small_part_of_the_data_is_refused(runs, capsys, given, message):
+    result = runs.train("part", *given)
+    assert (result.status, result.log) == (1, [])
+    assert message in capsys.readouterr().err
 
 
 def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_path, tmp_path):
@@ -201,6 +298,8 @@ def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_
         "valid",
         "--batch-size",
         "4",
+        "--tokens-per-sample",
+        "32",
         "--path",
         trained.folder / "checkpoint_last.pt",
         env={"PYTHONPATH": hydra_path},
@@ -208,4 +307,4 @@ def test_no_user_dir_is_needed_where_the_plugin_is_installed(module_runs, hydra_
     )
     assert status == 0, err
     # iopath keeps upstream's command silent, which only a process of its own shows.
-    assert len(re.findall(r"Perplexity: [\d.]+", out + err)) == 1
+    assert len(re.findall(r"Perplexity: \d\d\.", out + err)) == 1

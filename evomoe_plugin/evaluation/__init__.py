@@ -1,0 +1,1 @@
+"""The perplexity of a language model, on one rank or several."""
