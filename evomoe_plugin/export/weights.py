@@ -37,7 +37,7 @@ def exported_model(
         )
     decoder, args = model.decoder, model.decoder.args  # as built, with defaults filled in
     if is_causal_lm(args):
-        raise OptionError("arch", args._name, "cannot be exported yet: only GPTs can")
+        raise OptionError("arch", type(model).__name__, "cannot be exported yet: only GPTs can")
     for option in UNSUPPORTED:
         if args.get(option):
             raise OptionError(option, args[option], "the exported model does not implement it")
