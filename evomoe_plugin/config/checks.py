@@ -29,6 +29,7 @@ from evomoe_plugin.config.options import (
 )
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
+from evomoe_plugin.gates.weight_scale import WEIGHT_SCALES
 
 logger = logging.getLogger(__name__)
 _PROBABILITIES = (
@@ -43,6 +44,7 @@ _CHOICES = {
     "moe_ep_wire_dtype": tuple(TRANSPORT_DTYPES),
     "moe_ep_checkpoint": ("auto", "consolidated", "sharded"),
     "moe_drop_policy": (None, *DROP_POLICIES),
+    "moe_weight_scale": WEIGHT_SCALES,
 }
 _MINIMA = (
     ("moe_expert_ffn_dim", 0, "give a width of at least 1, or 0 for --decoder-ffn-embed-dim"),

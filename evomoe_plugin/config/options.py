@@ -69,6 +69,12 @@ class MoEOptions:
         "auxiliary losses and their coefficients, balance=0.01,z=0.001 or none (default: depends "
         "on the gate); all are multiplied by --moe-gate-loss-wt",
     )
+    moe_weight_scale: str = flag(
+        "none",
+        "scale of the combine weights: none; unit (a token's weights sum to 1, with the gradient "
+        "of the unscaled ones); mean (divided by their running mean); learned (times a learned "
+        "gain of each expert)",
+    )
     moe_shared_experts: int = flag(
         0, "experts that every token goes to, in addition to the routed ones"
     )

@@ -285,8 +285,8 @@ class Upcycling:
 
     def _gate(self, layer: int, name: str, shape: torch.Size) -> Tensor | None:
         deviation = self.recipe.gate_deviation
-        if deviation is None or len(shape) < 2:
-            return None
+        if deviation is None or len(shape) < 2 or name.startswith("lexical."):
+            return None  # --moe-lexical gives the start of its table
         if name.startswith("shared_weights") and deviation == 0.0:
             return None  # weighs shared experts, routes nothing
         # Keyed by the name's bytes: Python's hash differs between processes.

@@ -88,7 +88,14 @@ class Gate(nn.Module):
             self.threshold = nn.Parameter(torch.zeros(num_experts))
         if routing["select"] == "table":
             self.register_buffer("table", torch.zeros(config.vocab_size, dtype=torch.int64))
-        if routing.get("bias"):  # fp64 bits: float buffers may be cast
+        if routing.get("lexical"):
+            self.lexical_logits = _parameter(config.vocab_size, C)
+        if routing.get("centred"):
+            self.input_mean = nn.Parameter(torch.zeros(D))
+        if routing.get("gains"):
+            self.gain = nn.Parameter(torch.ones(C))
+        # fp64 bits: float buffers may be cast
+        if routing.get("bias") or routing.get("logit_bias"):
             self.register_buffer("bias_bits", torch.zeros(C, dtype=torch.int64))
         self.shared = config.num_shared_experts
         self.shared_combine = config.shared_combine
@@ -101,8 +108,21 @@ class Gate(nn.Module):
         """Selection (bool) and weights [T, C]; weights of shared experts [T, S], or None for 1."""
         if self.routing["fp32"] and x_TD.dtype != torch.float64:
             x_TD = x_TD.float()
-        logits_TC = self._logits(x_TD)
+        centred_TD = x_TD
+        if self.routing.get("centred"):
+            centred_TD = x_TD - self.input_mean.to(x_TD.dtype)
+        logits_TC = self._logits(centred_TD)
+        if self.routing.get("lexical"):
+            logits_TC = logits_TC + F.embedding(ids_T, self.lexical_logits).to(x_TD.dtype)
+        if self.routing.get("standardized"):
+            std_T1 = logits_TC.std(1, correction=0, keepdim=True)
+            logits_TC = logits_TC / torch.where(std_T1 > 0, std_T1, 1.0)
         mask_TC, weights_TC = getattr(self, "_" + self.routing["select"])(logits_TC, ids_T)
+        if self.routing.get("unit_weights"):
+            total_T1 = weights_TC.masked_fill(~mask_TC, 0.0).sum(1, keepdim=True)
+            weights_TC = weights_TC / torch.where(total_T1 > 0, total_T1, 1.0)
+        if self.routing.get("gains"):
+            weights_TC = weights_TC * self.gain.to(weights_TC.dtype)
         if not self.shared or self.shared_combine == "add":
             return mask_TC, weights_TC, None
         logits = F.linear(x_TD, self.shared_weight.to(x_TD.dtype))
@@ -135,11 +155,17 @@ class Gate(nn.Module):
             return torch.sigmoid(logits_TC)
         return torch.softmax(logits_TC / temperature, dim=1)
 
+    def _biased(self, logits_TC):
+        """Logits to select by."""
+        if not self.routing.get("logit_bias"):
+            return logits_TC
+        return logits_TC + self.bias_bits.view(torch.float64).to(logits_TC.dtype)
+
     def _top_k(self, logits_TC, ids_T):
         """The k candidates with the largest scores."""
-        ranked_TC = logits_TC
+        ranked_TC = self._biased(logits_TC)
         if self.routing["rank"] == "scores":
-            ranked_TC = self._scores(logits_TC.double(), self.routing.get("temperature", 1.0))
+            ranked_TC = self._scores(ranked_TC.double(), self.routing.get("temperature", 1.0))
         if self.routing.get("bias"):
             ranked_TC = ranked_TC + self.bias_bits.view(torch.float64)
         experts_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
@@ -154,7 +180,7 @@ class Gate(nn.Module):
 
     def _threshold(self, logits_TC, ids_T):
         """All candidates above a threshold, and the best."""
-        gates_TC = self._scores(logits_TC, self.routing["temperature"])
+        gates_TC = self._scores(self._biased(logits_TC), self.routing["temperature"])
         mask_TC = _where(gates_TC.argmax(1, keepdim=True), gates_TC)
         mask_TC = mask_TC | (gates_TC > self.routing["threshold"])
         return mask_TC, self._scores(logits_TC, self.routing["weight_temperature"])

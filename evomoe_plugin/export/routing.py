@@ -33,8 +33,9 @@ def export_gate(layer: MoELayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     num_updates = layer.gate_updates(int(layer.get_buffer("num_updates")))
     given = {
         "fp32": gate.use_fp32,
-        **_scorer(getattr(gate, "scorer", None)),
+        **_scorer(getattr(gate, "scorer", None), gate.scorer_factor(num_updates)),
         **_EXPORTERS[name](gate, num_updates),
+        **_added(gate, num_updates),
     }
     if gate.shared_weights is not None:
         given["shared_weight"] = gate.shared_weights.weight
@@ -52,14 +53,15 @@ def gate_name(gate: Gate) -> str:
 # Routing configuration and tensors, by name.
 
 
-def _scorer(scorer: scorers.Scorer | None) -> dict[str, Any]:
+def _scorer(scorer: scorers.Scorer | None, factor: float) -> dict[str, Any]:
+    """The scorer, whose logits are multiplied by `factor`."""
     if scorer is None:
         return {"scorer": "none"}
     if isinstance(scorer, scorers.MLPScorer):
         return {
             "scorer": "mlp",
             "scorer_dim": scorer.weight.size(1),
-            "weight": scorer.weight,
+            "weight": factor * scorer.weight,
             "hidden_weight": scorer.hidden_weight,
             "hidden_bias": scorer.hidden_bias,
         }
@@ -67,7 +69,7 @@ def _scorer(scorer: scorers.Scorer | None) -> dict[str, Any]:
         given: dict[str, Any] = {
             "scorer": "cosine",
             "weight": scorer.centres,
-            "scale": scorer.log_scale.clamp(max=math.log(100)).exp(),
+            "scale": factor * scorer.log_scale.clamp(max=math.log(100)).exp(),
         }
         if isinstance(scorer, scorers.GMMScorer):
             given |= {
@@ -77,10 +79,28 @@ def _scorer(scorer: scorers.Scorer | None) -> dict[str, Any]:
             }
         return given
     if isinstance(scorer, scorers.LinearScorer):
-        return {"scorer": "linear", "weight": scorer.weight}
+        return {"scorer": "linear", "weight": factor * scorer.weight}
     raise OptionError(
         "moe_scorer", type(scorer).__name__, "only scorers of this package can be exported"
     )
+
+
+def _added(gate: Gate, num_updates: int) -> dict[str, Any]:
+    """What is subtracted from the input, added to the logits, and scales the weights."""
+    given: dict[str, Any] = {}
+    if gate.centred_input is not None:
+        given |= {"centred": True, "input_mean": gate.centred_input.mean_D.float()}
+    if gate.lexical is not None:
+        given |= {"lexical": True, "lexical_logits": gate.lexical.logits(num_updates)}
+    scale = gate.weight_scale
+    if scale is not None and scale.kind == "unit":
+        given["unit_weights"] = True
+    elif scale is not None:
+        gain = scale.gain
+        if gain is None:
+            gain = (1 / scale.mean).float().expand(gate.info.num_candidates)
+        given |= {"gains": True, "gain": gain}
+    return given
 
 
 _SCORES = {"scores": "softmax", "temperature": 1.0, "weight_temperature": 1.0}
@@ -103,10 +123,13 @@ def _dense_to_sparse(gate: Any, num_updates: int) -> dict[str, Any]:
         "temperature": tau,
         "weight_temperature": tau if gate.combine_weights == "gate" else 1.0,
     }
+    given: dict[str, Any] = {"standardized": True} if gate.standardized else {}
+    if gate.bias_update_rate:
+        given |= {"logit_bias": True, "bias_bits": gate.bias_C_bits}
     if gate.is_hard(num_updates):
-        return _top_k(1, rank="scores", **taus)
+        return _top_k(1, rank="scores", **taus, **given)
     threshold = -1.0 if gate.eval_gate == "dense" else gate.threshold
-    return {"select": "threshold", "threshold": threshold, **_SCORES, **taus}
+    return {"select": "threshold", "threshold": threshold, **_SCORES, **taus, **given}
 
 
 def _stable(gate: Any, num_updates: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "diversity": losses.diversity_loss,
     "simplicity": losses.simplicity_loss,
     "null": losses.null_rate_loss,
+    "consistency": losses.consistency_loss,
 }
 """Losses that any gate can have, functions of the values that `compute` is given."""
 
@@ -56,9 +57,10 @@ def compute(name: str, given: Mapping[str, Any]) -> Tensor:
 
     Args:
         given: the fields of a `Choice` without padding in its mask; `weight_T`, the weights of the
-            tokens, `active_C`, the candidates that can be selected (bool), and `vectors_CD`, a
-            vector for each, or None; `num_null`, the number of null experts, the last candidates,
-            and `target`, the mean of their probability that the loss `null` aims at.
+            tokens, `prior_TC`, the logits of `LexicalPrior` or None, `active_C`, the candidates
+            that can be selected (bool), and `vectors_CD`, a vector for each, or None; `num_null`,
+            the number of null experts, the last candidates, and `target`, the mean of their
+            probability that the loss `null` aims at.
     """
     return LOSSES[name](**{key: given[key] for key in _ARGUMENTS[name] & given.keys()})
 
@@ -101,9 +103,11 @@ def _check_name(
     no_null = (
         "give --moe-null-experts" if capabilities.null_experts else (f"and {gate} cannot have any")
     )
+    no_prior = "there are no logits of token ids; give --moe-lexical, with a gate that has it"
     lacks = {
         "logits_TC": "" if capabilities.logits else f"{gate} has no logits",
         "vectors_CD": "" if has_vectors else f"{gate} has no vectors of experts here",
+        "prior_TC": "" if getattr(options, "moe_lexical", "none") != "none" else no_prior,
         "num_null": "" if options.moe_null_experts else f"there are no null experts; {no_null}",
     }
 

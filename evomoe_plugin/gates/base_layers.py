@@ -62,7 +62,7 @@ class BASELayersGate(Gate[ModelOptions]):
         return warnings
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TE = self.score(x_TD)
+        logits_TE = self.score(x_TD, context)
         if self.training:
             expert_T = self._balanced(logits_TE.detach(), context.token_mask_T)
         else:

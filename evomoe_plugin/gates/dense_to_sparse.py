@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
     hard_updates,
     validate_dense_to_sparse,
 )
+from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import stats as st
@@ -34,6 +35,13 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
 
     From the hard update on, A = {argmax g}. Evaluation has no noise and otherwise routes as
     training does at the same number of updates, unless `--moe-eval-gate` is given.
+
+    With `--moe-bias-update-rate` u the selection is by softmax((z + b + ζ) / τ), the weights are as
+    above. After each update b_e += u sign(mean load - load_e) (loss-free balancing, arXiv
+    2408.15664); the load counts the tokens whose best expert it is, since at a high temperature all
+    experts have all tokens. With the temperature scope `token` z is z / sg(std z), the standard
+    deviation over the candidates without gradient: a temperature means the same for every token,
+    layer and update.
     """
 
     Options = DenseToSparseOptions
@@ -50,6 +58,15 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         self.noise = options.moe_gate_noise
         self.combine_weights = options.moe_combine_weights
         self.eval_gate = options.moe_eval_gate
+        self.standardized = options.moe_temperature_scope == "token"
+        self.bias_update_rate = options.moe_bias_update_rate
+        if self.bias_update_rate:
+            register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
+
+    @property
+    def bias_C(self) -> Tensor:
+        """b, fp64, if there is a rate; a view."""
+        return fp64_buffer(self, "bias_C")
 
     @classmethod
     def validate(cls, options: DenseToSparseOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -72,7 +89,9 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         return 0 <= self.hard_updates <= num_updates
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TC = self.score(x_TD)
+        logits_TC = self.score(x_TD, context)
+        if self.standardized:
+            logits_TC = standardized(logits_TC)
         tau = self.temperature(context.num_updates)
         hard = self.is_hard(context.num_updates)
         noisy_TC = logits_TC
@@ -85,23 +104,58 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
             noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
             noisy_TC = logits_TC + noise_TC
         gates_TC = torch.softmax(noisy_TC / tau, dim=1)
-        mask_TC = self._selected(gates_TC, hard)
+        selecting_TC = gates_TC
+        if self.bias_update_rate:
+            bias_C = self.bias_C.to(noisy_TC.dtype)
+            selecting_TC = torch.softmax((noisy_TC.detach() + bias_C) / tau, dim=1)
+        best_TC = best(selecting_TC)
+        mask_TC = self._selected(selecting_TC, best_TC, hard)
         if self.combine_weights == "gate":
             weights_TC = gates_TC
         else:
             weights_TC = torch.softmax(logits_TC, dim=1)
+        stats = {st.TEMPERATURE: tau * context.num_tokens(x_TD)}
+        if self.bias_update_rate:
+            counted_TC = best_TC
+            if context.token_mask_T is not None:
+                counted_TC = best_TC & context.token_mask_T.unsqueeze(1)
+            stats[st.BEST_C] = counted_TC.sum(0).double()
         return Choice(
             mask_TC,
             weights_TC,
             gates_TC,
             logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
-            stats={st.TEMPERATURE: tau * context.num_tokens(x_TD)},
+            stats=stats,
         )
 
-    def _selected(self, gates_TC: Tensor, hard: bool) -> Tensor:
+    def _selected(self, gates_TC: Tensor, best_TC: Tensor, hard: bool) -> Tensor:
         """bool [T, C]: the experts each token goes to."""
         if not self.training and self.eval_gate == "dense":
             return torch.ones_like(gates_TC, dtype=torch.bool)
-        best_TC = best(gates_TC)
         return best_TC if hard else best_TC | (gates_TC > self.threshold)
+
+    def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
+        stats = super().zero_stats(device)
+        if self.bias_update_rate:
+            stats[st.BEST_C] = torch.zeros_like(self.bias_C)
+        return stats
+
+    @property
+    def learns_after_updates(self) -> bool:
+        return self.bias_update_rate > 0
+
+    def after_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
+        load_C = own[st.BEST_C]
+        self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)
+
+
+def standardized(logits_TC: Tensor) -> Tensor:
+    """z / std z over the candidates of each token, the deviation without gradient.
+
+    Rows of equal logits, and those of a single candidate, stay as they are.
+    """
+    std_T1 = logits_TC.detach().std(1, correction=0, keepdim=True)
+    return logits_TC / torch.where(std_T1 > 0, std_T1, 1.0)

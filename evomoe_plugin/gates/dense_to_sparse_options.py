@@ -8,20 +8,28 @@ from typing import Optional
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_choice, check_number, flag, gated_updates
 from evomoe_plugin.gates.scorers import ScorerOptions
+from evomoe_plugin.gates.topk_common import BalanceBiasOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
-# Default length of the annealing, as a share of the run.
-DEFAULT_ANNEALING_SHARE = 0.3
+TEMPERATURE_SCOPES = ("global", "token")
 
 
 @dataclass
-class DenseToSparseOptions(ScorerOptions):
+class DenseToSparseOptions(BalanceBiasOptions, ScorerOptions):
     """The main values of the published code are lost; these are our defaults (docs/options.md)."""
 
     moe_temperature_start: float = flag(2.0, "temperature of the gate at update 0")
     moe_temperature_end: float = flag(0.3, "temperature at the end of the annealing")
     moe_temperature_updates: Optional[int] = flag(
-        None, "length of the annealing in updates (default: 30%% of --max-update)"
+        None, "length of the annealing in updates (default: --moe-temperature-share)"
+    )
+    moe_temperature_share: float = flag(
+        0.3, "length of the annealing as a share of --max-update, less the updates before a spawn"
+    )
+    moe_temperature_scope: str = flag(
+        "global",
+        "what a temperature is relative to: global (nothing), or token (the standard deviation of "
+        "the token's logits, which are divided by it)",
     )
     moe_temperature_schedule: str = flag(
         "linear", "temperature schedule: " + ", ".join(TEMPERATURE_SCHEDULES)
@@ -52,7 +60,7 @@ def annealing_updates(options: DenseToSparseOptions) -> int:
     """Length of the annealing in updates, with the default resolved."""
     if options.moe_temperature_updates is not None:
         return options.moe_temperature_updates
-    return round(DEFAULT_ANNEALING_SHARE * gated_updates(options))
+    return round(options.moe_temperature_share * gated_updates(options))
 
 
 def hard_updates(options: DenseToSparseOptions) -> int:
@@ -68,6 +76,7 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
     constant = options.moe_temperature_schedule == "constant"
     choices = {
         "moe_temperature_schedule": TEMPERATURE_SCHEDULES,
+        "moe_temperature_scope": TEMPERATURE_SCOPES,
         "moe_gate_noise": ("gumbel", "none"),
         "moe_combine_weights": ("gate", "softmax"),
         "moe_eval_gate": ("reached", "top1", "dense"),
@@ -94,11 +103,28 @@ def validate_dense_to_sparse(options: DenseToSparseOptions) -> list[str]:
         "[0, inf)",
         "give the length of the annealing in updates, 0 or more",
     )
+    check_number(
+        options, "moe_temperature_share", "[0, 1]", "it is a share of the run: give 0 to 1"
+    )
+    check_number(
+        options,
+        "moe_bias_update_rate",
+        "[0, inf)",
+        "it is a step of the logits' biases: give 0 or more, such as 0.01",
+    )
     if options.moe_temperature_updates is None and not constant and not options.max_update:
         raise OptionError(
             "moe_temperature_updates",
             "(not given)",
-            "give it, or --max-update, of which the annealing is 30 % by default",
+            "give it, or --max-update, of which the annealing is a share",
+        )
+    if options.moe_temperature_updates is not None and options.moe_temperature_share != (
+        DenseToSparseOptions.moe_temperature_share
+    ):
+        raise OptionError(
+            "moe_temperature_share",
+            options.moe_temperature_share,
+            "--moe-temperature-updates already sets the length: leave one of them out",
         )
     hard, annealing = hard_updates(options), annealing_updates(options)
     if hard < -1:

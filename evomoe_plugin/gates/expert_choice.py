@@ -82,7 +82,7 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
         ]
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TE = self.score(x_TD)
+        logits_TE = self.score(x_TD, context)
         probs_TE = self.scorer.scores(logits_TE)
         if self.training:
             mask_TE = self._selected(probs_TE.detach(), context)

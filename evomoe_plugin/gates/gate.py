@@ -14,8 +14,12 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, parse_bool
 from evomoe_plugin.gates import auxiliary
 from evomoe_plugin.gates.capabilities import Capabilities
+from evomoe_plugin.gates.centred_input import CentredInput
+from evomoe_plugin.gates.hash_tables import random_table
+from evomoe_plugin.gates.lexical import LexicalPrior, initial_table
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
+from evomoe_plugin.gates.weight_scale import WeightScale, total_weights
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -89,9 +93,14 @@ class Gate(nn.Module, Generic[OptionsT]):
         super().__init__()
         self.info = info
         self.use_fp32 = parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
+        self.logit_factor, self.logit_warmup = 1.0, 0
+        self.lexical: LexicalPrior | None = None
+        self.centred_input: CentredInput | None = None
         if hasattr(self.Options, "moe_scorer"):
-            given = cast(ScorerOptions, options)
-            self.scorer = SCORERS[given.moe_scorer](info.model_dim, info.num_candidates, given)
+            self._make_scorer(cast(ScorerOptions, options))
+        self.weight_scale: WeightScale | None = None
+        if options.moe_weight_scale != "none":
+            self.weight_scale = WeightScale(options.moe_weight_scale, info.num_candidates)
         self.shared_weights: SharedWeights | None = None
         if options.moe_shared_experts and options.moe_shared_combine != "add":
             self.shared_weights = SharedWeights(
@@ -100,6 +109,24 @@ class Gate(nn.Module, Generic[OptionsT]):
         self.aux_names = tuple(self.aux_coefficients(options))
         self.null_rate_target = options.moe_null_rate_target
         self.drop_policy = options.moe_drop_policy or "position"
+
+    def _make_scorer(self, options: ScorerOptions) -> None:
+        info = self.info
+        self.scorer = SCORERS[options.moe_scorer](info.model_dim, info.num_candidates, options)
+        self.logit_factor = options.moe_gate_lr_factor
+        self.logit_warmup = options.moe_gate_warmup_updates
+        scale = options.moe_gate_init_scale / self.logit_factor
+        if scale != 1.0:
+            with torch.no_grad():
+                for parameter in self.scorer.parameters():
+                    parameter.mul_(scale)
+        if options.moe_lexical != "none":
+            vocabulary = len(info.token_counts_V)
+            hashed_V = random_table(vocabulary, info.num_experts, info.layer_id, info.seed)
+            table_VC = initial_table(options, vocabulary, info.num_candidates, hashed_V)
+            self.lexical = LexicalPrior(table_VC, options)
+        if options.moe_gate_centre:
+            self.centred_input = CentredInput(info.model_dim, options.moe_gate_centre)
 
     @classmethod
     def validate(cls, options: OptionsT, expert_counts: Sequence[int]) -> list[str]:
@@ -151,12 +178,38 @@ class Gate(nn.Module, Generic[OptionsT]):
 
     def zero_stats(self, device: torch.device) -> dict[str, Tensor]:
         """The statistics of the gate's choices for an empty batch: scalars, which are logged, and
-        vectors for `after_update`."""
+        vectors for `finish_update`."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return {
+        stats = {
             **dict.fromkeys(self.capabilities.stats, zero),
             st.REQUESTED_C: zero.expand(self.info.num_candidates),
         }
+        if self.centred_input is not None:
+            stats[st.GATE_INPUT_D] = zero.expand(self.info.model_dim)
+        if self._follows_weights:
+            stats[st.WEIGHT_1] = zero.expand(1)
+        return stats
+
+    @property
+    def _follows_weights(self) -> bool:
+        return self.weight_scale is not None and self.weight_scale.kind == "mean"
+
+    @property
+    def changes_after_updates(self) -> bool:
+        """Whether `finish_update` must be called."""
+        return self.learns_after_updates or self.centred_input is not None or self._follows_weights
+
+    def finish_update(
+        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+    ) -> None:
+        """Change the buffers of running means, and call `after_update` if the gate has one."""
+        tokens = own[st.TOKENS]
+        if self.centred_input is not None:
+            self.centred_input.update(num_updates, own[st.GATE_INPUT_D], tokens)
+        if self.weight_scale is not None and self._follows_weights:
+            self.weight_scale.update(num_updates, own[st.WEIGHT_1].sum(), tokens)
+        if self.learns_after_updates:
+            self.after_update(num_updates, own, layers)
 
     @property
     def learns_after_updates(self) -> bool:
@@ -176,11 +229,36 @@ class Gate(nn.Module, Generic[OptionsT]):
 
     def flops_per_token(self) -> int:
         """FLOPs of the matmuls for one token."""
-        return sum(2 * p.numel() for p in self.parameters() if p.dim() == 2)
+        return sum(
+            2 * parameter.numel()
+            for name, parameter in self.named_parameters()
+            if parameter.dim() == 2 and not name.startswith("lexical.")  # a lookup
+        )
 
-    def score(self, x_TD: Tensor) -> Tensor:
-        """Logits of the scorer, [T, C]."""
-        return self.scorer(x_TD)
+    def score(self, x_TD: Tensor, context: GateContext | None = None) -> Tensor:
+        """The scorer's logits with what `LogitOptions` add, [T, C].
+
+        Args:
+            context: as given to `route`.
+        Raises:
+            ValueError: the options need a context, and there is none.
+        """
+        if self.centred_input is not None:
+            x_TD = self.centred_input(x_TD)
+        logits_TC = self.scorer(x_TD)
+        if self.lexical is None:
+            return logits_TC if self.logit_factor == 1.0 else self.logit_factor * logits_TC
+        if context is None:
+            raise ValueError("--moe-lexical: the gate must call self.score(x_TD, context)")
+        factor = self.scorer_factor(context.num_updates)
+        prior_TC = self.lexical(context.token_ids_T, context.num_updates).to(logits_TC.dtype)
+        return (logits_TC if factor == 1.0 else factor * logits_TC) + prior_TC
+
+    def scorer_factor(self, num_updates: int) -> float:
+        """What the scorer's logits are multiplied by after `num_updates` updates."""
+        if not self.logit_warmup:
+            return self.logit_factor
+        return self.logit_factor * min(1.0, (num_updates + 1) / self.logit_warmup)
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         """Select candidates for tokens, in training or evaluation mode (`training`).
@@ -202,13 +280,20 @@ class Gate(nn.Module, Generic[OptionsT]):
             if context.token_mask_T is not None:
                 mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
                 choice = dataclasses.replace(choice, mask_TC=mask_TC)
-            aux = self._aux(choice, context.loss_weights_T)
+            aux = self._aux(choice, context)
             weights_TC, shared_weights_TS = choice.weights_TC, None
+            if self.weight_scale is not None:
+                weights_TC = self.weight_scale(weights_TC, choice.mask_TC)
             if self.shared_weights is not None:
                 routed_T, shared_weights_TS = self.shared_weights(x_TD, choice)
                 weights_TC = weights_TC * routed_T.unsqueeze(1)
             with torch.no_grad():
                 stats = routing_stats(choice, context.token_mask_T, self.num_experts)
+                if self.centred_input is not None:
+                    stats[st.GATE_INPUT_D] = self.centred_input.sum_of(x_TD, context.token_mask_T)
+                if self._follows_weights:
+                    total_T = total_weights(choice.weights_TC, choice.mask_TC)
+                    stats[st.WEIGHT_1] = total_T.sum(dtype=torch.float64).unsqueeze(0)
             return self._plan(
                 choice,
                 weights_TC,
@@ -218,14 +303,18 @@ class Gate(nn.Module, Generic[OptionsT]):
                 shared_weights_TS=shared_weights_TS,
             )
 
-    def _aux(self, choice: Choice, weight_T: Tensor | None) -> dict[str, Tensor]:
-        vectors_CD = None
+    def _aux(self, choice: Choice, context: GateContext) -> dict[str, Tensor]:
+        vectors_CD, prior_TC = None, None
         if any(auxiliary.takes(name, "vectors_CD") for name in self.aux_names):
             # As precise as the gate computes, whatever the dtype of the parameters.
             vectors_CD = self.vectors().to(choice.probs_TC.dtype)
+        if self.lexical is not None and "consistency" in self.aux_names:
+            prior_TC = self.lexical(context.token_ids_T, context.num_updates)
+            prior_TC = prior_TC.to(choice.probs_TC.dtype)
         given = {
             **vars(choice),
-            "weight_T": weight_T,
+            "prior_TC": prior_TC,
+            "weight_T": context.loss_weights_T,
             "active_C": self.active(),
             "vectors_CD": vectors_CD,
             "num_null": self.info.num_null,

@@ -100,7 +100,7 @@ class GShardGate(Gate[GShardOptions]):
         return not options.moe_normalize_gate_prob_before_dropping
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TC = self.score(x_TD)
+        logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
         keys_T = context.noise_keys_T if self.training else None
         ranked_TC = logits_TC.detach()

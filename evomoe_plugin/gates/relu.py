@@ -99,7 +99,7 @@ class ReluGate(Gate[ReluOptions]):
         return fp64_buffer(self, "coefficient") / self.num_experts
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TE = self.score(x_TD)
+        logits_TE = self.score(x_TD, context)
         weights_TE = torch.relu(logits_TE)
         mask_TE = weights_TE > 0
         l1 = balanced_l1_loss(

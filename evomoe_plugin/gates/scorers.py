@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag
+from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.gates.logit_options import LogitOptions, validate_logits
 
 
 @dataclass
-class ScorerOptions(ModelOptions):
+class ScorerOptions(LogitOptions):
     """For gates that take any scorer."""
 
     moe_scorer: str = flag(
@@ -173,3 +174,4 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
             options.moe_scorer_dropout,
             f"the scorer {scorer} has no hidden layer: leave it out, or give --moe-scorer mlp",
         )
+    validate_logits(options, scorer)

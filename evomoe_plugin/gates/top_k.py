@@ -13,6 +13,7 @@ from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
 from evomoe_plugin.gates.topk_common import (
+    BalanceBiasOptions,
     PriorityOptions,
     TopKCountOptions,
     selection_mask,
@@ -25,7 +26,7 @@ from evomoe_plugin.routing.noise import gumbel
 
 
 @dataclass
-class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
+class TopKOptions(TopKCountOptions, PriorityOptions, BalanceBiasOptions, ScorerOptions):
     """Options of the top-k gate."""
 
     moe_top_k_weights: str = flag(
@@ -35,11 +36,6 @@ class TopKOptions(TopKCountOptions, PriorityOptions, ScorerOptions):
         0,
         "in training, so many of the k candidates are sampled by probability from those that are "
         "not among the best others",
-    )
-    moe_bias_update_rate: float = flag(
-        0.0,
-        "loss-free balancing: step per update of each expert's bias towards an even load; it is "
-        "added to the score for selection only",
     )
 
 
@@ -104,7 +100,7 @@ class TopKGate(Gate[TopKOptions]):
         return fp64_buffer(self, "bias_C")
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        logits_TC = self.score(x_TD)
+        logits_TC = self.score(x_TD, context)
         scores_TC = self.scorer.scores(logits_TC)
         # In fp64: in fp32, sigmoids of different large logits are equal.
         ranked_TC = self.scorer.scores(logits_TC.detach().double()) + self.bias_C

@@ -106,7 +106,7 @@ class TopPGate(Gate[TopPOptions]):
         if self.jitter and keys_T is not None:
             noise_TD = uniform(fold(keys_T, _JITTER_STREAM), x_TD.size(1)).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.jitter * (2 * noise_TD - 1))
-        logits_TC = self.score(x_TD)
+        logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
         order_TC = logits_TC.detach().argsort(dim=1, descending=True, stable=True)
         count_T1 = self._num_selected(probs_TC.detach().gather(1, order_TC))

@@ -30,6 +30,17 @@ class PriorityOptions(ModelOptions):
     )
 
 
+@dataclass
+class BalanceBiasOptions(ModelOptions):
+    """For gates that can balance the load by a bias (`gates.balance_bias`)."""
+
+    moe_bias_update_rate: float = flag(
+        0.0,
+        "loss-free balancing: step per update of each expert's bias towards an even load; it is "
+        "added for selection only, to the score (top_k) or the logit (dense_to_sparse)",
+    )
+
+
 def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has at least `moe_top_k` candidates."""
     check_number(options, "moe_top_k", "[1, inf)", "give 1 or more")

@@ -285,7 +285,7 @@ class MoEDecoder(TransformerDecoder):
         if (
             self.in_dense_phase
             or not self._recording
-            or not any(layer.gate.learns_after_updates for layer in self.moe_layers)
+            or not any(layer.gate.changes_after_updates for layer in self.moe_layers)
         ):
             return
         for n, row in stats.items():
@@ -315,7 +315,7 @@ class MoEDecoder(TransformerDecoder):
         totals, self._update_totals = self._update_totals, {}
         if num_updates <= self.moe_layers[0].spawn_updates:  # it was in the dense phase
             return
-        if not any(layer.gate.learns_after_updates for layer in self.moe_layers):
+        if not any(layer.gate.changes_after_updates for layer in self.moe_layers):
             return
         rows = [totals.get(n) or layer.zero_stats() for n, layer in enumerate(self.moe_layers)]
         if group is not None:
@@ -327,7 +327,7 @@ class MoEDecoder(TransformerDecoder):
                 rows[n][name] = total
         layers = self._stack_stats(dict(enumerate(rows)))
         for layer, row in zip(self.moe_layers, rows, strict=True):
-            layer.gate.after_update(layer.gate_updates(num_updates), row, layers)
+            layer.gate.finish_update(layer.gate_updates(num_updates), row, layers)
 
     def begin_record_routing(self) -> None:
         """Start recording for DynMoE's adaptive process; call it on all ranks.

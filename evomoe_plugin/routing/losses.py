@@ -148,6 +148,19 @@ def simplicity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Te
     return torch.linalg.vector_norm(rows_CD, dim=1).mean()
 
 
+def consistency_loss(
+    *, logits_TC: Tensor, prior_TC: Tensor, weight_T: Tensor | None = None
+) -> Tensor:
+    """Mean KL(softmax(prior) || softmax(logits)): 0 if all occurrences of a token id are routed as
+    the lexical prior routes it. Both have a gradient.
+
+    Source: ours, after the distillation of StableMoE (arXiv 2204.08396).
+    """
+    log_prior_TC = prior_TC.log_softmax(1)
+    difference_TC = log_prior_TC.exp() * (log_prior_TC - logits_TC.log_softmax(1))
+    return weighted_mean(difference_TC.sum(1, keepdim=True), weight_T).squeeze(0)
+
+
 def null_rate_loss(
     *, probs_TC: Tensor, num_null: int, target: float, weight_T: Tensor | None = None
 ) -> Tensor:

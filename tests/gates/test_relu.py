@@ -67,7 +67,7 @@ def test_the_load_in_the_loss_has_no_gradient_of_its_own(make_gate):
     gate = make_gate(moe_top_k=2, moe_l1_start=1.0)
     weights = []
     score = gate.score
-    gate.score = lambda x: weights.append(score(x)) or weights[-1]
+    gate.score = lambda x, context: weights.append(score(x)) or weights[-1]
     plan = gate(torch.randn(T, D), GateContext())
     grad = torch.autograd.grad(plan.aux["l1"], weights[0])[0]
     counts = (weights[0] > 0).sum(0)
