@@ -68,7 +68,9 @@ def validate_run(cfg: Any) -> None:
             "--criterion cross_entropy: gate losses are not added and routing is not "
             "logged; --criterion moe_cross_entropy does both"
         )
-    _warn_of_large_loss(model, getattr(cfg.criterion, "moe_gate_loss_wt", 0.0))
+    weight = getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)
+    _warn_of_large_loss(model, weight)
+    _warn_of_collapse(model, weight)
 
 
 def _check_changes(cfg: Any) -> None:
@@ -174,6 +176,21 @@ def _warn_of_large_loss(model: Any, weight: float) -> None:
             weight,
             large,
             chosen[large] * weight,
+        )
+
+
+_BALANCING_LOSSES = ("balance", "switch", "mi", "importance", "load")
+
+
+def _warn_of_collapse(model: Any, weight: float) -> None:
+    if model.moe_gate != "dense_to_sparse" or model.moe_bias_update_rate:
+        return
+    chosen = gate_class(model.moe_gate).aux_coefficients(model)
+    if not any(chosen.get(loss, 0.0) * weight for loss in _BALANCING_LOSSES):
+        logger.warning(
+            "--moe-gate dense_to_sparse: nothing balances the load of experts (the weight of the "
+            "balance loss is 0), and routing can collapse onto a few: give --moe-bias-update-rate "
+            "0.01, or --moe-gate-loss-wt 0.01 with --moe-aux balance=1"
         )
 
 

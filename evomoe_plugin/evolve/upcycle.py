@@ -287,6 +287,8 @@ class Upcycling:
         deviation = self.recipe.gate_deviation
         if deviation is None or len(shape) < 2 or name.startswith("lexical."):
             return None  # --moe-lexical gives the start of its table
+        if name.startswith("scorer."):  # stored are weights over the factor
+            deviation /= getattr(self.options, "moe_gate_lr_factor", 1.0)
         if name.startswith("shared_weights") and deviation == 0.0:
             return None  # weighs shared experts, routes nothing
         # Keyed by the name's bytes: Python's hash differs between processes.

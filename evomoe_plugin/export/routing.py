@@ -90,7 +90,7 @@ def _added(gate: Gate, num_updates: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if gate.centred_input is not None:
         given |= {"centred": True, "input_mean": gate.centred_input.mean_D.float()}
-    if gate.lexical is not None:
+    if gate.lexical is not None and gate.lexical.strength(num_updates) > 0:
         given |= {"lexical": True, "lexical_logits": gate.lexical.logits(num_updates)}
     scale = gate.weight_scale
     if scale is not None and scale.kind == "unit":

@@ -57,7 +57,7 @@ def compute(name: str, given: Mapping[str, Any]) -> Tensor:
 
     Args:
         given: the fields of a `Choice` without padding in its mask; `weight_T`, the weights of the
-            tokens, `prior_TC`, the logits of `LexicalPrior` or None, `active_C`, the candidates
+            tokens, `prior_TC`, the logits T of `LexicalPrior` or None, `active_C`, the candidates
             that can be selected (bool), and `vectors_CD`, a vector for each, or None; `num_null`,
             the number of null experts, the last candidates, and `target`, the mean of their
             probability that the loss `null` aims at.

@@ -18,6 +18,7 @@ class Capabilities:
     vectors: bool = False  # It has a vector for each expert (`Gate.vectors`) of its own
     null_experts: bool = True  # Null experts can be candidates
     fixed_k: bool = False  # Every token goes to the same number of candidates
+    unit_weights: bool = False  # The weights of a token with a selected candidate sum to 1
     capacity: bool = True  # Experts can have a capacity; False if the gate sets their load itself
     losses: tuple[str, ...] = ()
     """Auxiliary losses of its own (`Choice.aux`), in addition to those of `gates.auxiliary`."""

@@ -11,7 +11,8 @@ from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 class CentredInput(nn.Module):
     """x - m, with m <- a m + (1 - a) mean x after each update: m knows earlier updates only.
 
-    The mean is over the tokens of all ranks and micro-batches; the first one is taken as it is.
+    The mean is over the tokens of all ranks and micro-batches. The first one is taken as it is;
+    until then m is 0.
     """
 
     def __init__(self, model_dim: int, decay: float):
@@ -33,14 +34,13 @@ class CentredInput(nn.Module):
             x_TD = x_TD.masked_fill(~token_mask_T.unsqueeze(1), 0.0)
         return x_TD.detach().sum(0, dtype=torch.float64)
 
-    def update(self, num_updates: int, sum_D: Tensor, num_tokens: Tensor) -> None:
+    def update(self, sum_D: Tensor, num_tokens: Tensor) -> None:
         """Change m by the inputs of an update.
 
         Args:
-            num_updates: completed updates with the gate, this one included.
             sum_D: of the inputs.
-            num_tokens: their number, a scalar.
+            num_tokens: their number, a scalar; 0: no change.
         """
         if num_tokens > 0:
-            decay = self.decay if num_updates > 1 else 0.0
+            decay = self.decay if self.mean_D.any() else 0.0
             self.mean_D.mul_(decay).add_(sum_D / num_tokens, alpha=1 - decay)

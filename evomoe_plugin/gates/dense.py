@@ -19,7 +19,9 @@ class DenseGate(Gate[ScorerOptions]):
     """
 
     Options = ScorerOptions
-    capabilities = Capabilities(default_aux="none", capacity=False, keeps_copies_equal=True)
+    capabilities = Capabilities(
+        default_aux="none", capacity=False, keeps_copies_equal=True, unit_weights=True
+    )
 
     @classmethod
     def validate(cls, options: ScorerOptions, expert_counts: Sequence[int]) -> list[str]:

@@ -71,6 +71,7 @@ class DSelectKGate(Gate[DSelectKOptions]):
         logits=False,
         null_experts=False,
         zero_init=False,
+        unit_weights=True,
     )
 
     def __init__(self, info: LayerInfo, options: DSelectKOptions):

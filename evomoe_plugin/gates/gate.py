@@ -15,11 +15,11 @@ from evomoe_plugin.config.options import ModelOptions, parse_bool
 from evomoe_plugin.gates import auxiliary
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.centred_input import CentredInput
-from evomoe_plugin.gates.hash_tables import random_table
 from evomoe_plugin.gates.lexical import LexicalPrior, initial_table
+from evomoe_plugin.gates.logit_options import lexical_init
 from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
 from evomoe_plugin.gates.shared_weights import SharedWeights
-from evomoe_plugin.gates.weight_scale import WeightScale, total_weights
+from evomoe_plugin.gates.weight_scale import WeightScale, sum_of_weights
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
@@ -120,10 +120,15 @@ class Gate(nn.Module, Generic[OptionsT]):
             with torch.no_grad():
                 for parameter in self.scorer.parameters():
                     parameter.mul_(scale)
-        if options.moe_lexical != "none":
-            vocabulary = len(info.token_counts_V)
-            hashed_V = random_table(vocabulary, info.num_experts, info.layer_id, info.seed)
-            table_VC = initial_table(options, vocabulary, info.num_candidates, hashed_V)
+        if lexical_init(options)[0] != "none":
+            table_VC = initial_table(
+                options,
+                vocabulary=len(info.token_counts_V),
+                num_experts=info.num_experts,
+                num_candidates=info.num_candidates,
+                layer_id=info.layer_id,
+                seed=info.seed,
+            )
             self.lexical = LexicalPrior(table_VC, options)
         if options.moe_gate_centre:
             self.centred_input = CentredInput(info.model_dim, options.moe_gate_centre)
@@ -144,6 +149,11 @@ class Gate(nn.Module, Generic[OptionsT]):
         """Whether every token goes to the same number of candidates, so that a capacity depends
         only on the number of tokens and not on later tokens."""
         return cls.capabilities.fixed_k
+
+    @classmethod
+    def weights_sum_to_one(cls, options: OptionsT) -> bool:
+        """Whether the weights of every token with a selected candidate sum to 1."""
+        return cls.capabilities.unit_weights
 
     @classmethod
     def aux_coefficients(cls, options: OptionsT) -> Mapping[str, float]:
@@ -170,7 +180,7 @@ class Gate(nn.Module, Generic[OptionsT]):
 
     def vectors(self) -> Tensor:
         """A vector for each candidate, [C, any]."""
-        return self.scorer.vectors()
+        return self.logit_factor * self.scorer.vectors()
 
     def active(self) -> Tensor | None:
         """bool [C]: candidates that can be selected now; None: always all."""
@@ -187,7 +197,7 @@ class Gate(nn.Module, Generic[OptionsT]):
         if self.centred_input is not None:
             stats[st.GATE_INPUT_D] = zero.expand(self.info.model_dim)
         if self._follows_weights:
-            stats[st.WEIGHT_1] = zero.expand(1)
+            stats[st.WEIGHTS_2] = zero.expand(2)
         return stats
 
     @property
@@ -203,11 +213,10 @@ class Gate(nn.Module, Generic[OptionsT]):
         self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
     ) -> None:
         """Change the buffers of running means, and call `after_update` if the gate has one."""
-        tokens = own[st.TOKENS]
         if self.centred_input is not None:
-            self.centred_input.update(num_updates, own[st.GATE_INPUT_D], tokens)
+            self.centred_input.update(own[st.GATE_INPUT_D], own[st.TOKENS])
         if self.weight_scale is not None and self._follows_weights:
-            self.weight_scale.update(num_updates, own[st.WEIGHT_1].sum(), tokens)
+            self.weight_scale.update(*own[st.WEIGHTS_2])
         if self.learns_after_updates:
             self.after_update(num_updates, own, layers)
 
@@ -250,9 +259,9 @@ class Gate(nn.Module, Generic[OptionsT]):
             return logits_TC if self.logit_factor == 1.0 else self.logit_factor * logits_TC
         if context is None:
             raise ValueError("--moe-lexical: the gate must call self.score(x_TD, context)")
-        factor = self.scorer_factor(context.num_updates)
-        prior_TC = self.lexical(context.token_ids_T, context.num_updates).to(logits_TC.dtype)
-        return (logits_TC if factor == 1.0 else factor * logits_TC) + prior_TC
+        n = context.num_updates
+        prior_TC = self.lexical(context.token_ids_T, logits_TC.dtype)
+        return self.scorer_factor(n) * logits_TC + self.lexical.strength(n) * prior_TC
 
     def scorer_factor(self, num_updates: int) -> float:
         """What the scorer's logits are multiplied by after `num_updates` updates."""
@@ -292,8 +301,7 @@ class Gate(nn.Module, Generic[OptionsT]):
                 if self.centred_input is not None:
                     stats[st.GATE_INPUT_D] = self.centred_input.sum_of(x_TD, context.token_mask_T)
                 if self._follows_weights:
-                    total_T = total_weights(choice.weights_TC, choice.mask_TC)
-                    stats[st.WEIGHT_1] = total_T.sum(dtype=torch.float64).unsqueeze(0)
+                    stats[st.WEIGHTS_2] = sum_of_weights(choice.weights_TC, choice.mask_TC)
             return self._plan(
                 choice,
                 weights_TC,
@@ -309,8 +317,7 @@ class Gate(nn.Module, Generic[OptionsT]):
             # As precise as the gate computes, whatever the dtype of the parameters.
             vectors_CD = self.vectors().to(choice.probs_TC.dtype)
         if self.lexical is not None and "consistency" in self.aux_names:
-            prior_TC = self.lexical(context.token_ids_T, context.num_updates)
-            prior_TC = prior_TC.to(choice.probs_TC.dtype)
+            prior_TC = self.lexical(context.token_ids_T, choice.probs_TC.dtype)
         given = {
             **vars(choice),
             "prior_TC": prior_TC,
@@ -458,8 +465,9 @@ def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[s
             options.moe_null_experts,
             f"the gate {options.moe_gate} cannot select null experts: give 0",
         )
+    warnings = _weight_scale_warnings(cls, options)
     if "moe_scorer" in used:
-        validate_scorer(cast(ScorerOptions, options), cls.capabilities.scorers)
+        warnings += validate_scorer(cast(ScorerOptions, options), cls.capabilities.scorers)
     if (
         options.moe_shared_experts
         and options.moe_shared_combine == "softmax"
@@ -471,4 +479,14 @@ def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[s
             f"the gate {options.moe_gate} has no logits: give add or mix",
         )
     cls.aux_coefficients(options)
-    return cls.validate(options, expert_counts)
+    return warnings + cls.validate(options, expert_counts)
+
+
+def _weight_scale_warnings(cls: type[Gate], options: ModelOptions) -> list[str]:
+    scale = options.moe_weight_scale
+    if scale not in ("unit", "mean") or not cls.weights_sum_to_one(options):
+        return []
+    return [
+        f"--moe-weight-scale {scale}: a token's weights already sum to 1 with the gate "
+        f"{options.moe_gate} and these options; this changes nothing"
+    ]

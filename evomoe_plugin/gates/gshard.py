@@ -96,6 +96,13 @@ class GShardGate(Gate[GShardOptions]):
             )
 
     @classmethod
+    def weights_sum_to_one(cls, options: GShardOptions) -> bool:
+        return not (
+            options.moe_normalize_gate_prob_before_dropping
+            and options.moe_second_expert_policy == "random"
+        )
+
+    @classmethod
     def renormalizes_after_drop(cls, options: GShardOptions) -> bool:
         return not options.moe_normalize_gate_prob_before_dropping
 

@@ -36,7 +36,12 @@ class HashGate(Gate[HashOptions]):
 
     Options = HashOptions
     capabilities = Capabilities(
-        default_aux="none", logits=False, null_experts=False, gate_init=False, fixed_k=True
+        default_aux="none",
+        logits=False,
+        null_experts=False,
+        gate_init=False,
+        fixed_k=True,
+        unit_weights=True,
     )
 
     table_V: Tensor

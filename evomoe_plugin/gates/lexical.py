@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.gates.hash_tables import random_table
 from evomoe_plugin.gates.logit_options import LogitOptions, lexical_init
 
 
@@ -43,24 +44,27 @@ class LexicalPrior(nn.Module):
         """d T, [V, C]."""
         return self.factor * self.strength(num_updates) * self.table
 
-    def forward(self, token_ids_T: Tensor | None, num_updates: int) -> Tensor:
-        """d T[token id], [T, C], in the dtype of the table.
+    def forward(self, token_ids_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """T[token id], [T, C], without d.
 
         Raises:
             ValueError: there are no token ids.
         """
         if token_ids_T is None:
             raise ValueError("--moe-lexical routes by token ids: give token_ids_T")
-        return self.factor * self.strength(num_updates) * F.embedding(token_ids_T, self.table)
+        return self.factor * F.embedding(token_ids_T, self.table).to(dtype)
 
 
 def initial_table(
-    options: LogitOptions, vocabulary: int, num_candidates: int, hashed_V: Tensor
+    options: LogitOptions,
+    vocabulary: int,
+    num_experts: int,
+    num_candidates: int,
+    layer_id: int,
+    seed: int,
 ) -> Tensor:
     """T at the start, fp32 [V, C].
 
-    Args:
-        hashed_V: the expert of each token id, int64, for the start `hash`.
     Raises:
         OptionError: there is no vocabulary.
     """
@@ -74,5 +78,6 @@ def initial_table(
     if kind == "normal":
         return torch.randn(vocabulary, num_candidates) * number
     if kind == "hash":
-        return F.one_hot(hashed_V, num_candidates) * number
+        expert_V = random_table(vocabulary, num_experts, layer_id, seed)
+        return F.one_hot(expert_V, num_candidates) * number
     return torch.zeros(vocabulary, num_candidates)

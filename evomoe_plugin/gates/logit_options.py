@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag
+from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated_updates
 
 # Scorers whose logits are linear in the parameters that a factor scales.
 LINEAR_SCORERS = ("linear", "sigmoid")
@@ -63,11 +63,13 @@ def lexical_init(options: LogitOptions) -> tuple[str, float]:
     return kind, value
 
 
-def validate_logits(options: LogitOptions, scorer: str) -> None:
-    """Raise `OptionError` for options that cannot work, or that have no effect.
+def validate_logits(options: LogitOptions, scorer: str) -> list[str]:
+    """Check the options of a gate with the scorer named `scorer`.
 
-    Args:
-        scorer: name of the gate's scorer.
+    Returns:
+        warnings.
+    Raises:
+        OptionError: an option cannot work, or has no effect.
     """
     kind, _ = lexical_init(options)
     for option in ("moe_lexical_lr_factor", "moe_gate_lr_factor", "moe_gate_init_scale"):
@@ -85,6 +87,27 @@ def validate_logits(options: LogitOptions, scorer: str) -> None:
             f"the logits of the scorer {scorer} are not linear in its weights",
             "--moe-scorer linear",
         )
+    return _schedule_warnings(options)
+
+
+def _schedule_warnings(options: LogitOptions) -> list[str]:
+    decay, warmup = options.moe_lexical_decay_updates, options.moe_gate_warmup_updates
+    before = options.moe_spawn_updates or 0
+    warnings = [
+        f"--max-update {options.max_update}: the run ends before {what} does at update "
+        f"{before + updates} (--{option} {updates})"
+        for what, option, updates in (
+            ("the decay of --moe-lexical", "moe-lexical-decay-updates", decay),
+            ("the gate's warm-up", "moe-gate-warmup-updates", warmup),
+        )
+        if options.max_update and updates > gated_updates(options)
+    ]
+    if 0 < decay < warmup:
+        warnings.append(
+            f"--moe-lexical-decay-updates {decay}: the table is gone before the scorer is at full "
+            f"strength (--moe-gate-warmup-updates {warmup}): give at least that"
+        )
+    return warnings
 
 
 def _refuse(options: LogitOptions, names: Sequence[str], reason: str, needed: str) -> None:

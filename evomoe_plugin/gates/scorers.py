@@ -149,8 +149,9 @@ SCORERS: dict[str, type[Scorer]] = {
 SOFTMAX_SCORERS = ("linear", "mlp", "gmm", "cosine")
 
 
-def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
-    """Raise `OptionError` unless the scorer is one of `allowed`, with options it can use."""
+def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> list[str]:
+    """Warnings; raises `OptionError` unless the scorer is one of `allowed`, with options it can
+    use."""
     scorer = options.moe_scorer
     if scorer not in allowed:
         known = "; unknown scorer" if scorer not in SCORERS else ""
@@ -174,4 +175,4 @@ def validate_scorer(options: ScorerOptions, allowed: Sequence[str]) -> None:
             options.moe_scorer_dropout,
             f"the scorer {scorer} has no hidden layer: leave it out, or give --moe-scorer mlp",
         )
-    validate_logits(options, scorer)
+    return validate_logits(options, scorer)

@@ -114,6 +114,11 @@ class StableGate(Gate[StableOptions]):
                 "--moe-gate stable: the frozen routing will be that of an untrained router; "
                 "--moe-aux distill=0.3 trains it until --moe-stable-updates"
             )
+        if options.moe_weight_scale == "unit":
+            warnings.append(
+                "--moe-weight-scale unit: once routing is frozen, the weight of the gate stable is "
+                "always 1, and what its scorer learns has no effect any more"
+            )
         frozen = stable_updates(options) + (options.moe_spawn_updates or 0)
         if options.max_update and frozen >= options.max_update:
             warnings.append(

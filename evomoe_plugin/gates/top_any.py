@@ -88,6 +88,7 @@ class TopAnyGate(Gate[TopAnyOptions]):
         null_experts=False,
         zero_init=False,
         vectors=True,
+        unit_weights=True,
     )
 
     active_E: Tensor

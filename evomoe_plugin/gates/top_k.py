@@ -94,6 +94,10 @@ class TopKGate(Gate[TopKOptions]):
             )
         return warnings
 
+    @classmethod
+    def weights_sum_to_one(cls, options: TopKOptions) -> bool:
+        return options.moe_top_k_weights == "renormalized"
+
     @property
     def bias_C(self) -> Tensor:
         """Added to the scores for selection, fp64."""

@@ -57,7 +57,7 @@ class TopPGate(Gate[TopPOptions]):
     """
 
     Options = TopPOptions
-    capabilities = Capabilities(default_aux="switch=1")
+    capabilities = Capabilities(default_aux="switch=1", unit_weights=True)
 
     def __init__(self, info: LayerInfo, options: TopPOptions):
         super().__init__(info, options)

@@ -32,7 +32,7 @@ class PriorityOptions(ModelOptions):
 
 @dataclass
 class BalanceBiasOptions(ModelOptions):
-    """For gates that can balance the load by a bias (`gates.balance_bias`)."""
+    """For gates that can balance the load by a bias."""
 
     moe_bias_update_rate: float = flag(
         0.0,

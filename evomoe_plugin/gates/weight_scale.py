@@ -18,8 +18,9 @@ class WeightScale(nn.Module):
     - `unit`: w / sg(Σ_A w), sg without gradient: a token's weights sum to 1, a single pick has
       weight 1, and the gate keeps the gradient of w up to that scale (straight-through). As the
       number of selected candidates falls, the scale of the output does not change.
-    - `mean`: w / m, with m the running mean over updates of the tokens' Σ_A w: their mean becomes
-      1, and their differences remain. 1 until the first update is done.
+    - `mean`: w / m, with m the running mean over updates of Σ_A w of the tokens that selected a
+      candidate: their mean becomes 1, their differences remain. The first mean is taken as it is;
+      until then m is 1.
     - `learned`: w_c a_c, with a learned gain a of each candidate, 1 at the start.
     """
 
@@ -30,32 +31,31 @@ class WeightScale(nn.Module):
         if kind == "learned":
             self.gain = nn.Parameter(torch.ones(num_candidates))
         if kind == "mean":
-            register_fp64_buffer(self, "mean", torch.ones(()))
+            register_fp64_buffer(self, "mean", torch.zeros(()))  # 0: none yet
 
     @property
     def mean(self) -> Tensor:
-        """m, a scalar in fp64; a view. Of `mean` only."""
-        return fp64_buffer(self, "mean")
+        """m, a scalar in fp64. Of `mean` only."""
+        value = fp64_buffer(self, "mean")
+        return torch.where(value > 0, value, 1.0)
 
     def forward(self, weights_TC: Tensor, mask_TC: Tensor) -> Tensor:
         if self.gain is not None:
             return weights_TC * self.gain.to(weights_TC.dtype)
         if self.kind == "mean":
             return weights_TC / self.mean.to(weights_TC.dtype)
-        total_T1 = total_weights(weights_TC, mask_TC).unsqueeze(1)
+        total_T1 = weights_TC.detach().masked_fill(~mask_TC, 0.0).sum(1, keepdim=True)
         return weights_TC / torch.where(total_T1 > 0, total_T1, 1.0)
 
-    def update(self, num_updates: int, total: Tensor, num_tokens: Tensor) -> None:
-        """Change m by the weights of an update, before scaling, summed over tokens.
-
-        Args:
-            num_updates: completed updates with the gate, this one included.
-        """
+    def update(self, total: Tensor, num_tokens: Tensor) -> None:
+        """Change m by an update's sums, as `sum_of_weights` gives them."""
         if num_tokens > 0 and total > 0:
-            decay = MEAN_DECAY if num_updates > 1 else 0.0
-            self.mean.mul_(decay).add_(total / num_tokens, alpha=1 - decay)
+            mean = fp64_buffer(self, "mean")
+            decay = MEAN_DECAY if mean > 0 else 0.0
+            mean.mul_(decay).add_(total / num_tokens, alpha=1 - decay)
 
 
-def total_weights(weights_TC: Tensor, mask_TC: Tensor) -> Tensor:
-    """Sum of the weights of each token's selected candidates, [T], without gradient."""
-    return weights_TC.detach().masked_fill(~mask_TC, 0.0).sum(1)
+def sum_of_weights(weights_TC: Tensor, mask_TC: Tensor) -> Tensor:
+    """Sum of the weights of selected candidates, and number of tokens that have one, fp64 [2]."""
+    total = weights_TC.detach().masked_fill(~mask_TC, 0.0).sum(dtype=torch.float64)
+    return torch.stack([total, mask_TC.any(1).sum().double()])

@@ -152,7 +152,7 @@ def consistency_loss(
     *, logits_TC: Tensor, prior_TC: Tensor, weight_T: Tensor | None = None
 ) -> Tensor:
     """Mean KL(softmax(prior) || softmax(logits)): 0 if all occurrences of a token id are routed as
-    the lexical prior routes it. Both have a gradient.
+    the lexical prior routes it at full strength. Both have a gradient.
 
     Source: ours, after the distillation of StableMoE (arXiv 2204.08396).
     """

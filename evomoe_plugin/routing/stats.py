@@ -24,7 +24,7 @@ REQUESTED_C = "requested"  # pairs of each candidate before capacity, [C]
 # Of layers with the respective feature.
 GATE_INPUT_D = "gate_input"  # the gate's input, [D]
 BEST_C = "best"  # tokens whose best candidate it is, [C]
-WEIGHT_1 = "weight"  # combine weights of the selected candidates, [1]
+WEIGHTS_2 = "weights"  # combine weights of selected candidates; tokens that have one, [2]
 DROPPED = "dropped"  # pairs dropped by the capacity
 NULL_PAIRS = "null_pairs"  # pairs of null experts
 NULL_MASS = "null_mass"  # weight given to null experts, summed over tokens
