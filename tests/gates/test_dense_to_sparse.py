@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
+from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
 from evomoe_plugin.gates.gate import GateContext, LayerInfo
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
@@ -141,3 +142,108 @@ def test_statistics(make_gate):
     assert torch.equal(plan.stats[st.LOAD_E], plan.tokens_per_expert_E.double())
     assert plan.stats[st.TEMPERATURE] / mask.sum() == pytest.approx(1.5)
     assert not any(value.requires_grad for value in plan.stats.values())
+
+
+# Temperatures relative to a token's logits
+
+
+def test_the_scope_token(make_gate):
+    """z / sg(std z): the formula, its gradients, and indifference to the scale of the logits."""
+    gate = make_gate(moe_temperature_scope="token", moe_temperature_start=1.5).double()
+    x = torch.randn(T, D, dtype=torch.float64)
+    with torch.no_grad():
+        gate.scorer.weight[:, 0] *= 20
+        x[0] = 0  # equal logits: as they are
+    ctx = context(noise=False)
+    choice = gate.route(x, ctx)
+    logits = x @ gate.scorer.weight.T
+    deviation = torch.ones(T, 1, dtype=torch.float64)
+    for t in range(1, T):
+        mean = sum(float(z) for z in logits[t]) / E
+        deviation[t] = (sum((float(z) - mean) ** 2 for z in logits[t]) / E) ** 0.5
+    wanted = (logits / deviation / 1.5).softmax(1)
+    assert torch.allclose(choice.weights_TC, wanted, atol=1e-12)
+    seed = torch.randn_like(wanted)
+    grads = [
+        torch.autograd.grad(w, gate.scorer.weight, seed)[0] for w in (choice.weights_TC, wanted)
+    ]
+    assert torch.allclose(*grads, atol=1e-12)
+    gate.scorer.weight.data.mul_(100)
+    assert torch.allclose(gate.route(x, ctx).weights_TC, wanted, atol=1e-9)
+
+
+# Balance by a bias
+
+
+def test_the_bias_selects_and_does_not_weigh(make_gate):
+    given = {"moe_temperature_start": 0.7, "moe_gate_threshold": 0.2}
+    gate = make_gate(moe_bias_update_rate=0.1, **given)
+    gate.bias_C.copy_(torch.randn(E))
+    x = torch.randn(T, D)
+    for num_updates in (0, 80):
+        ctx = context(num_updates)
+        choice = gate.route(x, ctx)
+        noisy = x @ gate.scorer.weight.T
+        if num_updates == 0:
+            noisy = noisy + gumbel(ctx.noise_keys_T, E)
+        tau = gate.temperature(num_updates)
+        selecting = ((noisy + gate.bias_C) / tau).softmax(1)
+        mask = selecting > 0.2 if num_updates == 0 else torch.zeros(T, E, dtype=torch.bool)
+        mask[torch.arange(T), selecting.argmax(1)] = True
+        assert torch.equal(choice.mask_TC, mask)
+        assert torch.allclose(choice.weights_TC, (noisy / tau).softmax(1), atol=1e-6)
+        assert not torch.equal(mask, make_gate(**given).route(x, ctx).mask_TC)
+        padding = torch.rand(T) < 0.5
+        stats = gate(x, context(num_updates, token_mask_T=padding)).stats
+        assert (
+            stats[st.BEST_C].tolist() == selecting.argmax(1)[padding].bincount(minlength=E).tolist()
+        )
+
+
+def test_the_bias_moves_by_its_rate_towards_an_even_load(make_gate):
+    gate = make_gate(moe_bias_update_rate=0.25)
+    load = torch.tensor([60, 0, 10, 10, 9, -29], dtype=torch.float64)  # their mean is 10
+    gate.after_update(1, {st.BEST_C: load}, {})
+    assert gate.bias_C.tolist() == [-0.25, 0.25, 0, 0, 0.25, 0.25]
+    assert make_gate().learns_after_updates is False
+
+
+def test_the_bias_keeps_annealing_from_collapsing(make_layer):
+    """A layer in training whose gate prefers one expert, from soft to hard routing."""
+
+    def trained(rate):
+        torch.manual_seed(5)
+        layer = make_layer(
+            moe_bias_update_rate=rate, moe_temperature_updates=100, moe_gate_noise="none"
+        )
+        x = torch.randn(300, 6, dtype=torch.float64)
+        x[:, 0] = 1
+        target = torch.randn(300, 6, dtype=torch.float64)
+        layer.gate.scorer.weight.data[2, 0] += 2
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.005)
+        for n in range(150):
+            layer.set_num_updates(n)
+            y, _, stats = layer(x)
+            optimizer.zero_grad()
+            (y - target).square().mean().backward()
+            optimizer.step()
+            if rate:
+                layer.gate.after_update(n + 1, stats, {})
+        load = layer(x)[2][st.LOAD_E]
+        assert load.sum() == 300  # hard by now
+        return float(load.max() / load.mean())
+
+    assert trained(0.0) > 3
+    assert trained(0.05) < 1.5
+
+
+def test_the_length_of_the_annealing(moe_options):
+    """A share of the updates with a gate, or a number of updates; hard routing follows."""
+    for given, wanted in [
+        ({}, 30),
+        ({"moe_temperature_share": 0.5}, 50),
+        ({"moe_temperature_share": 0.5, "moe_spawn_updates": 20}, 40),
+        ({"moe_temperature_updates": 7}, 7),
+    ]:
+        options = moe_options(**given)
+        assert annealing_updates(options) == hard_updates(options) == wanted
