@@ -68,9 +68,10 @@ def validate_run(cfg: Any) -> None:
             "--criterion cross_entropy: gate losses are not added and routing is not "
             "logged; --criterion moe_cross_entropy does both"
         )
-    weight = getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)
-    _warn_of_large_loss(model, weight)
-    _warn_of_collapse(model, weight)
+    weight = getattr(cfg.criterion, "moe_gate_loss_wt", None)
+    if weight is not None:
+        _warn_of_large_loss(model, weight)
+        _warn_of_collapse(model, weight)
 
 
 def _check_changes(cfg: Any) -> None:
@@ -183,6 +184,7 @@ _BALANCING_LOSSES = ("balance", "switch", "mi", "importance", "load")
 
 
 def _warn_of_collapse(model: Any, weight: float) -> None:
+    """Warn of dense-to-sparse routing that nothing balances (docs/options.md has the numbers)."""
     if model.moe_gate != "dense_to_sparse" or model.moe_bias_update_rate:
         return
     chosen = gate_class(model.moe_gate).aux_coefficients(model)

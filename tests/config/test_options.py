@@ -124,6 +124,26 @@ def test_other_models_and_partial_yaml_are_left_to_whoever_builds_them(moe_optio
     validate_run(run_config(moe_options, data, model=model))
 
 
+@pytest.mark.parametrize(
+    "given, weight, warned",
+    [
+        ({}, 0.0, True),
+        ({"moe_aux": "z=0.1"}, 0.1, True),
+        ({"moe_aux": "balance=0"}, 0.1, True),
+        ({}, 0.01, False),
+        ({"moe_aux": "switch=1"}, 0.1, False),
+        ({"moe_bias_update_rate": 0.01}, 0.0, False),
+        ({"moe_gate": "switch"}, 0.0, False),
+    ],
+)
+def test_unbalanced_annealing_is_warned_of(moe_options, data, caplog, given, weight, warned):
+    criterion = {"_name": "moe_cross_entropy", "moe_gate_loss_wt": weight}
+    model = vars(moe_options(**given))
+    validate_run(run_config(moe_options, data, criterion=criterion, model=model))
+    wanted = ["--moe-gate dense_to_sparse: nothing balances the load of experts"]
+    assert [text[: len(wanted[0])] for text in caplog.messages] == wanted * warned
+
+
 def test_plain_cross_entropy_is_pointed_out(moe_options, data, caplog):
     validate_run(run_config(moe_options, data, criterion={"_name": "cross_entropy"}))
     assert "gate losses are not added" in caplog.text

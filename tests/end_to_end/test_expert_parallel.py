@@ -51,7 +51,20 @@ GATES = {
         "--moe-hard-updates",
         "16",
     ),
-    "top_k": ("--moe-gate", "top_k", "--moe-top-k", "2", "--moe-bias-update-rate", "0.01"),
+    "top_k": (
+        "--moe-gate",
+        "top_k",
+        "--moe-top-k",
+        "2",
+        "--moe-bias-update-rate",
+        "0.01",
+        "--moe-lexical",
+        "hash:3",
+        "--moe-gate-centre",
+        "0.9",
+        "--moe-weight-scale",
+        "mean",
+    ),
     "top_p": (
         "--moe-gate",
         "top_p",
@@ -138,7 +151,16 @@ def test_every_layout_gives_the_same_model(one_process, train, tmp_path, way, ga
 
 
 LAYERS = {
-    "spawn": ("--moe-spawn-updates", "5", "--moe-spawn-trainable-masked", "false"),
+    "spawn": (
+        "--moe-spawn-updates",
+        "5",
+        "--moe-spawn-trainable-masked",
+        "false",
+        "--moe-lexical",
+        "normal:2",
+        "--moe-weight-scale",
+        "unit",
+    ),
     "capacity": ("--moe-gate", "top_k", "--moe-top-k", "2", "--moe-capacity-factor", "1.0"),
     "experts alone": ("--moe-train-only", "experts"),
     "experts frozen": ("--moe-train-only", "attention,norms"),

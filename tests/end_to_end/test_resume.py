@@ -57,7 +57,18 @@ def test_the_run_really_passes_through_all_stages(unbroken):
 
 
 # Seven updates are an epoch: the batches of later epochs must be those of the unbroken run too.
-EPOCHS = (*ANNEAL, "--batch-size", "56")
+# What changes after an update must continue too: running means and the bias.
+MEANS = (
+    "--moe-lexical",
+    "normal:2",
+    "--moe-gate-centre",
+    "0.9",
+    "--moe-weight-scale",
+    "mean",
+    "--moe-bias-update-rate",
+    "0.01",
+)
+EPOCHS = (*ANNEAL, *MEANS, "--batch-size", "56")
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,18 @@ def test_before_the_spawn_the_layer_is_its_first_expert(make_layer, given, train
             assert not parameter.grad[1:].any()
 
 
+def test_a_table_and_its_schedules_start_at_the_spawn(make_layer):  # noqa: F811
+    given = {"moe_gate": "switch", "moe_lexical": "normal:1", "moe_lexical_decay_updates": 4}
+    layer = make_layer(moe_spawn_updates=N, moe_gate_warmup_updates=2, **given)
+    x, known = tokens()
+    for num_updates, strength, factor in ((N, 1.0, 0.5), (N + 1, 0.75, 1.0), (N + 4, 0.0, 1.0)):
+        layer.set_num_updates(num_updates)
+        logits = layer.gate.score(x, layer.context(**known))
+        wanted = factor * layer.gate.scorer(x)
+        wanted = wanted + strength * layer.gate.lexical.table[known["token_ids_T"]]
+        assert torch.allclose(logits, wanted)
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_the_gate_is_not_even_asked(make_layer, name, monkeypatch):  # noqa: F811
     layer = make_layer(moe_gate=name, moe_spawn_updates=N, **NEEDED.get(name, {}))

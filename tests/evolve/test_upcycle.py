@@ -292,6 +292,28 @@ def test_weights_of_gates(dense, gate_init, deviation):
     assert converted.state["cfg"]["common"]["seed"] == 1
 
 
+@pytest.mark.parametrize(("gate_init", "deviation"), [("zero", 0.0), ("normal:0.02", 0.02)])
+def test_weights_of_gates_leave_a_lexical_table_alone(dense, gate_init, deviation):
+    """Stored are weights and logits over their factors."""
+    converted = made(
+        dense,
+        moe_gate="top_k",
+        moe_expert_count="64",
+        moe_lexical="hash:3",
+        moe_lexical_lr_factor=2.0,
+        moe_gate_lr_factor=0.5,
+        recipe=Recipe(gate_init=gate_init),
+    )
+    gate = {
+        name.removeprefix("decoder.layers.1.moe.gate."): value
+        for name, value in converted.state["model"].items()
+    }
+    assert 0.5 * gate["scorer.weight"].std().item() == pytest.approx(deviation, rel=0.1)
+    table = 2 * gate["lexical.table"]
+    assert torch.equal(table.sum(1), torch.full((len(table),), 3.0))
+    assert torch.equal(table.amax(1), torch.full((len(table),), 3.0))
+
+
 def test_half_precision(tmp_path):
     path = save_dense(tmp_path / "dense.pt")
     state = torch.load(path, weights_only=False)

@@ -73,6 +73,30 @@ def test_the_bias_of_loss_free_balancing(make_trained, exported):
     assert not torch.allclose(wanted, before, atol=1e-3)
 
 
+@pytest.mark.parametrize("updates", [0, 30, 60])
+@pytest.mark.parametrize("gate", ["top_k", "dense_to_sparse"])
+@torch.no_grad()
+def test_running_means_and_a_table_that_decays(make_trained, exported, gate, updates):
+    trained = make_trained(
+        updates,
+        moe_gate=gate,
+        moe_lexical="normal:1",
+        moe_lexical_decay_updates=60,
+        moe_gate_warmup_updates=60,
+        moe_gate_lr_factor=2.0,
+        moe_gate_centre=0.9,
+        moe_weight_scale="mean",
+        moe_bias_update_rate=0.05,
+    )
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.centred_input.mean_D.copy_(torch.randn(16))
+        layer.gate.weight_scale.update(torch.rand(()) + 0.1, torch.ones(()))
+        layer.gate.bias_C.copy_(torch.randn(5) / 10)
+    model, x = exported(trained), tokens()
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+    assert ("lexical" in model.config.routing) == (updates < 60)
+
+
 @pytest.mark.parametrize("with_bias", [0, 1])
 @torch.no_grad()
 def test_the_bias_of_one_layer_alone(make_trained, exported, with_bias):

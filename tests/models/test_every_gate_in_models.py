@@ -11,11 +11,24 @@ from evomoe_plugin.models.accounting import count_parameters
 
 PAD = 1
 GIVEN = {
-    "dense_to_sparse": {"moe_scorer": "gmm"},
+    "dense_to_sparse": {
+        "moe_scorer": "gmm",
+        "moe_weight_scale": "unit",
+        "moe_temperature_scope": "token",
+        "moe_bias_update_rate": 0.1,
+    },
     "expert_choice": {"moe_allow_noncausal": True},
     "gshard": {"moe_capacity_factor": 0.5},
     "stable": {"moe_stable_updates": 10},
-    "switch": {"moe_capacity_factor": 0.8, "moe_drop_policy": "probs"},
+    "switch": {
+        "moe_capacity_factor": 0.8,
+        "moe_drop_policy": "probs",
+        "moe_lexical": "normal:2",
+        "moe_lexical_decay_updates": 50,
+        "moe_gate_warmup_updates": 20,
+        "moe_gate_centre": 0.9,
+        "moe_weight_scale": "mean",
+    },
     "top_any": {"moe_max_experts": 6, "moe_adapt_record_interval": 4, "moe_adapt_window": 2},
     "top_k": {"moe_scorer": "mlp", "moe_bias_update_rate": 0.1},
     "top_p": {
@@ -25,7 +38,12 @@ GIVEN = {
         "moe_expert_size_factor": 2,
         "moe_expert_gated": True,
     },
-    "relu": {"moe_shared_experts": 1, "moe_shared_combine": "mix", "moe_layers": "0,3"},
+    "relu": {
+        "moe_shared_experts": 1,
+        "moe_shared_combine": "mix",
+        "moe_layers": "0,3",
+        "moe_weight_scale": "learned",
+    },
 }
 GATES = [name for name in gate_names() if name != "cautious"]  # a user's, from the documentation
 # The routing of these depends on the update; that of the others does not.
@@ -35,6 +53,7 @@ AT_UPDATES = pytest.mark.parametrize(
         *((gate, 0) for gate in GATES),
         ("dense_to_sparse", 60),
         ("stable", 60),
+        ("switch", 30),
         ("relu", 60),
     ],
     indirect=["options"],

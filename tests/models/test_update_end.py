@@ -31,6 +31,35 @@ def test_the_bias_follows_the_load_of_all_micro_batches(make_model, checkpointin
     assert torch.equal(biases(model), 0.01 * wanted)  # nothing was routed
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_running_means_are_of_all_micro_batches(make_model, checkpointing):
+    model = make_model(
+        moe_gate="switch",
+        moe_gate_centre=0.9,
+        moe_weight_scale="mean",
+        checkpoint_activations=checkpointing,
+    )
+    inputs, weights = [], []
+    gate = model.decoder.moe_layers[1].gate
+
+    def see(module, given, plan):
+        inputs.append(given[0].detach())
+        weights.append(plan.weights_N.detach())
+
+    for seed in (1, 2):
+        hook = gate.register_forward_hook(see)
+        y, _ = model(tokens(seed))
+        hook.remove()  # before checkpointing's second forward pass
+        y.sum().backward()
+    model.finish_update(1)
+    means = gate.centred_input.mean_D, gate.weight_scale.mean
+    assert torch.allclose(means[0], torch.cat(inputs).double().mean(0), atol=1e-6)
+    assert torch.allclose(means[1], torch.cat(weights).double().mean(), atol=1e-6)
+    model.finish_update(2)  # nothing was routed
+    assert torch.equal(means[0], gate.centred_input.mean_D)
+    assert torch.equal(means[1], gate.weight_scale.mean)
+
+
 def test_a_null_expert_has_a_bias_too(make_model):
     model = make_model(**GIVEN, moe_null_experts=1)
     model(tokens(1))

@@ -48,6 +48,13 @@ def dense(name, logits, mask, weight):
         )
     if name == "null":
         return (mean_p[-2] + mean_p[-1] - 0.3) ** 2
+    if name == "consistency":
+        total_kl = 0
+        for w, t, row in zip(share, tokens, p, strict=True):
+            prior = [v.exp() for v in prior_of(logits)[t]]
+            prior = [v / sum(prior) for v in prior]
+            total_kl += w * sum(q * (q / v).log() for q, v in zip(prior, row, strict=True))
+        return total_kl / total
     if name == "load":
         smooth = []
         for c in columns:
@@ -67,6 +74,11 @@ def dense(name, logits, mask, weight):
     raise AssertionError(name)
 
 
+def prior_of(logits):
+    """Another function of the logits, so that gradients reach both arguments."""
+    return logits.sin() * 2
+
+
 def ours(name, logits, mask, weight):
     probs = logits.softmax(1)
     return {
@@ -82,10 +94,13 @@ def ours(name, logits, mask, weight):
         "null": lambda: losses.null_rate_loss(
             probs_TC=probs, num_null=2, target=0.3, weight_T=weight
         ),
+        "consistency": lambda: losses.consistency_loss(
+            logits_TC=logits, prior_TC=prior_of(logits), weight_T=weight
+        ),
     }[name]()
 
 
-NAMES = ["balance", "switch", "entropy", "mi", "importance", "z", "load", "null"]
+NAMES = ["balance", "switch", "entropy", "mi", "importance", "z", "load", "null", "consistency"]
 WEIGHTS = {
     "none": None,
     "padding": torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0]).bool(),
