@@ -96,10 +96,11 @@ def _added(gate: Gate, num_updates: int) -> dict[str, Any]:
     if scale is not None and scale.kind == "unit":
         given["unit_weights"] = True
     elif scale is not None:
-        gain = scale.gain
-        if gain is None:
-            gain = (1 / scale.mean).float().expand(gate.info.num_candidates)
-        given |= {"gains": True, "gain": gain}
+        given["gains"] = True
+        if scale.gain is not None:
+            given["gain"] = scale.gain
+        else:
+            given["gain"] = (1 / scale.mean).float().expand(gate.info.num_candidates)
     return given
 
 
