@@ -219,7 +219,7 @@ def test_the_bias_keeps_annealing_from_collapsing(make_layer):
         x = torch.randn(300, 6, dtype=torch.float64)
         x[:, 0] = 1
         target = torch.randn(300, 6, dtype=torch.float64)
-        layer.gate.scorer.weight.data[2, 0] += 2
+        layer.gate.scorer.weight.data[2, 0] += 6
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.005)
         for n in range(150):
             layer.set_num_updates(n)
@@ -234,7 +234,7 @@ def test_the_bias_keeps_annealing_from_collapsing(make_layer):
         return float(load.max() / load.mean())
 
     assert trained(0.0) > 3
-    assert trained(0.05) < 1.5
+    assert trained(0.05) < 1.3
 
 
 def test_the_length_of_the_annealing(moe_options):
