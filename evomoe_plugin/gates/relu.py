@@ -36,13 +36,14 @@ class ReluOptions(TopKCountOptions, ScorerOptions):
 def balanced_l1_loss(
     *, weights_TE: Tensor, mask_TE: Tensor, top_k: int, weight_T: Tensor | None = None
 ) -> Tensor:
-    """1 / (E T) Σ_t Σ_e f_e w_te with f_e = E / (k T) n_e, n_e tokens of expert e, k = `top_k`.
+    """1 / T Σ_t Σ_e f_e w_te with f_e = E / (k T) n_e, n_e tokens of expert e, k = `top_k`.
 
-    Source: ReMoE (arXiv 2412.14711), the load-balanced L1 regularisation, as a mean over experts.
+    f has no gradient. Source: ReMoE (arXiv 2412.14711, equations 10 and 11) for one layer, and its
+    code, without a division by E.
     """
     E = mask_TE.size(1)
     load_E = E / top_k * weighted_mean(mask_TE.to(weights_TE.dtype), weight_T)
-    return (load_E * weighted_mean(weights_TE, weight_T)).sum() / E
+    return (load_E * weighted_mean(weights_TE, weight_T)).sum()
 
 
 @register_gate("relu")
@@ -72,7 +73,9 @@ class ReluGate(Gate[ReluOptions]):
         self.top_k = options.moe_top_k
         self.l1_start = options.moe_l1_start
         self.l1_factor = options.moe_l1_factor
-        register_fp64_buffer(self, "coefficient", torch.tensor(self.l1_start))
+        # λ E: in older checkpoints, whose loss was a mean over experts, λ was E times the present.
+        stored = torch.tensor(self.l1_start * info.num_experts, dtype=torch.float64)
+        register_fp64_buffer(self, "coefficient", stored)
 
     @classmethod
     def validate(cls, options: ReluOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -93,7 +96,7 @@ class ReluGate(Gate[ReluOptions]):
     @property
     def coefficient(self) -> Tensor:
         """λ, fp64."""
-        return fp64_buffer(self, "coefficient")
+        return fp64_buffer(self, "coefficient") / self.num_experts
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD)
@@ -110,7 +113,7 @@ class ReluGate(Gate[ReluOptions]):
             weights_TE,
             _shares(weights_TE),
             logits_TE,
-            aux={"l1": self.coefficient.to(l1.dtype, copy=True) * l1},
+            aux={"l1": self.coefficient.to(l1.dtype) * l1},
             stats={st.COEFFICIENT: self.coefficient * context.num_tokens(x_TD)},
         )
 
@@ -126,10 +129,10 @@ class ReluGate(Gate[ReluOptions]):
             pairs = pairs + layers[st.DROPPED].sum()
         # sparsity = 1 - pairs / (E T): below its target exactly when tokens have more than k.
         excess = pairs - self.top_k * layers[st.TOKENS].sum()
-        self.coefficient.mul_(self.l1_factor ** torch.sign(excess))
-        self.coefficient.clamp_(
-            self.l1_start / COEFFICIENT_RANGE, self.l1_start * COEFFICIENT_RANGE
-        )
+        start = self.l1_start * self.num_experts
+        stored = fp64_buffer(self, "coefficient")
+        stored.mul_(self.l1_factor ** torch.sign(excess))
+        stored.clamp_(start / COEFFICIENT_RANGE, start * COEFFICIENT_RANGE)
 
 
 def _shares(weights_TE: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ class TopAnyOptions(ModelOptions):
 
     moe_top_any_ste: str = flag(
         "full",
-        "straight-through gradients of scores and thresholds: full (of all experts) or active (of "
-        "selected experts only, as published)",
+        "straight-through gradients of scores and thresholds: full (of all experts, also through "
+        "the number k of a token's experts) or active (of selected experts only, with k a "
+        "constant, as published)",
     )
     moe_top_any_weights: str = flag(
         "uniform", "weights of a token's k experts: uniform (1/k) or score (normalised scores)"
@@ -68,10 +69,13 @@ class TopAnyGate(Gate[TopAnyOptions]):
     has no expert in training and its best expert in evaluation. Only active experts can be
     selected: a mask in the checkpoint, which `evolve.adapt` changes.
 
-    Straight-through gradients: the indicator of an expert has the gradient of score - threshold,
-    for every active expert (`full`) or selected ones (`active`).
+    Straight-through gradients: the indicator g_e of an expert has the gradient of score -
+    threshold. `full`: for every active expert, also through k = Σ g_e. `active`: for selected ones,
+    and k is a constant. Scores as weights are normalised by Σ g_e s_e, which has its gradient in
+    both, as has k in the loss `balance`.
 
-    Source: DynMoE (arXiv 2405.14297).
+    Source: DynMoE (arXiv 2405.14297); `active` is its DeepSpeed code (`topanygating_opt`). Its
+    Tutel code, also for selected experts only, differentiates k.
     """
 
     Options = TopAnyOptions
@@ -194,6 +198,8 @@ class TopAnyGate(Gate[TopAnyOptions]):
         weights_TE = share_TE
         if self.weighted_by_score:
             weights_TE = _shares(reached_TE * scores_TE, routed_T1)
+        elif self.ste == "active":
+            weights_TE = reached_TE / mask_TE.sum(1, keepdim=True).clamp(min=1)
         stats[st.EXPERTS] = self.active_E.sum().double() * context.num_tokens(x_TD)
         return Choice(
             mask_TE,

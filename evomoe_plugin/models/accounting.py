@@ -46,11 +46,18 @@ def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
     return [made[count] for count in counts]
 
 
+def _embedding_dims(options: ModelOptions) -> tuple[int, int, int]:
+    """Widths of the input and the output embeddings, and the parameters of the matrices that
+    project between them and the decoder's width."""
+    width = options.decoder_embed_dim
+    dims = options.decoder_input_dim or width, options.decoder_output_dim or width
+    return *dims, sum(dim * width for dim in dims if dim != width)
+
+
 def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     """Parameters of the model with these options and `vocabulary` token ids."""
     width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
-    input_dim = options.decoder_input_dim or width
-    output_dim = options.decoder_output_dim or width
+    input_dim, output_dim, projections = _embedding_dims(options)
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     counts = expert_slots(options)
 
@@ -65,8 +72,7 @@ def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
     gates = sum(p.numel() for gate in _gates(options, vocabulary) for p in gate.parameters())
 
     separate = 0 if options.share_decoder_input_output_embed else vocabulary * output_dim
-    embeddings = vocabulary * input_dim + separate
-    embeddings += sum(dim * width for dim in (input_dim, output_dim) if dim != width)
+    embeddings = vocabulary * input_dim + separate + projections
     if options.decoder_learned_pos and not options.no_token_positional_embeddings:
         # fairseq has two more rows, for the padding index and its offset.
         embeddings += ((options.max_target_positions or options.tokens_per_sample) + 2) * width
@@ -87,7 +93,7 @@ class ForwardFlops:
 
     per_token: int
     """Everything but the routed experts: attention over a full context, dense FFNs, gates, shared
-    experts, vocabulary."""
+    experts, projections of the embeddings, vocabulary."""
     per_pair: int  # One routed pair in one MoE layer
     gates: int = 0  # Part of `per_token` that is due to gates
 
@@ -101,6 +107,7 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
     """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim
+    _, output_dim, projections = _embedding_dims(options)
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     matrices = ExpertFFN.num_matrices(options.moe_expert_gated)
     context = options.tokens_per_sample
@@ -117,6 +124,7 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
         * matrices
         * width
         * shared_ffn_dim(options)
-        + 2 * (options.decoder_output_dim or width) * vocabulary
+        + 2 * projections
+        + 2 * output_dim * vocabulary
     )
     return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options), gates)

@@ -100,20 +100,24 @@ def load_loss(
     """CV^2 of the smooth load: the probability of each candidate's selection under fresh noise.
 
     With normal noise of standard deviation `noise` on its own logit, candidate c is among the top k
-    of a token with probability Phi((z_c - tau_c) / noise), tau_c the k-th largest other logit.
+    of a token with probability Phi((z_c - tau_c) / noise), tau_c the k-th largest other logit. The
+    gradient passes through tau_c too: a constant added to a token's logits changes nothing.
 
     Args:
         mask_TC: the selection, whose row sums are the k of the tokens.
         noise: standard deviation; None: 1 / C, as in V-MoE (arXiv 2106.05974, A.2).
     Source: Shazeer et al. (arXiv 1701.06538, appendix A).
     """
-    sorted_TC = logits_TC.detach().sort(1, descending=True).values
+    # Stable, so that of equal logits each has the other as its threshold.
+    sorted_TC, order_TC = logits_TC.sort(dim=1, descending=True, stable=True)
     ends_T1 = sorted_TC.new_full((sorted_TC.size(0), 1), float("inf"))
     # Bounds for k = 0, which no logit exceeds, and k = C, which every logit exceeds.
     sorted_TC = torch.cat([ends_T1, sorted_TC, -ends_T1], 1)
     k_T1 = mask_TC.sum(1, keepdim=True)
     kth_T1, next_T1 = sorted_TC.gather(1, k_T1), sorted_TC.gather(1, k_T1 + 1)
-    threshold_TC = torch.where(logits_TC >= kth_T1, next_T1, kth_T1)
+    rank_C = torch.arange(mask_TC.size(1), device=mask_TC.device)
+    largest_TC = torch.zeros_like(mask_TC).scatter_(1, order_TC, rank_C < k_T1)
+    threshold_TC = torch.where(largest_TC, next_T1, kth_T1)
     selected_TC = torch.special.ndtr((logits_TC - threshold_TC) / (noise or 1 / mask_TC.size(1)))
     return cv_squared(weighted_mean(selected_TC, weight_T))
 

@@ -41,7 +41,8 @@ def totals(pairs, tokens=1000.0, experts=E, **more):
 @pytest.mark.parametrize("training", [False, True])
 def test_by_hand(make_gate, padding, training):
     gate = make_gate(moe_top_k=3, moe_l1_start=0.5).train(training)
-    gate.coefficient.mul_(1.44)
+    for update in range(2):
+        gate.after_update(update, {}, totals([6000]))
     x = torch.randn(T, D)
     mask = torch.rand(T) < 0.7 if padding else None
     plan = gate(x, GateContext(token_mask_T=mask))
@@ -57,12 +58,12 @@ def test_by_hand(make_gate, padding, training):
     assert plan.num_pairs == sum(counts)
     n = len(real)
     norm = sum(E / (3 * n) * counts[e] * float(weights[t, e]) for t in real for e in range(E))
-    assert plan.aux["l1"].item() == pytest.approx(0.5 * 1.2**2 * norm / (E * n), rel=1e-4)
+    assert plan.aux["l1"].item() == pytest.approx(0.5 * 1.2**2 * norm / n, rel=1e-4)
     assert plan.stats[st.COEFFICIENT].item() / n == pytest.approx(0.5 * 1.2**2)
 
 
 def test_the_load_in_the_loss_has_no_gradient_of_its_own(make_gate):
-    """Gradient of a weight: λ f_e / (E T), more for experts that many tokens use."""
+    """Gradient of a weight: λ f_e / T, more for experts that many tokens use."""
     gate = make_gate(moe_top_k=2, moe_l1_start=1.0)
     weights = []
     score = gate.score
@@ -70,7 +71,7 @@ def test_the_load_in_the_loss_has_no_gradient_of_its_own(make_gate):
     plan = gate(torch.randn(T, D), GateContext())
     grad = torch.autograd.grad(plan.aux["l1"], weights[0])[0]
     counts = (weights[0] > 0).sum(0)
-    wanted = (weights[0] > 0) * (E / (2 * T) * counts) / (E * T)
+    wanted = (weights[0] > 0) * (E / (2 * T) * counts) / T
     assert torch.allclose(grad, wanted)
 
 
@@ -127,11 +128,13 @@ def test_the_coefficient_stays_finite_and_finds_back(make_gate):
     gate = make_gate(moe_top_k=2)
     for step in range(400):
         gate.after_update(step, {}, totals([6000]))
-    assert 0.5 < gate.coefficient.item() / (1e-8 * COEFFICIENT_RANGE) <= 1
+    most = 1e-8 * COEFFICIENT_RANGE
+    assert gate.coefficient.item() == pytest.approx(most, rel=1e-12)
     assert gate(torch.randn(T, D), GateContext()).aux["l1"].isfinite()
     for step in range(400):
         gate.after_update(step, {}, totals([0]))
-    assert 1 <= gate.coefficient.item() / (1e-8 / COEFFICIENT_RANGE) < 2
+    least = 1e-8 / COEFFICIENT_RANGE
+    assert gate.coefficient.item() == pytest.approx(least, rel=1e-12)
 
 
 def test_the_control_comes_to_its_target(make_gate):
@@ -165,9 +168,22 @@ def test_the_state_survives_half_precision_and_the_checkpoint(make_gate):
     assert other.coefficient.item() == pytest.approx(1e-8 * 1.2**140)
 
 
+def test_an_older_checkpoint_keeps_the_strength_of_its_loss(make_gate):
+    """It holds the coefficient of the loss divided by E."""
+    gate = make_gate()
+    older = torch.tensor(3e-3, dtype=torch.float64)
+    gate.load_state_dict({**gate.state_dict(), "coefficient_bits": older.view(torch.int64)})
+    x = torch.randn(T, D)
+    plan = gate(x, GateContext())
+    weights = dense(plan)
+    load = E / (2 * T) * (weights > 0).sum(0)
+    assert plan.aux["l1"].item() == pytest.approx(3e-3 * float((load * weights).mean()))
+    assert gate.coefficient.item() == pytest.approx(3e-3 / E)
+
+
 def test_a_small_coefficient_is_logged_as_it_is(make_gate):
     gate = make_gate()
-    gate.coefficient.mul_(1.2)
+    gate.after_update(1, {}, totals([6000]))
     plan = gate(torch.randn(T, D), GateContext())
     stats = {f"moe_stats_{name}": value.unsqueeze(0) for name, value in plan.stats.items()}
     metrics.reset()

@@ -77,6 +77,27 @@ def test_the_formula(make_gate, weights, training, learned):
     assert not plan.tokens_per_expert_E[ACTIVE:].any()
 
 
+class StraightThrough(torch.autograd.Function):
+    """1 where x > 0, else 0, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def indicators(gate, x, ste):
+    """g and the scores. DynMoE applies the straight-through estimator after a relu."""
+    normal, scale = torch.nn.functional.normalize, gate._scale(x.dtype)
+    scores = torch.sigmoid(scale * normal(x) @ normal(gate.weight).T)
+    margins = scores - torch.sigmoid(scale * gate.threshold)
+    margins = (margins.relu() if ste == "active" else margins) * gate.active_E
+    return StraightThrough.apply(margins), scores
+
+
 @pytest.mark.parametrize("weights", ["uniform", "score"])
 @pytest.mark.parametrize("ste", ["full", "active"])
 def test_the_straight_through_gradient(make_gate, weights, ste):
@@ -86,33 +107,24 @@ def test_the_straight_through_gradient(make_gate, weights, ste):
         moe_top_any_learned_scale=True,
         moe_top_any_scale=2.0,
     )
-    x = tokens()
+    x = tokens().requires_grad_()
     plan = gate(x, GateContext())
+    g, scores = indicators(gate, x, ste)
+    if weights == "uniform" and ste == "active":
+        k = g.detach().to(torch.int64).sum(1, keepdim=True)
+        wanted = g / k.clamp(min=1)
+    else:
+        u = g * scores if weights == "score" else g
+        total = u.sum(1, keepdim=True)
+        wanted = u / torch.where(total > 0, total, 1.0)
+    assert torch.allclose(dense(plan, plan.weights_N), wanted * g, atol=1e-15)
     seed_N = torch.randn_like(plan.weights_N)
-    got = torch.autograd.grad(
-        plan.weights_N @ seed_N, [gate.weight, gate.threshold, gate.log_scale]
-    )
-
-    normal = torch.nn.functional.normalize
-    scores = torch.sigmoid(gate.log_scale.exp() * normal(x) @ normal(gate.weight).T)
-    thresholds = torch.sigmoid(gate.log_scale.exp() * gate.threshold)
-    g = dense(plan, torch.ones_like(plan.weights_N))
-    c = dense(plan, seed_N)
-    s = scores.detach()
-    u = g * s if weights == "score" else g
-    total = u.sum(1, keepdim=True)
-    routed = (total > 0).expand_as(u)
-    # w_e = u_e / sum u: dL/du_e = c_e / U - sum_j c_j u_j / U^2.
-    grad_u = torch.where(routed, c / total - (c * u).sum(1, keepdim=True) / total**2, 0.0)
-    grad_g = grad_u * s if weights == "score" else grad_u
-    learns = g.bool() if ste == "active" else gate.active_E.expand_as(g)
-    grad_g = grad_g * learns
-    grad_s = grad_g + (grad_u * g if weights == "score" else 0)
-    wanted = torch.autograd.grad(
-        (scores * grad_s).sum() - (thresholds * grad_g.sum(0)).sum(),
-        [gate.weight, gate.threshold, gate.log_scale],
-    )
-    for a, b in zip(got, wanted, strict=True):
+    learned = [gate.weight, gate.threshold, gate.log_scale, x]
+    got = torch.autograd.grad(plan.weights_N @ seed_N, learned)
+    for a, b in zip(
+        got, torch.autograd.grad((wanted * dense(plan, seed_N)).sum(), learned), strict=True
+    ):
+        assert b.any()
         assert torch.allclose(a, b, atol=1e-12)
     assert not got[0][ACTIVE:].any()
     assert not got[1][ACTIVE:].any()
@@ -180,21 +192,30 @@ def test_efficiency(make_gate):
     assert torch.allclose(gate.threshold.grad, -th * (1 - th) / ACTIVE * gate.active_E)
 
 
+@pytest.mark.parametrize("ste", ["full", "active"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_balance_is_that_of_dynmoe(make_gate, weighted):
-    """E sum_e mean(g_e / k) mean(g_e) over active experts and tokens that have one."""
-    gate = make_gate(moe_aux="balance=1")
+def test_balance_is_that_of_dynmoe(make_gate, weighted, ste):
+    """E sum_e mean(g_e / sum g) mean(g_e) over active experts and tokens that have one."""
+    gate = make_gate(moe_aux="balance=1", moe_top_any_ste=ste)
     x, weights = tokens(), torch.rand(T, dtype=torch.float64) if weighted else None
     plan = gate(x, GateContext(token_weights_T=weights))
     mask = dense(plan, torch.ones_like(plan.weights_N))
     routed = mask.sum(1) > 0
     assert not routed.all()
-    mask = mask[routed, :ACTIVE]
-    share = mask / mask.sum(1, keepdim=True)
+    mask, g = mask[routed, :ACTIVE], indicators(gate, x, ste)[0][routed, :ACTIVE]
+    share = g / g.sum(1, keepdim=True)
     w = torch.ones(len(mask), dtype=torch.float64) if weights is None else weights[routed]
     w = w / w.sum()
     wanted = ACTIVE * ((w @ share) * (w @ mask)).sum()
     assert plan.aux["balance"].item() == pytest.approx(wanted.item(), rel=1e-12)
+    learned = [gate.weight, gate.threshold]
+    for a, b in zip(
+        torch.autograd.grad(plan.aux["balance"], learned),
+        torch.autograd.grad(wanted, learned),
+        strict=True,
+    ):
+        assert b.any()
+        assert torch.allclose(a, b, atol=1e-14)
 
 
 def test_diversity_and_simplicity_are_of_active_experts(make_gate):

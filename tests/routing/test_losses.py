@@ -53,7 +53,8 @@ def dense(name, logits, mask, weight):
         for c in columns:
             chance = 0
             for w, t in zip(share, tokens, strict=True):
-                others = sorted((float(logits[t, o]) for o in columns if o != c), reverse=True)
+                others = [logits[t, o] for o in columns if o != c]
+                others.sort(key=lambda z: z.item(), reverse=True)
                 k = int(mask[t].sum())
                 if k == len(columns):
                     chance = chance + w
@@ -103,10 +104,42 @@ def test_value_and_gradient_by_hand(name, picks, weight):
         mask &= weight.bool().unsqueeze(1)
     loss, oracle = ours(name, logits, mask, weight), dense(name, logits, mask, weight)
     assert loss.item() == pytest.approx(float(oracle), abs=1e-12)
-    if loss.requires_grad and getattr(oracle, "requires_grad", False):
-        (got,) = torch.autograd.grad(loss, logits)
+    (got,) = torch.autograd.grad(loss, logits)
+    wanted = torch.zeros_like(logits)  # of the load if every candidate is selected: a constant
+    if (name, picks) != ("load", C):
         (wanted,) = torch.autograd.grad(oracle, logits)
-        assert torch.allclose(got, wanted, atol=1e-12)
+        assert wanted.any()
+    assert torch.allclose(got, wanted, atol=1e-12)
+
+
+def selection(logits, k_T):
+    """The k largest logits of each token, k its own."""
+    return logits.argsort(1, descending=True).argsort(1) < k_T.unsqueeze(1)
+
+
+def test_the_load_only_sees_differences_of_logits():
+    """Numbers of candidates that differ, as with top-p and top-any."""
+    logits = torch.randn(T, C, dtype=torch.float64, requires_grad=True)
+    mask = selection(logits.detach(), torch.arange(T) % (C + 1))
+
+    def load(z):
+        return losses.load_loss(logits_TC=z, mask_TC=mask, noise=1.0)
+
+    assert torch.autograd.gradcheck(load, logits)
+    (grad,) = torch.autograd.grad(load(logits), logits)
+    assert torch.allclose(grad.sum(1), torch.zeros(T, dtype=torch.float64), atol=1e-15)
+    assert grad.any(1).tolist() == [0 < t % (C + 1) < C for t in range(T)]
+
+
+def test_of_equal_logits_each_is_the_others_threshold():
+    logits = torch.tensor([[0, 0, -5.0], [0, 0.1, -6]], dtype=torch.float64, requires_grad=True)
+    mask = selection(logits.detach(), torch.tensor([1, 1]))
+    loss, oracle = ours("load", logits, mask, None), dense("load", logits, mask, None)
+    assert loss.item() == pytest.approx(oracle.item())
+    (got,) = torch.autograd.grad(loss, logits)
+    (wanted,) = torch.autograd.grad(oracle, logits)
+    assert torch.allclose(got, wanted, atol=1e-15)
+    assert wanted[0, :2].abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(3, dtype=torch.bool)])
