@@ -23,10 +23,9 @@ INST = """
     {%- endif %}
 {%- endfor %}
 """
-# Headers, a beginning, and a date only where there is a clock.
+# Headers, and a beginning.
 HEADERS = """
 {{- bos_token }}
-{%- if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
     {{- message.content | trim + '<|eot_id|>' }}

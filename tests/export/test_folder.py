@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.export import folder as folder_module
 from evomoe_plugin.export.folder import export
 from evomoe_plugin.generation.loading import TrainedModel
@@ -77,9 +78,7 @@ def test_in_a_process_that_cannot_import_us(make_trained, tmp_path, gate):
 
 def with_data(trained, folder):
     """The same model with the folder's dictionary, to test its tokenizer."""
-    from fairseq.data import Dictionary
-
-    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    dictionary = load_dictionary("data", folder / "dict.txt")
     return TrainedModel(
         trained.model, trained.cfg, dictionary, TextCodec(folder, dictionary), folder
     )
