@@ -149,7 +149,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 @functools.cache
 def known_flags() -> frozenset[str]:
     """Of fairseq's commands with the plugin, and of our own."""
-    training = "--arch transformer_lm_moe --criterion moe_cross_entropy --optimizer adam".split()
+    training = "--arch causal_lm_moe --criterion moe_cross_entropy --optimizer adam".split()
     tasks = [("--task", "language_modeling"), ("--task", "language_modeling_sft")]
     runs = [
         (options.get_training_parser(), *training, "--lr-scheduler", schedule, *task)

@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 import torch
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
@@ -88,7 +89,8 @@ def import_moe_branch(option: str, path: str) -> dict[str, Any]:
         raise OptionError(option, path, f"its weights have {min(weights)}, which has no place here")
     cfg = plain_config(shared["cfg"])
     cfg["model"] = options
-    cfg["criterion"] = {"_name": "moe_cross_entropy", "sentence_avg": False}
+    criterion = dataclasses.asdict(CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]())
+    cfg["criterion"] = {**criterion, "_name": "moe_cross_entropy", "sentence_avg": False}
     cfg["common"]["user_dir"] = "evomoe_plugin"
     return initial_checkpoint(cfg, made, criterion="MoECrossEntropyCriterion")
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from fairseq import models
 from omegaconf import OmegaConf
 
 from evomoe_plugin.cli import main
@@ -22,12 +23,11 @@ OWN = {"moe_freq": 2, "moe_expert_count": 4, "moe_second_expert_policy": "all"}
 
 def theirs(folder, ranks=RANKS, change=lambda states: None, **given):
     """Files of the branch: 4 experts of width 24 in layers 1 and 3, divided over `ranks`."""
-    cfg = OmegaConf.to_container(dense_config("--decoder-normalize-before"), resolve=True)
-    cfg["model"] |= {**OWN, "moe_top1_expert": False, "moe_gating_use_fp32": True, **given}
-    from fairseq import models
-
+    run = dense_config("--decoder-normalize-before")
     torch.manual_seed(3)
-    dense = models.build_model(OmegaConf.create(cfg["model"]), task_of(dictionary_of()))
+    dense = models.build_model(run.model, task_of(dictionary_of()))
+    cfg = OmegaConf.to_container(run, resolve=True, enum_to_str=True)
+    cfg["model"] |= {**OWN, "moe_top1_expert": False, "moe_gating_use_fp32": True, **given}
     shared, local = {}, [{} for _ in range(ranks)]
     for name, value in dense.state_dict().items():
         match = re.match(r"(decoder\.layers\.[13])\.(fc[12]\.(weight|bias))", name)
