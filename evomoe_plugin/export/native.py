@@ -106,7 +106,7 @@ def _described(trained: TrainedModel) -> _Described:
     decoder = trained.model.decoder
     args: CausalLMModelOptions = decoder.args
     if not is_causal_lm(args):
-        raise Misfit("arch", decoder.args._name)
+        raise Misfit("arch", getattr(args, "_name", None))
     names = [f.name for f in dataclasses.fields(CausalLMOptions) if f.name != "hf_config"]
     names += ["decoder_layers", "decoder_embed_dim", "decoder_attention_heads"]
     options: dict[str, Any] = {name: getattr(args, name) for name in names}

@@ -1,6 +1,7 @@
 """Native formats: classes of transformers that compute what our models do, or a refusal."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -174,6 +175,16 @@ def test_a_format_that_does_not_fit_is_refused(make_trained, tmp_path, kind, giv
         export(trained, str(tmp_path / "exported"), format=kind)
     assert why in str(refused.value) and str(refused.value).startswith(f"--format {kind}: ")
     assert not (tmp_path / "exported").exists()
+
+
+def test_without_transformers(make_trained, tmp_path, monkeypatch):
+    trained = make_trained(**{**EVERY_LAYER, **RENORMALIZED})
+    monkeypatch.setitem(sys.modules, "transformers.models.auto.configuration_auto", None)
+    with pytest.raises(OptionError, match=r"mixtral: is made by transformers: pip install"):
+        export(trained, str(tmp_path / "exported"), format="mixtral")
+    assert not (tmp_path / "exported").exists()
+    done = export(trained, str(tmp_path / "exported"))
+    assert done.format == "evomoe" and "pip install" in done.why
 
 
 def test_a_bias_of_balancing_is_refused_only_if_there_is_one(make_trained, tmp_path):
