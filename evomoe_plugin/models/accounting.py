@@ -160,7 +160,6 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
     """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
     (four with activation checkpointing)."""
     width = options.decoder_embed_dim
-    _, output_dim, projections = _embedding_dims(options)
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     matrices = ExpertFFN.num_matrices(has_gated_experts(options))
     dense = _dense_parts(options, vocabulary)
