@@ -100,7 +100,7 @@ def test_another_batch_size_resumes_at_the_same_share_of_the_epoch(runs, size, b
     assert again.status == 0 and len(again.losses()) == 1
     state = again.checkpoint()["extra_state"]["train_iterator"]
     assert state["batches"] == batches
-    assert state["iterations_in_epoch"] == int(30 / 44 * batches) + 1
+    assert state["iterations_in_epoch"] == 30 * batches // 44 + 1
     assert ("is the same share of it" in caplog.text) is (size != 4)
 
 
