@@ -218,6 +218,17 @@ def test_added_tokens_are_found_in_texts(make_trained, tmp_path, transformers, r
     assert again("a<a>b")["input_ids"] == tokenizer("a<a>b")["input_ids"]
 
 
+def test_a_pipeline_continues_a_text(make_trained, tmp_path, transformers):
+    """It imports what the environment has of torch's family; a torchaudio of CUDA broke it."""
+    export(make_trained(), str(tmp_path / "exported"))
+    pipeline = transformers.pipeline(
+        "text-generation", model=str(tmp_path / "exported"), trust_remote_code=True
+    )
+    (found,) = pipeline("w1 w2", max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert found["generated_text"].startswith("w1 w2")
+    assert len(found["generated_text"]) > len("w1 w2")
+
+
 def test_what_is_there_is_left_alone(make_trained, tmp_path):
     (tmp_path / "exported").mkdir()
     with pytest.raises(OptionError, match="exported: exists already: give another path"):

@@ -83,11 +83,12 @@ def test_bytes_are_joined_when_fairseq_joins_pieces():
 
 
 def test_weights_of_other_sizes_are_told_by_the_options(runs, checkpoint, capsys):
-    run = runs.train("other", *MOE, "--decoder-input-dim", 16, "--finetune-from-model", checkpoint)
+    sizes = ("--decoder-input-dim", 16, "--decoder-output-dim", 16)
+    run = runs.train("other", *MOE, *sizes, "--finetune-from-model", checkpoint)
     assert run.status == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert line.startswith(f"error: --finetune-from-model {checkpoint}: does not fit the model: ")
-    assert line.endswith("options it was trained with: --decoder-input-dim 32")
+    assert line.endswith("it was trained with: --decoder-output-dim 32, --decoder-input-dim 32")
 
 
 def test_inspect_counts_the_weights_that_the_log_counts(module_runs, checkpoint, caplog, capsys):
@@ -112,6 +113,7 @@ def test_data_of_which_no_sample_is_left_is_refused(runs, mode, capsys):
 def test_errors_of_commands_that_do_not_catch_them_are_one_line(runs, tmp_path):
     (tmp_path / "text.pt").write_text("text")
     command = evaluation(runs, tmp_path / "text.pt", "--user-dir", "evomoe_plugin")
+    command += ("--task", "language_modeling")
     status, _, err = runs.output("generate", *command)
     assert status == 1 and "Traceback" not in err
     assert "text.pt: cannot be read" in err.splitlines()[-1]

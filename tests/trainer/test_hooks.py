@@ -56,10 +56,8 @@ def test_hooks_are_called_by_training_alone(runs, called):
     assert runs.train("other", *MOE, *restore, updates=1).status == 0
     assert called == [("loading", True, last, True), 1]
     called.clear()
-    assert (
-        runs.run("eval_lm", runs.data, "--path", last, "--gen-subset", "valid", "--batch-size", "4")
-        == 0
-    )
+    options = ("--gen-subset", "valid", "--batch-size", "4", "--tokens-per-sample", "32")
+    assert runs.run("eval_lm", runs.data, "--path", last, *options) == 0
     assert called == []
 
 
