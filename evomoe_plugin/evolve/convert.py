@@ -168,8 +168,8 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     ARCH_CONFIG_REGISTRY[arch](args)
     chosen = {name: value for name, value in vars(args).items() if name not in given}
     options.update(chosen)
-    # Sizes of the default architecture are fairseq's defaults, not a choice.
-    sizes = chosen if arch in DEFAULT_ARCHS else options
+    # Sizes of the default architectures' dataclasses are fairseq's defaults, not a choice.
+    sizes = chosen if kind in map(_dataclass_of, DEFAULT_ARCHS) else options
     for name in SIZES:
         if name in sizes and sizes[name] != dense.model[name]:
             raise OptionError(

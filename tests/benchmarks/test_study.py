@@ -252,8 +252,8 @@ def test_the_report_gives_every_number_its_spread_and_names_what_is_missing(tmp_
     table = prose.split("### Final perplexity")[1].split("###")[0]
     rows = {row.split(" | ")[0].strip("| "): row for row in table.splitlines() if row[:2] == "| "}
     assert "30.00 ± 0.20" in rows["lexical"] and "-25.0 ± 0.1" in rows["lexical"]
-    # Seeds end at 29.8, 30 and 30.2; 36 lies between 1.5 and 2 times that.
-    expected = [1000 + 500 * math.log(2 * p / 36) / math.log(2 / 1.5) for p in (29.8, 30.0, 30.2)]
+    # Seeds end at 29.8, 30 and 30.2; Switch's 36 lies between that and 1.5 times that.
+    expected = [1500 + 500 * math.log(1.5 * p / 36) / math.log(1.5) for p in (29.8, 30.0, 30.2)]
     assert f"| {comparison.Spread(tuple(expected)).shown(0)} |" in rows["lexical"]
     assert "32.80 (n=1)" in rows["lexical_without_a"]
     assert "never" in rows["dense"]

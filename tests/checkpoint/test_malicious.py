@@ -76,8 +76,8 @@ def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
         checkpoint_suffix="",
         get_model=torch.nn.Identity,
     )
-    trainer.load_checkpoint = functools.partial(MoETrainer.load_checkpoint, trainer)
-    trainer._read_checkpoint = functools.partial(MoETrainer._read_checkpoint, trainer)
+    for name in ("load_checkpoint", "_load_checkpoint", "_read_checkpoint"):
+        setattr(trainer, name, functools.partial(getattr(MoETrainer, name), trainer))
 
     def run(path):
         cfg.checkpoint[option] = path

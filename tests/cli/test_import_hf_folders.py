@@ -49,8 +49,8 @@ def refused(capsys, folder, tmp_path) -> str:
     """The one line of both verbs, which write nothing."""
     errors = []
     before = sorted(p.name for p in tmp_path.iterdir())
-    for argv in (["import-hf"], ["upcycle"]):
-        assert main([*argv, str(folder), str(tmp_path / "out.pt")]) == 2
+    for verb, *more in (["import-hf"], ["upcycle", "--moe-gate", "switch"]):
+        assert main([verb, str(folder), str(tmp_path / "out.pt"), *more]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
         assert not captured.out
@@ -120,8 +120,11 @@ BAD = [
         _set(intermediate_size=40),
         f"{FIRST} has the shape (48, 32), where config.json says (40, 32)",
     ),
-    (_set(num_hidden_layers=3), "its weights have no model.layers.2."),
-    (_set(num_hidden_layers=1), "its weights have model.layers.1."),
+    (
+        _set(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "its weights have no model.layers.2.",
+    ),
+    (_set(num_hidden_layers=1, layer_types=["full_attention"]), "its weights have model.layers.1."),
     (lambda c, w: w.pop(FIRST), f"its weights have no {FIRST}"),
     (
         lambda c, w: w.update(extra=torch.ones(2)),

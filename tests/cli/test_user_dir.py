@@ -156,7 +156,10 @@ def test_a_users_architecture_of_other_sizes(folder, tmp_path, capsys):
             folder, "upcycle", folder / "dense.pt", tmp_path / "moe.pt", "--arch", "transformer_lm"
         ),
     )
-    assert "one of: transformer_lm_gptmedium_moe" in err and "user_moe, user_moe_deep" in err
+    assert (
+        "one of: causal_lm_moe, transformer_lm_gptmedium_moe" in err
+        and "user_moe, user_moe_deep" in err
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
+from omegaconf import OmegaConf
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
@@ -26,7 +26,7 @@ SIZES = {
 def options(**given):
     fields = {f.name: f.default for f in dataclasses.fields(CausalLMModelOptions)}
     gates = {name: field.default for name, field in option_fields().items()}
-    return types.SimpleNamespace(**{**fields, **gates, "max_update": 100, **given})
+    return OmegaConf.create({**fields, **gates, "max_update": 100, **given})
 
 
 @pytest.fixture

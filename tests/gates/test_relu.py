@@ -171,8 +171,10 @@ def test_the_state_survives_half_precision_and_the_checkpoint(make_gate):
 def test_an_older_checkpoint_keeps_the_strength_of_its_loss(make_gate):
     """It holds the coefficient of the loss divided by E."""
     gate = make_gate()
-    older = torch.tensor(3e-3, dtype=torch.float64)
-    gate.load_state_dict({**gate.state_dict(), "coefficient_bits": older.view(torch.int64)})
+    older = gate.state_dict()
+    del older["coefficient"]
+    bits = torch.tensor(3e-3, dtype=torch.float64).view(torch.int64)
+    gate.load_state_dict({**older, "coefficient_bits": bits})
     x = torch.randn(T, D)
     plan = gate(x, GateContext())
     weights = dense(plan)
