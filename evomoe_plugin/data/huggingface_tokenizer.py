@@ -118,7 +118,7 @@ class HuggingFaceTokenizer(Tokenizer):
             _read_object(files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in files else {}
         )
         named = _read_object(files[SPECIAL_TOKENS_MAP]) if SPECIAL_TOKENS_MAP in files else {}
-        self.names = _special_words({**named, **config})
+        self.names = {**_special_words(named), **_special_words(config)}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._check_ids(vocabulary)
         if "unk_token" not in self.names and (unknown := self._unknown_of_model()):
