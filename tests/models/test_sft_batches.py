@@ -9,6 +9,7 @@ from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from evomoe_plugin.data.sft_dataset import SFTDataset
 from evomoe_plugin.data.sft_examples import Example
 
+START = 2  # </s>
 # (tokens of the prompt, tokens of the response), an earlier response in the last one.
 SHAPES = ((3, 2), (1, 7), (6, 3), (2, 4))
 
@@ -19,11 +20,13 @@ def examples():
     made = []
     for prompt, response in SHAPES:
         responses = np.array([0] * prompt + [1] * response, dtype=np.int32)
-        made.append(Example(draw.integers(4, 40, len(responses)).astype(np.int32), responses))
+        tokens = draw.integers(4, 40, len(responses)).astype(np.int32)
+        made.append(Example(tokens, responses, START))
     made.append(
         Example(
             draw.integers(4, 40, 8).astype(np.int32),
             np.array([0, 1, 1, 0, 0, 2, 2, 2], dtype=np.int32),
+            START,
         )
     )
     return made

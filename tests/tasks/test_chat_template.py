@@ -1,5 +1,6 @@
 """Fine-tuning with a tokenizer of Hugging Face: its ids and chat template; formats of others."""
 
+import functools
 import json
 import types
 
@@ -37,6 +38,12 @@ def write(folder, kind="llama2", records=({"conversations": CHAT}, ALPACA), **co
     TokenizerDictionary.of(tokenizer, counts, None).save(str(folder / "dict.txt"))
     (folder / "train.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def make_task(make_task):
+    """The task with rows that no chat here is cut to: these tokenizers know few words."""
+    return functools.partial(make_task, tokens_per_sample=256)
 
 
 @pytest.fixture

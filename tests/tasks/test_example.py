@@ -53,9 +53,9 @@ def test_fairseq_understands_the_command_and_the_task_its_files(command, tmp_pat
         task.dictionary.string(ids, bpe_symbol="sentencepiece")
         for ids in (row["source"], row["target"][row["target"] != 1])
     )
-    # <0x0A> is the new line between them, which is learned; this tokenizer has no # either.
-    assert read.startswith("<0x23> <0x52>eturn the cube of a number.<0x0A>def cube")
-    assert learned.startswith("<0x0A>def cube")
+    # The new line between them is learned; this tokenizer has neither it nor # but as bytes.
+    assert read.startswith("# Return the cube of a number.\ndef cube")
+    assert learned.startswith("\ndef cube")
 
 
 def test_the_responses_are_python():

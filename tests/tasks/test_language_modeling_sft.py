@@ -198,7 +198,7 @@ def test_bad_folders(with_file, load, spoil, wrong):
 BAD_OPTIONS = {
     "no folder": ({"data": "nowhere"}, "DATA nowhere: no such folder"),
     "two folders": ({"data": "a:b"}, "DATA a:b: no such folder"),
-    "no data": ({"data": None}, "DATA None: no such folder"),
+    "no data": ({"data": None}, "DATA is missing: give a folder with train.jsonl, valid"),
     "length": ({"tokens_per_sample": 0}, "--tokens-per-sample 0: give 1 or more"),
     "positions": ({"max_target_positions": 32}, "--tokens-per-sample 64: give at most --max-ta"),
     "weight": ({"moe_aux_balance_weight": -1.0}, "--moe-aux-balance-weight -1.0: give a weight"),
