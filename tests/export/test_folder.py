@@ -153,7 +153,7 @@ def test_the_tokenizer_gives_the_same_ids(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_json_stays_as_it_is(make_trained, tmp_path, transformers, kind):
-    folder = write(tmp_path / "data", kind, chat_template=chat_templates.INST)
+    folder = write(tmp_path / "given", kind, chat_template=chat_templates.INST)
     given = transformers.AutoTokenizer.from_pretrained(folder)
     (folder / "train.json").unlink()
     trained = with_data(make_trained(), folder)
@@ -161,8 +161,11 @@ def test_a_tokenizer_json_stays_as_it_is(make_trained, tmp_path, transformers, k
     export(trained, str(tmp_path / "exported"))
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     start = [] if tokenizer.start is None else [tokenizer.start]
+    size = len(tokenizer.tokens)
+    added = [token.word for token in tokenizer.special.values() if token.id >= size]
     for text in TEXTS_OF_SCRIPTS:
-        assert exported(text)["input_ids"] == given(text)["input_ids"]
+        if not any(word in text for word in added):  # which are special tokens in the export
+            assert exported(text)["input_ids"] == given(text)["input_ids"]
         assert exported(text, split_special_tokens=True, add_special_tokens=False)[
             "input_ids"
         ] == trained.codec.encode(text)
@@ -184,7 +187,7 @@ def test_a_tokenizer_json_stays_as_it_is(make_trained, tmp_path, transformers, k
 
 
 def test_a_chats_own_end_ends_generation(make_trained, tmp_path):
-    folder = write(tmp_path / "data", "llama3", chat_template=chat_templates.HEADERS)
+    folder = write(tmp_path / "given", "llama3", chat_template=chat_templates.HEADERS)
     trained = with_data(make_trained(), folder)
     library = trained.codec.tokenizer._tokenizer
     export(trained, str(tmp_path / "exported"))
