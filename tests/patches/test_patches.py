@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from omegaconf import OmegaConf
 from evomoe_plugin import patches
 from evomoe_plugin.config.dataclass_fields import add_field
 from evomoe_plugin.patches.patch import wrap
+from tests.conftest import ROOT
 
 
 def test_every_patch_says_what_why_and_until_when():
@@ -98,3 +102,16 @@ def test_an_added_field_is_an_option_and_a_hydra_field():
 
 def test_symlink_is_a_field():
     assert OmegaConf.structured(CheckpointConfig).symlink is False
+
+
+def test_no_command_asks_for_tensorboardx():
+    """A task that nobody chose does, when fairseq imports all of them."""
+    code = """
+import logging, sys
+logging.basicConfig(level="INFO", stream=sys.stdout)
+from evomoe_plugin.quiet_imports import ignore_warnings
+ignore_warnings()
+import fairseq.tasks.text_to_speech
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "tensorboardX" not in done.stdout
