@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import torch.multiprocessing
@@ -38,6 +38,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
     Raises:
         OptionError, RunFailed: as raised by a rank, or for a rank that died.
     """
+    _start_resource_tracker()
     context = torch.multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
     ranks = [
@@ -66,6 +67,24 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
             os.environ.pop("OMP_NUM_THREADS", None)
         _end(ranks)
         signal.signal(signal.SIGTERM, previous)
+
+
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's process that removes semaphores, and have it not warn of them.
+
+    Those of workers that load data are left to it, as their rank ends them. fairseq hides the
+    warning by the name that it had before Python 3.8.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    hidden = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, hidden)))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _rank(i: int, main: Callable, cfg: Any, kwargs: dict, reports: Any) -> None:

@@ -216,3 +216,12 @@ def test_threads_are_shared_out_unless_the_user_did(monkeypatch):
     assert call_main._threads_per_rank(16) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert call_main._threads_per_rank(2) is None
+
+
+def test_workers_that_load_data_leave_no_warning(runs):
+    """Of semaphores, one of each, which the end of their rank leaves to multiprocessing."""
+    folder = runs.folder / "run"
+    folder.mkdir()
+    arguments = runs.arguments(folder, "--num-workers", 1, world=2, updates=1)
+    status, _, err = runs.output("train", *arguments, env={"PYTHONWARNINGS": ""})
+    assert status == 0 and "leaked" not in err
