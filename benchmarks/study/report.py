@@ -167,7 +167,7 @@ def _main_table(compared: Compared) -> str:
             _shown(spread(r.training_cpu_seconds for r in found), 0),
         ]
         rows.append(cells)
-    headings = ["system", "one expert per token", "n", "learning rate", "test perplexity"]
+    headings = ["system", "equal active FLOPs", "n", "learning rate", "test perplexity"]
     headings += [
         "to dense, %",
         "to switch, %",
