@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # From a dense Qwen2 to a Qwen2-MoE of transformers, on a CPU in a few minutes:
 #   examples/qwen2_to_moe/run.sh [FOLDER]
-# FOLDER (default: qwen2-to-moe-run) must not exist. UPDATES=300 sets the length of training,
-# TEXT a folder of .py files, DENSE a Qwen2 of your own instead of the tiny one.
+# FOLDER (default: qwen2-to-moe-run) must not exist. UPDATES=150 sets the length of training,
+# TEXT a folder of .py files (Python's own email package), DENSE a Qwen2 of your own instead of the tiny one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/qwen2_to_moe
 run=${1:-qwen2-to-moe-run}
-updates=${UPDATES:-300}
-text=${TEXT:-$(python -c 'import email, os; print(os.path.dirname(email.__file__))')}
+updates=${UPDATES:-150}
+folder_of() { python -c "import $1, os; print(os.path.dirname($1.__file__))"; }
+text=${TEXT:-$(folder_of email)}
 dense=${DENSE:-$run/qwen2}
 [ ! -e "$run" ] || { echo "error: $run exists already: give another folder" >&2; exit 2; }
 mkdir -p "$run"
 
 step() { printf '\n── %s\n' "$*"; "$@"; }
 
-# 1. A dense model and its tokenizer; the data, with the model's own token ids.
-[ -n "${DENSE:-}" ] || step python $here/make_qwen2.py "$dense" "$text"
+# 1. A dense model and its tokenizer, of another text; the data, with the model's own token ids.
+[ -n "${DENSE:-}" ] || step python $here/make_qwen2.py "$dense" "$(folder_of asyncio)"
 step evomoe prepare "$text" --text-suffix .py --tokenizer "$dense" --out "$run/data" --workers 1
 
 # 2. Upcycle: every 2nd FFN becomes 4 experts, of which a token is routed to 2, and a shared one
