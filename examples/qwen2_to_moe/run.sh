@@ -2,7 +2,8 @@
 # From a dense Qwen2 to a Qwen2-MoE of transformers, on a CPU in a few minutes:
 #   examples/qwen2_to_moe/run.sh [FOLDER]
 # FOLDER (default: qwen2-to-moe-run) must not exist. UPDATES=150 sets the length of training,
-# TEXT a folder of .py files (Python's own email package), DENSE a Qwen2 of your own instead of the tiny one.
+# TEXT a folder of .py files (Python's own email package), DENSE a Qwen2 of your own instead of the
+# tiny one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/qwen2_to_moe
@@ -44,4 +45,4 @@ step fairseq-eval-lm "$run/data" --user-dir evomoe_plugin --path "$best" \
 
 # 5. Export: a Qwen2MoeForCausalLM, and load it without this package.
 step evomoe export "$best" "$run/exported" --format qwen2_moe
-step python $here/load.py "$run/exported" "$text/message.py"
+step python $here/load.py "$run/exported" "$(find "$text" -name '*.py' -size +4k -print -quit)"
