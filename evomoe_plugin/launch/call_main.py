@@ -55,7 +55,7 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
         try:
             main(cfg, **kwargs)
         except RuntimeError as error:
-            if _LOST_RANK.search(str(error)):
+            if dist.is_initialized() and _LOST_RANK.search(str(error)):
                 raise RunFailed(
                     f"rank {dist.get_rank()} lost its connection to another rank, which ended "
                     "first and said why"

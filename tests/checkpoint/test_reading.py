@@ -1,12 +1,14 @@
 """Checkpoints that a user names: data only, or one line."""
 
 import argparse
+import math
 import os
 import pickle
 
 import pytest
 import torch
 
+from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from tests.evolve.dense_models import SIZES, save_dense
@@ -125,3 +127,15 @@ def test_text_and_nothing(tmp_path):
     for missing in (tmp_path / "gone.pt", tmp_path):
         with pytest.raises(OptionError, match="there is no such file"):
             read_checkpoint("DENSE", str(missing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_are_found_in_every_dtype(dtype, value):
+    tensors = {
+        "whole": torch.tensor([[0.0, torch.finfo(dtype).max, -1.0]], dtype=dtype),
+        "empty": torch.empty(0, dtype=dtype),
+        "bits": torch.tensor([2**63 - 1]),
+        "broken": torch.tensor([[1.0, value, 2.0, value]], dtype=dtype),
+    }
+    assert list(nan_or_inf(tensors)) == ["broken has 2 NaN/Inf values"]
