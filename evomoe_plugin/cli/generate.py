@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.launch.environment import process_count
 
     cfg = OmegaConf.structured(FairseqConfig)
-    cfg.model = None  # the checkpoint's
+    cfg.model = cfg.task = None  # of the checkpoint
     cfg.common.cpu, cfg.common.user_dir = args.cpu, args.user_dir
     cfg.common_eval.path = args.path
     cfg.eval_lm.moe_expert_parallel_size = args.moe_expert_parallel_size
