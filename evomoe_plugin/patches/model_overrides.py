@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def _parse_args_and_arch(
         try:
             check_model_overrides(namespace.model_overrides, getattr(namespace, "path", None))
         except OptionError as error:
-            parser.error(str(error))
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     return parsed
 
 

@@ -238,7 +238,7 @@ def assert_only_experts_and_gates_moved(path, dense):
     trained = {
         name: value
         for name, value in state["model"].items()
-        if ".moe." in name and value.is_floating_point()
+        if ".moe." in name and value.dtype == torch.float32  # biases of gates are fp64
     }
     for name, value in state["model"].items():
         if ".moe." not in name:

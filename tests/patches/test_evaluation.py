@@ -180,7 +180,7 @@ BAD = [
         "--context-window 32: is a part of --tokens-per-sample (32): give less than that",
     ),
     (("--context-window", "-1"), "--context-window -1: is a part of"),
-    (("--model-overrides", "moe=1"), "--model-overrides moe=1: give a dictionary"),
+    (("--model-overrides", "moe=1"), "--model-overrides moe=1: is no dictionary of Python"),
     (("--shard-id", "1"), "--shard-id 1: give 0 to 0, less than --num-shards"),
     (
         ("--num-shards", "2", "--distributed-world-size", "2"),

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import zipfile
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser  # fairseq_cli.hydra_train reads its name so too
@@ -38,9 +39,14 @@ def is_wanted(arguments: list[str]) -> bool:
     """Whether the command line is one of this package.
 
     It is if the package is imported, if the user_dir or a configuration in the given folder names
-    it, or if the configuration is one of its own.
+    it, if the configuration is one of its own, or if `--path` names a checkpoint of an MoE model.
     """
     if PACKAGE in sys.modules:
+        return True
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--path", default="")
+    paths = parser.parse_known_args(arguments)[0].path
+    if any(is_moe_checkpoint(path) for path in paths.split(":") if path):
         return True
     given, _ = get_args_parser().parse_known_args(arguments)
     user_dir = user_dir_of(arguments)
@@ -52,6 +58,16 @@ def is_wanted(arguments: list[str]) -> bool:
         return any(PACKAGE in file.read_text() for f in folders for file in f.rglob("*.yaml"))
     own = own_configs()
     return own is not None and (own / name).is_file()
+
+
+def is_moe_checkpoint(path: str) -> bool:
+    """Whether a checkpoint's configuration has the options of MoE layers."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickles = [name for name in file.namelist() if name.endswith("data.pkl")]
+            return any(b"moe_expert_count" in file.read(name) for name in pickles)
+    except (OSError, zipfile.BadZipFile):  # which the command will report
+        return False
 
 
 def names_package(user_dir: Path) -> bool:
