@@ -223,7 +223,8 @@ def check_finite(model: Mapping[str, Any], path: str) -> None:
 def nan_or_inf(tensors: Mapping[str, Any]) -> Iterator[str]:
     """One line for each tensor with NaN/Inf."""
     for name, value in tensors.items():
-        if not (torch.is_tensor(value) and value.is_floating_point() and value.numel()):
+        is_plain = torch.is_tensor(value) and value.layout is torch.strided
+        if not (is_plain and value.is_floating_point() and value.numel()):
             continue
         # Faster than counting, and without a copy: minimum and maximum propagate NaN.
         if not torch.stack(value.aminmax()).isfinite().all():

@@ -3,7 +3,9 @@
 import torch
 from fairseq import checkpoint_utils
 
+from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
+from evomoe_plugin.checkpoint.load import read_state
 from evomoe_plugin.config.options import MoEOptions
 
 COUNTS = {1: 4, 3: 8}
@@ -76,8 +78,15 @@ def save(path, **given):
 
 
 def assert_same_state(path, wanted):
-    """The file, read as `fairseq-eval-lm` does, holds what `wanted` does, in the same order."""
-    assert_same(checkpoint_utils.load_checkpoint_to_cpu(str(path)), wanted)
+    """The file holds what `wanted` does, in the same order; fairseq reads its model."""
+    state = read_state(str(path))
+    manifest = manifest_of(state, str(path))
+    if manifest is not None:
+        merge(state, ExpertShards(str(path), manifest))
+    assert_same(state, wanted)
+    model = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
+    assert list(model) == list(wanted["model"])
+    assert all(torch.equal(value, wanted["model"][name]) for name, value in model.items())
 
 
 def assert_same(state, wanted):

@@ -60,7 +60,11 @@ SPOILT = {
     "no heads": (option("decoder_attention_heads", 0), ALL, CANNOT),
     "layers in words": (option("decoder_layers", "four"), ALL, CANNOT),
     "a width that is a list": (option("decoder_embed_dim", [16]), ALL, ""),
-    "an interpolation of nothing": (option("activation_fn", "${nowhere.at.all}"), ALL, CANNOT),
+    "an interpolation of nothing": (
+        option("activation_fn", "${nowhere.at.all}"),
+        ALL,
+        "InterpolationKeyError",
+    ),
     "an activation of its own": (option("activation_fn", "mine"), ALL, ""),
     "a name that is a list": (option("_name", ["transformer_lm"]), ALL, ""),
     "weights of another shape": (reshape, ("upcycle",), "fc2.weight has the shape (1, 16, 24)"),

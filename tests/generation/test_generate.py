@@ -100,13 +100,12 @@ def check_on_ranks(rank, size, folder, wanted, options):
 @pytest.mark.parametrize(
     "size, strategy",
     [
-        (2, "sampling"),
+        pytest.param(2, "sampling", marks=pytest.mark.distributed),
         pytest.param(1, "sampling", marks=pytest.mark.slow),
         pytest.param(2, "greedy", marks=pytest.mark.slow),
         pytest.param(2, "beam", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.distributed
 def test_the_same_tokens_on_two_ranks(make_trained, tmp_path, size, strategy):  # noqa: F811
     """Prompts divided over the ranks, and experts too."""
     trained = make_trained(20, moe_gate="top_p", moe_top_p=0.6, moe_expert_count="4")
