@@ -24,7 +24,7 @@ class System:
     importance: int = 3
     """Its first seed is trained in this rank of the queue, each further seed one rank later."""
     equal_flops: bool = False
-    """Each token goes to one expert of the dense FFN's size, during the whole run."""
+    """Each token goes to experts that together have the dense FFN's size, during the whole run."""
     share: float = 1.0
     """Length of the run relative to the study's updates."""
     ablates: str | None = None

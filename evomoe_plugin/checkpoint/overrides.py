@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from evomoe_plugin.checkpoint import fsdp_shards
 from evomoe_plugin.checkpoint.load import load_file
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import parse_model_overrides
 
 
 def check_model_overrides(text: str, paths: str | None) -> None:
@@ -24,14 +24,7 @@ def check_model_overrides(text: str, paths: str | None) -> None:
         text: the value of `--model-overrides`.
         paths: of `--path`. Files that are missing or remote are not looked at.
     """
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise OptionError(
-            "model_overrides", text, "is no dictionary of Python: give \"{'OPTION': value}\""
-        )
+    overrides = parse_model_overrides(text)
     for path in utils.split_paths(paths or "") if overrides else ():
         file = path if os.path.isfile(path) else fsdp_shards.shard_path(path, 0)
         if not os.path.isfile(file):

@@ -5,6 +5,7 @@ fields. They do not depend on fairseq.
 """
 
 import argparse
+import ast
 import logging
 import math
 import re
@@ -321,6 +322,19 @@ def head_dim(options: CausalLMModelOptions) -> int:
 def has_gated_experts(options: ModelOptions) -> bool:
     """Whether experts are gated: where dense FFNs are, or `--moe-expert-gated` says so."""
     return options.moe_expert_gated or (is_causal_lm(options) and options.decoder_ffn == "gated")
+
+
+def parse_model_overrides(text: str) -> dict[str, Any]:
+    """The value of `--model-overrides`: option -> value, or an `OptionError`."""
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise OptionError(
+            "model_overrides", text, "is no dictionary of Python: give \"{'OPTION': value}\""
+        )
+    return overrides
 
 
 def parse_bool(option: str, value: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import resolve_hf_config
-from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.config.options import MoEOptions, parse_model_overrides
 from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
@@ -262,13 +262,7 @@ def model_overrides(cfg: Any) -> dict[str, Any]:
     Raises:
         OptionError: `--model-overrides` is no dictionary.
     """
-    text = cfg.common_eval.model_overrides
-    try:
-        overrides = dict(ast.literal_eval(text))
-    except (ValueError, TypeError, SyntaxError):
-        raise OptionError(
-            "model_overrides", text, "give a dictionary, as \"{'moe_eval_gate': 'top1'}\""
-        ) from None
+    overrides = parse_model_overrides(cfg.common_eval.model_overrides)
     if cfg.eval_lm.moe_expert_parallel_size != 1:
         overrides["moe_expert_parallel_size"] = cfg.eval_lm.moe_expert_parallel_size
     return overrides

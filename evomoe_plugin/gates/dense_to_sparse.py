@@ -16,7 +16,7 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
 )
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.topk_common import best, selection_mask
+from evomoe_plugin.gates.topk_common import balance_, best, selection_mask
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -160,8 +160,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
     def after_update(
         self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
     ) -> None:
-        load_C = own[st.BEST_C]
-        self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)
+        balance_(self.bias_C, own[st.BEST_C], self.bias_update_rate)
 
 
 def standardized(logits_TC: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from evomoe_plugin.gates.topk_common import (
     BalanceBiasOptions,
     PriorityOptions,
     TopKCountOptions,
+    balance_,
     selection_mask,
     validate_priority,
     validate_top_k,
@@ -142,5 +143,4 @@ class TopKGate(Gate[TopKOptions]):
     def after_update(
         self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
     ) -> None:
-        load_C = own[st.REQUESTED_C]
-        self.bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=self.bias_update_rate)
+        balance_(self.bias_C, own[st.REQUESTED_C], self.bias_update_rate)
