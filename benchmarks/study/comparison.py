@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,23 @@ class Compared:
     """Declared runs without a current result."""
     undecided: tuple[System, ...]
     """Systems whose learning rate is not chosen yet."""
+    processor: str | None
+    """The one that most of the study's runs were trained on. CPU times of others do not count."""
+
+    def costs(self, result: Result, cost: str) -> list[float | None]:
+        """A column of the run's curve: `update`, `tera_flops` or `cpu_seconds`.
+
+        CPU seconds are None for a run on another processor than `processor`.
+        """
+        column = result.curve[cost]
+        if cost == "cpu_seconds" and result.machine["cpu"] != self.processor:
+            return [None] * len(column)
+        return column
+
+    def cpu_seconds(self, name: str) -> Spread | None:
+        """Of training, on `processor`."""
+        columns = [self.costs(r, "cpu_seconds") for r in self.by_system.get(name, ())]
+        return spread(column[-1] for column in columns if column)
 
     def perplexity(self, name: str) -> Spread | None:
         """Final, on the test part."""
@@ -83,16 +101,18 @@ class Compared:
         """Cost of each seed at which its test perplexity first reaches the target, or None.
 
         Args:
-            cost: a column of the curve, `update`, `tera_flops` or `cpu_seconds`.
+            cost: as in `costs`.
         """
         return [
-            crossing(r.curve[cost], r.curve["test_ppl"], target)
+            crossing(self.costs(r, cost), r.curve["test_ppl"], target)
             for r in self.by_system.get(name, ())
         ]
 
 
 def compare(study: Study, folder: Path, text: str) -> Compared:
     """Collect the results of a text."""
+    processors = Counter(r.machine["cpu"] for r in results.all_current(study, folder))
+    processor = max(processors, key=lambda name: (processors[name], name), default=None)
     grid = results.grid_perplexities(study, folder)
     by_system: dict[str, list[Result]] = {}
     missing, undecided = [], []
@@ -109,7 +129,7 @@ def compare(study: Study, folder: Path, text: str) -> Compared:
                 missing.append(run)
             else:
                 by_system.setdefault(system.name, []).append(result)
-    return Compared(study, text, by_system, tuple(missing), tuple(undecided))
+    return Compared(study, text, by_system, tuple(missing), tuple(undecided), processor)
 
 
 def crossing(

@@ -47,7 +47,8 @@ def curves(compared: Compared, path: Path) -> None:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (cost, label) in zip(panels, _COSTS.items(), strict=True):
         for name, found in drawn.items():
-            _curve(axes, found, cost, _label(name, found), COLOURS.get(name, _OTHER))
+            runs = [(compared.costs(r, cost), r) for r in found]
+            _curve(axes, runs, _label(name, found), COLOURS.get(name, _OTHER))
         if compared.is_complete("switch"):
             target = compared.perplexity("switch").mean
             axes.axhline(target, color=COLOURS["switch"], linewidth=0.8, linestyle=":")
@@ -95,11 +96,20 @@ def final(compared: Compared, path: Path) -> None:
     _save(figure, path)
 
 
-def _curve(axes: Any, found: list[Result], cost: str, label: str, colour: str) -> None:
+_Costs = list[float | None]
+
+
+def _curve(axes: Any, runs: list[tuple[_Costs, Result]], label: str, colour: str) -> None:
+    """Draw one system's mean; an evaluation counts where the seed's cost is known."""
+    found = [result for _, result in runs]
     points = []
     for i, update in enumerate(found[0].curve["update"]):
-        alike = [r for r in found if r.curve["update"][i : i + 1] == [update]]
-        x, y = (spread(r.curve[column][i] for r in alike) for column in (cost, "test_ppl"))
+        known = [
+            (costs[i], result.curve["test_ppl"][i])
+            for costs, result in runs
+            if result.curve["update"][i : i + 1] == [update] and costs[i] is not None
+        ]
+        x, y = spread(cost for cost, _ in known), spread(perplexity for _, perplexity in known)
         if x is not None and y is not None:
             points.append((x.mean, y))
     if not points:

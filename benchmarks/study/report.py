@@ -10,7 +10,6 @@ from evomoe_plugin.checkpoint.atomic_files import write_atomically
 from study import learning_rates, plots, results
 from study.comparison import Compared, Spread, compare, spread, verdicts
 from study.results import Result
-from study.runs import ready
 from study.systems import Study
 
 NOTHING = "–"
@@ -26,12 +25,12 @@ def write(study: Study, folder: Path, out: Path) -> Path:
         SystemExit: there are no results.
     """
     texts = [compare(study, folder, text) for text in study.texts]
-    found = _all_current(study, folder)
+    found = results.all_current(study, folder)
     if not found:
         raise SystemExit(f"error: no results of the declared runs in {folder}")
     day = max(attempt["start"] for result in found for attempt in result.attempts)[:10]
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Which routing system?", _conditions(study, found), _win(texts)]
+    parts = ["# Which routing system?", _conditions(study, found, texts[0].processor), _win(texts)]
     parts.append(_rates(study, folder))
     for compared in texts:
         pictures = []
@@ -66,13 +65,7 @@ def _has_recipe(compared: Compared) -> bool:
     return any(system.name == "lexical" for system in compared.study.systems)
 
 
-def _all_current(study: Study, folder: Path) -> list[Result]:
-    grid = results.grid_perplexities(study, folder)
-    runs = (results.current(run, study, folder) for run in ready(study, grid))
-    return [result for result in runs if result is not None]
-
-
-def _conditions(study: Study, found: list[Result]) -> str:
+def _conditions(study: Study, found: list[Result], processor: str | None) -> str:
     """Code, machine and budget, each with all the values that occur."""
     commits = {a["commit"][:12] + (" with changes" if a["dirty"] else "") for a in _attempts(found)}
     machines = {r.machine["cpu"] + ", Python " + r.machine["python"] for r in found}
@@ -89,7 +82,8 @@ def _conditions(study: Study, found: list[Result]) -> str:
         "spread. Relative differences are between runs with the same seed, which read the text in "
         "the same order.",
         "- Training FLOPs are analytic, three forward passes of what was routed. CPU time is of "
-        "training alone, without start and evaluation, on shared cores: it can differ by load.",
+        "training alone, without start and evaluation, on shared cores: it can differ by load. "
+        f"Only that of runs on {processor} counts.",
         "- What was declared before the runs: [benchmarks/study](../study/README.md).",
     ]
     return "\n".join(lines)
@@ -164,7 +158,7 @@ def _main_table(compared: Compared) -> str:
             ),
             *(_reached(compared, name, target, cost) for cost in ("update", "tera_flops")),
             _shown(spread(r.tera_flops for r in found), 2),
-            _shown(spread(r.training_cpu_seconds for r in found), 0),
+            _shown(compared.cpu_seconds(name), 0),
         ]
         rows.append(cells)
     headings = ["system", "equal active FLOPs", "n", "learning rate", "test perplexity"]

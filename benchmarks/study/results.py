@@ -16,7 +16,7 @@ from processes import ROOT
 
 from evomoe_plugin.checkpoint.atomic_files import write_atomically
 from evomoe_plugin.metrics.log import TrainingLog
-from study.runs import Perplexities, Run
+from study.runs import Perplexities, Run, ready
 from study.systems import Study
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,10 +85,6 @@ class Result:
     def tera_flops(self) -> float:
         return self._last("tera_flops")
 
-    @property
-    def training_cpu_seconds(self) -> float:
-        return self._last("cpu_seconds")
-
     def _last(self, name: str) -> float:
         value = self.curve[name][-1] if self.curve[name] else None
         return math.nan if value is None else value
@@ -121,6 +117,13 @@ def current(run: Run, study: Study, results: Path) -> Result | None:
     """The result of a run as it is declared now; None if missing, or of other settings."""
     result = read(path_of(run, results))
     return result if result is not None and result.settings == run.settings(study) else None
+
+
+def all_current(study: Study, results: Path) -> list[Result]:
+    """The results so far of all declared runs, in the order of the queue."""
+    declared = ready(study, grid_perplexities(study, results))
+    found = (current(run, study, results) for run in declared)
+    return [result for result in found if result is not None]
 
 
 def grid_perplexities(study: Study, results: Path) -> Perplexities:

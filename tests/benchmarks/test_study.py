@@ -265,6 +265,18 @@ def test_the_report_gives_every_number_its_spread_and_names_what_is_missing(tmp_
         report.write(SMALL, tmp_path / "nothing", tmp_path)
 
 
+def test_cpu_times_of_another_processor_do_not_count(tmp_path):
+    trained(tmp_path)
+    first = comparison.compare(SMALL, tmp_path, "code").by_system["switch"][0]
+    elsewhere = dataclasses.replace(first, machine={"cpu": "another", "python": "3.11"})
+    elsewhere.write(tmp_path / f"code/switch-lr{first.lr:g}-seed{first.seed}.json")
+    compared = comparison.compare(SMALL, tmp_path, "code")
+    assert compared.processor == "a cpu"
+    assert len(compared.by_system["switch"]) == len(compared.cpu_seconds("switch").values) + 1
+    assert compared.crossings("switch", 1e9, "cpu_seconds").count(None) == 1
+    assert None not in compared.crossings("switch", 1e9, "update")
+
+
 def test_prose_is_split_at_ends_of_sentences():
     text = 'One two. "Three?" Four five!  Six\nSeven. Eight'
     found = list(texts.documents(text, 12))
