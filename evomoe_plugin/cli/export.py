@@ -47,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
     kind = f"{done.format}, with its code" if code else f"{done.format}, a class of transformers"
     print(f"format: {kind}" + (f", because {done.why}" if done.why else ""))
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained({args.out!r}{code}) loads it")
-    if done.tokenizer_has_code and not code:
-        print(
-            "AutoTokenizer needs trust_remote_code=True: SentencePiece runs in code of this package"
-        )
+    if done.tokenizer_code:
+        print(f"AutoTokenizer needs trust_remote_code=True: {done.tokenizer_code}")
     return 0

@@ -20,14 +20,18 @@ from evomoe_plugin.export.misfit import Misfit
 from evomoe_plugin.export.model_card import model_card
 from evomoe_plugin.export.native import NATIVE, Native, closest, native_model
 from evomoe_plugin.export.shards import MAX_SHARD, Planned, parse_size, write_shards
-from evomoe_plugin.export.tokenizer import runs_in_code, write_json, write_tokenizer
+from evomoe_plugin.export.tokenizer import write_json, write_tokenizer
 from evomoe_plugin.export.weights import check_exportable, exported_model
 from evomoe_plugin.generation.loading import TrainedModel
 
 logger = logging.getLogger(__name__)
 AUTO, EVOMOE = "auto", "evomoe"
 FORMATS = (AUTO, *NATIVE, EVOMOE)
-_MODELING = "modeling_evomoe.py"
+_REMOTE = Path(__file__).with_name("remote")
+_MODELING = tuple(
+    f"{part}_evomoe.py"
+    for part in ("modeling", "configuration", "attention", "experts", "gate", "positions")
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Exported:
     """A `model_type` of transformers, or evomoe."""
     why: str | None = None
     """Of `auto`, why no class of transformers could be taken."""
-    tokenizer_has_code: bool = False
-    """Whether `AutoTokenizer` needs `trust_remote_code=True`."""
+    tokenizer_code: str | None = None
+    """Why `AutoTokenizer` needs `trust_remote_code=True`; None: it does not."""
 
 
 def export(
@@ -54,8 +58,8 @@ def export(
 
     `AutoModelForCausalLM.from_pretrained(out)` gives the logits of the trained model in evaluation
     mode; with the format evomoe, the folder has the model's code, and it needs
-    `trust_remote_code=True`, as `AutoTokenizer` does for SentencePiece models. Weights have the
-    dtype of the checkpoint.
+    `trust_remote_code=True`, as `AutoTokenizer` does for a SentencePiece model that has no
+    equal tokenizer.json. Weights have the dtype of the checkpoint.
 
     Args:
         without_eval_capacity: leave out capacities in evaluation.
@@ -88,11 +92,12 @@ def export(
             work.mkdir()
             write_shards(work, planned, max_bytes)
             write_json(work / "config.json", config)
-            write_json(work / "generation_config.json", {**ids, **_response_ends(trained)})
+            write_json(work / "generation_config.json", _generation(trained, ids))
             if chosen == EVOMOE:
-                shutil.copyfile(Path(__file__).with_name(_MODELING), work / _MODELING)
-            write_tokenizer(trained, work)
-            card = model_card(trained, chosen, target.name, planned)
+                for name in _MODELING:
+                    shutil.copyfile(_REMOTE / name, work / name)
+            tokenizer_code = write_tokenizer(trained, work)
+            card = model_card(trained, chosen, target.name, planned, bool(tokenizer_code))
             (work / "README.md").write_text(card, encoding="utf-8")
             for path in (*work.iterdir(), work):
                 sync(path)
@@ -102,7 +107,7 @@ def export(
         raise RunFailed(
             f"cannot write {out}: {reason_of(error)}; partial output is removed"
         ) from error
-    return Exported(target, chosen, why, runs_in_code(trained))
+    return Exported(target, chosen, why, tokenizer_code)
 
 
 def check_format(format: str) -> None:
@@ -151,20 +156,25 @@ def _chosen(
         "model_type": "evomoe",
         "architectures": ["EvoMoEForCausalLM"],
         "auto_map": {
-            "AutoConfig": "modeling_evomoe.EvoMoEConfig",
+            "AutoConfig": "configuration_evomoe.EvoMoEConfig",
             "AutoModelForCausalLM": "modeling_evomoe.EvoMoEForCausalLM",
         },
     }
     return EVOMOE, {**named, **config}, tensors.items(), why
 
 
-def _response_ends(trained: TrainedModel) -> dict[str, list[int]]:
-    """The ids that end a text, where a chat template has its own beside end-of-sentence."""
-    if trained.codec.chat_template() is None:
-        return {}
-    try:
-        stops = trained.codec.encode_chat(["x"]).stops
-    except OptionError as error:
-        logger.warning("%s; generation will end at end-of-sentence only", error)
-        return {}
-    return {"eos_token_id": sorted({trained.dictionary.eos(), *stops})} if stops else {}
+def _generation(trained: TrainedModel, ids: dict[str, int]) -> dict[str, Any]:
+    """The generation_config.json: what ends a text, and the ids that are never generated, as in
+    `evomoe generate`."""
+    ends = {ids["eos_token_id"]}
+    if trained.codec.chat_template() is not None:
+        try:
+            ends.update(trained.codec.encode_chat(["x"]).stops)
+        except OptionError as error:
+            logger.warning("%s; generation will end at end-of-sentence only", error)
+    config: dict[str, Any] = {**ids}
+    if len(ends) > 1:
+        config["eos_token_id"] = sorted(ends)
+    if never := sorted(set(trained.codec.without_text()) - ends):
+        config["suppress_tokens"] = never
+    return config

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from evomoe_plugin import __version__
 from evomoe_plugin.data.card import DataCard
 from evomoe_plugin.export.shards import Planned
-from evomoe_plugin.export.tokenizer import runs_in_code
 from evomoe_plugin.generation.loading import TrainedModel
 
 # Of a run, beside the options of its model: configuration group, field.
@@ -50,16 +49,23 @@ _ROUTING = {
 }
 
 
-def model_card(trained: TrainedModel, format: str, name: str, tensors: Sequence[Planned]) -> str:
+def model_card(
+    trained: TrainedModel,
+    format: str,
+    name: str,
+    tensors: Sequence[Planned],
+    tokenizer_has_code: bool = False,
+) -> str:
     """The card in Markdown, with the header that Hugging Face reads.
 
     Args:
         format: a `model_type` of transformers, or evomoe.
         name: of the model, its heading.
         tensors: that are written.
+        tokenizer_has_code: whether the folder has the tokenizer's code.
     """
     code = ", trust_remote_code=True" if format == "evomoe" else ""
-    tokenizer_code = ", trust_remote_code=True" if code or runs_in_code(trained) else ""
+    tokenizer_code = ", trust_remote_code=True" if code or tokenizer_has_code else ""
     dtype = str(trained.dtype).removeprefix("torch.")
     parameters = sum(math.prod(t.shape) for t in tensors if t.dtype.is_floating_point)
     parts = [

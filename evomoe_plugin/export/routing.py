@@ -19,7 +19,7 @@ def export_gate(layer: MoELayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The gate of `layer` in its current state; before the spawn there is only expert 0.
 
     Returns:
-        `config.routing` of `modeling_evomoe.Gate`, the same for every layer; and parameters and
+        `config.routing` of `remote.gate_evomoe.Gate`, the same for every layer; and parameters and
         buffers by their names there.
     Raises:
         OptionError: a user's gate, which the exported model does not implement.

@@ -21,31 +21,50 @@ from evomoe_plugin.data.tokenizers import (
     TOKENIZER_JSON,
     SentencePieceTokenizer,
 )
+from evomoe_plugin.export.sentencepiece_json import (
+    Inexpressible,
+    first_difference,
+    sentencepiece_parts,
+)
 from evomoe_plugin.generation.loading import TrainedModel
 
-_TOKENIZATION = "tokenization_evomoe.py"
+_TOKENIZATION = Path(__file__).with_name("remote") / "tokenization_evomoe.py"
 
 
-def runs_in_code(trained: TrainedModel) -> bool:
-    """Whether the exported tokenizer is a class of this package: no tokenizer.json gives the ids
-    of a SentencePiece model in every text."""
-    return isinstance(trained.codec.tokenizer, SentencePieceTokenizer)
+def write_tokenizer(trained: TrainedModel, folder: Path) -> str | None:
+    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads.
 
+    A tokenizer.json is written as it is, with the special tokens that it lacks. Other tokenizers
+    become one, and start texts with the start token of training. A SentencePiece model whose
+    tokenizer.json would give other ids runs in a small tokenizer class instead.
 
-def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
-    """Write the files that `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` reads.
-
-    A tokenizer.json is written as it is, with the special tokens that it lacks. Otherwise texts
-    start with the start token of training: SentencePiece models run in their own small tokenizer
-    class, so that ids are exactly the same; GPT-2's BPE and plain words become a `tokenizer.json`.
+    Returns:
+        Why `AutoTokenizer` needs `trust_remote_code=True`; None: it does not.
     """
     dictionary, tokenizer = trained.dictionary, trained.codec.tokenizer
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _write_huggingface(trained, tokenizer, folder)
-        return
-    start = dictionary[trained.start]
-    config: dict[str, Any] = {
-        "bos_token": start,
+        return None
+    why, added = None, {}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = trained.folder / SENTENCEPIECE_MODEL
+        try:
+            _write_json_tokenizer(
+                trained, folder, sentencepiece_parts(model, tokenizer, dictionary)
+            )
+            text = first_difference(folder / TOKENIZER_JSON, tokenizer, dictionary)
+            why = text and f"its tokenizer.json would read {text!r} differently"
+        except Inexpressible as reason:
+            why = str(reason)
+        if why is not None:
+            (folder / TOKENIZER_JSON).unlink(missing_ok=True)
+            added = _write_code(trained, tokenizer, folder)
+    else:
+        parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
+        _write_json_tokenizer(trained, folder, parts)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": dictionary[trained.start],
         "eos_token": dictionary[dictionary.eos()],
         "pad_token": dictionary[dictionary.pad()],
         "unk_token": dictionary[dictionary.unk()],
@@ -54,56 +73,67 @@ def write_tokenizer(trained: TrainedModel, folder: Path) -> None:
         "model_max_length": trained.model.max_decoder_positions(),
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(trained.folder / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
-        shutil.copyfile(Path(__file__).with_name(_TOKENIZATION), folder / _TOKENIZATION)
-        write_json(folder / "vocab.json", dictionary.indices)
-        config |= {
-            "tokenizer_class": "EvoMoETokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
-            "encoded_apart": {
-                character: [tokenizer.tokens[i] for i in ids]
-                for character, ids in tokenizer.encoded_apart.items()
+    write_json(folder / TOKENIZER_CONFIG, {**config, **added})
+    return why
+
+
+def _write_code(
+    trained: TrainedModel, tokenizer: SentencePieceTokenizer, folder: Path
+) -> dict[str, Any]:
+    """Write the files of `tokenization_evomoe`; what its configuration adds."""
+    shutil.copyfile(trained.folder / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
+    shutil.copyfile(_TOKENIZATION, folder / _TOKENIZATION.name)
+    write_json(folder / "vocab.json", trained.dictionary.indices)
+    return {
+        "tokenizer_class": "EvoMoETokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_evomoe.EvoMoETokenizer", None]},
+        "encoded_apart": {
+            character: [tokenizer.tokens[i] for i in ids]
+            for character, ids in tokenizer.encoded_apart.items()
+        },
+    }
+
+
+def _write_json_tokenizer(trained: TrainedModel, folder: Path, parts: dict[str, Any]) -> None:
+    """Write a tokenizer.json that starts texts with the start token.
+
+    Args:
+        parts: its model and what goes with it.
+    """
+    dictionary = trained.dictionary
+    start = dictionary[trained.start]
+    sequence = [
+        {"SpecialToken": {"id": start, "type_id": 0}},
+        *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"),
+    ]
+    write_json(
+        folder / TOKENIZER_JSON,
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": None,
+            "added_tokens": [
+                {
+                    "id": i,
+                    "content": dictionary[i],
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for i in range(dictionary.nspecial)
+            ],
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": sequence[:2],
+                "pair": sequence,
+                "special_tokens": {start: {"id": start, "ids": [trained.start], "tokens": [start]}},
             },
-        }
-    else:
-        sequence = [
-            {"SpecialToken": {"id": start, "type_id": 0}},
-            *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"),
-        ]
-        parts = _words(dictionary) if tokenizer is None else _gpt2(trained)
-        write_json(
-            folder / TOKENIZER_JSON,
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "normalizer": None,
-                "added_tokens": [
-                    {
-                        "id": i,
-                        "content": dictionary[i],
-                        "single_word": False,
-                        "lstrip": False,
-                        "rstrip": False,
-                        "normalized": False,
-                        "special": True,
-                    }
-                    for i in range(dictionary.nspecial)
-                ],
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": sequence[:2],
-                    "pair": sequence,
-                    "special_tokens": {
-                        start: {"id": start, "ids": [trained.start], "tokens": [start]}
-                    },
-                },
-                **parts,
-            },
-        )
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / TOKENIZER_CONFIG, config)
+            **parts,
+        },
+    )
 
 
 def _write_huggingface(

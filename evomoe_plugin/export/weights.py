@@ -1,4 +1,4 @@
-"""Convert a trained model to the configuration and tensors of `modeling_evomoe`."""
+"""Convert a trained model to the configuration and tensors of the code in `remote`."""
 
 from __future__ import annotations
 

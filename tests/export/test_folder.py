@@ -1,5 +1,6 @@
 """The exported folder: loading without this package, tokenizers, and atomic writing."""
 
+import io
 import json
 import os
 import subprocess
@@ -100,35 +101,27 @@ TEXTS = [
 
 @pytest.fixture
 def gpt2_folder(tmp_path, gpt2_files):  # noqa: F811
-    from evomoe_plugin.data import prepare
-    from evomoe_plugin.data.progress import Progress
-
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(some_words(n) for n in range(20)))
-    prepare(
-        options_for(
-            tmp_path,
-            text,
-            documents_by="blank-line",
-            vocab_size=None,
-            gpt2_bpe=tuple(map(str, gpt2_files)),
-        ),
-        Progress(open(os.devnull, "w")),
-    )
-    return tmp_path / "out"
+    return prepare_with(tmp_path, gpt2_bpe=tuple(map(str, gpt2_files)))
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
-@pytest.mark.parametrize("start", ["<s>", "</s>"])
+FOLDERS = {"sentencepiece": "prepared", "unigram": "unigram_folder", "gpt2": "gpt2_folder"}
+
+
+@pytest.mark.parametrize(
+    "kind, start",
+    [("sentencepiece", "</s>"), ("sentencepiece", "<s>"), ("unigram", "<s>"), ("gpt2", "</s>")],
+)
 def test_the_tokenizer_gives_the_same_ids(
     make_trained, tmp_path, transformers, request, kind, start
 ):
-    folder = request.getfixturevalue({"sentencepiece": "prepared", "gpt2": "gpt2_folder"}[kind])
+    folder = request.getfixturevalue(FOLDERS[kind])
     trained = with_data(make_trained(start=start), folder)
-    assert trained.codec.tokenizer.kind == kind
-    export(trained, str(tmp_path / "exported"))
+    done = export(trained, str(tmp_path / "exported"))
+    has_code = kind == "unigram"  # with equally probable ways to divide some texts
+    assert bool(done.tokenizer_code) == has_code
+    assert (tmp_path / "exported/tokenizer.json").exists() != has_code
     tokenizer = transformers.AutoTokenizer.from_pretrained(
-        tmp_path / "exported", trust_remote_code=True
+        tmp_path / "exported", trust_remote_code=has_code
     )
     first = trained.dictionary.index(start)
     for text in TEXTS:
@@ -147,8 +140,95 @@ def test_the_tokenizer_gives_the_same_ids(
     assert batch["input_ids"][0][-1] == 1
     assert batch["attention_mask"][0][-1] == 0
     tokenizer.save_pretrained(tmp_path / "again")
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "again", trust_remote_code=has_code
+    )
     assert again(ODD)["input_ids"] == tokenizer(ODD)["input_ids"]
+
+
+def prepare_with(tmp_path, **given):
+    from evomoe_plugin.data import prepare
+    from evomoe_plugin.data.progress import Progress
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(some_words(n) for n in range(20)))
+    options = options_for(tmp_path, text, documents_by="blank-line", **given)
+    prepare(options, Progress(open(os.devnull, "w")))
+    return tmp_path / "out"
+
+
+SPM = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "bos_id": -1,
+    "eos_id": -1,
+}
+
+
+def sentencepiece_model(path, **given):
+    import sentencepiece
+
+    text, model = "\n".join(map(some_words, range(50))), io.BytesIO()
+    text += "\n" + "".join(map(chr, range(32, 127)))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_writer=model,
+        vocab_size=400,
+        num_threads=1,
+        minloglevel=3,
+        **given,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture
+def unigram_folder(tmp_path):
+    model = sentencepiece_model(tmp_path / "unigram.model", model_type="unigram", **SPM)
+    return prepare_with(tmp_path, sentencepiece_model=str(model))
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        # As Llama 2, and with SentencePiece's defaults: NFKC, spaces joined, no byte fallback.
+        ({"byte_fallback": True, "normalization_rule_name": "identity"}, None),
+        ({}, None),
+        ({**SPM, "user_defined_symbols": ["ab"]}, "it has user-defined pieces"),
+        ({**SPM, "treat_whitespace_as_suffix": True}, "its pieces end with spaces"),
+    ],
+)
+def test_sentencepiece_models_of_others(make_trained, tmp_path, transformers, given, why):
+    model = sentencepiece_model(tmp_path / "bpe.model", model_type="bpe", **given)
+    folder = prepare_with(tmp_path, sentencepiece_model=str(model))
+    trained = with_data(make_trained(), folder)
+    done = export(trained, str(tmp_path / "exported"))
+    assert (done.tokenizer_code or "").startswith(why or "")
+    assert (done.tokenizer_code is None) == (why is None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "exported", trust_remote_code=why is not None
+    )
+    for text in TEXTS + TEXTS_OF_SCRIPTS:
+        ids = trained.codec.encode(text)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        if 3 not in ids:
+            assert tokenizer.decode(ids) == trained.codec.decode(ids)
+
+
+def test_without_protobuf_a_sentencepiece_model_runs_in_code(
+    make_trained,
+    tmp_path,
+    monkeypatch,
+    prepared,  # noqa: F811
+):
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr("sentencepiece.sentencepiece_model_pb2", raising=False)
+    done = export(with_data(make_trained(), prepared), str(tmp_path / "exported"))
+    assert "pip install protobuf" in done.tokenizer_code
+    assert (tmp_path / "exported/tokenization_evomoe.py").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,9 +276,9 @@ def test_a_chats_own_end_ends_generation(make_trained, tmp_path):
     assert config["eos_token_id"] == sorted(ends)
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_added_tokens_are_found_in_texts(make_trained, tmp_path, transformers, request, kind):
-    folder = request.getfixturevalue({"sentencepiece": "prepared", "gpt2": "gpt2_folder"}[kind])
+    folder = request.getfixturevalue(FOLDERS[kind])
     trained = with_data(make_trained(), folder)
     export(trained, str(tmp_path / "exported"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -254,10 +334,15 @@ def test_the_folder_holds_what_it_needs_and_no_pickle(make_trained, tmp_path):
     names = {entry.name for entry in (tmp_path / "exported").iterdir()}
     assert names == {
         "README.md",
+        "attention_evomoe.py",
         "config.json",
+        "configuration_evomoe.py",
+        "experts_evomoe.py",
+        "gate_evomoe.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_evomoe.py",
+        "positions_evomoe.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }

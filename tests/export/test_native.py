@@ -1,5 +1,6 @@
 """Native formats: classes of transformers that compute what our models do, or a refusal."""
 
+import dataclasses
 import json
 import sys
 
@@ -11,7 +12,10 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.import_hf import import_hf
 from evomoe_plugin.export.folder import export
 from evomoe_plugin.export.native import NATIVE
+from evomoe_plugin.generation.generate import generate
 from evomoe_plugin.generation.loading import TrainedModel, load_trained_model
+from evomoe_plugin.generation.options import GenerationOptions
+from evomoe_plugin.generation.text import TextCodec
 from tests.evolve.dense_models import dictionary_of
 from tests.models.hf_models import DENSE, MOE, VOCABULARY, make_hf
 
@@ -122,6 +126,46 @@ def test_the_class_computes_the_same(make_trained, loaded, kind, given, updates)
     if has_experts:
         assert model.config.router_aux_loss_coef == 0.02
     assert model.generation_config.eos_token_id == 2 and model.config.pad_token_id == 1
+
+
+@pytest.mark.parametrize("format", ["auto", "evomoe"])
+@torch.no_grad()
+def test_rows_without_text_keep_their_logits_and_are_never_generated(
+    make_trained, tmp_path, transformers, format
+):
+    """Padding words and `<unk>`, the most probable everywhere: a model of transformers may have
+    more rows than its tokenizer has ids."""
+    dictionary = dictionary_of(44)
+    for row in range(40, 44):
+        dictionary.symbols[row] = f"madeupword{row:04}"
+    dictionary.indices = {word: row for row, word in enumerate(dictionary.symbols)}
+    trained = make_trained(arch="causal_lm", moe_layers="none", dictionary=dictionary)
+    (tmp_path / "padded").mkdir()
+    dictionary.save(str(tmp_path / "padded/dict.txt"))
+    codec = TextCodec(tmp_path / "padded", dictionary)
+    trained = dataclasses.replace(trained, codec=codec, folder=tmp_path / "padded")
+    without = [0, 1, 3, 40, 41, 42, 43]
+    prompts = tokens().tolist()
+    rows = trained.model.decoder.output_projection.weight
+    for prompt in prompts:
+        best = trained.model(torch.tensor([[2, *prompt]]))[0][0, -1].topk(7).indices
+        rows[without] = 5 * rows[best]
+    folder = tmp_path / "exported"
+    export(trained, str(folder), format=format)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=format == "evomoe"
+    ).eval()
+    x = torch.tensor([[2, *prompt] for prompt in prompts])
+    wanted = trained.model(x)[0]
+    torch.testing.assert_close(model(x).logits, wanted, rtol=0, atol=1e-5)
+    assert set(without) & set(wanted.argmax(-1).flatten().tolist())
+    assert model.generation_config.suppress_tokens == without
+    ours = generate(trained, prompts, GenerationOptions(max_new_tokens=12)).continuations
+    for prompt, found in zip(prompts, ours, strict=True):
+        ids = torch.tensor([[2, *prompt]])
+        theirs = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.size(1) :].tolist()
+        assert [token for token in theirs if token != 2] == found.new
+        assert not set(found.new) & set(without)
 
 
 MISFITS = [
@@ -256,7 +300,6 @@ def test_a_gpt2_comes_back_with_the_same_bytes(tmp_path, transformers):
     (tmp_path / "data").mkdir()
     dictionary.save(str(tmp_path / "data/dict.txt"))
     model = build(first, dictionary)
-    from evomoe_plugin.generation.text import TextCodec
 
     folder = tmp_path / "data"
     cfg = type("Cfg", (), {"model": model.decoder.args, "task": None})
