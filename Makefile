@@ -54,7 +54,7 @@ import platform, sys
 found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
 if not ((3, 11) <= sys.version_info < (3, 13) and found.endswith("Linux x86_64")):
     sys.exit(f"error: PYTHON=$(PYTHON) is {found}; the lock is for 3.11 and 3.12 on Linux x86_64. "
-             "Name one of these: make venv PYTHON=python3.12. Elsewhere, pip install '.[tests,plots]' "
+             "Name one of these: make venv PYTHON=python3.12. Elsewhere, pip install '.[fairseq,tests,plots]' "
              "into an environment of your own.")
 try:
     import ensurepip, venv
@@ -155,8 +155,8 @@ lock:  ## resolve the locked packages anew (UPGRADE=1: newest releases); needs t
 	CUSTOM_COMPILE_COMMAND='make lock' $$new/venv/bin/pip-compile -q --generate-hashes \
 	$(if $(UPGRADE),--upgrade) --strip-extras --unsafe-package torch --unsafe-package torchaudio \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-	$(addprefix --extra ,benchmarks lint plots tensorboard tests) \
-	-o $$new/lock.txt setup.py $$new/torch.txt; \
+	$(addprefix --extra ,benchmarks fairseq lint plots tensorboard tests) \
+	-o $$new/lock.txt pyproject.toml $$new/torch.txt; \
 	sed '/^# WARNING: /,$$d' $$new/lock.txt >$(LOCK); rm -rf evomoe_plugin.egg-info
 
 clean:  ## remove the environment and caches, never a run

@@ -2,16 +2,32 @@
 
 `--user-dir evomoe_plugin` imports this package after fairseq, which registers its models,
 criterions, tasks and optimizers. A program that imports it before fairseq calls `register()`.
+
+`MoELayer` is the layer for models in plain PyTorch, without fairseq.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from evomoe_plugin.standalone import MoELayer, MoEOutput
+
+__all__ = ["MoELayer", "MoEOutput", "register"]
 __version__ = "0.1.0"
 
 # Why `register` could not import fairseq, for `evomoe doctor`; None if it could or was not called.
 fairseq_error: Exception | None = None
+
+
+def __getattr__(name: str) -> Any:
+    """Import the layer when it is asked for: `evomoe --help` does without torch."""
+    if name not in ("MoELayer", "MoEOutput"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from evomoe_plugin import standalone
+
+    return getattr(standalone, name)
 
 
 def register() -> None:

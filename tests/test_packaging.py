@@ -18,7 +18,7 @@ from packaging.version import Version
 import evomoe_plugin
 
 ROOT = Path(__file__).parents[1]
-IN_LOCK = ("benchmarks", "lint", "plots", "tensorboard", "tests")
+IN_LOCK = ("benchmarks", "fairseq", "lint", "plots", "tensorboard", "tests")
 PLUGIN = "evomoe_plugin/launch/hydra_plugins/"
 
 
@@ -206,12 +206,16 @@ def test_one_fairseq_for_each_environment(requirements, python, system, machine,
         "python_version": python,
         "sys_platform": system,
         "platform_machine": machine,
-        "extra": "",
+        "extra": "fairseq",
     }
     chosen = [
         r.name for r in requirements if "fairseq" in r.name and r.marker.evaluate(environment)
     ]
     assert chosen == [fairseq]
+
+
+def test_the_layer_in_plain_pytorch_requires_torch_alone(requirements):
+    assert {r.name for r in requirements if r.marker is None} == {"numpy", "torch"}
 
 
 def test_unrelated_apex_is_never_required(requirements):

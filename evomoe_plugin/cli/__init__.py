@@ -29,6 +29,12 @@ TAKE_USER_DIR = ("upcycle", "generate", "export")
 # Verbs that work without fairseq, or import it themselves once they need it.
 _LIGHT = ("doctor", "prepare", "plot")
 
+# Modules of the extra `fairseq`, without which the package is the layer in plain PyTorch.
+_OF_EXTRA = set(
+    "fairseq fairscale hydra iopath jinja2 omegaconf packaging pyarrow rich safetensors "
+    "sentencepiece tokenizers".split()
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors that users can fix take one line."""
@@ -87,6 +93,8 @@ def _one_line(error: Exception) -> tuple[str, int] | None:
     status = getattr(error, "exit_status", None)
     if status is not None:
         return str(error), status
+    if isinstance(error, ModuleNotFoundError) and error.name in _OF_EXTRA:
+        return f"{error.name} is not installed: pip install 'evomoe_plugin[fairseq]'", 1
     if evomoe_plugin.fairseq_error is not None:
         return (
             f"fairseq cannot be imported ({evomoe_plugin.fairseq_error}); "

@@ -133,7 +133,7 @@ def versions() -> Iterator[Row]:
 
 
 def requirements() -> dict[str, str]:
-    """Name to version specifier of what the installed package needs on this Python and platform.
+    """Name to version specifier of what the plugin of fairseq needs on this Python and platform.
 
     Empty when the package runs from a folder that was never installed.
     """
@@ -148,7 +148,7 @@ def requirements() -> dict[str, str]:
     return {
         canonicalize_name(r.name): str(r.specifier)
         for r in parsed
-        if r.marker is None or r.marker.evaluate({"extra": ""})
+        if r.marker is None or r.marker.evaluate({"extra": "fairseq"})
     }
 
 

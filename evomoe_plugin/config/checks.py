@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import open_dict
-
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
     ACTIVATIONS,
@@ -234,6 +232,8 @@ def resolve_renamed(options: Any, warn: bool) -> None:
         )
     if warn:
         logger.warning("--moe-products-dtype is deprecated: give --moe-matmul-dtype %s", old)
+    from omegaconf import open_dict  # the layer in plain PyTorch does without
+
     with open_dict(options):
         options.moe_matmul_dtype, options.moe_products_dtype = old, None
 
