@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data.iterators import EpochBatchIterating, EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterating
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.file_io import PathManager
 from fairseq.logging import meters, metrics
-from fairseq.nan_detector import NanDetector
 from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -30,7 +29,16 @@ from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
-from evomoe_plugin.trainer import data_wait, early_stopping, hooks, sharded_gradients
+from evomoe_plugin.trainer import (
+    data_wait,
+    early_stopping,
+    failed_updates,
+    hooks,
+    loss_scaler,
+    run_end,
+    sharded_gradients,
+    validation,
+)
 from evomoe_plugin.trainer.routing_sample import RoutingSample
 
 logger = logging.getLogger(__name__)
@@ -38,9 +46,6 @@ logger = logging.getLogger(__name__)
 # What `extra_state` holds beside fairseq's: updates since the last step of the moving average
 # (--ema-update-freq), counters of the loss scaler, validations since the best.
 _EMA_COUNTER, _SCALER, _EARLY_STOPPING = "ema_update_freq_counter", "loss_scaler", "early_stopping"
-
-# Of fairseq's DynamicLossScaler.
-_COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
 
 
 @dataclass
@@ -89,7 +94,7 @@ class MoETrainer(Trainer):
 
         if hasattr(self.get_criterion(), "begin_update"):
             self.get_criterion().begin_update(samples, self._sum_of_ranks)
-        done = self._forward_backward(samples, raise_oom or self._shards_experts)
+        done = self._forward_backward(samples, raise_oom or self.shards_experts)
         if done is None:
             return None
         if self._sync_stats():
@@ -107,12 +112,12 @@ class MoETrainer(Trainer):
                     self.optimizer, model=self.model, update_num=self.get_num_updates()
                 )
         except FloatingPointError:
-            self._save_crash_checkpoint()
-            self._find_nan(samples)
+            failed_updates.save_crash_checkpoint(self)
+            failed_updates.find_nan(self, samples)
             raise
         except OverflowError as error:
             logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
-            self._log_overflowed_parameters()
+            failed_updates.log_overflowed_parameters(self)
             overflow, grad_norm = True, torch.zeros((), device=self.device)
             self.zero_grad()
         except RuntimeError as error:
@@ -157,7 +162,7 @@ class MoETrainer(Trainer):
                         optimizer=self.optimizer,
                         update_num=self.get_num_updates(),
                         ignore_grad=done.is_dummy,
-                        **self._ema_arguments,
+                        **self.ema_arguments,
                     )
                     del loss  # the graph that it holds, before the next is built
                 done.logging_outputs.append(logging_output)
@@ -172,7 +177,7 @@ class MoETrainer(Trainer):
                     raise
                 done.ooms += 1
             except Exception:
-                self._save_crash_checkpoint()
+                failed_updates.save_crash_checkpoint(self)
                 raise
             if done.ooms:  # as in fairseq, this rank gives nothing to the rest of the update
                 logger.warning("attempting to recover from OOM in forward/backward pass")
@@ -187,7 +192,7 @@ class MoETrainer(Trainer):
         return done
 
     @property
-    def _ema_arguments(self) -> dict[str, Any]:
+    def ema_arguments(self) -> dict[str, Any]:
         """For tasks that look at the moving average of the weights."""
         wanted = self.cfg.ema.store_ema and getattr(self.task, "uses_ema", False)
         return {"ema_model": self.ema.get_model()} if wanted else {}
@@ -319,48 +324,9 @@ class MoETrainer(Trainer):
             meter.reset()
 
     def _log_loss_scale(self) -> None:
-        common = self.cfg.common
-        if common.fp16 or common.amp:
-            scaler = self.optimizer.scaler
-            scale = scaler.loss_scale if common.fp16 else scaler.get_scale()
+        if self._scaler is not None:
+            scale = loss_scaler.scale(self._scaler)
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
-
-    def _log_overflowed_parameters(self) -> None:
-        """With `--debug-param-names --fp16-no-flatten-grads`."""
-        if hasattr(self, "param_names") and hasattr(self.optimizer, "fp32_optimizer"):
-            masters = self.optimizer.fp32_optimizer.params
-            for master, name in zip(masters, self.param_names, strict=True):
-                if master.grad is not None and not torch.isfinite(master.grad).all():
-                    logger.info("overflow in param %s", name)
-
-    def _find_nan(self, samples: Sequence[Any]) -> None:
-        """Run the batches again, with hooks that name the module where NaN/Inf arises."""
-        self.zero_grad()
-        with NanDetector(self.get_model()):
-            for sample in samples:
-                sample, _ = self._prepare_sample(sample)
-                self.task.train_step(
-                    sample,
-                    self.model,
-                    self.criterion,
-                    self.optimizer,
-                    self.get_num_updates(),
-                    ignore_grad=False,
-                    **self._ema_arguments,
-                )
-
-    def _save_crash_checkpoint(self) -> None:
-        """Write crash.pt, if this rank can alone: the others may not have met the exception."""
-        if self.data_parallel_world_size > 1:
-            logger.error(
-                "no crash.pt: with several ranks it would need them all; "
-                "the last checkpoint is intact"
-            )
-            return
-        try:
-            self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
-        except RunFailed as error:  # must not hide the exception that is being handled
-            logger.error("no crash.pt: %s", error)
 
     # --- validation
 
@@ -369,56 +335,17 @@ class MoETrainer(Trainer):
     ) -> EpochBatchIterating:
         """The batches of a validation subset; `valid_step` is for those of the last call."""
         batches = super().get_valid_iterator(subset, disable_iterator_cache)
-        self._routing_sample = self._begin_routing_sample(subset, batches)
+        self._routing_sample = validation.begin_routing_sample(
+            self, subset, batches, self._routing_samples
+        )
         return batches
-
-    def _begin_routing_sample(
-        self, subset: str, batches: EpochBatchIterating
-    ) -> RoutingSample | None:
-        """The sample of a subset that is validated on `batches`; None: routing is not compared."""
-        num_tokens = getattr(self.get_criterion(), "stability_tokens", 0)
-        num_layers = getattr(self.get_model(), "num_gated_layers", 0)
-        if not (num_tokens and num_layers and isinstance(batches, EpochBatchIterator)):
-            return None
-        if subset not in self._routing_samples:
-            padding = self.task.source_dictionary.pad()
-            self._routing_samples[subset] = RoutingSample(batches.dataset, num_tokens, padding)
-        most = self.cfg.dataset.max_valid_steps
-        steps = len(batches) if most is None else min(len(batches), most + 1)  # as fairseq counts
-        sample = self._routing_samples[subset]
-        sample.begin(num_layers, steps, self.device)
-        return sample
 
     def begin_epoch(self, epoch: int) -> None:
         """As fairseq's; before the first, check the name that validation must log."""
         if not self._has_begun:
             self._has_begun = True
-            self._check_best_metric()
+            validation.check_best_metric(self, super().get_valid_iterator)
         super().begin_epoch(epoch)
-
-    def _check_best_metric(self) -> None:
-        """Validate one batch, to have the names of what is logged.
-
-        Raises:
-            OptionError: `--best-checkpoint-metric` is not among them.
-        """
-        metric = self.cfg.checkpoint.best_checkpoint_metric
-        if metric == "loss" or self.cfg.dataset.disable_validation:
-            return
-        if hasattr(self.task, "post_validate"):  # which may add names
-            return
-        subset = self.cfg.dataset.valid_subset.split(",")[0]
-        batches = self.get_valid_iterator(subset).next_epoch_itr(
-            shuffle=False, set_dataset_epoch=False
-        )
-        self._routing_sample = None  # this is no validation to compare with
-        with metrics.aggregate(new_root=True) as logged:
-            self.valid_step(next(batches))
-        names = [name for name in logged.get_smoothed_values() if not name.startswith("_")]
-        if metric not in names:
-            raise OptionError(
-                "best_checkpoint_metric", metric, f"validation logs {', '.join(names)}: give one"
-            )
 
     @metrics.aggregate("valid")
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
@@ -431,52 +358,11 @@ class MoETrainer(Trainer):
         Returns:
             What was logged.
         """
-        watched = self._routing_sample
-        tokens = watched.tokens_of(sample) if watched and sample else None
-        sample, is_dummy = self._prepare_sample(sample)
-        if tokens is not None:
-            asking = {**sample["net_input"], "with_token_routing": True}
-            sample = {**sample, "net_input": asking}
-        self.model.eval()
-        self.criterion.eval()
-        size, logging_output = self._evaluate(sample, raise_oom or self._shards_experts)
-        if watched and tokens is not None:
-            watched.add(tokens, logging_output.pop("moe_token_routing"))
-        logging_outputs = [logging_output]
-        if self.data_parallel_world_size > 1:
-            logging_outputs, (size,) = self._aggregate_logging_outputs(
-                logging_outputs, 0 * size if is_dummy else size, ignore=is_dummy
-            )
-        logged = self._reduce_and_log_stats(logging_outputs, size)
-        if watched:
-            watched.finish_step(
-                self.data_parallel_process_group if self.data_parallel_world_size > 1 else None
-            )
-        return logged
-
-    def _evaluate(self, sample: Any, raise_oom: bool) -> tuple[Any, dict[str, Any]]:
-        """The sample size and the logging output of a batch."""
-        try:
-            with torch.no_grad():
-                _, size, logging_output = self.task.valid_step(
-                    sample, self.model, self.criterion, **self._ema_arguments
-                )
-            return size, logging_output
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            self._log_oom(error)
-            if raise_oom:
-                raise
-        logger.warning("ran out of memory in validation step, retrying batch")
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        if self.cuda:
-            torch.cuda.empty_cache()
-        return self._evaluate(sample, raise_oom=True)
+        return validation.valid_step(self, sample, raise_oom, self._routing_sample)
 
     @property
-    def _shards_experts(self) -> bool:
+    def shards_experts(self) -> bool:
+        """Whether experts are sharded over ranks (--moe-expert-parallel-size)."""
         return getattr(self.cfg.model, "moe_expert_parallel_size", 1) > 1
 
     @property
@@ -528,7 +414,7 @@ class MoETrainer(Trainer):
         if self.cfg.ema.store_ema:
             extra_state[_EMA_COUNTER] = self.ema.update_freq_counter
         if self._scaler is not None:
-            extra_state[_SCALER] = _scaler_state(self._scaler)
+            extra_state[_SCALER] = loss_scaler.state_dict(self._scaler)
         if self.cfg.checkpoint.patience > 0:
             extra_state[_EARLY_STOPPING] = early_stopping.STATE.state_dict()
         return state
@@ -610,7 +496,7 @@ class MoETrainer(Trainer):
         extra_state = state["extra_state"]
         if not reset_optimizer:
             if self._scaler is not None:
-                _restore_scaler(self._scaler, extra_state.get(_SCALER, {}))
+                loss_scaler.restore(self._scaler, extra_state.get(_SCALER, {}))
             if not reset_meters:  # as fairseq does with the best score
                 early_stopping.STATE.restore(extra_state.get(_EARLY_STOPPING, {}))
         self._load_progress(extra_state, reset_meters)
@@ -622,29 +508,19 @@ class MoETrainer(Trainer):
             extra_state["train_iterator"]["epoch"],
             self.get_num_updates(),
         )
-        self._end_if_done()
+        hours = self._previous_training_time / 3600
+        limit = run_end.limit_reached(self.cfg, self.get_num_updates(), hours, early_stopping.STATE)
+        if limit is not None:
+            logger.info(
+                "nothing to train: the checkpoint, of update %d and %.2f hours, has reached %s",
+                self.get_num_updates(),
+                hours,
+                limit,
+            )
+            # Main reads it after loading (0 would be no limit). It would look at the other limits
+            # only after one more update, and write that.
+            self.cfg.optimization.max_epoch = -1
         return extra_state
-
-    def _end_if_done(self) -> None:
-        """Have fairseq's main not train where the run has ended already: it would look only after
-        one more update, and write that."""
-        limits, updates = self.cfg.optimization, self.get_num_updates()
-        hours = self._previous_training_time / 3600  # the same on all ranks
-        if 0 < limits.max_update <= updates:
-            reason = f"--max-update {limits.max_update}"
-        elif 0 < limits.stop_time_hours < hours:
-            reason = f"--stop-time-hours {limits.stop_time_hours}"
-        elif early_stopping.STATE.is_over(self.cfg.checkpoint):
-            reason = f"--patience {self.cfg.checkpoint.patience}"
-        else:
-            return
-        logger.info(
-            "nothing to train: the checkpoint, of update %d and %.2f hours, has reached %s",
-            updates,
-            hours,
-            reason,
-        )
-        limits.max_epoch = -1  # main reads it after loading; 0 would be no limit
 
     def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
         """This rank's state, fitted to the run; None where there is no file.
@@ -777,19 +653,3 @@ class MoETrainer(Trainer):
             resume.check_same_update(self, filename, updates)
         elif sharded_layers(self.get_model()):
             check_all_ranks_see(path, updates)
-
-
-def _scaler_state(scaler: Any) -> dict[str, Any]:
-    """What the optimizer's state lacks: fairseq saves the scale alone, and no torch scaler."""
-    if hasattr(scaler, "state_dict"):
-        return scaler.state_dict()
-    return {name: value for name, value in vars(scaler).items() if name in _COUNTERS}
-
-
-def _restore_scaler(scaler: Any, state: dict[str, Any]) -> None:
-    if not state or ("scale" in state) != hasattr(scaler, "state_dict"):
-        return  # of an earlier version, or of another precision
-    if hasattr(scaler, "state_dict"):
-        scaler.load_state_dict(state)
-    else:
-        vars(scaler).update(state)

@@ -32,7 +32,7 @@ class Bare(MoETrainer):
         vars(self.cfg).update(cfg)
 
     # Of updates: what happens to the batches alone.
-    cuda, _ema_arguments, _optimizer, _shards_experts = False, {}, object(), False
+    cuda, ema_arguments, _optimizer, shards_experts = False, {}, object(), False
 
     def _prepare_sample(self, sample, is_dummy=False):
         return sample, False
@@ -144,18 +144,3 @@ def test_after_a_batch_without_memory_the_rank_gives_no_gradients(monkeypatch):
     trainer.task = types.SimpleNamespace(train_step=step)
     done = trainer._forward_backward([{}, {}, {}], raise_oom=False)
     assert weight.grad is None and done.sample_size == 2
-
-
-def test_overflowed_parameters_are_named_on_request(caplog):
-    good, bad = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
-    good.grad, bad.grad = torch.ones(1), torch.full((1,), float("inf"))
-    trainer = Bare()
-    trainer._optimizer = types.SimpleNamespace(
-        fp32_optimizer=types.SimpleNamespace(params=[good, bad])
-    )
-    with caplog.at_level("INFO"):
-        trainer._log_overflowed_parameters()
-        assert not caplog.messages
-        trainer.param_names = ["good", "bad"]
-        trainer._log_overflowed_parameters()
-    assert caplog.messages == ["overflow in param bad"]

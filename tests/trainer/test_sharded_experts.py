@@ -63,11 +63,11 @@ def test_a_rank_without_memory_ends_the_validation(size, tries):
 def test_a_rank_without_memory_ends_the_run(size):
     trainer = OutOfMemory(size)
     if size == 1:
-        assert trainer._forward_backward([{}], trainer._shards_experts).ooms == 1
+        assert trainer._forward_backward([{}], trainer.shards_experts).ooms == 1
         assert trainer.left_out
         return
     with pytest.raises(RuntimeError, match=OUT_OF_MEMORY):
-        trainer._forward_backward([{}], trainer._shards_experts)
+        trainer._forward_backward([{}], trainer.shards_experts)
     assert not trainer.left_out
 
 

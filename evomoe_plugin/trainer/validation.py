@@ -1,0 +1,118 @@
+"""Validation of a trainer's model: a batch, the sample of routing, the metric of the best one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq.data.iterators import EpochBatchIterating, EpochBatchIterator
+from fairseq.logging import metrics
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.trainer.routing_sample import RoutingSample
+
+logger = logging.getLogger(__name__)
+
+
+def begin_routing_sample(
+    trainer: Any, subset: str, batches: EpochBatchIterating, samples: dict[str, RoutingSample]
+) -> RoutingSample | None:
+    """The sample of a subset that is validated on `batches`; None: routing is not compared.
+
+    Args:
+        samples: by subset, those of earlier validations; a new one is added.
+    """
+    num_tokens = getattr(trainer.get_criterion(), "stability_tokens", 0)
+    num_layers = getattr(trainer.get_model(), "num_gated_layers", 0)
+    if not (num_tokens and num_layers and isinstance(batches, EpochBatchIterator)):
+        return None
+    if subset not in samples:
+        padding = trainer.task.source_dictionary.pad()
+        samples[subset] = RoutingSample(batches.dataset, num_tokens, padding)
+    most = trainer.cfg.dataset.max_valid_steps
+    steps = len(batches) if most is None else min(len(batches), most + 1)  # as fairseq counts
+    samples[subset].begin(num_layers, steps, trainer.device)
+    return samples[subset]
+
+
+def valid_step(
+    trainer: Any, sample: Any, raise_oom: bool = False, routing: RoutingSample | None = None
+) -> Any:
+    """Evaluate a batch.
+
+    Args:
+        sample: the batch; empty on a rank that has none left.
+        raise_oom: raise if it does not fit into memory, instead of trying once more. With
+            sharded experts the run ends, since the other ranks wait for this one's rows.
+        routing: gets the routing of the batch's tokens.
+    Returns:
+        What was logged.
+    """
+    tokens = routing.tokens_of(sample) if routing and sample else None
+    sample, is_dummy = trainer._prepare_sample(sample)
+    if tokens is not None:
+        asking = {**sample["net_input"], "with_token_routing": True}
+        sample = {**sample, "net_input": asking}
+    trainer.model.eval()
+    trainer.criterion.eval()
+    size, logging_output = _evaluate(trainer, sample, raise_oom or trainer.shards_experts)
+    if routing and tokens is not None:
+        routing.add(tokens, logging_output.pop("moe_token_routing"))
+    logging_outputs, group = [logging_output], None
+    if trainer.data_parallel_world_size > 1:
+        group = trainer.data_parallel_process_group
+        logging_outputs, (size,) = trainer._aggregate_logging_outputs(
+            logging_outputs, 0 * size if is_dummy else size, ignore=is_dummy
+        )
+    logged = trainer._reduce_and_log_stats(logging_outputs, size)
+    if routing:
+        routing.finish_step(group)
+    return logged
+
+
+def _evaluate(trainer: Any, sample: Any, raise_oom: bool) -> tuple[Any, dict[str, Any]]:
+    """The sample size and the logging output of a batch."""
+    try:
+        with torch.no_grad():
+            _, size, logging_output = trainer.task.valid_step(
+                sample, trainer.model, trainer.criterion, **trainer.ema_arguments
+            )
+        return size, logging_output
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        trainer._log_oom(error)
+        if raise_oom:
+            raise
+    logger.warning("ran out of memory in validation step, retrying batch")
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    if trainer.cuda:
+        torch.cuda.empty_cache()
+    return _evaluate(trainer, sample, raise_oom=True)
+
+
+def check_best_metric(trainer: Any, batches_of: Callable[[str], EpochBatchIterating]) -> None:
+    """Validate one batch, to have the names of what is logged.
+
+    Args:
+        batches_of: gives the batches of a validation subset.
+    Raises:
+        OptionError: `--best-checkpoint-metric` is not among them.
+    """
+    metric = trainer.cfg.checkpoint.best_checkpoint_metric
+    if metric == "loss" or trainer.cfg.dataset.disable_validation:
+        return
+    if hasattr(trainer.task, "post_validate"):  # which may add names
+        return
+    subset = trainer.cfg.dataset.valid_subset.split(",")[0]
+    batches = batches_of(subset).next_epoch_itr(shuffle=False, set_dataset_epoch=False)
+    with metrics.aggregate(new_root=True) as logged:
+        valid_step(trainer, next(batches))
+    names = [name for name in logged.get_smoothed_values() if not name.startswith("_")]
+    if metric not in names:
+        raise OptionError(
+            "best_checkpoint_metric", metric, f"validation logs {', '.join(names)}: give one"
+        )
