@@ -11,11 +11,14 @@ import torch
 import evomoe_plugin
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.gate import option_fields
+from evomoe_plugin.launch import ranks
+from tests.rank_server import new_context
 from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 
 evomoe_plugin.register()
+ranks.new_context = new_context
 # Workers of pytest-xdist share few cores; tiny_runs has set this for what they start.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

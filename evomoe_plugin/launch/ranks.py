@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 GRACE = 10.0
 
 
+def new_context() -> Any:
+    """How ranks are started: afresh, since what torch and CUDA hold does not survive a fork."""
+    return torch.multiprocessing.get_context("spawn")
+
+
 def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int | None) -> None:
     """Run `main(cfg, **kwargs)` on `count` ranks; return when all have succeeded.
 
@@ -39,7 +44,7 @@ def run_ranks(main: Callable, cfg: Any, kwargs: dict, count: int, threads: int |
         OptionError, RunFailed: as raised by a rank, or for a rank that died.
     """
     _start_resource_tracker()
-    context = torch.multiprocessing.get_context("spawn")
+    context = new_context()
     reports = context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(i, main, cfg, kwargs, reports)) for i in range(count)

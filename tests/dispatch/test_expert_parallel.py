@@ -10,13 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from evomoe_plugin.dispatch.all_to_all import Exchange
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.routing.plan import RoutingPlan
+from tests.rank_server import new_context
 
 E, D, F, T = 8, 6, 10, 5
 
@@ -32,7 +32,7 @@ LOADS = {
 
 def on_ranks(world: int, check, *given) -> None:
     """Run `check(rank, *given)` on `world` gloo ranks; a failure on one fails here."""
-    context = mp.get_context("spawn")
+    context = new_context()
     errors = context.SimpleQueue()
     port = context.Value("i", 0)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

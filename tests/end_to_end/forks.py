@@ -1,12 +1,14 @@
 """Commands in processes of their own that do not begin by importing for seconds.
 
-A server that has imported torch and fairseq, and done nothing else, forks for each command.
+A server that has imported torch and fairseq, and done nothing else, forks for each command, and
+this for each rank.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -69,6 +71,8 @@ def _serve() -> None:
         importlib.import_module(f"fairseq_cli.{name}")
     importlib.import_module("evomoe_plugin")
     importlib.import_module("fairscale.nn.data_parallel")
+    ranks = importlib.import_module("evomoe_plugin.launch.ranks")
+    ranks.new_context = lambda: multiprocessing.get_context("fork")
     for line in sys.stdin:
         command, arguments, cwd, environment, timeout, output = json.loads(line)
         child = os.fork()
