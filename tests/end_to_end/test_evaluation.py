@@ -50,29 +50,30 @@ def test_another_gate_on_request(checkpoints, data_bin):
     assert abs(reached - top1) > 1e-3
 
 
-def test_validate_agrees(checkpoints, data_bin, run_command):
-    folder, run = checkpoints
-    validated = run_command(
+def validated(run_command, data_bin, path, *given) -> list[float]:
+    """The loss that `fairseq-validate` logs, as often as it does."""
+    run = run_command(
         "validate",
         data_bin,
         "--user-dir",
         "evomoe_plugin",
         "--path",
-        folder / "checkpoint_1_9.pt",
-        "--valid-subset",
-        "valid",
+        path,
         "--batch-size",
-        "4",
-        "--tokens-per-sample",
-        "32",
+        "4",  # 9 batches
         "--log-format",
         "json",
         "--num-workers",
         "0",
+        *given,
     )
-    wanted = run.logged("valid")[-1]
-    (got,) = validated.logged("valid")
-    assert got["valid_inner_loss"] == pytest.approx(wanted["valid_inner_loss"], abs=2e-3)
+    return [record["valid_inner_loss"] for record in run.logged("valid")]
+
+
+def test_validate_agrees(checkpoints, data_bin, run_command):
+    folder, run = checkpoints
+    (loss,) = validated(run_command, data_bin, folder / "checkpoint_1_9.pt")
+    assert loss == pytest.approx(run.logged("valid")[-1]["valid_inner_loss"], abs=2e-3)
 
 
 def test_generate_and_interactive(checkpoints, data_bin, run_command):
@@ -216,27 +217,12 @@ def test_contexts_do_not_depend_on_the_ranks(checkpoints, data_bin, run_command)
 
 
 def test_validation_on_two_ranks_that_shard_experts(checkpoints, data_bin, run_command):
+    """Each rank logs the loss of all."""
     folder, run = checkpoints
-    validated = run_command(
-        "validate",
-        data_bin,
-        "--user-dir",
-        "evomoe_plugin",
-        "--path",
-        folder / "checkpoint_1_9.pt",
-        "--batch-size",
-        "4",  # 9 batches
-        *RANKS,
-        "--model-overrides",
-        repr({"moe_expert_parallel_size": 2}),
-        "--log-format",
-        "json",
-        "--num-workers",
-        "0",
-    )
-    wanted = run.logged("valid")[-1]
-    for got in validated.logged("valid"):  # each rank prints that of all
-        assert got["valid_inner_loss"] == pytest.approx(wanted["valid_inner_loss"], abs=2e-3)
+    overrides = ("--model-overrides", repr({"moe_expert_parallel_size": 2}))
+    losses = validated(run_command, data_bin, folder / "checkpoint_1_9.pt", *RANKS, *overrides)
+    wanted = run.logged("valid")[-1]["valid_inner_loss"]
+    assert losses == pytest.approx([wanted] * len(losses), abs=2e-3) and losses
 
 
 def test_a_rank_that_fails_ends_the_others(sharded, data_bin, run_command, tmp_path):

@@ -123,11 +123,13 @@ def document_batches():
     return unpacked(parts), (tokens, None, places)
 
 
-@BOTH_FAMILIES
-@pytest.mark.parametrize("attention", ["sdpa", "stock"])
+# The stock attention has no rotary positions.
+@pytest.mark.parametrize(
+    "make_model, attention",
+    [("gpt", "sdpa"), ("gpt", "stock"), ("llama", "sdpa")],
+    indirect=["make_model"],
+)
 def test_documents_of_a_row_are_computed_as_if_alone(make_model, attention):
-    if make_model.family and attention == "stock":
-        pytest.skip("which has no rotary positions")
     model = make_model(moe_gate="top_p", moe_document_mask=True, moe_attention=attention)
     model = model.double().train()
     apart, together = (course(model, *batch) for batch in document_batches())
