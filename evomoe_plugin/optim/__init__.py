@@ -1,5 +1,6 @@
-"""Optimizers, registered with fairseq on import."""
+"""Optimizers and schedules of the learning rate, registered with fairseq on import."""
 
 from evomoe_plugin.optim.fused_adamw import FusedAdamW, FusedAdamWConfig
+from evomoe_plugin.optim.wsd_schedule import WSDSchedule, WSDScheduleConfig
 
-__all__ = ["FusedAdamW", "FusedAdamWConfig"]
+__all__ = ["FusedAdamW", "FusedAdamWConfig", "WSDSchedule", "WSDScheduleConfig"]
