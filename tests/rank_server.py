@@ -22,6 +22,7 @@ IMPORTS = [
     "fairseq_cli.validate",
     "evomoe_plugin",
     "fairscale.nn.data_parallel",
+    "torch._dynamo",  # by torch's optimizers
     "pytest",
 ]
 

@@ -12,7 +12,6 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from evomoe_plugin.models.causal_dropout import attend_with_dropout
 from evomoe_plugin.models.mixed_precision import Linear, emulated
@@ -83,6 +82,9 @@ def _attend_in_runs(
         and width % 8 == 0
         and width <= 256
     ):
+        # Imports torch._dynamo, which takes a second.
+        from torch.nn.attention.varlen import varlen_attn
+
         _log_runs("flash attention of sequences of several lengths (torch's varlen_attn)")
         lengths = torch.tensor((0, *runs.lengths), device=q.device)
         starts, longest = lengths.cumsum(0).int(), max(runs.lengths)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +69,8 @@ def _serve() -> None:
     for name in MODULES:
         importlib.import_module(f"fairseq_cli.{name}")
     importlib.import_module("evomoe_plugin")
-    importlib.import_module("fairscale.nn.data_parallel")
+    for name in ("fairscale.nn.data_parallel", "torch._dynamo"):  # by FSDP, by optimizers
+        importlib.import_module(name)
     ranks = importlib.import_module("evomoe_plugin.launch.ranks")
     ranks.new_context = lambda: multiprocessing.get_context("fork")
     for line in sys.stdin:
@@ -114,7 +114,7 @@ def _command(command, arguments, cwd, environment, output) -> None:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
