@@ -131,49 +131,33 @@ def test_user_dir_by_name_from_any_folder(installed, tmp_path):
     assert done.stdout.split() == [os.path.realpath(site / "evomoe_plugin/__init__.py"), "0.25"]
 
 
-def test_hydra_finds_the_installed_configurations(installed, tmp_path):
-    _, environment = installed
-    done = run(
-        sys.executable,
-        "-m",
-        "fairseq_cli.hydra_train",
-        "--config-name",
-        "small/evomoe_dts",
-        "--cfg",
-        "job",
-        "task.data=nowhere",
-        "model.moe_temperature_end=0.25",
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^  moe_temperature_end: 0.25$", done.stdout, re.MULTILINE)
+HYDRA = "--config-name small/evomoe_dts --cfg job task.data=nowhere model.moe_temperature_end=0.25"
+HELP = "--help --user-dir evomoe_plugin"
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("module", "arguments", "shown"),
     [
-        ("train", "--help"),
-        ("eval_lm", "--help"),
-        ("generate", "--help"),
-        ("hydra_train", "--config-name", "small/evomoe_dts", "--cfg", "job"),
+        ("hydra_train", HYDRA, r"^  moe_temperature_end: 0.25$"),  # from its configurations
+        ("train", HELP, "--user-dir"),
+        pytest.param("eval_lm", HELP, "--user-dir", marks=pytest.mark.slow),
+        pytest.param("generate", HELP, "--user-dir", marks=pytest.mark.slow),
     ],
-    ids=lambda command: command[0],
 )
-def test_commands_of_fairseq_print_no_warning(installed, tmp_path, command):
+def test_commands_of_fairseq_print_no_warning(installed, tmp_path, module, arguments, shown):
     """As their console scripts call them: fairscale is imported before --user-dir is."""
     _, environment = installed
-    module, *arguments = command
     program = f"import sys; from fairseq_cli.{module} import cli_main; sys.exit(cli_main())"
     environment = {k: v for k, v in environment.items() if k != "PYTHONWARNINGS"}
-    if module != "hydra_train":
-        arguments += ["--user-dir", "evomoe_plugin"]
-    done = run(sys.executable, "-c", program, *arguments, cwd=tmp_path, env=environment)
+    done = run(sys.executable, "-c", program, *arguments.split(), cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+    assert re.search(shown, done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("first", ["fairseq", "evomoe_plugin"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("fairseq", marks=pytest.mark.slow), "evomoe_plugin"]
+)
 def test_either_may_be_imported_first(installed, tmp_path, first):
     _, environment = installed
     register = "" if first == "fairseq" else "evomoe_plugin.register(); "

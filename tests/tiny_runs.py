@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 # Ranks share few cores; a test that hangs must end.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-TIMEOUT = 120
+TIMEOUT = 300
 
 MODEL = """--task language_modeling --arch transformer_lm --decoder-layers 2 --decoder-embed-dim 32
 --decoder-input-dim 32 --decoder-output-dim 32 --decoder-ffn-embed-dim 64

@@ -114,6 +114,14 @@ def test_a_dictionary_that_does_not_fit_the_checkpoint(
     assert message in error
 
 
+def test_errors_of_commands_that_do_not_catch_them_are_one_line(data_bin, run_command, tmp_path):
+    (tmp_path / "text.pt").write_text("text")
+    options = ("--user-dir", "evomoe_plugin", "--task", "language_modeling")
+    run = run_command("generate", data_bin, "--path", tmp_path / "text.pt", *options, check=False)
+    assert run.status == 1 and "Traceback" not in run.output
+    assert "text.pt: cannot be read" in run.output.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "value, status, message",
     [

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -76,7 +74,7 @@ def test_validate_agrees(checkpoints, data_bin, run_command):
     assert loss == pytest.approx(run.logged("valid")[-1]["valid_inner_loss"], abs=2e-3)
 
 
-def test_generate_and_interactive(checkpoints, data_bin, run_command):
+def test_generate_and_interactive(checkpoints, data_bin, run_command, tmp_path):
     path = checkpoints[0] / "checkpoint_1_9.pt"
     common = (
         data_bin,
@@ -107,17 +105,10 @@ def test_generate_and_interactive(checkpoints, data_bin, run_command):
         "32",
     )
     assert "Generate valid with beam=2" in generated.output
-    lines = subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.interactive", *map(str, common)],
-        input="w1 w2\nw3\n",
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert lines.returncode == 0, lines.stderr[-3000:]
-    hypotheses = [
-        line.split("\t")[2] for line in lines.stdout.splitlines() if line.startswith("H-")
-    ]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w1 w2\nw3\n")
+    lines = run_command("interactive", *common, "--input", prompts).output.splitlines()
+    hypotheses = [line.split("\t")[2] for line in lines if line.startswith("H-")]
     assert len(hypotheses) == 2
     assert hypotheses[0].startswith("w1 w2") and hypotheses[1].startswith("w3")
 
@@ -165,6 +156,10 @@ def sharded(train, tmp_path_factory):
     return folder / "checkpoint_last.pt"
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def evaluated(run_command, data_bin, path, *given, **more):
     """What the command prints, once, of how many tokens and with which loss."""
     run = run_command(
@@ -191,9 +186,12 @@ def evaluated(run_command, data_bin, path, *given, **more):
 
 
 # 33 samples: 17 batches, 9 for one rank; 1 batch, none for the other.
-@pytest.mark.parametrize("batch_size", ["2", "64"])
-@pytest.mark.parametrize("ranks", [RANKS, SHARDED], ids=["data", "experts"])
-def test_two_ranks_print_the_result_of_one(checkpoints, data_bin, run_command, batch_size, ranks):
+@pytest.mark.parametrize(
+    "ranks, batch_size",
+    [(RANKS, "2"), (SHARDED, "64"), *(slow(*case) for case in ((RANKS, "64"), (SHARDED, "2")))],
+    ids=lambda value: "experts" if value is SHARDED else "data" if value is RANKS else value,
+)
+def test_two_ranks_print_the_result_of_one(checkpoints, data_bin, run_command, ranks, batch_size):
     path = checkpoints[0] / f"checkpoint_1_{STAGES['annealing']}.pt"
     one = evaluate(data_bin, path, "--batch-size", batch_size)["loss"].item()
     found = evaluated(run_command, data_bin, path, "--batch-size", batch_size, *ranks)

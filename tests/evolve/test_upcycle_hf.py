@@ -221,6 +221,7 @@ print(*peak_of(lambda: convert(folder, given, Recipe(), max_update=9).state))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_result_and_one_tensor(tmp_path):
     save_hf(
         tmp_path,

@@ -164,31 +164,18 @@ def test_the_ranks_follow_a_killed_parent(training):
     wait_for(lambda: not any(is_running(pid) for pid in ranks))
 
 
-def test_an_error_in_one_rank_ends_all_and_is_the_one_told(runs, tmp_path):
-    plugin, folder = tmp_path / "failing_plugin", tmp_path / "run"
+def test_an_error_in_one_rank_ends_all_and_is_the_one_told(runs, tmp_path, capsys):
+    plugin = tmp_path / "failing_plugin"
     plugin.mkdir()
-    folder.mkdir()
     (plugin / "__init__.py").write_text("import evomoe_plugin\n" + FAILS_ON_RANK_1)
-    status, _, err = runs.output(
-        "train",
-        *runs.arguments(
-            folder,
-            *FSDP,
-            "--user-dir",
-            plugin,
-            "--criterion",
-            "fails_on_rank_1",
-            "--save-interval-updates",
-            "2",
-            world=2,
-        ),
-    )
-    assert status == 1
+    options = ("--user-dir", plugin, "--criterion", "fails_on_rank_1")
+    run = runs.train("run", *FSDP, *options, "--save-interval-updates", "2", world=2)
+    err = capsys.readouterr().err
+    assert run.status == 1
     assert err.splitlines()[-1] == "error: rank 1 stopped with KeyError: 'only here'"
     assert "raise KeyError" in err
-    assert not (folder / "crash.pt").exists()
-    state = torch.load(folder / "checkpoint_last.pt", weights_only=False)
-    assert state["optimizer_history"][-1]["num_updates"] == 2
+    assert not (run.folder / "crash.pt").exists()
+    assert run.checkpoint()["optimizer_history"][-1]["num_updates"] == 2
 
 
 @pytest.mark.slow
@@ -218,6 +205,7 @@ def test_threads_are_shared_out_unless_the_user_did(monkeypatch):
     assert call_main._threads_per_rank(2) is None
 
 
+@pytest.mark.slow
 def test_workers_that_load_data_leave_no_warning(runs):
     """Of semaphores, one of each, which the end of their rank leaves to multiprocessing."""
     folder = runs.folder / "run"

@@ -108,12 +108,3 @@ def test_data_of_which_no_sample_is_left_is_refused(runs, mode, capsys):
     assert runs.train("run", *MOE, *options).status == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "are longer than 5 tokens; at most 10% of a data set may be left out" in line
-
-
-def test_errors_of_commands_that_do_not_catch_them_are_one_line(runs, tmp_path):
-    (tmp_path / "text.pt").write_text("text")
-    command = evaluation(runs, tmp_path / "text.pt", "--user-dir", "evomoe_plugin")
-    command += ("--task", "language_modeling")
-    status, _, err = runs.output("generate", *command)
-    assert status == 1 and "Traceback" not in err
-    assert "text.pt: cannot be read" in err.splitlines()[-1]
