@@ -17,6 +17,9 @@ from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixture
 
 ROOT = Path(__file__).parents[1]
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; read when Triton is imported, as by transformers.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 evomoe_plugin.register()
 ranks.new_context = new_context
 # Workers of pytest-xdist share few cores; tiny_runs has set this for what they start.

@@ -220,8 +220,17 @@ def locked():
 
 
 def test_lock_leaves_out_torch_and_what_only_a_gpu_needs():
-    assert locked().keys().isdisjoint({"torch", "torchaudio", "triton"})
+    assert locked().keys().isdisjoint({"torch", "torchaudio"})
     assert not [name for name in locked() if name.startswith(("nvidia", "cuda"))]
+
+
+def test_lock_has_the_triton_of_the_cuda_build():
+    pin = re.search(r"^triton==(\S+)$", (ROOT / "requirements/torch.txt").read_text(), re.MULTILINE)
+    version, hashes = locked()["triton"]
+    assert version == Version(pin[1])
+    assert len(hashes) >= 2  # 3.11 and 3.12
+    builds = [r for r in map(Requirement, metadata.requires("torch")) if r.name == "triton"]
+    assert all(r.specifier.contains(version) for r in builds)  # none in a CPU build
 
 
 def test_lock_holds_hashes_for_other_machines_too():

@@ -302,7 +302,7 @@ def backends(torch: ModuleType) -> Iterator[Row]:
 
 
 def fast_paths(torch: ModuleType) -> Iterator[Row]:
-    from evomoe_plugin.experts.kernels.cuda.grouped_mm import why_not
+    from evomoe_plugin.experts.kernels.cuda import why_not_fused
     from evomoe_plugin.experts.precision import INSTRUCTIONS
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -315,10 +315,9 @@ def fast_paths(torch: ModuleType) -> Iterator[Row]:
     else:
         yield _fast_path("bf16 matmul", "in fp32, rounded", OFF, "fp32 is faster here")
     if capability:
-        # Widths are a model's own: some that fit.
-        reason = why_not(torch.device("cuda"), torch.bfloat16, 512, 2048)
+        reason = why_not_fused(torch.device("cuda"), torch.bfloat16, "gelu")
         yield _fast_path(
-            "grouped_mm", "no" if reason else "experts in bf16", OFF if reason else OK, reason
+            "Triton kernels", "no" if reason else "experts", OFF if reason else OK, reason
         )
         cuda = torch.backends.cuda
         on = {
@@ -328,10 +327,9 @@ def fast_paths(torch: ModuleType) -> Iterator[Row]:
         }
         kernels = ", ".join(name for name in on if on[name])
         yield _fast_path("attention", kernels or "plain", OK if kernels else OFF)
-        yield _fast_path("torch.compile", "between experts' matmuls")
     else:
         yield _fast_path(
-            "grouped_mm", "no", OFF, "for GPUs; here experts are computed in chunks of tokens"
+            "Triton kernels", "no", OFF, "for GPUs; here experts are computed in chunks of tokens"
         )
         yield _fast_path(
             "attention",
@@ -339,7 +337,6 @@ def fast_paths(torch: ModuleType) -> Iterator[Row]:
             OK,
             "block by block, in evomoe_plugin, while attention dropout is on",
         )
-        yield _fast_path("torch.compile", "no", OFF, "it speeds up no part of a step on a CPU")
     kind, where = apex_kind()
     if kind == "unrelated":
         yield _fast_path(

@@ -33,6 +33,8 @@ class Activation:
     """Called with x and the tensor to write f(x) into."""
     derive: Callable[[Tensor, Tensor], object]
     """Called with the gradient of f(x), to be overwritten by that of x, and with x."""
+    kernel: str | None = None
+    """Its name in the Triton kernels (`kernels.cuda.triton_math`); None: they have it not."""
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """out = f(x)."""
@@ -57,7 +59,9 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
             y = function(x)
         grad.copy_(torch.autograd.grad(y, x, grad)[0])
 
-    return Activation(function, lambda x, out: out.copy_(function(x)), derive)
+    return Activation(
+        function, lambda x, out: out.copy_(function(x)), derive, _KERNELS.get(function)
+    )
 
 
 aten, F = torch.ops.aten, torch.nn.functional
@@ -75,10 +79,21 @@ _KNOWN: dict[Callable, tuple[Callable, Callable]] = {
         lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad),
     ),
 }
+_KERNELS: dict[Callable, str] = {
+    F.gelu: "gelu",
+    F.relu: "relu",
+    F.silu: "silu",
+    torch.tanh: "tanh",
+}
+
+
+def name_kernel(function: Callable[[Tensor], Tensor], kernel: str) -> None:
+    """State that the Triton kernels compute `function` under the name `kernel`."""
+    _KERNELS[function] = kernel
 
 
 def find_activation(function: Callable[[Tensor], Tensor]) -> Activation:
     """The `Activation` of `function`; an unknown one is differentiated by autograd."""
     if function in _KNOWN:
-        return Activation(function, *_KNOWN[function])
+        return Activation(function, *_KNOWN[function], _KERNELS[function])
     return _by_autograd(function)

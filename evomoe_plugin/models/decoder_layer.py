@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from fairseq.models.transformer import TransformerConfig
-from fairseq.modules import MultiheadAttention
+from fairseq.modules import MultiheadAttention, gelu_accurate
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from fairseq.utils import relu_squared
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import gelu
 
 from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.experts.activations import name_kernel
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
 from evomoe_plugin.models.mixed_precision import Linear
+
+name_kernel(gelu_accurate, "gelu_tanh")
+name_kernel(relu_squared, "relu_squared")
 
 
 class DecoderLayer(TransformerDecoderLayerBase):

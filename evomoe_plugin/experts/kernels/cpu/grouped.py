@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evomoe_plugin.experts.activations import ROWS, Activation, padded
-from evomoe_plugin.experts.kernels import Call
+from evomoe_plugin.experts.kernels import Call, cuda
 from evomoe_plugin.experts.kernels.cpu.chunks import Chunk, chunks_of
 from evomoe_plugin.experts.kernels.cpu.memory_pool import POOL
 from evomoe_plugin.experts.kernels.cpu.segment_matmul import Gradient, Matrices, multiply
-from evomoe_plugin.experts.kernels.cuda import grouped_mm
 from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
 
 CHUNK_ROWS, CHUNKS = 1024, 8
@@ -181,13 +180,10 @@ def grouped_ffn(
         operand_dtype(x),
         keeps,
     )
-    if x.device.type == "cuda":
-        reason = grouped_mm.why_not(x.device, call.dtype, x.size(1), weights["fc1_weight"].size(1))
-        if not reason:
-            return grouped_mm.GroupedMMFFN.apply(
-                call, torch.as_tensor(counts, device=x.device), token_ids_N, *arguments
-            )
-        grouped_mm.say_once(reason)
+    function = cuda.function_for(call, x.device, x.size(1), weights["fc1_weight"].size(1))
+    if function is not None:
+        counts = torch.as_tensor(counts, device=x.device)
+        return function.apply(call, counts, token_ids_N, *arguments)
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     return _GroupedFFN.apply(call, counts, token_ids_N, *arguments)
 

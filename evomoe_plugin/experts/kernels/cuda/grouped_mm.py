@@ -8,6 +8,7 @@ matmuls are fused by `torch.compile`.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,9 @@ from torch.nn.functional import grouped_mm
 
 from evomoe_plugin.experts.kernels import Call
 
-try:
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # CPU builds of torch come without
+if HAS_TRITON:
     from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
-except ImportError:  # CPU builds of torch come without Triton
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +42,6 @@ def why_not(device: torch.device, dtype: torch.dtype, model_dim: int, ffn_dim: i
     if not HAS_TRITON:
         return "Triton is not installed"
     return ""
-
-
-@functools.cache
-def say_once(reason: str) -> None:
-    """Log, once for each reason, that experts are computed one by one."""
-    logger.warning(
-        "grouped_mm is not used: %s; the matmuls of each expert are launched one by one", reason
-    )
 
 
 class GroupedMMFFN(torch.autograd.Function):

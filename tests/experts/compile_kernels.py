@@ -1,0 +1,111 @@
+"""Compile the Triton kernels for GPUs without one, and print what came out: a JSON object a line.
+
+    python -m tests.experts.compile_kernels 90 bf16 [--first]
+
+Apart from pytest: there, Triton's own functions are the interpreter's.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+COUNTS = {"num_tiles", "N", "num_pieces", "most"}
+SIZES = {"D", "F", "stride_x", "stride_grad"}  # multiples of 16 here, as in most models
+POINTERS = {
+    **dict.fromkeys(("token_ids", "seed"), "*i64"),
+    **dict.fromkeys(("tiles", "table"), "*i32"),
+    **dict.fromkeys(("dots", "bias_sums", "parts", "weights"), "*fp32"),
+}
+OPTIONS = {
+    "E": 64,
+    "ROWS": 128,
+    "GROUP": kernels.GROUP,
+    "KIND": "gelu",
+    "HAS_IDS": True,
+    "HAS_BIAS": True,
+    "HAS_WEIGHTS": True,
+    "IS_GATED": False,
+    "IS_SUM": False,
+    "DROPS": False,
+    "KEEPS": True,
+}
+GATED = {"IS_GATED": True, "IS_SUM": True, "KIND": "silu", "HAS_BIAS": False}
+CASES = [
+    ("up", {}),
+    ("gated_up", GATED),
+    ("down", {}),
+    ("down", {**GATED, "HAS_WEIGHTS": False}),
+    ("down_backward", {}),
+    ("down_backward", GATED),
+    ("weight_gradient", {}),
+]
+
+
+def compiled(name: str, options: dict, config: triton.Config, dtype: str, capability: int):
+    """The kernel as Triton compiles it for rows of 16 bytes."""
+    function = getattr(kernels, name).fn
+    precision = "tf32" if dtype == "fp32" else "ieee"
+    constants = {**OPTIONS, **options, "PRECISION": precision, **config.kwargs}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("dropout", "scale"):
+            signature[argument] = "fp32"
+        elif argument in COUNTS:
+            signature[argument] = "i32"
+        else:
+            of_pointer = POINTERS.get(argument, f"*{dtype}")
+            signature[argument] = "i32" if argument in SIZES else of_pointer
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {(i,): constants[a] for i, a in enumerate(function.arg_names) if a in constants}
+    return triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def facts(kernel) -> dict[str, int]:
+    """Resources and instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+
+        def output(tool: str, option: str) -> str:
+            command = [TOOLS / tool, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output("cuobjdump", "-res-usage")))
+        code = output("nvdisasm", "-c")
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": kernel.metadata.shared,
+        "matrix_instructions": len(re.findall(r"\bH?G?MMA\b", code)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "asynchronous_loads": len(re.findall(r"\bLDGSTS\b", code)),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("dtype", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--first", action="store_true", help="one configuration of one kernel")
+    args = parser.parse_args()
+    for name, options in CASES[: 1 if args.first else None]:
+        configs = getattr(kernels, name).configs[: 1 if args.first else None]
+        for config in configs:
+            kernel = compiled(name, options, config, args.dtype, args.capability)
+            case = f"{name} {options or ''} {config}"
+            print(json.dumps({"case": case, **facts(kernel)}), flush=True)

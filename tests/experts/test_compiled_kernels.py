@@ -1,0 +1,51 @@
+"""What Triton makes of the kernels for GPUs: its compiler needs none."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip("triton", reason="there is no Triton for this platform")
+
+SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that a program can have
+
+
+def check(tmp_path, capability, dtype, *options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.experts.compile_kernels"),
+            *(str(capability), dtype, *options),
+        ],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for kernel in found:
+        assert not kernel["stack"] and not kernel["spills"], kernel
+        assert kernel["registers"] <= 255, kernel
+        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+        assert kernel["matrix_instructions"], kernel
+        assert kernel["asynchronous_loads"], kernel
+    return found
+
+
+@pytest.mark.distributed  # starts a process
+def test_a_kernel_for_hopper_has_tensor_core_instructions_and_no_spills(tmp_path):
+    assert len(check(tmp_path, 90, "bf16", "--first")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration_has_tensor_core_instructions_and_no_spills(
+    tmp_path, capability, dtype
+):
+    assert len(check(tmp_path, capability, dtype)) > 20
