@@ -18,6 +18,7 @@ VERBS = {
     "doctor": "show versions, devices, fast paths and patches, and what is wrong, with the fix",
     "prepare": "turn .txt, .jsonl and .parquet files into a data set to train on",
     "plot": "draw loss, temperature, experts per token and step time of a run from its log",
+    "report": "write a page of runs, and of where a checkpoint routes which tokens",
     "upcycle": "make an MoE checkpoint from a dense one or from a Hugging Face folder",
     "import-hf": "turn a Hugging Face folder, dense or with experts, into a fairseq checkpoint",
     "generate": "continue prompts with a checkpoint",
@@ -25,9 +26,9 @@ VERBS = {
     "checkpoint": "inspect and verify checkpoints, and change how their experts are stored",
 }
 # Verbs that accept the gates and architectures of a user's own package.
-TAKE_USER_DIR = ("upcycle", "generate", "export")
+TAKE_USER_DIR = ("upcycle", "generate", "export", "report")
 # Verbs that work without fairseq, or import it themselves once they need it.
-_LIGHT = ("doctor", "prepare", "plot")
+_LIGHT = ("doctor", "prepare", "plot", "report")
 
 # Modules of the extra `fairseq`, without which the package is the layer in plain PyTorch.
 _OF_EXTRA = set(

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def names(paths: Sequence[str]) -> list[str]:
     """Label each run: the file's name, with as many of its folders as make it unique."""
     parts = [Path(path).with_suffix("").parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
+    for depth in range(1, max(map(len, parts), default=0) + 1):
         short = ["/".join(p[-depth:]) for p in parts]
         if len(set(short)) == len(short):
             return short

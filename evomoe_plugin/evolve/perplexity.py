@@ -33,7 +33,7 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         OptionError: the split is missing, empty or unreadable, or rows of this length exceed the
             model's positions and would be left out.
     """
-    _check_split(data, subset)
+    check_split(data, subset)
     state = read_checkpoint("path", path)
     task = state["cfg"].get("task") or {}
     saved = task.get("tokens_per_sample") or 512
@@ -77,7 +77,7 @@ def _positions(state: dict[str, Any]) -> int:
     )
 
 
-def _check_split(data: str, subset: str) -> None:
+def check_split(data: str, subset: str) -> None:
     """Raise `OptionError` unless fairseq can read the split, to its last token."""
     if not list(Path(data).glob(f"{subset}*.idx")):
         raise OptionError("subset", subset, f"{data} has no {subset}.idx")

@@ -108,6 +108,12 @@ class TextCodec:
                 text, pieces = text + self.tokenizer.decode(pieces) + self.dictionary[token], []
         return text + self.tokenizer.decode(pieces)
 
+    def name(self, token: int) -> str:
+        """A token as the tokenizer writes it; the dictionary's symbol if it has none."""
+        if self.tokenizer is None or token not in self._piece_ids:
+            return self.dictionary[token]
+        return self.tokenizer.tokens[self._piece_ids[token]] or self.dictionary[token]
+
     def without_text(self) -> list[int]:
         """Token ids without text, except end-of-sentence."""
         if self.tokenizer is not None:
