@@ -134,7 +134,9 @@ def _panels(logs: Sequence[TrainingLog]) -> list[tuple[str, Markup, str, list[tu
             continue
         for x_label, at in (("training FLOPs", training_flops), ("seconds", training_seconds)):
             moved = [
-                Line(line.name, [(cost[int(x)], y) for x, y in line.points if x in cost], line.style)
+                Line(
+                    line.name, [(cost[int(x)], y) for x, y in line.points if x in cost], line.style
+                )
                 for line, cost in zip(lines, map(at, logs), strict=True)
             ]
             found.append((f"{panel.title} by {x_label}", x_label, moved, panel.log))
