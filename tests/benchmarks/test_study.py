@@ -349,7 +349,7 @@ def test_a_run_is_trained_by_one_process_and_its_costs_are_measured(queue, monke
     assert RunFolder(one, tmp_path).update() == 0
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_the_study_goes_on_after_it_was_killed(tmp_path):
     def start(*arguments):
         script = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/study/run.py")]

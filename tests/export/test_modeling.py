@@ -5,34 +5,18 @@ import json
 import pytest
 import torch
 
+from tests.export.decoders import LLAMA, PHI, tokens
 from tests.gates.test_every_gate import label
 from tests.models.hf_models import LINEAR, LLAMA3, YARN
 
-LLAMA = {"arch": "causal_lm_moe", "decoder_kv_heads": 1, "moe_gate": "top_p"}
-PHI = {
-    **LLAMA,
-    "decoder_norm": "layer",
-    "decoder_qkv_bias": True,
-    "decoder_out_bias": True,
-    "decoder_ffn": "plain",
-    "decoder_ffn_bias": True,
-    "decoder_parallel": True,
-    "decoder_logits_bias": True,
-    "rope_fraction": 0.5,
-    "activation_fn": "relu_squared",
-}
+TOP_P = {**LLAMA, "moe_gate": "top_p"}
+PHI = {**PHI, "moe_gate": "top_p", "activation_fn": "relu_squared"}
 # Of each family, with a gate that reads token ids.
 FAMILIES = {
     "gpt": {"moe_gate": "hash", "decoder_learned_pos": True},
     "llama": {**LLAMA, "moe_gate": "hash", "decoder_qk_norm": "shared", "rope_fraction": 0.5},
 }
 BOTH = pytest.mark.parametrize("given", FAMILIES.values(), ids=FAMILIES)
-
-
-def tokens(rows=2, length=11, first=4):
-    x = torch.randint(first, 40, (rows, length), generator=torch.Generator().manual_seed(3))
-    x[:, 0] = 2
-    return x
 
 
 def scaling(rope):
@@ -42,14 +26,14 @@ def scaling(rope):
 @pytest.mark.parametrize(
     "given",
     [
-        LLAMA,
+        TOP_P,
         PHI,
         {**PHI, "share_decoder_input_output_embed": True, "moe_shared_experts": 2},
-        *({**LLAMA, "decoder_qk_norm": kind} for kind in ("shared", "separate", "joint")),
-        *({**LLAMA, "rope_scaling": scaling(rope)} for rope in (LINEAR, LLAMA3, YARN)),
-        {**LLAMA, "decoder_head_dim": 12, "rope_theta": 100.0, "decoder_norm_eps": 0.01},
-        {**LLAMA, "moe_gate": "dense_to_sparse", "moe_null_experts": 1, "moe_lexical": "normal:1"},
-        {**LLAMA, "moe_gate": "top_k", "moe_spawn_updates": 30, "moe_shared_experts": 1},
+        *({**TOP_P, "decoder_qk_norm": kind} for kind in ("shared", "separate", "joint")),
+        *({**TOP_P, "rope_scaling": scaling(rope)} for rope in (LINEAR, LLAMA3, YARN)),
+        {**TOP_P, "decoder_head_dim": 12, "rope_theta": 100.0, "decoder_norm_eps": 0.01},
+        {**TOP_P, "moe_gate": "dense_to_sparse", "moe_null_experts": 1, "moe_lexical": "normal:1"},
+        {**TOP_P, "moe_gate": "top_k", "moe_spawn_updates": 30, "moe_shared_experts": 1},
         {"arch": "causal_lm", "moe_layers": "none", "rope_fraction": 0.5},
     ],
     ids=label,
@@ -74,7 +58,7 @@ def test_logits_of_decoders_of_llamas_kind(make_trained, exported, given):
 @BOTH
 @torch.no_grad()
 def test_attention_by_name(make_trained, exported, transformers, given, tmp_path):
-    model, x = exported(make_trained(20, **given)), tokens()
+    model, x = exported(make_trained(20, **given)), tokens(2)
     assert model.config._attn_implementation == "sdpa"
     eager = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "exported", trust_remote_code=True, attn_implementation="eager"

@@ -17,9 +17,9 @@ from evomoe_plugin.generation.loading import TrainedModel, load_trained_model
 from evomoe_plugin.generation.options import GenerationOptions
 from evomoe_plugin.generation.text import TextCodec
 from tests.evolve.dense_models import dictionary_of
+from tests.export.decoders import LLAMA, PHI, tokens
 from tests.models.hf_models import DENSE, MOE, VOCABULARY, make_hf
 
-LLAMA = {"arch": "causal_lm_moe", "decoder_kv_heads": 1}
 EVERY_LAYER = {**LLAMA, "moe_layers": "0,1,2", "moe_gate": "top_k"}
 RENORMALIZED = {"moe_gate": "top_k", "moe_top_k_weights": "renormalized"}
 DENSE_PHASE = {"moe_gate": "top_any", "moe_spawn_updates": 10, "moe_layers": "0,1,2"}
@@ -38,10 +38,6 @@ QWEN2_MOE = {
     "moe_shared_ffn_dim": 20,
     "moe_shared_combine": "sigmoid",
 }
-
-
-def tokens(rows=3, length=11):
-    return torch.randint(4, 40, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
@@ -91,17 +87,9 @@ CASES = [
     (
         "phi",
         {
-            **LLAMA,
+            **PHI,
             **DENSE_PHASE,
             "decoder_kv_heads": 2,
-            "decoder_norm": "layer",
-            "decoder_qkv_bias": True,
-            "decoder_out_bias": True,
-            "decoder_ffn": "plain",
-            "decoder_ffn_bias": True,
-            "decoder_parallel": True,
-            "decoder_logits_bias": True,
-            "rope_fraction": 0.5,
             "activation_fn": "gelu_accurate",
         },
         5,
@@ -145,7 +133,7 @@ def test_rows_without_text_keep_their_logits_and_are_never_generated(
     codec = TextCodec(tmp_path / "padded", dictionary)
     trained = dataclasses.replace(trained, codec=codec, folder=tmp_path / "padded")
     without = [0, 1, 3, 40, 41, 42, 43]
-    prompts = tokens().tolist()
+    prompts = tokens()[:, 1:].tolist()
     rows = trained.model.decoder.output_projection.weight
     for prompt in prompts:
         best = trained.model(torch.tensor([[2, *prompt]]))[0][0, -1].topk(7).indices

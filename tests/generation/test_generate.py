@@ -103,7 +103,7 @@ def check_on_ranks(rank, size, folder, wanted, options):
         pytest.param(2, "sampling", marks=pytest.mark.distributed),
         pytest.param(1, "sampling", marks=pytest.mark.slow),
         pytest.param(2, "greedy", marks=pytest.mark.slow),
-        pytest.param(2, "beam", marks=pytest.mark.slow),
+        pytest.param(2, "beam", marks=pytest.mark.distributed),
     ],
 )
 def test_the_same_tokens_on_two_ranks(make_trained, tmp_path, size, strategy):  # noqa: F811
