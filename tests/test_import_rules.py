@@ -13,7 +13,7 @@ REMOTE = PACKAGE / "export/remote"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # The options themselves and the errors lie below all, their checks above the gates.
-BASE = {"config.errors", "config.options", "config.hf_config"}
+BASE = {"config.errors", "config.options", "config.stacks", "config.hf_config"}
 LAYER = BASE | {"routing", "gates", "experts", "dispatch", "layer"}
 MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 
@@ -21,6 +21,7 @@ MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 ALLOWED = {
     "config.errors": set(),
     "config.options": {"config.errors"},
+    "config.stacks": {"config.options"},
     "config.hf_config": {"config.errors", "config.options"},
     "config.dataclass_fields": set(),
     "config.checks": BASE | {"gates", "dispatch"},
@@ -52,6 +53,7 @@ ALLOWED = {
 KNOW_NOTHING_OF_FAIRSEQ = {
     "config.errors",
     "config.options",
+    "config.stacks",
     "config.hf_config",
     "config.checks",
     "config.run_checks",

@@ -28,10 +28,13 @@ from evomoe_plugin.config.options import (
     expert_counts,
     expert_slots,
     head_dim,
+    is_causal,
     is_causal_lm,
     kv_heads,
+    option_name,
     parse_bool,
 )
+from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
 from evomoe_plugin.gates.weight_scale import WEIGHT_SCALES
@@ -39,7 +42,7 @@ from evomoe_plugin.gates.weight_scale import WEIGHT_SCALES
 logger = logging.getLogger(__name__)
 _PROBABILITIES = (
     "dropout attention_dropout activation_dropout relu_dropout decoder_layerdrop "
-    "moe_null_rate_target"
+    "encoder_layerdrop pooler_dropout moe_null_rate_target"
 ).split()
 _CHOICES = {
     "activation_fn": ACTIVATIONS,
@@ -52,7 +55,7 @@ _CHOICES = {
     "moe_weight_scale": WEIGHT_SCALES,
 }
 _MINIMA = (
-    ("moe_expert_ffn_dim", 0, "give a width of at least 1, or 0 for --decoder-ffn-embed-dim"),
+    ("moe_expert_ffn_dim", 0, "give a width of at least 1, or 0 for that of a dense FFN"),
     ("moe_expert_size_factor", 1, "give 1 or more"),
     ("moe_shared_size_factor", 0, "give 1 or more, or 0"),
     ("moe_shared_experts", 0, "give 0 or more"),
@@ -87,16 +90,12 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
                 getattr(options, option),
                 "not supported by the MoE architectures: leave it out",
             )
-    width = options.decoder_embed_dim
-    input_dim, output_dim = options.decoder_input_dim or width, options.decoder_output_dim or width
-    if options.share_decoder_input_output_embed and input_dim != output_dim:
-        raise OptionError(
-            "decoder_output_dim",
-            output_dim,
-            f"with --share-decoder-input-output-embed it must be {input_dim}, the "
-            "decoder's input dimension",
-        )
-    counts = expert_counts(options)
+    parts = stacks(options)
+    if parts[0] is options:
+        _check_widths(options)
+    else:
+        _refuse_given(options, _OF_LANGUAGE_MODELS, "only language models have it", "a GPT")
+    counts = [count for part in parts for count in expert_counts(part)]
     parse_bool("moe_gating_use_fp32", options.moe_gating_use_fp32)
     gate = gate_class(options.moe_gate)
     for option, allowed in _CHOICES.items():
@@ -123,11 +122,14 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
         )
     if is_causal_lm(options):
         _check_causal_lm(options)
-    _check_experts(options)
+    for part in parts:
+        _check_experts(part)
     if not counts:
         _check_dense(options)
         return
-    _check_expert_parallel(options)
+    parts = [part for part in parts if expert_counts(part)]
+    for part in parts:
+        _check_expert_parallel(part)
     _check_capacity(options, gate)
     if options.moe_init_from_dense is not None:
         check_spawned_from(options, "moe_init_method", options.moe_init_method)
@@ -137,13 +139,34 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
         )
     _check_spawn(options)
     warnings = [
-        *_capacity_warnings(options, gate),
+        *(warning for part in parts for warning in _capacity_warnings(part, gate)),
         *_spawn_warnings(options, counts),
-        *validate_gate(options, counts),
+        *(warning for part in parts for warning in validate_gate(part, expert_counts(part))),
     ]
     _check_null(options)
-    for warning in warnings if warn else ():
+    for warning in dict.fromkeys(warnings) if warn else ():
         logger.warning(warning)
+
+
+# Of the options that all models have.
+_OF_LANGUAGE_MODELS = (
+    "moe_post_norm",
+    "moe_document_mask",
+    "moe_init_from_dense",
+    "moe_train_only",
+)
+
+
+def _check_widths(options: ModelOptions) -> None:
+    width = options.decoder_embed_dim
+    input_dim, output_dim = options.decoder_input_dim or width, options.decoder_output_dim or width
+    if options.share_decoder_input_output_embed and input_dim != output_dim:
+        raise OptionError(
+            "decoder_output_dim",
+            output_dim,
+            f"with --share-decoder-input-output-embed it must be {input_dim}, the "
+            "decoder's input dimension",
+        )
 
 
 _OF_GPTS = {
@@ -248,10 +271,11 @@ def _check_experts(options: ModelOptions) -> None:
                 f"--moe-{kind}-ffn-dim already sets the width: leave one of them out",
             )
         if options.decoder_ffn_embed_dim % (factor or 1):
+            width = option_name(options, "decoder_ffn_embed_dim").replace("_", "-")
             raise OptionError(
                 f"moe_{kind}_size_factor",
                 factor,
-                f"give a divisor of --decoder-ffn-embed-dim ({options.decoder_ffn_embed_dim})",
+                f"give a divisor of --{width} ({options.decoder_ffn_embed_dim})",
             )
     if not options.moe_shared_experts:
         _refuse_given(
@@ -294,7 +318,7 @@ def _check_expert_parallel(options: ModelOptions) -> None:
         )
     elif getattr(options, "decoder_layerdrop", 0.0) > 0:
         raise OptionError(
-            "decoder_layerdrop",
+            option_name(options, "decoder_layerdrop"),
             options.decoder_layerdrop,
             "ranks would skip different layers and deadlock: leave it out, or "
             "--moe-expert-parallel-size",
@@ -369,6 +393,8 @@ def _capacity_warnings(options: ModelOptions, gate: type[Gate]) -> list[str]:
             "the batch, and perplexity on the batch size"
         )
     fixed = gate.has_fixed_k(options) and not options.moe_null_experts
+    if not is_causal(options):
+        return warnings
     if options.moe_capacity_factor is not None and not fixed:
         warnings.append(
             f"--moe-capacity-factor {options.moe_capacity_factor}: the capacity follows the number "

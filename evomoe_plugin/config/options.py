@@ -27,7 +27,7 @@ def flag(default: Any, help: str, **metadata: str) -> Any:
 class MoEOptions:
     """Positions and contents of MoE layers, for every gate."""
 
-    moe_freq: int = flag(2, "every N-th decoder layer is an MoE layer; 1: every layer")
+    moe_freq: int = flag(2, "every N-th layer is an MoE layer; 1: every layer")
     moe_start_layer: Optional[int] = flag(
         None, "the first MoE layer, from 0 (default: layer N-1 of --moe-freq N)"
     )
@@ -41,9 +41,9 @@ class MoEOptions:
         "routed experts of each MoE layer: one number, one per MoE layer (4,4,8,16), or "
         "FIRST:LAST to grow linearly with depth",
     )
-    moe_expert_ffn_dim: int = flag(0, "hidden width of an expert; 0: --decoder-ffn-embed-dim")
+    moe_expert_ffn_dim: int = flag(0, "hidden width of an expert; 0: that of a dense FFN")
     moe_expert_size_factor: int = flag(
-        1, "an expert's hidden width is --decoder-ffn-embed-dim divided by this"
+        1, "an expert's hidden width is that of a dense FFN divided by this"
     )
     moe_expert_gated: bool = flag(
         False,
@@ -88,8 +88,8 @@ class MoEOptions:
     moe_shared_ffn_dim: int = flag(0, "hidden width of a shared expert; 0: that of the routed ones")
     moe_shared_size_factor: int = flag(
         0,
-        "a shared expert's hidden width is --decoder-ffn-embed-dim divided by this; 0: that of "
-        "the routed ones",
+        "a shared expert's hidden width is that of a dense FFN divided by this; 0: that of the "
+        "routed ones",
     )
     moe_shared_combine: str = flag(
         "add",
@@ -346,56 +346,74 @@ def parse_bool(option: str, value: Any) -> bool:
 
 
 NO_LAYERS = "none"  # Value of `--moe-layers` for a dense model
+PLACEMENT = ("moe_freq", "moe_start_layer", "moe_layers")
+
+
+def stack_kind(options: ModelOptions) -> str:
+    """Whether the options are of an encoder or a decoder (`config.stacks`)."""
+    return getattr(options, "kind", "decoder")
+
+
+def is_causal(options: ModelOptions) -> bool:
+    """Whether a token's output must not depend on later tokens."""
+    return stack_kind(options) == "decoder"
+
+
+def option_name(options: ModelOptions, name: str) -> str:
+    """The option that the user knows `name` by: an encoder's has another name."""
+    return getattr(options, "name_of", str)(name)
 
 
 def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
-    """Indices, from 0, of the decoder layers that are MoE layers; none with `--moe-layers none`.
+    """Indices, from 0, of the layers of a stack that are MoE layers; none with `--moe-layers none`.
 
     Raises:
         OptionError: there would be no MoE layer otherwise, or a given index does not exist.
     """
-    last = num_layers - 1
+    last, kind = num_layers - 1, stack_kind(options)
     if options.moe_layers is not None:
         return _listed_layers(options, last)
     freq, start = options.moe_freq, options.moe_start_layer
     if freq < 1:
+        name = option_name(options, "moe_freq")
+        none = name.replace("moe_freq", "moe_layers").replace("_", "-")
+        without = "a model" if name == "moe_freq" else f"an {kind}".replace("an d", "a d")
         raise OptionError(
-            "moe_freq",
-            freq,
-            "give 1 or more; for a model without MoE layers, --moe-layers none",
+            name, freq, f"give 1 or more; for {without} without MoE layers, --{none} none"
         )
     if start is None and freq > num_layers:
         raise OptionError(
-            "moe_freq",
+            option_name(options, "moe_freq"),
             freq,
-            f"gives no MoE layer in {num_layers} decoder layers; give at most {num_layers}",
+            f"gives no MoE layer in {num_layers} {kind} layers; give at most {num_layers}",
         )
     if start is not None and not 0 <= start <= last:
         raise OptionError(
-            "moe_start_layer", start, f"the {num_layers} decoder layers are 0 to {last}"
+            option_name(options, "moe_start_layer"),
+            start,
+            f"the {num_layers} {kind} layers are 0 to {last}",
         )
     return list(range(freq - 1 if start is None else start, num_layers, freq))
 
 
 def _listed_layers(options: ModelOptions, last: int) -> list[int]:
     text = str(options.moe_layers).replace(" ", "")
+    name = option_name(options, "moe_layers")
     for option in ("moe_freq", "moe_start_layer"):
         if getattr(options, option) != getattr(MoEOptions, option):
             raise OptionError(
-                option,
+                option_name(options, option),
                 getattr(options, option),
-                f"--moe-layers {text} lists the layers: leave one of them out",
+                f"--{name.replace('_', '-')} {text} lists the layers: leave one of them out",
             )
     if text == NO_LAYERS:
         return []
     try:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError("moe_layers", text, "give layer numbers from 0: 5,8,11") from None
+        raise OptionError(name, text, "give layer numbers from 0: 5,8,11") from None
     if indices != sorted(set(indices)) or not (0 <= indices[0] and indices[-1] <= last):
-        raise OptionError(
-            "moe_layers", text, f"give layer numbers from 0 to {last}, ascending, each once"
-        )
+        raise OptionError(name, text, f"give layer numbers from 0 to {last}, ascending, each once")
     return indices
 
 

@@ -4,12 +4,9 @@
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch
 from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -18,23 +15,21 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import flag
-from evomoe_plugin.routing import stats as st
+from evomoe_plugin.criterions.gate_losses import (
+    GateLosses,
+    GateLossOptions,
+    log_inner_loss,
+    log_loss,
+    log_routing,
+)
 
 logger = logging.getLogger(__name__)
 
-_STATS = "moe_stats_"
-_AUX = "moe_aux_"
-_AUX_TOKENS = "moe_tokens_of_aux"
-
 
 @dataclass
-class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
-    """Options with the names and meanings of fairseq's moe branch."""
+class MoECrossEntropyCriterionConfig(GateLossOptions, CrossEntropyCriterionConfig):
+    """Options of the gate losses, and how the cross-entropy is computed."""
 
-    moe_gate_loss_wt: float = flag(1.0, "weight of the gates' auxiliary losses in the loss")
-    moe_gate_loss_combine_method: str = flag(
-        "average", "how the auxiliary losses of MoE layers are combined: average or sum"
-    )
     moe_vocab_chunk: Optional[int] = flag(
         None,
         "number of tokens whose logits are computed at a time (default: 512 on a CPU, 4096 on a "
@@ -48,17 +43,8 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
-class MoECrossEntropyCriterion(CrossEntropyCriterion):
-    """loss = cross-entropy + weight * sample size * sum of coefficient * combined auxiliary loss.
-
-    An auxiliary loss is a mean over the tokens of a micro-batch. Where a micro-batch's sample size
-    is not its number of tokens (prompts that are no targets, token weights, --sentence-avg), the
-    means are weighed by tokens, with the ratio of both in the whole update: the loss of an update
-    does not depend on how it is divided into micro-batches and ranks.
-
-    In evaluation the auxiliary losses are logged but not added. Perplexity is always that of the
-    cross-entropy.
-    """
+class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
+    """The cross-entropy of all tokens, with gate losses; perplexity is always without them."""
 
     def __init__(
         self,
@@ -70,12 +56,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         moe_stability_tokens: int = 4096,
     ):
         super().__init__(task, sentence_avg)
-        if moe_gate_loss_combine_method not in ("average", "sum"):
-            raise OptionError(
-                "moe_gate_loss_combine_method", moe_gate_loss_combine_method, "one of: average, sum"
-            )
-        if not (math.isfinite(moe_gate_loss_wt) and moe_gate_loss_wt >= 0):
-            raise OptionError("moe_gate_loss_wt", moe_gate_loss_wt, "give a weight of 0 or more")
+        self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method)
         if moe_vocab_chunk is not None and moe_vocab_chunk < 0:
             raise OptionError(
                 "moe_vocab_chunk", moe_vocab_chunk, "give a number of tokens, or 0 for all at once"
@@ -88,34 +69,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             )
         self.vocab_chunk = moe_vocab_chunk
         self.stability_tokens = moe_stability_tokens
-        self._counts_tokens = sentence_avg or getattr(task, "has_context", False)
-        self._size_per_token = 1.0  # in the current update
-        self.gate_loss_weight = moe_gate_loss_wt
-        self.combine_method = moe_gate_loss_combine_method
+        source, target = (
+            getattr(task, f"{side}_dictionary", None) for side in ("source", "target")
+        )
+        is_translation = source is not target
+        self.counts_tokens = sentence_avg or getattr(task, "has_context", False) or is_translation
 
-    def begin_update(
-        self, samples: Sequence[dict[str, Any]], total: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Called with the micro-batches of an update, on every rank, before they are trained on.
-
-        Args:
-            total: the sum of a tensor over all ranks.
-        """
-        if not self._counts_tokens or self.gate_loss_weight == 0:
-            return
-        sizes = [(self._sample_size(s), float(self._num_tokens(s))) for s in samples if s]
-        rank = torch.tensor(sizes, dtype=torch.float64).reshape(-1, 2).sum(0)
-        size, tokens = total(rank).tolist()
-        self._size_per_token = size / tokens if tokens else 1.0
-
-    def _sample_size(self, sample: dict[str, Any]) -> int:
+    def sample_size(self, sample: dict[str, Any]) -> int:
         return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-
-    def _num_tokens(self, sample: dict[str, Any]) -> Tensor:
-        """The sum of the weights that the gates' means are taken with."""
-        keep = sample["net_input"]["src_tokens"] != self.padding_idx
-        weights = sample["net_input"].get("token_weights")
-        return keep.sum() if weights is None else (weights * keep).sum()
 
     def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss of one batch.
@@ -126,26 +87,13 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             model for it, which the trainer takes out before.
         """
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
-        sample_size = self._sample_size(sample)
-        tokens = self._num_tokens(sample) if self._counts_tokens else sample_size
+        sample_size = self.sample_size(sample)
         logging_output = {
-            "inner_loss": inner_loss.detach(),
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
-        loss = inner_loss
-        for name, aux_L in extra.get("moe_aux", {}).items():
-            combined = aux_L.mean() if self.combine_method == "average" else aux_L.sum()
-            weight = self.gate_loss_weight * extra["moe_aux_coefficients"][name]
-            if self.training and weight > 0:
-                loss = loss + weight * self._size_per_token * tokens * combined.to(loss.dtype)
-            logging_output[_AUX + name] = combined.detach() * tokens
-            logging_output[_AUX_TOKENS] = tokens
-        logging_output["loss"] = loss.detach()
-        if "moe_stats" in extra:
-            logging_output.update({_STATS + k: v for k, v in extra["moe_stats"].items()})
-            logging_output["moe_flops"] = self._forward_flops(model, extra["moe_stats"])
+        loss = self.add_gate_losses(inner_loss, model, sample, extra, logging_output)
         if "moe_token_routing" in extra:
             logging_output["moe_token_routing"] = extra["moe_token_routing"]
         return loss, sample_size, logging_output
@@ -165,40 +113,24 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         return self.compute_loss(model, net_output, sample, reduce=reduce)[0], net_output[1]
 
     @staticmethod
-    def _forward_flops(model, moe_stats: dict[str, Tensor]) -> Tensor:
-        flops = model.forward_flops
-        tokens = moe_stats[st.TOKENS].max()  # the same in every layer
-        return flops.per_token * tokens + flops.per_pair * moe_stats[st.PAIRS].sum()
-
-    @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics."""
-
-        def total(key: str) -> Any:
-            return sum(log[key] for log in logging_outputs if key in log)
-
-        sample_size, ntokens = total("sample_size"), total("ntokens")
-        loss, inner_loss = total("loss"), total("inner_loss")
-        metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
-        metrics.log_scalar("inner_loss", inner_loss / ntokens / math.log(2), ntokens, round=3)
+        log_loss(logging_outputs)
+        log_inner_loss(logging_outputs, "ntokens")
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg))
-        keys = {key for log in logging_outputs for key in log}
-        for key in sorted(keys):
-            if key.startswith(_AUX):
-                name = "gate_loss_" + key[len(_AUX) :]
-                tokens = total(_AUX_TOKENS)
-                metrics.log_scalar(name, total(key) / tokens, tokens, round=4)
-        stats = {key[len(_STATS) :]: total(key) for key in sorted(keys) if key.startswith(_STATS)}
-        if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
-            return
-        for name, value in st.summarize(stats).items():
-            # A coefficient may start at 1e-8.
-            digits = None if name == st.COEFFICIENT else 4
-            metrics.log_scalar(name, value, ntokens, round=digits)
-        # Not ntokens, which counts target tokens only.
-        tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
-        flops = float(total("moe_flops"))
-        metrics.log_scalar("mflops_per_token", flops / tokens / 1e6, ntokens, round=3)
+        log_routing(logging_outputs)
+
+
+@dataclass
+class CrossEntropyGumbelConfig(MoECrossEntropyCriterionConfig):
+    """Without gate losses."""
+
+    moe_gate_loss_wt: float = flag(0.0, "weight of the gates' auxiliary losses in the loss")
+
+
+@register_criterion("cross_entropy_gumbel", dataclass=CrossEntropyGumbelConfig)
+class CrossEntropyGumbelCriterion(MoECrossEntropyCriterion):
+    """`moe_cross_entropy` under the name that EvoMoE's code has for it without gate losses."""
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.evolve.init_methods import seed_of
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.gates.top_any import TopAnyGate
-from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.models.moe_stack import MoEStack
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ def decide(active_E: Tensor, routed_E: Tensor, unrouted: int) -> Change:
 def adapt_experts(trainer: Trainer) -> None:
     """Adapt the layers whose record is complete; called after each update, on every rank."""
     num_updates = trainer.get_num_updates()
-    for decoder in trainer.get_model().modules():
-        if not isinstance(decoder, MoEDecoder):
+    for stack in trainer.get_model().modules():
+        if not isinstance(stack, MoEStack):
             continue
-        for n, layer in enumerate(decoder.moe_layers):
+        for n, layer in enumerate(stack.moe_layers):
             gate = layer.gate
             if isinstance(gate, TopAnyGate) and gate.record.is_complete(
                 layer.gate_updates(num_updates)
             ):
-                _adapt_layer(trainer, decoder.layer_name(n), gate, num_updates)
+                _adapt_layer(trainer, stack.layer_name(n), gate, num_updates)
 
 
 def _adapt_layer(trainer: Trainer, name: str, gate: TopAnyGate, num_updates: int) -> None:

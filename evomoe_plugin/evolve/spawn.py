@@ -22,7 +22,7 @@ from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.experts.ffn import frozen_name
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.models.config import MoELanguageModelConfig
-from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.models.moe_stack import MoEStack
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,19 @@ def spawn_experts(trainer: Trainer) -> None:
     weight was masked or drawn anew; `reset` gives zeros.
     """
     num_updates = trainer.get_num_updates()
-    for decoder in trainer.get_model().modules():
-        if isinstance(decoder, MoEDecoder) and decoder.args.moe_spawn_updates == num_updates:
-            _spawn(trainer, decoder)
-            _log(decoder, num_updates)
+    for stack in trainer.get_model().modules():
+        if not (isinstance(stack, MoEStack) and stack.moe_layers):
+            continue
+        if stack.options.moe_spawn_updates == num_updates:
+            _spawn(trainer, stack)
+            _log(stack, num_updates)
 
 
-def _spawn(trainer: Trainer, decoder: MoEDecoder) -> None:
-    options = decoder.args
+def _spawn(trainer: Trainer, stack: MoEStack) -> None:
+    options = stack.options
     edits = {}
-    for n, layer in enumerate(decoder.moe_layers):
-        prefix = f"{decoder.layer_name(n)}.experts."
+    for n, layer in enumerate(stack.moe_layers):
+        prefix = f"{stack.layer_name(n)}.experts."
         for parameter in model_layout(trainer).names:
             if parameter.startswith(prefix):
                 edits[parameter] = _edit(parameter.removeprefix(prefix), layer, options)
@@ -81,8 +83,8 @@ def _copy_first(moment: Tensor) -> None:
     moment[1:] = moment[:1].clone()
 
 
-def _log(decoder: MoEDecoder, num_updates: int) -> None:
-    options, layers = decoder.args, decoder.moe_layers
+def _log(stack: MoEStack, num_updates: int) -> None:
+    options, layers = stack.options, stack.moe_layers
     method = [f"by {options.moe_spawn_method}"]
     if options.moe_spawn_method != "copy":
         method.append(f"rate {spawn_rate(options):g}")

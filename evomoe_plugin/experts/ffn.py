@@ -70,6 +70,15 @@ class ExpertStack(nn.Module):
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
+    @torch.no_grad()
+    def rescale(self, deviation: float) -> None:
+        """Give initial weights another standard deviation, and set biases to 0."""
+        _, F, D = self.fc1_weight.shape
+        for name in self._names:
+            fan_in = F if name.startswith("fc2") else D
+            factor = 0.0 if name.endswith("_bias") else deviation * (3 * fan_in) ** 0.5
+            self.get_parameter(name).mul_(factor)
+
     @staticmethod
     def _shapes(
         num_experts: int, model_dim: int, ffn_dim: int, gated: bool

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.config.options import ModelOptions, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
@@ -50,10 +50,12 @@ class BASELayersGate(Gate[ModelOptions]):
 
     @classmethod
     def validate(cls, options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
-        warnings = [
-            "--moe-gate base: in training, a token's expert depends on later tokens of the "
-            "batch too, which is not causal; evaluation takes each token's best expert"
-        ]
+        warnings = []
+        if is_causal(options):
+            warnings.append(
+                "--moe-gate base: in training, a token's expert depends on later tokens of the "
+                "batch too, which is not causal; evaluation takes each token's best expert"
+            )
         if max(expert_counts) > MANY_EXPERTS:
             warnings.append(
                 f"--moe-expert-count {options.moe_expert_count}: the balanced assignment to more "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.config.options import check_number, flag, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
@@ -62,7 +62,7 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             "token at most once: give a number above 0 and at most that, or a "
             "larger --moe-expert-count",
         )
-        if not options.moe_allow_noncausal:
+        if is_causal(options) and not options.moe_allow_noncausal:
             raise OptionError(
                 "moe_gate",
                 "expert_choice",
@@ -70,9 +70,12 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
                 "later tokens, which a causal model must not: use top_k, or give "
                 "--moe-allow-noncausal to train anyway",
             )
-        return [
+        not_causal = (
             "--moe-gate expert_choice: training is not causal, and evaluation routes each token to "
-            "its best experts instead: perplexity is worse than the training loss suggests",
+            "its best experts instead: perplexity is worse than the training loss suggests"
+        )
+        return [
+            *([not_causal] if is_causal(options) else []),
             *(
                 f"--moe-aux {name}: every expert gets the same number of tokens with the gate "
                 "expert_choice, so this loss is constant"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag
+from evomoe_plugin.config.options import ModelOptions, check_number, flag, is_causal
 
 
 @dataclass
@@ -75,6 +75,8 @@ def validate_priority(options: PriorityOptions) -> list[str]:
             options.moe_drop_policy,
             "--moe-batch-prioritized-routing already sets the priority: leave one of them out",
         )
+    if not is_causal(options):
+        return []
     return [
         "--moe-batch-prioritized-routing: in training, later tokens can displace earlier ones, "
         "which is not causal; evaluation has no capacity by default"

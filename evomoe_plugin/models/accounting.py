@@ -5,7 +5,8 @@ Under FSDP no rank holds the whole model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,8 +20,11 @@ from evomoe_plugin.config.options import (
     is_causal_lm,
     kv_heads,
     moe_layer_indices,
+    parse_bool,
     shared_ffn_dim,
+    stack_kind,
 )
+from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.gates import Gate, LayerInfo, gate_class
 
@@ -53,15 +57,16 @@ def _gates(options: ModelOptions, vocabulary: int) -> list[Gate]:
 
 @dataclass(frozen=True)
 class _DenseParts:
-    """Parameters outside of MoE layers, and the widths of the matmuls."""
+    """Parameters of a stack outside of MoE layers, and its multiply-adds."""
 
     attention_and_norms: int  # Of a layer
     ffn: int  # Of a layer with a dense FFN
-    outside: int  # Embeddings and final norm
-    embedding_projections: int  # ... of which matrices between their widths and the decoder's
+    outside: int  # Embeddings, final norm, output
     projected: int  # Multiply-adds of a layer's attention for a token, in projections
-    attended: int  # ... for a token and one key
+    attended: int  # ... in its scores, of a token and its whole context
+    output: int  # ... in the projections of embeddings and to the vocabulary
     ffn_matrices: int
+    per_target: int = 0  # ... for a token whose logits are computed, where not all are
 
 
 def _gpt_parts(options: ModelOptions, vocabulary: int) -> _DenseParts:
@@ -81,9 +86,9 @@ def _gpt_parts(options: ModelOptions, vocabulary: int) -> _DenseParts:
         attention_and_norms=4 * (width * width + width) + 2 * 2 * width,
         ffn=2 * width * ffn_dim + ffn_dim + width,
         outside=outside + (0 if no_final_norm else 2 * width),
-        embedding_projections=projections,
         projected=4 * width * width,
-        attended=2 * width,
+        attended=2 * width * options.tokens_per_sample,
+        output=projections + output_dim * vocabulary,
         ffn_matrices=2,
     )
 
@@ -110,21 +115,112 @@ def _causal_lm_parts(options: CausalLMModelOptions, vocabulary: int) -> _DensePa
         attention_and_norms=projected + biases + qk_norms + norms,
         ffn=matrices * width * ffn_dim + ffn_biases,
         outside=outside + vocabulary * options.decoder_logits_bias,
-        embedding_projections=0,
         projected=projected,
-        attended=2 * heads * dim,
+        attended=2 * heads * dim * options.tokens_per_sample,
+        output=(options.decoder_output_dim or width) * vocabulary,
         ffn_matrices=matrices,
+    )
+
+
+def _encoder_parts(options: Any, vocabulary: int) -> _DenseParts:
+    """Of an encoder with attention over no context: sentences have any length."""
+    width, ffn_dim = options.decoder_embed_dim, options.decoder_ffn_embed_dim
+    return _DenseParts(
+        attention_and_norms=4 * (width * width + width) + 2 * 2 * width,
+        ffn=2 * width * ffn_dim + ffn_dim + width,
+        outside=vocabulary * width + 2 * width * options.decoder_normalize_before,
+        projected=4 * width * width,
+        attended=0,
+        output=0,
+        ffn_matrices=2,
+    )
+
+
+def _translation_encoder_parts(options: Any, vocabulary: int) -> _DenseParts:
+    parts, width = _encoder_parts(options, vocabulary), options.decoder_embed_dim
+    outside = parts.outside + 2 * width * options.layernorm_embedding
+    if options.decoder_learned_pos and not options.no_token_positional_embeddings:
+        outside += (options.max_source_positions + 2) * width
+    return replace(parts, outside=outside)
+
+
+def _roberta_parts(options: Any, vocabulary: int) -> _DenseParts:
+    parts, width = _encoder_parts(options, vocabulary), options.decoder_embed_dim
+    outside = parts.outside + width * width + 3 * width + vocabulary  # and the head
+    outside += vocabulary * width * options.untie_weights_roberta
+    if parse_bool("layernorm_embedding", options.layernorm_embedding):
+        outside += 2 * width
+    if not options.no_token_positional_embeddings:
+        outside += (options.max_positions + 2) * width
+    return replace(
+        parts,
+        outside=outside,
+        attended=2 * width * options.max_positions,
+        per_target=width * width + width * vocabulary,
+    )
+
+
+def _decoder_parts(options: Any, vocabulary: int) -> _DenseParts:
+    """Of a translation model; keys and values of the source are counted for each token of the
+    decoder."""
+    width, source, ffn_dim = (
+        options.decoder_embed_dim,
+        options.encoder_embed_dim,
+        options.decoder_ffn_embed_dim,
+    )
+    input_dim, output_dim = options.decoder_input_dim, options.decoder_output_dim
+    projections = sum(dim * width for dim in (input_dim, output_dim) if dim != width)
+    outside = projections + vocabulary * (
+        input_dim * (not options.share_all_embeddings)
+        + output_dim * (not options.share_decoder_input_output_embed)
+    )
+    if options.decoder_learned_pos and not options.no_token_positional_embeddings:
+        outside += (options.max_target_positions + 2) * width
+    if options.layernorm_embedding:
+        outside += 2 * width
+    if options.decoder_normalize_before and not options.no_decoder_final_norm:
+        outside += 2 * width
+    to_source = 2 * source * width
+    return _DenseParts(
+        attention_and_norms=6 * (width * width + width) + to_source + 2 * width + 3 * 2 * width,
+        ffn=2 * width * ffn_dim + ffn_dim + width,
+        outside=outside,
+        projected=6 * width * width + to_source,
+        attended=0,
+        output=projections + output_dim * vocabulary,
+        ffn_matrices=2,
     )
 
 
 def _dense_parts(options: ModelOptions, vocabulary: int) -> _DenseParts:
     if is_causal_lm(options):
         return _causal_lm_parts(options, vocabulary)
+    if stack_kind(options) == "encoder":
+        is_roberta = hasattr(options, "untie_weights_roberta")
+        return (_roberta_parts if is_roberta else _translation_encoder_parts)(options, vocabulary)
+    if hasattr(options, "encoder_layers"):
+        return _decoder_parts(options, vocabulary)
     return _gpt_parts(options, vocabulary)
 
 
-def count_parameters(options: ModelOptions, vocabulary: int) -> ParameterCount:
-    """Parameters of the model with these options and `vocabulary` token ids."""
+def count_parameters(
+    options: ModelOptions, vocabulary: int, target_vocabulary: int | None = None
+) -> ParameterCount:
+    """Parameters of the model with these options and `vocabulary` token ids; `target_vocabulary`
+    those of the decoder, if an encoder has other ones."""
+    vocabularies = (vocabulary, target_vocabulary or vocabulary)
+    counts = [
+        _count_stack(part, tokens)
+        for part, tokens in zip(stacks(options), vocabularies, strict=False)
+    ]
+    return ParameterCount(
+        sum(count.total for count in counts),
+        sum(count.experts for count in counts),
+        sum(count.active_top1 for count in counts),
+    )
+
+
+def _count_stack(options: ModelOptions, vocabulary: int) -> ParameterCount:
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     counts, width = expert_slots(options), options.decoder_embed_dim
     gated, dense = has_gated_experts(options), _dense_parts(options, vocabulary)
@@ -149,21 +245,29 @@ class ForwardFlops:
     experts, projections of the embeddings, vocabulary."""
     per_pair: int  # One routed pair in one MoE layer
     gates: int = 0  # Part of `per_token` that is due to gates
+    per_target: int = 0
+    """What is computed for a token whose logits are asked for, where it is not for all (RoBERTa's
+    head)."""
 
     @property
     def without_gates(self) -> ForwardFlops:
         """The same without gates."""
-        return ForwardFlops(self.per_token - self.gates, self.per_pair)
+        return replace(self, per_token=self.per_token - self.gates, gates=0)
 
 
 def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
-    """Analytic FLOPs, two to a multiply-add. A training step takes three forward passes' worth
-    (four with activation checkpointing)."""
+    """Analytic FLOPs of a stack, two to a multiply-add. A training step takes three forward passes'
+    worth (four with activation checkpointing).
+
+    Args:
+        options: of the stack (`config.stacks`).
+        vocabulary: number of token ids.
+    """
     width = options.decoder_embed_dim
     moe_layers = moe_layer_indices(options, options.decoder_layers)
     matrices = ExpertFFN.num_matrices(has_gated_experts(options))
     dense = _dense_parts(options, vocabulary)
-    attention = 2 * (dense.projected + dense.attended * options.tokens_per_sample)
+    attention = 2 * (dense.projected + dense.attended)
     dense_layers = options.decoder_layers - len(moe_layers)
     gates = sum(gate.flops_per_token() for gate in _gates(options, vocabulary))
     per_token = (
@@ -176,7 +280,7 @@ def count_flops(options: ModelOptions, vocabulary: int) -> ForwardFlops:
         * matrices
         * width
         * shared_ffn_dim(options)
-        + 2 * dense.embedding_projections
-        + 2 * (options.decoder_output_dim or width) * vocabulary
+        + 2 * dense.output
     )
-    return ForwardFlops(per_token, 2 * matrices * width * expert_ffn_dim(options), gates)
+    per_pair = 2 * matrices * width * expert_ffn_dim(options)
+    return ForwardFlops(per_token, per_pair, gates, 2 * dense.per_target)

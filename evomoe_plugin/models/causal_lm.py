@@ -24,7 +24,9 @@ class CausalLMDecoder(MoEDecoder):
 
     args: CausalLMModelOptions
 
-    def _build_layer(self, cfg: TransformerConfig, info: LayerInfo | None) -> nn.Module:
+    def _build_layer(
+        self, cfg: TransformerConfig, info: LayerInfo | None, no_encoder_attn: bool
+    ) -> nn.Module:
         return DecoderBlock(self.args, info)
 
     def build_output_projection(self, args, dictionary, embed_tokens) -> None:

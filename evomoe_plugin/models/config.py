@@ -9,7 +9,6 @@ from typing import Any, Optional
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
-from evomoe_plugin.config.dataclass_fields import add_field
 from evomoe_plugin.config.options import (
     ACTIVATIONS,
     NO_LAYERS,
@@ -17,7 +16,7 @@ from evomoe_plugin.config.options import (
     MoEOptions,
     flag,
 )
-from evomoe_plugin.gates.gate import Gate, on_registration, option_fields, own_options
+from evomoe_plugin.gates.gate import option_fields
 
 GateOptions: Any = dataclasses.make_dataclass(
     "GateOptions",
@@ -129,31 +128,3 @@ LlamaMediumMoEConfig = _sized(
     decoder_ffn_embed_dim=2816,
     decoder_kv_heads=4,
 )
-CONFIGS = (
-    MoELanguageModelConfig,
-    GPTTinyMoEConfig,
-    GPTSmallMoEConfig,
-    GPTMediumMoEConfig,
-    GPTXLMoEConfig,
-    CausalLMMoEConfig,
-    CausalLMConfig,
-    LlamaTinyMoEConfig,
-    LlamaSmallMoEConfig,
-    LlamaMediumMoEConfig,
-)
-
-
-def _add_options(gate: type[Gate]) -> None:
-    """Add the options of a user's gate to every architecture."""
-    for option in own_options(gate):
-        known = MoELanguageModelConfig.__dataclass_fields__.get(option.name)
-        if known is not None and (known.type, known.default) != (option.type, option.default):
-            raise ValueError(
-                f"{gate.__name__}: there is an option {option.name} already, of type {known.type} "
-                f"and with the default {known.default}: name yours differently"
-            )
-        for config in CONFIGS:
-            add_field(config, option.name, option.type, option.default, option.metadata["help"])
-
-
-on_registration(_add_options)

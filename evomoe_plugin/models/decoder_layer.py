@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention, gelu_accurate
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from fairseq.utils import relu_squared
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import gelu
 
 from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.experts.activations import name_kernel
 from evomoe_plugin.gates import LayerInfo
-from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import Mask, SelfAttention
 from evomoe_plugin.models.mixed_precision import Linear
+from evomoe_plugin.models.moe_ffn import MoEFeedForward
 
 name_kernel(gelu_accurate, "gelu_tanh")
 name_kernel(relu_squared, "relu_squared")
@@ -27,11 +28,13 @@ class DecoderLayer(TransformerDecoderLayerBase):
     Args:
         cfg: the options in fairseq's form.
         attention: "sdpa" (`models.attention`) or "stock" (fairseq's own).
+        no_encoder_attn: whether it is a language model's, without attention to an encoder.
     """
 
-    def __init__(self, cfg: TransformerConfig, attention: str):
+    def __init__(self, cfg: TransformerConfig, attention: str, no_encoder_attn: bool = True):
         self._attention = attention
-        super().__init__(cfg, no_encoder_attn=True)
+        super().__init__(cfg, no_encoder_attn=no_encoder_attn)
+        self.need_attn = False  # as fairseq's commands for inference set it
 
     def build_self_attention(
         self,
@@ -61,29 +64,25 @@ class DecoderLayer(TransformerDecoderLayerBase):
         return Linear.of(super().build_fc2(*args, **kwargs))
 
 
-class MoEDecoderLayer(DecoderLayer):
-    """Self-attention as in fairseq, then an `MoELayer`.
+class MoEDecoderLayer(MoEFeedForward, DecoderLayer):
+    """Attention as in fairseq, then an `MoELayer`.
 
     Args:
         cfg: the options in fairseq's form.
-        options: of the model.
+        options: of the decoder.
         info: the position of the MoE layer.
+        no_encoder_attn: as `DecoderLayer`.
     """
 
-    def __init__(self, cfg: TransformerConfig, options: ModelOptions, info: LayerInfo):
-        super().__init__(cfg, options.moe_attention)
-        self.moe = build_layer(
-            info,
-            options,
-            activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
-            dropout=self.activation_dropout_module,
-        )
-
-    def build_fc1(self, *args, **kwargs) -> None:
-        """No dense FFN: the experts take its place."""
-
-    def build_fc2(self, *args, **kwargs) -> None:
-        """No dense FFN: the experts take its place."""
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        options: ModelOptions,
+        info: LayerInfo,
+        no_encoder_attn: bool = True,
+    ):
+        super().__init__(cfg, options.moe_attention, no_encoder_attn)
+        self.build_moe(options, info)
 
     def forward(
         self,
@@ -91,11 +90,11 @@ class MoEDecoderLayer(DecoderLayer):
         incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
         self_attn_mask: Mask | Tensor | None = None,
         self_attn_padding_mask: Tensor | None = None,
-        token_keys: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        with_token_routing: bool = False,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        encoder_out: Tensor | None = None,
+        encoder_padding_mask: Tensor | None = None,
+        need_head_weights: bool = False,
+        **tokens: Any,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
         """Apply the layer.
 
         Args:
@@ -105,34 +104,22 @@ class MoEDecoderLayer(DecoderLayer):
                 causal mask [length, length], or one for each sequence and head
                 [batch * heads, length, length].
             self_attn_padding_mask: bool [batch, length], True for padding.
-            token_keys: int64 noise keys [length, batch].
-            token_ids: int64 token ids [length, batch].
-            token_weights: weights in the auxiliary losses [length, batch].
-            with_token_routing: as `MoELayer.forward`.
+            encoder_out: [source length, batch, encoder's D].
+            encoder_padding_mask: bool [batch, source length], True for padding.
+            need_head_weights: return the weights of the attention to the encoder.
+            tokens: `token_keys` and others of `MoEFeedForward.feed_forward`.
         Returns:
-            x, and the auxiliary losses and statistics of the MoE layer.
+            x, the auxiliary losses and statistics of the MoE layer, and those weights, [heads,
+            batch, length, source length] or None.
         """
         x = self._attend(x, incremental_state, self_attn_mask, self_attn_padding_mask)
-
-        residual = x
-        if self.normalize_before:
-            x = self.final_layer_norm(x)
-        token_mask_T = None
-        if self_attn_padding_mask is not None:
-            token_mask_T = ~self_attn_padding_mask[:, -x.size(0) :].t().reshape(-1)
-        y_TD, aux, stats = self.moe(
-            x.reshape(-1, x.size(-1)),
-            token_mask_T,
-            *(
-                None if known is None else known.reshape(-1)
-                for known in (token_keys, token_ids, token_weights)
-            ),
-            with_token_routing=with_token_routing,
-        )
-        x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
-        if not self.normalize_before:
-            x = self.final_layer_norm(x)
-        return x, aux, stats
+        weights = None
+        if encoder_out is not None:
+            x, weights = self._attend_to_encoder(
+                x, encoder_out, encoder_padding_mask, incremental_state, need_head_weights
+            )
+        x, aux, stats = self.feed_forward(x, self_attn_padding_mask, **tokens)
+        return x, aux, stats, weights
 
     def _attend(self, x, incremental_state, self_attn_mask, self_attn_padding_mask) -> Tensor:
         residual = x
@@ -149,3 +136,22 @@ class MoEDecoderLayer(DecoderLayer):
         )
         x = self.residual_connection(self.dropout_module(x), residual)
         return x if self.normalize_before else self.self_attn_layer_norm(x)
+
+    def _attend_to_encoder(
+        self, x, encoder_out, encoder_padding_mask, incremental_state, need_head_weights
+    ) -> tuple[Tensor, Tensor | None]:
+        residual = x
+        if self.normalize_before:
+            x = self.encoder_attn_layer_norm(x)
+        x, weights = self.encoder_attn(
+            query=x,
+            key=encoder_out,
+            value=encoder_out,
+            key_padding_mask=encoder_padding_mask,
+            incremental_state=incremental_state,
+            static_kv=True,
+            need_weights=need_head_weights,
+            need_head_weights=need_head_weights,
+        )
+        x = self.residual_connection(self.dropout_module(x), residual)
+        return x if self.normalize_before else self.encoder_attn_layer_norm(x), weights

@@ -47,11 +47,11 @@ def sequence_keys(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     Returns:
         int64 of the same shape. Equal sequences get equal keys.
     """
-    position_T = torch.arange(tokens_BT.size(1), dtype=torch.int64, device=tokens_BT.device)
-    hashed_BT = fold(position_T, tokens_BT)
-    if mask_BT is not None:
-        hashed_BT = hashed_BT * mask_BT
-    return fold(hashed_BT.sum(1, keepdim=True), position_T)
+    if mask_BT is None:
+        mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    position_BT = mask_BT.cumsum(1) - 1  # without padding before the first token
+    hashed_BT = fold(position_BT, tokens_BT) * mask_BT
+    return fold(hashed_BT.sum(1, keepdim=True), position_BT)
 
 
 def uniform(keys_T: Tensor, columns: int) -> Tensor:

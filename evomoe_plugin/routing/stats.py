@@ -32,6 +32,9 @@ TEMPERATURE = "temperature"  # temperature, summed over tokens
 SENT_R = "sent"  # pairs sent by each expert-parallel rank to others, [R]
 RECEIVED_R = "received"  # pairs received by each of them, [R]
 COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
+# Prefixes of names of statistics and losses: of models with one stack of layers, and of the encoder
+# and the decoder of those with two.
+STACKS = ("", "encoder_", "decoder_")
 # Of each token, on request (`routing.stability`); these are no sums.
 FIRST_EXPERT_T = "first_expert"
 COMBINE_WEIGHT_T = "combine_weight"
@@ -72,6 +75,11 @@ def routing_stats(
         stats[NULL_PAIRS] = load_C[num_experts:].sum()
     # A gate may replace some, for example EXPERTS.
     return stats | {name: value.detach().double() for name, value in choice.stats.items()}
+
+
+def stack_of(name: str) -> str:
+    """The prefix of a name, one of `STACKS`."""
+    return next((prefix for prefix in STACKS[1:] if name.startswith(prefix)), "")
 
 
 def is_logged(name: str, value: Tensor) -> bool:

@@ -23,7 +23,7 @@ class FakeModel(torch.nn.Module):
         self.aux = torch.nn.Parameter(torch.tensor(aux))
         self.pairs = torch.tensor(pairs)
         self.coefficients = {"balance": coefficient}
-        self.forward_flops = ForwardFlops(per_token=1_000_000, per_pair=500_000)
+        self.forward_flops = {"": ForwardFlops(per_token=1_000_000, per_pair=500_000)}
 
     def forward(self, src_tokens):
         stats = {

@@ -261,11 +261,11 @@ def test_the_adaptive_process_counts_from_the_spawn(make_model):
 
 def test_flops_before_the_spawn_are_those_of_a_model_without_gates(make_model):
     model = make_model(moe_spawn_updates=N, moe_scorer="mlp")
-    before = model.forward_flops
+    before = model.forward_flops[""]
     model.set_num_updates(N)
-    assert model.forward_flops.per_pair == before.per_pair
+    assert model.forward_flops[""].per_pair == before.per_pair
     gate = model.decoder.moe_layers[0].gate
-    assert model.forward_flops.per_token - before.per_token == 2 * gate.flops_per_token() > 0
+    assert model.forward_flops[""].per_token - before.per_token == 2 * gate.flops_per_token() > 0
 
 
 # The spawn.

@@ -65,5 +65,5 @@ def test_as_torch_counts(make_model, variant):
     # torch does not count the fused attention of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, extra = model(x)
-    flops, pairs = model.forward_flops, int(extra["moe_stats"][st.PAIRS].sum())
+    flops, pairs = model.forward_flops[""], int(extra["moe_stats"][st.PAIRS].sum())
     assert counter.get_total_flops() == x.numel() * flops.per_token + pairs * flops.per_pair

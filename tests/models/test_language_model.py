@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.models.decoder import NonFiniteError
+from evomoe_plugin.models.moe_stack import NonFiniteError
 from evomoe_plugin.routing import stats as st
 from tests.models.conftest import BOTH_FAMILIES
 

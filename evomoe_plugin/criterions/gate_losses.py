@@ -1,0 +1,213 @@
+"""Auxiliary losses and statistics of MoE layers, for criterions of every task."""
+
+# No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.routing import stats as st
+
+_STATS = "moe_stats_"
+_AUX = "moe_aux_"
+_AUX_TOKENS = "moe_tokens_of_aux_"
+_FLOPS = "moe_flops_"
+
+
+@dataclass
+class GateLossOptions(FairseqDataclass):
+    """Options with the names and meanings of fairseq's moe branch."""
+
+    moe_gate_loss_wt: float = flag(1.0, "weight of the gates' auxiliary losses in the loss")
+    moe_gate_loss_combine_method: str = flag(
+        "average", "how the auxiliary losses of MoE layers are combined: average or sum"
+    )
+
+
+class GateLosses:
+    """Criterions inherit this before fairseq's class.
+
+    loss = task loss + weight * sample size * sum of coefficient * combined auxiliary loss.
+
+    An auxiliary loss is a mean over the tokens of a micro-batch. Where a micro-batch's sample size
+    is not its number of tokens (masked tokens, prompts that are no targets, token weights, source
+    sentences, --sentence-avg), the means are weighed by tokens, with the ratio of both in the whole
+    update: the loss of an update does not depend on how it is divided into micro-batches and ranks.
+
+    In evaluation the auxiliary losses are logged but not added.
+    """
+
+    # Of fairseq's class.
+    padding_idx: int
+    training: bool
+
+    counts_tokens = True
+    """Whether sample sizes may differ from numbers of tokens."""
+
+    def set_gate_losses(self, weight: float, combine_method: str) -> None:
+        """Set the options; called by constructors.
+
+        Raises:
+            OptionError: one of them is invalid.
+        """
+        if combine_method not in ("average", "sum"):
+            raise OptionError(
+                "moe_gate_loss_combine_method", combine_method, "one of: average, sum"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise OptionError("moe_gate_loss_wt", weight, "give a weight of 0 or more")
+        self.gate_loss_weight = weight
+        self.combine_method = combine_method
+        self._size_per_token = dict.fromkeys(st.STACKS, 1.0)  # in the current update
+
+    def sample_size(self, sample: dict[str, Any]) -> Any:
+        """What the loss of a batch is divided by."""
+        raise NotImplementedError
+
+    def begin_update(
+        self, samples: Sequence[dict[str, Any]], total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Called with the micro-batches of an update, on every rank, before they are trained on.
+
+        Args:
+            total: the sum of a tensor over all ranks.
+        """
+        if not self.counts_tokens or self.gate_loss_weight == 0:
+            return
+        sums = torch.zeros(1 + len(st.STACKS), dtype=torch.float64)
+        for sample in filter(None, samples):
+            tokens = self._tokens(sample)
+            counts = [self.sample_size(sample), *(tokens.get(stack, 0) for stack in st.STACKS)]
+            sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
+        size, *of_stacks = total(sums).tolist()
+        for stack, tokens in zip(st.STACKS, of_stacks, strict=True):
+            self._size_per_token[stack] = size / tokens if tokens else 1.0
+
+    def _tokens(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """The sum of the weights that the gates' means are taken with, of each stack."""
+        given = sample["net_input"]
+        if "prev_output_tokens" in given:
+            names = {"encoder_": "src_tokens", "decoder_": "prev_output_tokens"}
+            return {stack: (given[name] != self.padding_idx).sum() for stack, name in names.items()}
+        keep, weights = given["src_tokens"] != self.padding_idx, given.get("token_weights")
+        return {"": keep.sum() if weights is None else (weights * keep).sum()}
+
+    def add_gate_losses(
+        self,
+        inner_loss: Tensor,
+        model: Any,
+        sample: dict[str, Any],
+        extra: dict[str, Any],
+        logging_output: dict[str, Any],
+    ) -> Tensor:
+        """The loss with auxiliary losses.
+
+        Args:
+            inner_loss: of the task.
+            extra: the second output of the model.
+            logging_output: gets `inner_loss`, `loss` and what `log_routing` logs.
+        """
+        loss = inner_loss
+        size, aux = logging_output["sample_size"], extra.get("moe_aux", {})
+        tokens = self._tokens(sample) if self.counts_tokens else {"": size}
+        layers: dict[str, int] = {}  # by the loss, in all stacks
+        for name, aux_L in aux.items():
+            base = name.removeprefix(st.stack_of(name))
+            layers[base] = layers.get(base, 0) + len(aux_L)
+        for name, aux_L in aux.items():
+            stack = st.stack_of(name)
+            combined, share = aux_L.sum(), 1.0
+            if self.combine_method == "average":
+                combined = aux_L.mean()
+                share = len(aux_L) / layers[name.removeprefix(stack)]
+            weight = self.gate_loss_weight * extra["moe_aux_coefficients"][name] * share
+            if self.training and weight > 0:
+                size_of_aux = self._size_per_token[stack] * tokens[stack]
+                loss = loss + weight * size_of_aux * combined.to(loss.dtype)
+            logging_output[_AUX + name] = combined.detach() * tokens[stack]
+            logging_output[_AUX_TOKENS + stack] = tokens[stack]
+        logging_output["inner_loss"] = inner_loss.detach()
+        logging_output["loss"] = loss.detach()
+        if "moe_stats" in extra:
+            stats = extra["moe_stats"]
+            logging_output.update({_STATS + name: value for name, value in stats.items()})
+            for stack, flops in model.forward_flops.items():
+                if stack + st.TOKENS in stats:
+                    of_tokens = flops.per_token * stats[stack + st.TOKENS].max()  # of any layer
+                    of_pairs = flops.per_pair * stats[stack + st.PAIRS].sum()
+                    logging_output[_FLOPS + stack] = of_tokens + of_pairs + flops.per_target * size
+        return loss
+
+
+class Recorded:
+    """A model that keeps the second output of its forward pass, for criterions of fairseq that drop
+    it."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.extra: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._model(*args, **kwargs)
+        self.extra = output[1]
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def log_routing(logging_outputs: Sequence[dict[str, Any]]) -> None:
+    """Log gate losses and routing statistics of each stack."""
+    ntokens = _total(logging_outputs, "ntokens")
+    keys = sorted({key for log in logging_outputs for key in log})
+    for key in keys:
+        if key.startswith(_AUX):
+            name = key.removeprefix(_AUX)
+            stack = st.stack_of(name)
+            tokens = _total(logging_outputs, _AUX_TOKENS + stack)
+            mean = _total(logging_outputs, key) / tokens
+            metrics.log_scalar(
+                f"{stack}gate_loss_{name.removeprefix(stack)}", mean, tokens, round=4
+            )
+    for stack in st.STACKS:
+        stats = {
+            key.removeprefix(_STATS).removeprefix(stack): _total(logging_outputs, key)
+            for key in keys
+            if key.startswith(_STATS) and st.stack_of(key.removeprefix(_STATS)) == stack
+        }
+        if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
+            continue
+        for name, value in st.summarize(stats).items():
+            # A coefficient may start at 1e-8.
+            digits = None if name == st.COEFFICIENT else 4
+            metrics.log_scalar(stack + name, value, ntokens, round=digits)
+        # Not ntokens, which counts target tokens only.
+        tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
+        flops = float(_total(logging_outputs, _FLOPS + stack))
+        metrics.log_scalar(f"{stack}mflops_per_token", flops / tokens / 1e6, ntokens, round=3)
+
+
+def log_inner_loss(logging_outputs: Sequence[dict[str, Any]], size: str) -> None:
+    """Log `inner_loss`, base 2, per unit of the logging output `size`."""
+    count = _total(logging_outputs, size)
+    inner_loss = _total(logging_outputs, "inner_loss")
+    metrics.log_scalar("inner_loss", inner_loss / count / math.log(2), count, round=3)
+
+
+def log_loss(logging_outputs: Sequence[dict[str, Any]]) -> None:
+    """Log `loss`, base 2, with gate losses in training."""
+    size = _total(logging_outputs, "sample_size")
+    loss = _total(logging_outputs, "loss")
+    metrics.log_scalar("loss", loss / size / math.log(2), size, round=3)
+
+
+def _total(logging_outputs: Sequence[dict[str, Any]], key: str) -> Any:
+    return sum(log[key] for log in logging_outputs if key in log)

@@ -1,0 +1,56 @@
+"""The loss of sentence classification and regression plus the auxiliary losses of the gates."""
+
+# No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.sentence_prediction import (
+    SentencePredictionConfig,
+    SentencePredictionCriterion,
+)
+from torch import Tensor
+
+from evomoe_plugin.criterions.gate_losses import (
+    GateLosses,
+    GateLossOptions,
+    Recorded,
+    log_inner_loss,
+    log_routing,
+)
+
+
+@dataclass
+class MoESentencePredictionConfig(GateLossOptions, SentencePredictionConfig):
+    """Options of the gate losses and of fairseq's criterion."""
+
+
+@register_criterion("moe_sentence_prediction", dataclass=MoESentencePredictionConfig)
+class MoESentencePrediction(GateLosses, SentencePredictionCriterion):
+    """fairseq's criterion of GLUE tasks with gate losses."""
+
+    def __init__(self, cfg: MoESentencePredictionConfig, task: Any):
+        super().__init__(cfg, task)
+        self.set_gate_losses(cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method)
+
+    def sample_size(self, sample: dict[str, Any]) -> int:
+        return sample["target"].numel()
+
+    def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Loss of one batch: summed over sentences, their number, and what is logged."""
+        recorded = Recorded(model)
+        inner_loss, size, logging_output = super().forward(recorded, sample, reduce)
+        loss = self.add_gate_losses(inner_loss, model, sample, recorded.extra, logging_output)
+        return loss, size, logging_output
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        """Log what fairseq does, inner_loss, gate losses and routing statistics."""
+        SentencePredictionCriterion.reduce_metrics(logging_outputs)
+        log_inner_loss(logging_outputs, "sample_size")
+        log_routing(logging_outputs)
+
+    def logging_outputs_can_be_summed(self) -> bool:  # type: ignore[override]
+        """Not where predictions are logged, for the scores of GLUE: they are lists."""
+        return not self.keep_pred_and_targ

@@ -1,0 +1,88 @@
+"""The half of fairseq's layers after attention, with an MoE layer in place of the FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import gelu
+
+from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.gates import LayerInfo
+from evomoe_plugin.layer import MoELayer, build_layer
+
+
+class MoEFeedForward:
+    """Layers of encoders and decoders inherit this before fairseq's class."""
+
+    # Of fairseq's class.
+    activation_fn: Callable[[Tensor], Tensor]
+    activation_dropout_module: Module
+    dropout_module: Module
+    final_layer_norm: Module
+    normalize_before: bool
+    residual_connection: Callable[[Tensor, Tensor], Tensor]
+
+    moe: MoELayer
+
+    def build_moe(self, options: ModelOptions, info: LayerInfo) -> None:
+        """Build the MoE layer.
+
+        Args:
+            options: of the stack.
+            info: the position of the MoE layer.
+        """
+        self.moe = build_layer(
+            info,
+            options,
+            activation=gelu if options.activation_fn == "gelu" else self.activation_fn,
+            dropout=self.activation_dropout_module,
+        )
+
+    def build_fc1(self, *args, **kwargs) -> None:
+        """No dense FFN: the experts take its place."""
+
+    def build_fc2(self, *args, **kwargs) -> None:
+        """No dense FFN: the experts take its place."""
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        token_keys: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        with_token_routing: bool = False,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Apply norm, MoE layer, dropout and residual connection.
+
+        Args:
+            x: [length, batch, D], fairseq's order.
+            padding_mask: bool [batch, length or more], True for padding; of the last positions.
+            token_keys: int64 noise keys [length, batch].
+            token_ids: int64 token ids [length, batch].
+            token_weights: weights in the auxiliary losses [length, batch].
+            with_token_routing: as `MoELayer.forward`.
+        Returns:
+            x, and the auxiliary losses and statistics of the MoE layer.
+        """
+        residual = x
+        if self.normalize_before:
+            x = self.final_layer_norm(x)
+        token_mask_T = None
+        if padding_mask is not None:
+            token_mask_T = ~padding_mask[:, -x.size(0) :].t().reshape(-1)
+        y_TD, aux, stats = self.moe(
+            x.reshape(-1, x.size(-1)),
+            token_mask_T,
+            *(
+                None if known is None else known.reshape(-1)
+                for known in (token_keys, token_ids, token_weights)
+            ),
+            with_token_routing=with_token_routing,
+        )
+        x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
+        if not self.normalize_before:
+            x = self.final_layer_norm(x)
+        return x, aux, stats

@@ -1,0 +1,124 @@
+"""What models of every kind do with their MoE layers: updates, records, FLOPs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch import nn
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots, stack_kind
+from evomoe_plugin.config.stacks import stacks
+from evomoe_plugin.models.accounting import ForwardFlops, count_parameters
+from evomoe_plugin.models.moe_stack import MoEStack
+
+logger = logging.getLogger(__name__)
+
+
+class MoEModel:
+    """Models inherit this beside fairseq's class.
+
+    Attributes:
+        gives_losses: whether the forward pass accepts `targets` (`MoEDecoder.forward`).
+        forward_flops_by_stack: FLOPs of a forward pass with gates, by the prefix that the criterion
+            gives the statistics of a stack; set by the constructor.
+    """
+
+    gives_losses = False
+    forward_flops_by_stack: dict[str, ForwardFlops]
+
+    @property
+    def moe_stacks(self) -> dict[str, MoEStack]:
+        """Encoder and decoder, by the prefix of the names of their statistics."""
+        raise NotImplementedError
+
+    @property
+    def forward_flops(self) -> dict[str, ForwardFlops]:
+        """FLOPs of a forward pass in the current phase, by the prefix of the stack."""
+        return {
+            prefix: flops.without_gates if self.moe_stacks[prefix].in_dense_phase else flops
+            for prefix, flops in self.forward_flops_by_stack.items()
+        }
+
+    def not_recording(self) -> AbstractContextManager[None]:
+        """For batches in training mode that are not part of an update."""
+        contexts = ExitStack()
+        for stack in self.moe_stacks.values():
+            contexts.enter_context(stack.not_recording())
+        return contexts
+
+    def finish_update(self, num_updates: int, group: Any = None) -> None:
+        """Called after each update, on every rank (`MoEStack.finish_update`)."""
+        for stack in self.moe_stacks.values():
+            stack.finish_update(num_updates, group)
+
+    def discard_update(self) -> None:
+        """Called if an update was skipped after its forward passes."""
+        for stack in self.moe_stacks.values():
+            stack.discard_update()
+
+    def begin_record_routing(self) -> None:
+        """Start recording for DynMoE's adaptive process (`MoEStack.begin_record_routing`)."""
+        for stack in self.moe_stacks.values():
+            stack.begin_record_routing()
+
+    def end_record_routing(self) -> None:
+        """Stop recording and adapt the experts (`MoEStack.end_record_routing`)."""
+        for stack in self.moe_stacks.values():
+            stack.end_record_routing()
+
+
+def log_sizes(options: ModelOptions, vocabulary: int, target_vocabulary: int | None = None) -> None:
+    """Log the MoE layers of each stack and the number of parameters (`count_parameters`)."""
+    sizes = count_parameters(options, vocabulary, target_vocabulary)
+    parts = stacks(options)
+    for part in parts:
+        counts, slots = expert_counts(part), expert_slots(part)
+        if not counts:
+            continue
+        logger.info(
+            "MoE: %d of %d %slayers, gate %s, experts per layer %s%s",
+            len(counts),
+            part.decoder_layers,
+            f"{stack_kind(part)} " if len(parts) > 1 else "",
+            part.moe_gate,
+            counts[0] if len(set(counts)) == 1 else counts,
+            "" if slots == counts else f", {max(slots)} slots",
+        )
+    if not sizes.experts:
+        logger.info("no MoE layer; parameters: %s", f"{sizes.total:,}")
+        return
+    logger.info(
+        "parameters: %s in total, %s of them in experts; %s active with one expert per layer",
+        *(f"{n:,}" for n in (sizes.total, sizes.experts, sizes.active_top1)),
+    )
+
+
+def other_model(arch: str, kind: str) -> OptionError:
+    """An error for a checkpoint of a model that is not `kind`."""
+    return OptionError(
+        "arch", arch, f"the checkpoint is not of {kind}: give the architecture it was trained with"
+    )
+
+
+def check_rows(state: Mapping[str, Any], name: str, embedding: nn.Embedding) -> None:
+    """Refuse the weights of another dictionary.
+
+    Args:
+        state: of the checkpoint.
+        name: of the embedding in it.
+        embedding: of the model.
+    Raises:
+        OptionError: the sizes of the vocabularies differ.
+    """
+    saved = state.get(name)
+    if saved is not None and saved.size(0) != embedding.num_embeddings:
+        raise OptionError(
+            "DATA",
+            "dict.txt",
+            f"has {embedding.num_embeddings} token ids, the checkpoint has "
+            f"{saved.size(0)}: give the data of the checkpoint",
+        )
