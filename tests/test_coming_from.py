@@ -155,6 +155,8 @@ def known_flags() -> frozenset[str]:
         (options.get_training_parser(), *training, "--lr-scheduler", schedule, *task)
         for schedule, task in zip(("polynomial_decay", "cosine"), tasks, strict=True)
     ]
+    translation = "--task translation --arch transformer_moe".split()
+    runs.append((options.get_training_parser(), *translation))
     runs += [
         (make(), "--path", "x", *tasks[0])
         for make in (options.get_eval_lm_parser, options.get_generation_parser)

@@ -14,17 +14,21 @@ from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 def summary(main: MainFile) -> list[tuple[str, str]]:
     """Rows of a table: name and value."""
     tied = main.option("model", "share_decoder_input_output_embed")
+    both = {"encoder", "decoder"} <= {name.partition(".")[0] for name in main.weights()}
     counts, experts, dtypes = [0, 0], {}, set()  # of weights: outside of experts, in experts
     for name, weight in main.weights().items():
         of_experts = is_expert_parameter(name)
         if of_experts:
-            experts[name.partition(".moe.experts.")[0].rpartition(".")[2]] = weight.shape[0]
+            path = name.partition(".moe.experts.")[0].split(".")
+            experts[f"{path[0]} layer {path[-1]}" if both else f"layer {path[-1]}"] = weight.shape[
+                0
+            ]
         is_buffer = name.endswith((".version", "._float_tensor")) or weight.dtype == "float64"
         if "float" in weight.dtype and not is_buffer:
             dtypes.add(weight.dtype)
             if not (tied and name.endswith("output_projection.weight")):
                 counts[of_experts] += math.prod(weight.shape)
-    layers = ", ".join(f"{count} in layer {layer}" for layer, count in experts.items())
+    layers = ", ".join(f"{count} in {layer}" for layer, count in experts.items())
     return [
         ("file", main.path),
         ("form", _form(main)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from evomoe_plugin.checkpoint.checkpoint_file import MainFile
 from evomoe_plugin.checkpoint.expert_shards import (
@@ -15,7 +16,14 @@ from evomoe_plugin.checkpoint.expert_shards import (
 )
 from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import (
+    ModelOptions,
+    MoEOptions,
+    expert_slots,
+    moe_layer_indices,
+    stack_kind,
+)
+from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 
 
@@ -38,25 +46,31 @@ def _faults_of_layers(main: MainFile) -> Iterator[str]:
     """Compare the experts with the run's options."""
     if main.option("model", "moe_expert_count") is None:
         return
-    options = ModelOptions()
-    vars(options).update(main.state["cfg"]["model"])  # the gate's are among them
-    indices = moe_layer_indices(options, options.decoder_layers)
-    wanted = dict(zip(indices, expert_slots(options, len(indices)), strict=True))
-    found: dict[int, set[int]] = {}
+    saved = main.state["cfg"]["model"]  # the gate's options are among them
+    defaults = MoEOptions() if "encoder_layers" in saved else ModelOptions()
+    parts = stacks(cast(ModelOptions, SimpleNamespace(**{**vars(defaults), **saved})))
+    wanted = {}
+    for part in parts:
+        indices = moe_layer_indices(part, part.decoder_layers)
+        for layer, count in zip(indices, expert_slots(part, len(indices)), strict=True):
+            wanted[stack_kind(part), layer] = count
+    found: dict[tuple[str, int], set[int]] = {}
     for name, weight in main.weights().items():
         if is_expert_parameter(name):
-            layer = int(name.partition(".moe.experts.")[0].rpartition(".")[2])
-            found.setdefault(layer, set()).add(weight.shape[0])
-    for layer, count in wanted.items():
-        if layer not in found:
-            yield f"has no experts of layer {layer}"
-        elif found[layer] != {count}:
+            path = name.partition(".moe.experts.")[0].split(".")
+            found.setdefault((path[0], int(path[-1])), set()).add(weight.shape[0])
+    for kind, layer in sorted(wanted.keys() | found.keys()):
+        label = f"{kind} layer {layer}" if len(parts) > 1 else f"layer {layer}"
+        counts, expected = found.get((kind, layer)), wanted.get((kind, layer))
+        if counts is None:
+            yield f"has no experts of {label}"
+        elif expected is None:
+            yield f"has experts of {label}, which by its options is no MoE layer"
+        elif counts != {expected}:
             yield (
-                f"has {', '.join(map(str, sorted(found[layer])))} experts in layer {layer}, "
-                f"its options say {count}"
+                f"has {', '.join(map(str, sorted(counts)))} experts in {label}, "
+                f"its options say {expected}"
             )
-    for layer in sorted(found.keys() - wanted.keys()):
-        yield f"has experts of layer {layer}, which by its options is no MoE layer"
 
 
 def _faults_of_shards(

@@ -73,13 +73,20 @@ def validate_run(cfg: Any) -> None:
     ):
         logger.warning(
             "--criterion %s: gate losses are not added and routing is not logged; "
-            "--criterion moe_cross_entropy does both",
+            "--criterion %s does both",
             criterion,
+            _WITH_GATE_LOSSES.get(criterion, "moe_cross_entropy"),
         )
     weight = getattr(cfg.criterion, "moe_gate_loss_wt", None)
     if weight is not None:
         _warn_of_large_loss(model, weight)
         _warn_of_collapse(model, weight)
+
+
+_WITH_GATE_LOSSES = {
+    name: f"moe_{name}"
+    for name in ("masked_lm", "label_smoothed_cross_entropy", "sentence_prediction")
+}
 
 
 def _check_changes(cfg: Any) -> None:
@@ -204,9 +211,18 @@ def _warn_of_collapse(model: Any, weight: float) -> None:
         )
 
 
+# By task: the dictionary, next to which the data are.
+_DICTIONARIES = {
+    "language_modeling": "dict.txt",
+    "masked_lm": "dict.txt",
+    "translation": "dict.*.txt",
+    "sentence_prediction": "input0/dict.txt",
+}
+
+
 def _check_data(cfg: Any) -> None:
     task = cfg.task
-    if task is None or getattr(task, "_name", None) != "language_modeling":
+    if getattr(task, "_name", None) not in _DICTIONARIES:
         return
     remedy = "give a folder made by `evomoe prepare` or fairseq-preprocess"
     if task.data is None:
@@ -214,8 +230,10 @@ def _check_data(cfg: Any) -> None:
     folder = Path(str(task.data).split(os.pathsep)[0])
     if not folder.is_dir():
         raise OptionError("DATA", task.data, f"no such folder; {remedy}")
-    if not (folder / "dict.txt").is_file():
-        raise OptionError("DATA", task.data, f"has no dict.txt; {remedy}")
+    dictionary = _DICTIONARIES[task._name]
+    if not any(folder.glob(dictionary)):
+        raise OptionError("DATA", task.data, f"has no {dictionary}; {remedy}")
+    folder = (folder / dictionary).parent
     if cfg.model is not None and not list(folder.glob(f"{cfg.dataset.train_subset}*.idx")):
         raise OptionError(
             "DATA", task.data, f"has no {cfg.dataset.train_subset}.idx to train on; {remedy}"

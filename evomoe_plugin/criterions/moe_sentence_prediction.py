@@ -51,6 +51,6 @@ class MoESentencePrediction(GateLosses, SentencePredictionCriterion):
         log_inner_loss(logging_outputs, "sample_size")
         log_routing(logging_outputs)
 
-    def logging_outputs_can_be_summed(self) -> bool:  # type: ignore[override]
+    def logging_outputs_can_be_summed(self) -> bool:
         """Not where predictions are logged, for the scores of GLUE: they are lists."""
         return not self.keep_pred_and_targ

@@ -16,12 +16,11 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 
 from evomoe_plugin.checkpoint.parameter_storage import model_layout
-from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.config.options import ModelOptions, spawn_rate
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.experts.ffn import frozen_name
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.moe_stack import MoEStack
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def _spawn(trainer: Trainer, stack: MoEStack) -> None:
     edit_parameters(trainer, edits, dict.fromkeys(edits, _copy_first) if copies else None)
 
 
-def _edit(name: str, layer: MoELayer, options: MoELanguageModelConfig) -> Edit:
+def _edit(name: str, layer: MoELayer, options: ModelOptions) -> Edit:
     """Spawn the experts' parameter `name`."""
     method, rescale = options.moe_spawn_method, options.moe_spawn_rescale
     rate, resets = spawn_rate(options), options.moe_spawn_moments == "reset"

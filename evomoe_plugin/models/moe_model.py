@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -43,12 +43,13 @@ class MoEModel:
             for prefix, flops in self.forward_flops_by_stack.items()
         }
 
-    def not_recording(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def not_recording(self) -> Iterator[None]:
         """For batches in training mode that are not part of an update."""
-        contexts = ExitStack()
-        for stack in self.moe_stacks.values():
-            contexts.enter_context(stack.not_recording())
-        return contexts
+        with ExitStack() as contexts:
+            for stack in self.moe_stacks.values():
+                contexts.enter_context(stack.not_recording())
+            yield
 
     def finish_update(self, num_updates: int, group: Any = None) -> None:
         """Called after each update, on every rank (`MoEStack.finish_update`)."""

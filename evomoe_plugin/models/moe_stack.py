@@ -98,8 +98,8 @@ class MoEStack:
                 wrap_experts(layer)
             wrap_apart(self, options.moe_train_only or "", fsdp_wrap)
             least = 0 if options.checkpoint_activations else options.min_params_to_wrap
-            for i, layer in enumerate(self.layers):
-                self.layers[i] = fsdp_wrap(layer, min_num_params=least)
+            for i, wrapped in enumerate(self.layers):
+                self.layers[i] = fsdp_wrap(wrapped, min_num_params=least)
 
     def build_next_layer(
         self, cfg: TransformerConfig, build: Callable[[LayerInfo | None], nn.Module]
@@ -274,7 +274,7 @@ class MoEStack:
                 self.options.moe_gate,
                 "its number of experts is fixed: give top_any to record routing",
             )
-        interval = self.options.moe_adapt_record_interval
+        interval = getattr(self.options, "moe_adapt_record_interval", 0)
         if interval:
             raise OptionError(
                 "moe_adapt_record_interval",

@@ -1,0 +1,155 @@
+"""The published command lines of RoBERTa and translation, at small sizes: any layout gives the same
+model, resuming is exact, and fairseq's commands read the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from tests.end_to_end.runs import assert_same_weights, load
+from tests.tiny_runs import ROOT, Runs
+
+SIZES = """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
+--encoder-attention-heads 2 --moe-expert-count 4 --moe-gating-use-fp32
+--moe-gate-loss-wt 0.01 --moe-gate-loss-combine-method sum --dropout 0 --attention-dropout 0
+--moe-spawn-updates 2 --moe-spawn-method mask --moe-temperature-updates 3
+--optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.01 --lr 0.003 --clip-norm 0.5
+--log-format json --log-interval 1 --num-workers 0 --no-epoch-checkpoints
+--save-interval-updates 4 --seed 3 --max-update 6""".split()
+TASKS = {
+    "roberta": """--task masked_lm --arch roberta_large_moe --moe-freq 2 --criterion moe_masked_lm
+        --sample-break-mode complete --tokens-per-sample 32 --batch-size 4""".split(),
+    "translation": """--task translation --arch transformer_wmt_en_de_big_moe
+        --encoder-moe-freq 2 --decoder-moe-freq 2 --share-all-embeddings
+        --decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64
+        --decoder-attention-heads 2 --criterion moe_label_smoothed_cross_entropy
+        --label-smoothing 0.1 --report-accuracy --max-tokens 64""".split(),
+}
+TWO = ("--distributed-world-size", "2", "--update-freq", "1")
+FSDP = (*TWO, "--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
+LAYOUTS = {
+    "one": ("--update-freq", "2"),
+    "fsdp": (*FSDP, "--checkpoint-activations"),
+    "ep": (*FSDP, "--moe-expert-parallel-size", "2"),
+}
+NUMBERS = ("loss", "inner_loss", "gnorm")
+PREFIXES = {"roberta": ("",), "translation": ("encoder_", "decoder_")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sentences of up to 11 words, and each word for word in reverse order."""
+    folder, dice = tmp_path_factory.mktemp("pairs"), random.Random(0)
+    for split, count in (("train", 300), ("valid", 24), ("test", 24)):
+        source, target = [], []
+        for _ in range(count):
+            ids = [dice.randrange(40) for _ in range(dice.randrange(3, 12))]
+            source.append(" ".join(f"a{i}" for i in ids))
+            target.append(" ".join(f"b{i * 7 % 40}" for i in reversed(ids)))
+        (folder / f"{split}.de").write_text("\n".join(source) + "\n")
+        (folder / f"{split}.en").write_text("\n".join(target) + "\n")
+    runs = Runs(folder, folder)
+    splits = [x for s in ("train", "valid", "test") for x in (f"--{s}pref", folder / s)]
+    given = (*splits, "--workers", "1")
+    pair = ("--source-lang", "de", "--target-lang", "en")
+    for name, options in (("pairs", (*pair, "--joined-dictionary")), ("mono", ("--only-source",))):
+        if name == "mono":
+            given = [f"{x}.de" if i % 2 and i < 6 else x for i, x in enumerate(given)]
+        assert runs.run("preprocess", *options, *given, "--destdir", folder / name) == 0
+    return {"roberta": folder / "mono", "translation": folder / "pairs"}
+
+
+class Trained:
+    """Runs of one task, each made once."""
+
+    def __init__(self, task, data, folder):
+        self.task, self.runs, self._done = task, Runs(data, folder), {}
+
+    def __call__(self, name, *given):
+        if name not in self._done:
+            folder = self.runs.folder / name
+            folder.mkdir()
+            status = self.runs.run(
+                "train", self.runs.data, "--user-dir", ROOT / "evomoe_plugin", *TASKS[self.task],
+                *SIZES, *LAYOUTS.get(name, ()), "--save-dir", folder, "--log-file", folder / "log",
+                *given,
+            )  # fmt: skip
+            assert status == 0
+            self._done[name] = folder
+        return self._done[name]
+
+    def logged(self, name, tag="train_inner"):
+        text = (self(name) / "log").read_text()
+        found = re.findall(rf"(?:\| {tag} \| )?(\{{.*\"epoch\".*\}})", text)
+        return [json.loads(line) for line in found if '"num_updates"' in line]
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return Trained(request.param, data[request.param], folder)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ep"])
+def test_every_layout_gives_the_same_model(trained, layout):
+    if (trained.task, layout) == ("roberta", "fsdp"):
+        pytest.skip("a part of what translation does")
+    one, other = trained.logged("one"), trained.logged(layout)
+    assert len(one) == len(other) == 6
+    numbers = list(NUMBERS)
+    for prefix in PREFIXES[trained.task]:
+        numbers += [f"{prefix}{name}" for name in ("gate_loss_balance", "experts_per_token")]
+    for a, b in zip(one, other, strict=True):
+        for name in numbers:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=3e-3, abs=3e-3), name
+    assert one[0][f"{prefix}experts_per_token"] == "1"  # before the spawn
+    assert one[2][f"{prefix}experts_per_token"] != "1"
+    assert_same_weights(
+        trained("one") / "checkpoint_last.pt", trained(layout) / "checkpoint_last.pt", atol=3e-3
+    )
+
+
+def test_resuming_is_exact(trained):
+    layout = "ep"
+    (path,) = trained(layout).glob("checkpoint_*_4.pt")
+    resumed = trained(f"resumed {layout}", *LAYOUTS[layout], "--restore-file", path)
+    assert trained.logged(f"resumed {layout}")[0]["num_updates"] == "5"
+    for a, b in zip(trained.logged(layout)[4:], trained.logged(f"resumed {layout}"), strict=True):
+        assert [a[name] for name in NUMBERS] == [b[name] for name in NUMBERS]
+    assert_same_weights(trained(layout) / "checkpoint_last.pt", resumed / "checkpoint_last.pt")
+
+
+def test_fairseq_validate_reports_what_training_did(trained, caplog):
+    checkpoint = trained("ep") / "checkpoint_last.pt"
+    wanted = load(checkpoint)["extra_state"]["val_loss"]
+    caplog.clear()
+    status = trained.runs.run(
+        "validate", trained.runs.data, "--user-dir", ROOT / "evomoe_plugin", "--path", checkpoint,
+        *TASKS[trained.task][:2], "--valid-subset", "valid", "--max-tokens", "64",
+        "--num-workers", "0", "--log-format", "json",
+    )  # fmt: skip
+    assert status == 0
+    found = re.search(r'"valid_inner_loss": "([\d.]+)"', caplog.text)[1]
+    assert float(found) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_fairseq_generate_translates(trained, tmp_path):
+    if trained.task != "translation":
+        pytest.skip("only translation generates")
+    results = []
+    for batch in ("1", "8"):
+        folder = tmp_path / batch
+        status = trained.runs.run(
+            "generate", trained.runs.data, "--user-dir", ROOT / "evomoe_plugin", "--path",
+            trained("ep") / "checkpoint_last.pt", "--gen-subset", "test", "--beam", "3",
+            "--max-len-b", "12", "--batch-size", batch, "--scoring", "sacrebleu",
+            "--results-path", folder, "--num-workers", "0",
+        )  # fmt: skip
+        assert status == 0
+        lines = (folder / "generate-test.txt").read_text().splitlines()
+        assert "BLEU" in lines[-1]
+        results.append(sorted(line.split("\t")[2] for line in lines if line.startswith("H-")))
+    assert results[0] == results[1] and len(results[0]) == 24
