@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ def read_checkpoint(
     with _faults_of(option, path):
         state = checkpoint_utils.load_checkpoint_to_cpu(existing_file(option, path), overrides)
     cfg, weights = state.get("cfg"), state["model"]
+    if isinstance(cfg, DictConfig) and isinstance(cfg.get("model"), argparse.Namespace):
+        # Of fairseq's models without a dataclass, such as roberta and transformer.
+        cfg.model = OmegaConf.create(vars(cfg.model), flags={"allow_objects": True})
     if not isinstance(cfg, DictConfig) or not isinstance(cfg.get("model"), DictConfig):
         raise OptionError(
             option,

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 from evomoe_plugin.cli.flags import defaults, flag, parsed
+from evomoe_plugin.config.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = defaults(options.PrepareOptions)
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
         help="file or folder (searched for .txt, .jsonl and .parquet files, and data sets that "
         "`datasets` saved); a JSON array as .json",
@@ -93,8 +94,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokenizer.json",
     )
 
+    from evomoe_plugin.data.pairs import PairOptions
+
+    default = defaults(PairOptions)
+    group = parser.add_argument_group("parallel text, for --task translation (docs/encoders.md)")
+    add = partial(flag, group)
+    two = {"nargs": 2, "metavar": ("SRC", "TGT")}
+    add("--pairs", str, "source and target, line by line, instead of INPUTs", **two)
+    add("--valid-pairs", str, "files of the valid split, instead of --valid-fraction", **two)
+    add("--test-pairs", str, "files of the test split, instead of --test-fraction", **two)
+    add("--langs", str, "names of the languages (default: the suffixes of the files)", **two)
+    add("--separate-vocabularies", False, "a vocabulary for each language (default: a joint one)")
+    add("--min-length N", default["min_length"], "train on sentences of at least N tokens")
+    add("--max-length N", int, "train on sentences of at most N tokens (default: no limit)")
+    add("--max-length-ratio X", float, "and with at most X tokens to one of the other language")
+    # Which of the flags above are not of parallel text; `run` tells of those that are given.
+    parser.set_defaults(
+        not_of_pairs={
+            action.dest: action.default
+            for action in parser._actions
+            if action.dest not in (*default, "help", "workers", "inputs")
+        }
+    )
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.pairs:
+        return _run_pairs(args)
+    for name in ("valid_pairs", "test_pairs", "langs", "max_length", "max_length_ratio"):
+        if getattr(args, name) is not None:
+            raise OptionError(name, getattr(args, name), "is of parallel text: give --pairs too")
     from evomoe_plugin.config.errors import INTERRUPTED
     from evomoe_plugin.data import PrepareOptions, prepare
 
@@ -110,6 +139,29 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task language_modeling "
         "--arch transformer_lm_gpttiny_moe …"
+    )
+    return 0
+
+
+def _run_pairs(args: argparse.Namespace) -> int:
+    from evomoe_plugin.data.pairs import PairOptions, prepare_pairs
+
+    if args.inputs:
+        raise OptionError("INPUT", " ".join(args.inputs), "--pairs names the files: leave it out")
+    for name, value in args.not_of_pairs.items():
+        if getattr(args, name) != value:
+            raise OptionError(name, getattr(args, name), "is not of --pairs: leave it out")
+    options = parsed(PairOptions, args)
+    card = prepare_pairs(options)
+    joint = " --share-all-embeddings" * (not options.separate_vocabularies)
+    source, target = options.languages
+    print(
+        f"{args.out}: {card.splits['train']['documents']:,} pairs to train on, "
+        f"{card.tokenizer['rows']:,} dictionary entries; details in DATA_CARD.md"
+    )
+    print(
+        f"next: fairseq-train {args.out} --user-dir evomoe_plugin --task translation "
+        f"--source-lang {source} --target-lang {target} --arch transformer_tiny_moe{joint} …"
     )
     return 0
 

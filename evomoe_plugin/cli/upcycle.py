@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     from evomoe_plugin.evolve.upcycle import METHODS, SLICES
     from evomoe_plugin.models.config import CausalLMMoEConfig
+    from evomoe_plugin.models.encoder_config import TransformerMoEConfig
 
     parser.usage = (
         "evomoe upcycle DENSE MOE [--method …] [--data DIR] [--user-dir DIR] [--moe-… options]"
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dense",
         metavar="DENSE",
-        help="checkpoint of fairseq's transformer_lm or of causal_lm, or a folder of Hugging Face",
+        help="checkpoint of fairseq's transformer_lm, roberta or transformer, or of causal_lm, or "
+        "a folder of Hugging Face",
     )
     parser.add_argument("moe", metavar="MOE", help="the checkpoint to write")
     add = partial(flag, parser)
@@ -78,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--arch NAME",
         str,
-        "MoE architecture (default: transformer_lm_moe or causal_lm_moe, whichever has the dense "
-        "model's decoder); sizes are the dense model's",
+        "MoE architecture (default: transformer_lm_moe, causal_lm_moe, roberta_base_moe or "
+        "transformer_moe, whichever is of the dense model's kind); sizes are the dense model's",
     )
     add("--max-update N", int, "length of the run to come; schedules are fractions of it")
     options = parser.add_argument_group("options of the MoE model, as in fairseq-train")
@@ -87,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.argument_default = argparse.SUPPRESS
     parsed = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     gen_parser_from_dataclass(parsed, CausalLMMoEConfig(), delete_default=True)
-    for action in parsed._actions:
+    of_encoders = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    gen_parser_from_dataclass(of_encoders, TransformerMoEConfig(), delete_default=True)
+    known = {action.dest for action in parsed._actions}
+    sides = [a for a in of_encoders._actions if "coder_moe_" in a.dest and a.dest not in known]
+    for action in [*parsed._actions, *sides]:
         if not action.dest.startswith(("moe_init_", "hf_config")):
             options._add_action(action)
 
@@ -96,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from evomoe_plugin.checkpoint.output import check_output
-    from evomoe_plugin.config.options import check_number, expert_ffn_dim, expert_slots
+    from evomoe_plugin.config.options import check_number
     from evomoe_plugin.evolve.convert import convert, write
+    from evomoe_plugin.evolve.dense_checkpoint import ENCODER_FAMILIES
     from evomoe_plugin.evolve.perplexity import perplexity
     from evomoe_plugin.evolve.upcycle import Recipe
 
@@ -118,17 +125,20 @@ def run(args: argparse.Namespace) -> int:
         user_dir=args.user_dir,
     )
     measured = args.data, args.subset, args.tokens_per_sample
-    before = None
-    if args.data and not os.path.isdir(args.dense):
+    before, evaluates = None, args.data
+    if converted.upcycling.dense.family in ENCODER_FAMILIES:
+        evaluates = None  # fairseq-eval-lm is of language models
+    if evaluates and not os.path.isdir(args.dense):
         before = perplexity(args.dense, *measured)
     write(converted.state, args.moe, args.overwrite)
 
-    options, layers = converted.upcycling.options, converted.upcycling.moe_layers
-    counts = sorted(set(expert_slots(options, len(layers))))
-    experts = "-".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+    slots, widths = converted.upcycling.slots, converted.upcycling.widths
+    experts, width = (
+        "-".join(map(str, dict.fromkeys((min(of), max(of))))) for of in (slots, widths)
+    )
     print(
-        f"{args.moe}: {len(layers)} of {options.decoder_layers} layers with {experts} experts of "
-        f"width {expert_ffn_dim(options)} each, by {args.method}"
+        f"{args.moe}: {len(slots)} of {converted.upcycling.num_layers} layers with {experts} "
+        f"experts of width {width} each, by {args.method}"
     )
     print(converted.logits)
     if before is not None:
@@ -137,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
             f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
             f"({100 * (after / before - 1):+.2f} %)"
         )
-    elif args.data:
+    elif evaluates:
         print(f"perplexity on {args.subset} of {args.data}: {perplexity(args.moe, *measured):.4f}")
-    elif not converted.logits.equal:
+    elif not (converted.logits.equal or args.data):
         print("--data DIR evaluates both models, to show the effect on perplexity")
     return 0

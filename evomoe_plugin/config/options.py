@@ -481,8 +481,8 @@ ACTIVATIONS = tuple("relu relu_squared gelu gelu_fast gelu_accurate tanh linear 
 # which fairseq accepts and then ignores in its decoder.
 UNSUPPORTED = tuple(
     "character_embeddings adaptive_input adaptive_softmax_cutoff quant_noise_pq quant_noise_scalar "
-    "base_layers decoder_layers_to_keep decoder_xformers_att_config scale_fc scale_attn "
-    "scale_heads scale_resids".split()
+    "base_layers encoder_layers_to_keep decoder_layers_to_keep decoder_xformers_att_config "
+    "scale_fc scale_attn scale_heads scale_resids".split()
 )
 MATMUL_DTYPES = ("same", "bf16")
 NORMS = ("rms", "layer")

@@ -49,6 +49,15 @@ class DataCard:
             (name for name, file in self.files.items() if sizes.get(name) != file["bytes"]), None
         )
 
+    @property
+    def usage(self) -> str:
+        """Commands that use the folder."""
+        return f"""\
+    fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
+    fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
+    fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
+        {" ".join(self.tokenizer["flags"])}"""
+
     def as_markdown(self) -> str:
         """The card for readers."""
         splits = "\n".join(
@@ -97,10 +106,7 @@ class DataCard:
 
 DATA is this folder:
 
-    fairseq-train DATA --task language_modeling --user-dir evomoe_plugin --sample-break-mode none …
-    fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
-    fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
-        {" ".join(self.tokenizer["flags"])}
+{self.usage}
 
 Tokenizer: {self.tokenizer["kind"]}; the dictionary has {self.tokenizer["rows"]:,} entries. \
 {exact}{ids} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.

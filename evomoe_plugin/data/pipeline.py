@@ -44,7 +44,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
     options.validate()
     progress = progress or Progress()
     folder = OutputFolder(options.out)
-    with _explained(options):
+    with explained(options.out):
         sources = find_sources(options)
         given = GivenTokenizer.of(options)
         recorded = options.recorded() | given.recorded()
@@ -191,7 +191,7 @@ class _Preparation:
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
                 for file in sorted(self.data.iterdir())
             },
-            versions=_versions(),
+            versions=versions(),
         )
 
 
@@ -222,12 +222,13 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"special": {name: token.id for name, token in tokenizer.special.items()}}
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "evomoe_plugin": evomoe_plugin.__version__}
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a data set depends on."""
+    found = {"python": platform.python_version(), "evomoe_plugin": evomoe_plugin.__version__}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _is_full(error: BaseException) -> bool:
@@ -235,14 +236,14 @@ def _is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(options: PrepareOptions) -> Iterator[None]:
-    """Report an OSError in one line."""
+def explained(out: str) -> Iterator[None]:
+    """Report an OSError, while writing the folder `out`, in one line."""
     try:
         yield
     except OSError as error:
         if _is_full(error):
             fault = "no space left on the disk; the partial output has been removed"
-            raise RunFailed(f"--out {options.out}: {fault}") from error
+            raise RunFailed(f"--out {out}: {fault}") from error
         if error.filename is None:
             raise
         raise RunFailed(f"{error.filename}: {error.strerror}") from error

@@ -40,12 +40,17 @@ def train_sentencepiece(
     It is trained on a `share` of the lines of the shards, sampled with `seed`. Raises OptionError
     if the text does not support such a vocabulary.
     """
+    train_on_lines(_sample(shards, share, random.Random(seed)), model, vocab_size)
+
+
+def train_on_lines(lines: Iterator[str], model: Path, vocab_size: int) -> None:
+    """As `train_sentencepiece`, on `trainable_lines` of at most `MAX_LINE_CHARS` characters."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_sample(shards, share, random.Random(seed)),
+            sentence_iterator=lines,
             model_writer=written,
             model_type="bpe",
             vocab_size=vocab_size - _EXTRA_ROWS,
@@ -74,10 +79,15 @@ def _sample(shards: list[Path], share: float, draw: random.Random) -> Iterator[s
     of_lines = share / of_passages
     for shard in shards:
         for passage in read_passages(shard, lambda: draw.random() < of_passages):
-            for line in _LEFT_TO_BYTES.split(passage.text):
-                if line and draw.random() < of_lines:
+            for line in trainable_lines(passage.text):
+                if draw.random() < of_lines:
                     for start in range(0, len(line), MAX_LINE_CHARS):
                         yield line[start : start + MAX_LINE_CHARS]
+
+
+def trainable_lines(text: str) -> Iterator[str]:
+    """The text without what is encoded as bytes."""
+    return filter(None, _LEFT_TO_BYTES.split(text))
 
 
 def _remedy(error: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import os
 import types
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from fairseq import models
-from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from fairseq.data import Dictionary
 from fairseq.models import (
     ARCH_CONFIG_REGISTRY,
@@ -28,9 +29,16 @@ from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import NO_LAYERS
+from evomoe_plugin.config.options import NO_LAYERS, MoEOptions
 from evomoe_plugin.data.dictionary import load_dictionary
-from evomoe_plugin.evolve.dense_checkpoint import SIZES, DenseCheckpoint, read_dense
+from evomoe_plugin.evolve.dense_checkpoint import (
+    DEFAULT_ARCHS,
+    ENCODER_FAMILIES,
+    ENCODER_SIZES,
+    SIZES,
+    DenseCheckpoint,
+    read_dense,
+)
 from evomoe_plugin.evolve.initial_values import (
     build_without_memory,
     initial_experts,
@@ -42,10 +50,8 @@ from evomoe_plugin.evolve.logit_difference import (
     streamed,
 )
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling, check_family, check_structure
-from evomoe_plugin.models.config import MoELanguageModelConfig
 from evomoe_plugin.models.language_model import MoELanguageModel
 
-DEFAULT_ARCHS = ("transformer_lm_moe", "causal_lm_moe")
 # Options that may differ from the dense run's without changing what the model computes.
 _FREE = (
     "dropout",
@@ -57,6 +63,13 @@ _FREE = (
     "offload_activations",
     "min_params_to_wrap",
 )
+
+
+# With gate losses, by the dense run's.
+_CRITERIONS = {
+    "masked_lm": "moe_masked_lm",
+    "label_smoothed_cross_entropy": "moe_label_smoothed_cross_entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def convert(
         given: model options that override the dense model's and the defaults.
         recipe: how experts and gates are initialised.
         arch: an MoE architecture, ours or a user's; sizes are the dense model's. None: the one of
-            `DEFAULT_ARCHS` that has its decoder.
+            `DEFAULT_ARCHS` of its family.
         data: the folder with the dictionary; gates that look at token ids need it.
         max_update: of the run to come; schedules are fractions of it.
         user_dir: the package that registered the user's gate or architecture, for the checkpoint's
@@ -96,21 +109,26 @@ def convert(
     """
     known = None if data is None else _data_dictionary(data)
     dense = read_dense("DENSE", path, known)
+    if dense.family in ENCODER_FAMILIES:
+        known = None  # their tasks add token ids to the dictionary
     if arch is None:
-        arch = DEFAULT_ARCHS[dense.is_causal_lm]
+        arch = DEFAULT_ARCHS[dense.family]
     options = _model_options(dense, given, recipe, arch, max_update)
     dictionary = _dictionary(dense, options, data, known)
-    task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    target = dense.target_dictionary if dense.family == "translation" else dictionary
+    task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=target)
     with report_config_faults("DENSE", path), torch.random.fork_rng(devices=[]):
         if dense.keeps_dtype:
             model = build_without_memory(options, dictionary)
         else:
             torch.manual_seed(recipe.seed)
             model = models.build_model(OmegaConf.create(options), task)
+            options |= {name: model.options[name] for name in dense.model}
         cfg = _run_config(dense.cfg, options, recipe.seed, data, max_update, user_dir)
     upcycling = Upcycling(dense, types.SimpleNamespace(**options), recipe)
     weights = _weights(model, upcycling)
-    state = initial_checkpoint(cfg, weights, criterion="MoECrossEntropyCriterion")
+    criterion = CRITERION_REGISTRY[cfg["criterion"]["_name"]].__name__
+    state = initial_checkpoint(cfg, weights, criterion=criterion)
     if dense.keeps_dtype:
         with streamed(model, weights):
             return Converted(state, upcycling, measure_logit_difference(model, dense))
@@ -169,9 +187,9 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     chosen = {name: value for name, value in vars(args).items() if name not in given}
     options.update(chosen)
     # Sizes of the default architectures' dataclasses are fairseq's defaults, not a choice.
-    sizes = chosen if kind in map(_dataclass_of, DEFAULT_ARCHS) else options
-    for name in SIZES:
-        if name in sizes and sizes[name] != dense.model[name]:
+    sizes = chosen if kind in map(_dataclass_of, DEFAULT_ARCHS.values()) else options
+    for name in (*SIZES, *ENCODER_SIZES):
+        if name in sizes and name in dense.model and sizes[name] != dense.model[name]:
             raise OptionError(
                 "arch",
                 arch,
@@ -181,15 +199,17 @@ def _arch_options(dense: DenseCheckpoint, arch: str, given: Mapping[str, Any]) -
     return options
 
 
-def _dataclass_of(arch: str) -> type[MoELanguageModelConfig] | None:
+def _dataclass_of(arch: str) -> type[MoEOptions] | None:
     """None: no MoE architecture."""
     kind = MODEL_DATACLASS_REGISTRY.get(ARCH_MODEL_NAME_REGISTRY.get(arch))
-    is_ours = isinstance(kind, type) and issubclass(kind, MoELanguageModelConfig)
+    is_ours = isinstance(kind, type) and issubclass(kind, MoEOptions)
     return kind if is_ours and kind.moe_layers != NO_LAYERS else None
 
 
-def _data_dictionary(data: str) -> Dictionary:
+def _data_dictionary(data: str) -> Dictionary | None:
     path = os.path.join(data, "dict.txt")
+    if glob.glob(os.path.join(data, "dict.*.txt")) and not os.path.isfile(path):
+        return None  # of a translation model
     if not os.path.isfile(path):
         raise OptionError(
             "data",
@@ -217,7 +237,8 @@ def _dictionary(
         raise OptionError(
             "moe_hash",
             options["moe_hash"],
-            "needs the token counts of the data's dictionary: give --data, or --moe-hash random",
+            "needs the token counts of the data's dictionary: give --data (or, of an encoder, "
+            "--moe-init-from-dense in the run), or --moe-hash random",
         )
     return dense.dictionary
 
@@ -257,12 +278,13 @@ def _run_config(
     """The dense run's configuration, with the new model and the criterion that goes with it."""
     run = plain_config(cfg)
     run["model"] = dict(model)
-    criterion = CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"]()
+    name = _CRITERIONS.get(str(run["criterion"].get("_name")), "moe_cross_entropy")
+    kept = {"sentence_avg": run["optimization"].get("sentence_avg", False), "tpu": False}
+    fields = dataclasses.asdict(CRITERION_DATACLASS_REGISTRY[name]())
+    kept |= {key: value for key, value in run["criterion"].items() if name in _CRITERIONS.values()}
     run["criterion"] = {
-        **dataclasses.asdict(criterion),
-        "_name": "moe_cross_entropy",
-        "sentence_avg": run["optimization"].get("sentence_avg", False),
-    }
+        key: kept.get(key, value) for key, value in fields.items() if key != "_name"
+    } | {"_name": name}
     run["common"].update(seed=seed, user_dir=user_dir or "evomoe_plugin")
     if max_update is not None:
         run["optimization"]["max_update"] = max_update

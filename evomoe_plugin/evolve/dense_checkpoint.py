@@ -8,11 +8,14 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
@@ -26,9 +29,10 @@ from evomoe_plugin.checkpoint.huggingface import import_gpt2
 from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import model_type
-from evomoe_plugin.config.options import NO_LAYERS, UNSUPPORTED, CausalLMOptions
+from evomoe_plugin.config.options import NO_LAYERS, UNSUPPORTED, CausalLMOptions, is_causal_lm
 from evomoe_plugin.evolve.import_hf import placeholder_dictionary, run_config
 from evomoe_plugin.models.causal_lm import CausalLM
+from evomoe_plugin.models.encoder_config import RobertaMoEConfig, TransformerMoEConfig
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 _OF_CAUSAL_LM = tuple(
@@ -55,11 +59,56 @@ CAUSAL_LM_STRUCTURE = (
     "share_decoder_input_output_embed",
     *_OF_CAUSAL_LM,
 )
+ENCODER_SIZES = tuple(size.replace("decoder", "encoder") for size in SIZES)
+ROBERTA_STRUCTURE = (
+    *ENCODER_SIZES,
+    "activation_fn",
+    "encoder_normalize_before",
+    "layernorm_embedding",
+    "max_positions",
+    "no_token_positional_embeddings",
+    "untie_weights_roberta",
+)
+TRANSLATION_STRUCTURE = (
+    *ENCODER_SIZES,
+    *STRUCTURE,
+    "encoder_normalize_before",
+    "decoder_normalize_before",
+    "encoder_learned_pos",
+    "max_source_positions",
+    "share_all_embeddings",
+)
+# Of each family of models: the architecture that has what a dense one has, options that decide what
+# a dense one computes, names of its stacks of layers.
+DEFAULT_ARCHS = {
+    "gpt": "transformer_lm_moe",
+    "causal_lm": "causal_lm_moe",
+    "roberta": "roberta_base_moe",
+    "translation": "transformer_moe",
+}
+_STRUCTURES = {
+    "gpt": STRUCTURE,
+    "causal_lm": CAUSAL_LM_STRUCTURE,
+    "roberta": ROBERTA_STRUCTURE,
+    "translation": TRANSLATION_STRUCTURE,
+}
+_OF_TRANSFORMERS = ("no_cross_attention", "cross_self_attention", "merge_src_tgt_embed")
+ENCODER_FAMILIES = ("roberta", "translation")
+_PATHS = {"roberta": ("encoder.sentence_encoder",), "translation": ("encoder", "decoder")}
+
+
+def family_of(options: Any) -> str:
+    """The family of a model with these options, or with these fields."""
+    if hasattr(options, "untie_weights_roberta"):
+        return "roberta"
+    if hasattr(options, "encoder_layers"):
+        return "translation"
+    return "causal_lm" if is_causal_lm(options) else "gpt"
 
 
 @dataclass(frozen=True)
 class DenseCheckpoint:
-    """A dense transformer_lm or causal_lm."""
+    """A dense model of one of the families."""
 
     option: str
     """What the user named it with."""
@@ -67,11 +116,12 @@ class DenseCheckpoint:
     cfg: DictConfig
     """The whole run's."""
     model: Mapping[str, Any]
-    """The options of fairseq's transformer_lm, and those of causal_lm if it is one, resolved."""
+    """The options of fairseq's transformer_lm, and those of causal_lm if it is one; or those of our
+    RoBERTa or translation model that are fairseq's; resolved."""
     weights: Mapping[str, Tensor]
     """By fairseq's names; of a folder, read when they are asked for."""
     vocabulary: int
-    """Rows of the embeddings."""
+    """Rows of the embeddings, of the source if there are two."""
     keeps_dtype: bool = False
     """Whether what is made of it keeps the dtype of its weights; else it is fp32."""
 
@@ -84,15 +134,35 @@ class DenseCheckpoint:
         """One of that many rows; the checkpoint has neither their names nor their counts."""
         return placeholder_dictionary(self.vocabulary)
 
+    @functools.cached_property
+    def target_dictionary(self) -> Dictionary:
+        """As `dictionary`; of the decoder of a translation model."""
+        table = self.weights.get("decoder.embed_tokens.weight")
+        return self.dictionary if table is None else placeholder_dictionary(len(table))
+
+    @property
+    def family(self) -> str:
+        """One of `DEFAULT_ARCHS`."""
+        return family_of(SimpleNamespace(**self.model))
+
     @property
     def is_causal_lm(self) -> bool:
         """Whether its decoder is one of `models.causal_lm`."""
-        return _OF_CAUSAL_LM[0] in self.model
+        return self.family == "causal_lm"
 
     @property
     def structure(self) -> tuple[str, ...]:
         """Options that decide what it computes."""
-        return CAUSAL_LM_STRUCTURE if self.is_causal_lm else STRUCTURE
+        return _STRUCTURES[self.family]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Names of its stacks of layers."""
+        return _PATHS.get(self.family, ("decoder",))
+
+    def ffn_dim(self, path: str) -> int:
+        """Hidden width of the dense FFNs of a stack."""
+        return self.model[f"{path.partition('.')[0]}_ffn_embed_dim"]
 
     @property
     def is_gated(self) -> bool:
@@ -102,7 +172,7 @@ class DenseCheckpoint:
     @property
     def post_norm(self) -> bool:
         """Whether layers normalise their output rather than their input."""
-        return not (self.is_causal_lm or self.model["decoder_normalize_before"])
+        return self.family == "gpt" and not self.model["decoder_normalize_before"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,22 +186,22 @@ class DenseCheckpoint:
         value = self.weights[name]
         return value if self.keeps_dtype else value.float()
 
-    def ffn(self, layer: int) -> dict[str, Tensor]:
+    def ffn(self, layer: int, path: str = "decoder") -> dict[str, Tensor]:
         """The feed-forward network of a layer by the names of `ExpertFFN`: fc1_weight [F, D],
         fc1_bias [F], fc2_weight [F, D] (transposed), fc2_bias [D]; gated, fc3_weight [F, D] and no
         biases."""
         kinds = ("weight",) if self.is_gated else ("weight", "bias")
         parts = ("fc1", "fc2", "fc3") if self.is_gated else ("fc1", "fc2")
         names = [f"{part}_{kind}" for part in parts for kind in kinds]
-        return {name: self.ffn_tensor(layer, name) for name in names}
+        return {name: self.ffn_tensor(path, layer, name) for name in names}
 
-    def ffn_tensor(self, layer: int, name: str) -> Tensor:
+    def ffn_tensor(self, path: str, layer: int, name: str) -> Tensor:
         """One tensor of `ffn`."""
         part, kind = name.split("_")
-        full = f"decoder.layers.{layer}.{part}.{kind}"
+        full = f"{path}.layers.{layer}.{part}.{kind}"
         if kind == "bias" and full not in self.weights:  # experts have biases
-            width = self.model["decoder_embed_dim" if part == "fc2" else "decoder_ffn_embed_dim"]
-            return torch.zeros(width)
+            width = "embed_dim" if part == "fc2" else "ffn_embed_dim"
+            return torch.zeros(self.model[f"{path.partition('.')[0]}_{width}"])
         value = self.weights[full]
         return value.t() if name == "fc2_weight" else value
 
@@ -183,8 +253,10 @@ def read_dense_checkpoint(option: str, path: str) -> DenseCheckpoint:
         is_ours and cfg.model.get("moe_layers") != NO_LAYERS
     ):
         raise misfit(f"is an MoE model already ({name}): give the checkpoint of a dense one")
-    if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
-        raise misfit(f"is a model {name}, not one of fairseq's transformer_lm")
+    if not (isinstance(kind, type) and issubclass(kind, tuple(_READERS))):
+        raise misfit(
+            f"is a model {name}, not one of fairseq's transformer_lm, roberta, transformer"
+        )
     return _dense_of(option, path, cfg, weights)
 
 
@@ -192,18 +264,26 @@ def _dense_of(
     option: str, path: str, cfg: DictConfig, weights: Mapping[str, Tensor]
 ) -> DenseCheckpoint:
     with report_config_faults(option, path):
-        model = transformer_options(cfg, weights)
-    for field in UNSUPPORTED:
-        if model[field]:
+        kind = ARCH_MODEL_REGISTRY.get(cfg.model.get("_name") or cfg.model.get("arch"))
+        read = (
+            reader
+            for base, reader in _READERS.items()
+            if isinstance(kind, type) and issubclass(kind, base)
+        )
+        model = next(read, transformer_options)(cfg, weights)
+    saved = {**plain_config(cfg.model), **model}
+    for field in (*UNSUPPORTED, *_OF_TRANSFORMERS):
+        if saved.get(field):
             raise OptionError(
                 option,
                 path,
-                f"was trained with --{field.replace('_', '-')} {model[field]}, which no "
+                f"was trained with --{field.replace('_', '-')} {saved[field]}, which no "
                 "MoE architecture has",
             )
-    table = weights.get("decoder.embed_tokens.weight")
+    dense = DenseCheckpoint(option, path, cfg, model, weights, 0)
+    table = weights.get(f"{dense.paths[0]}.embed_tokens.weight")
     rows = table.size(0) if table is not None and table.dim() else 0
-    dense = DenseCheckpoint(option, path, cfg, model, weights, rows)
+    dense = dataclasses.replace(dense, vocabulary=rows)
     with report_config_faults(option, path):
         _check_weights(dense)
     return dense
@@ -212,18 +292,18 @@ def _dense_of(
 def _check_weights(dense: DenseCheckpoint) -> None:
     """Raise `OptionError` unless the weights of experts and vocabulary exist and are finite."""
     model, weights = dense.model, dense.weights
-    D, F = model["decoder_embed_dim"], model["decoder_ffn_embed_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"fc1.weight": (F, D), "fc2.weight": (D, F)}
-    if dense.is_gated:
-        shapes["fc3.weight"] = (F, D)
-    if not dense.is_causal_lm or model["decoder_ffn_bias"]:
-        shapes |= {"fc1.bias": (F,), "fc2.bias": (D,)}
-    wanted: dict[str, tuple[int, ...] | None] = {
-        f"decoder.layers.{layer}.{name}": shape
-        for layer in range(model["decoder_layers"])
-        for name, shape in shapes.items()
-    }
-    wanted["decoder.embed_tokens.weight"] = None
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for path in dense.paths:
+        kind = path.partition(".")[0]
+        D, F = model[f"{kind}_embed_dim"], model[f"{kind}_ffn_embed_dim"]
+        shapes: dict[str, tuple[int, ...]] = {"fc1.weight": (F, D), "fc2.weight": (D, F)}
+        if dense.is_gated:
+            shapes["fc3.weight"] = (F, D)
+        if not dense.is_causal_lm or model["decoder_ffn_bias"]:
+            shapes |= {"fc1.bias": (F,), "fc2.bias": (D,)}
+        for layer in range(model[f"{kind}_layers"]):
+            wanted |= {f"{path}.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+        wanted[f"{path}.embed_tokens.weight"] = None
     for name, value in weights.items():
         if value.layout != torch.strided or not value.is_floating_point():
             raise dense.misfit(
@@ -241,6 +321,37 @@ def _check_weights(dense: DenseCheckpoint) -> None:
                 f"{name} has the shape {given}, where its own options ask for "
                 f"{shape or 'two dimensions'}"
             )
+
+
+def _own_options(cfg: DictConfig, ours: type) -> dict[str, Any]:
+    """The options of one of our dataclasses that a model of fairseq has too."""
+    saved = plain_config(cfg.model)
+    return {
+        field.name: saved.get(field.name, field.default)
+        for field in dataclasses.fields(ours)
+        if "moe_" not in field.name and field.name not in ("_name", "seed", "max_update")
+    }
+
+
+def roberta_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of fairseq's RoBERTa."""
+    options = _own_options(cfg, RobertaMoEConfig)
+    options["layernorm_embedding"] = str(options["layernorm_embedding"]).lower()
+    positions = weights.get("encoder.sentence_encoder.embed_positions.weight")
+    if positions is not None:
+        options["max_positions"] = positions.size(0) - 2  # padding index and its offset
+    return options
+
+
+def translation_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of fairseq's Transformer."""
+    options = _own_options(cfg, TransformerMoEConfig)
+    options["share_decoder_input_output_embed"] |= options["share_all_embeddings"]
+    for kind, side in (("encoder", "source"), ("decoder", "target")):
+        positions = weights.get(f"{kind}.embed_positions.weight")
+        if positions is not None:
+            options[f"max_{side}_positions"] = positions.size(0) - 2
+    return options
 
 
 def transformer_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -267,3 +378,10 @@ def transformer_options(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[
     elif options["max_target_positions"] is None:
         options["max_target_positions"] = options["tokens_per_sample"]
     return options
+
+
+_READERS = {
+    TransformerLanguageModel: transformer_options,
+    RobertaModel: roberta_options,
+    TransformerModelBase: translation_options,
+}

@@ -21,6 +21,7 @@ from evomoe_plugin.evolve.initial_values import build_without_memory
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 MAX_TOKENS = 64
+_RENDERED = ("layernorm_embedding",)  # options that are text in ours and a bool in fairseq's
 # fp32 rounding, relative to the largest logit.
 _ROUNDING = 1e-5
 
@@ -102,7 +103,7 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
     Raises:
         OptionError: no model can be built from the dense checkpoint.
     """
-    weight, training = model.decoder.embed_tokens.weight, model.training
+    weight, training = next(model.parameters()), model.training
     tensors = {
         name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -111,18 +112,19 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), model.not_recording(), contextlib.ExitStack() as stack:
         other = stack.enter_context(_built(dense, weight))
-        length = min(16, model.max_positions(), other.max_positions())
+        length = min(16, *_max_positions(model), *_max_positions(other))
         tokens_BT = torch.randint(
             dense.dictionary.nspecial,
-            dense.vocabulary,
+            min(dense.vocabulary, len(dense.target_dictionary)),
             (MAX_TOKENS // length, length),
             generator=torch.Generator().manual_seed(1),
         ).to(weight.device)
+        given = (tokens_BT, None, tokens_BT) if dense.family == "translation" else (tokens_BT,)
         try:
-            logits_BTV = torch.func.functional_call(model.eval(), tensors, (tokens_BT,))[0]
+            logits_BTV = torch.func.functional_call(model.eval(), tensors, given)[0]
         finally:
             model.train(training)
-        wanted_BTV = other(tokens_BT)[0]
+        wanted_BTV = other(*given)[0]
         logits_BTV = logits_BTV[..., : wanted_BTV.size(2)]  # it may have more token ids
     largest = (logits_BTV - wanted_BTV).abs().max().item()
     equal = largest <= _ROUNDING * wanted_BTV.abs().max().item()
@@ -133,15 +135,22 @@ def measure_logit_difference(model: MoELanguageModel, dense: DenseCheckpoint) ->
 def _built(dense: DenseCheckpoint, like: Tensor) -> Iterator[TransformerLanguageModel]:
     """The dense model with its weights, in evaluation mode and fp32, on the device of `like`."""
     with report_config_faults(dense.option, dense.path):
-        cfg = OmegaConf.create({**plain_config(dense.cfg.model), **dense.model})
+        given = {name: value for name, value in dense.model.items() if name not in _RENDERED}
+        cfg = OmegaConf.create({**plain_config(dense.cfg.model), **given})
         if dense.keeps_dtype and like.device.type == "cpu":
             model = build_without_memory(cfg, dense.dictionary).eval()
             with streamed(model, dense.weights, like.dtype):
                 yield model
             return
         task = types.SimpleNamespace(
-            source_dictionary=dense.dictionary, target_dictionary=dense.dictionary
+            source_dictionary=dense.dictionary, target_dictionary=dense.target_dictionary
         )
         model = models.build_model(cfg, task, from_checkpoint=True)
         model.load_state_dict(dict(dense.weights), strict=not dense.keeps_dtype, model_cfg=cfg)
     yield model.to(like.device, like.dtype).float().eval()
+
+
+def _max_positions(model: Any) -> tuple[int, ...]:
+    """The longest inputs: of a decoder, or of encoder and decoder."""
+    longest = model.max_positions()
+    return longest if isinstance(longest, tuple) else (longest,)

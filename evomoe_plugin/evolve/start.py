@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from fairseq.trainer import Trainer
@@ -16,9 +17,16 @@ from evomoe_plugin.evolve.logit_difference import measure_logit_difference
 from evomoe_plugin.evolve.parameters import edit_parameters
 from evomoe_plugin.evolve.upcycle import Recipe, Upcycling
 from evomoe_plugin.models.config import MoELanguageModelConfig
-from evomoe_plugin.models.decoder import MoEDecoder
+from evomoe_plugin.models.moe_model import MoEModel
 
 logger = logging.getLogger(__name__)
+
+# Further names that weights may have in a checkpoint.
+_TIED = (
+    "decoder.output_projection.weight",
+    "decoder.embed_tokens.weight",
+    "encoder.lm_head.weight",
+)
 
 
 def recipe_of(options: MoELanguageModelConfig) -> Recipe:
@@ -37,13 +45,14 @@ def init_from_dense(trainer: Trainer) -> None:
     Raises:
         OptionError: the file or folder is unreadable or does not fit the model.
     """
-    model = trainer.get_model()
-    decoder = next((m for m in model.modules() if isinstance(m, MoEDecoder)), None)
-    if decoder is None or decoder.args.moe_init_from_dense is None:
+    model: Any = trainer.get_model()
+    is_ours = isinstance(model, MoEModel)
+    path = model.options.moe_init_from_dense if is_ours else None
+    if path is None:
         return
-    path = decoder.args.moe_init_from_dense
-    dense = read_dense("moe_init_from_dense", path, decoder.dictionary)
-    upcycling = Upcycling(dense, decoder.args, recipe_of(decoder.args))
+    read = next(iter(model.moe_stacks.values()))
+    dense = read_dense("moe_init_from_dense", path, read.dictionary)
+    upcycling = Upcycling(dense, model.options, recipe_of(model.options))
     trained = {
         name: shape
         for storage in storages(trainer)
@@ -61,8 +70,8 @@ def init_from_dense(trainer: Trainer) -> None:
         for name, (rows, *others) in shapes.items():
             if is_expert_parameter(name):
                 shapes[name] = (rows * groups.size, *others)
-    buffers = [name for name, _ in decoder.named_buffers(prefix="decoder")]
-    upcycling.check_complete([*shapes, *buffers, "decoder.output_projection.weight"])
+    buffers = [name for name, _ in model.named_buffers()]
+    upcycling.check_complete([*shapes, *buffers, *_TIED])
     # Each value is made when it is set: no second model is held in memory.
     edit_parameters(
         trainer,

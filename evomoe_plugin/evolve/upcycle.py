@@ -22,25 +22,26 @@ from evomoe_plugin.config.checks import check_spawned_from
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import (
     SPAWN_METHODS,
+    ModelOptions,
     check_rate,
     expert_counts,
     expert_ffn_dim,
     expert_slots,
-    is_causal_lm,
     moe_layer_indices,
     resolved_rate,
     shared_ffn_dim,
 )
-from evomoe_plugin.evolve.dense_checkpoint import DenseCheckpoint
+from evomoe_plugin.config.stacks import stacks
+from evomoe_plugin.evolve.dense_checkpoint import DEFAULT_ARCHS, DenseCheckpoint, family_of
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.gates import gate_class
 
 METHODS = (*SPAWN_METHODS, "slice", "none")
 SLICES = ("contiguous", "shuffled")
 
-_FFN = re.compile(r"decoder\.layers\.(\d+)\.(fc1|fc2|fc3)\.(weight|bias)$")
-# A parameter inside an MoE layer: which layer, which part, the name there.
-_INSIDE = re.compile(r"decoder\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
+_FFN = re.compile(r"(.+)\.layers\.(\d+)\.(?:fc1|fc2|fc3)\.(?:weight|bias)$")
+# A parameter inside an MoE layer: of which stack, which layer, which part, the name there.
+_INSIDE = re.compile(r"(.+)\.layers\.(\d+)\.moe\.(shared\.experts|experts|gate)\.(.+)$")
 _TANH_GELUS = ("gelu_fast", "gelu_accurate")
 # Separate these random streams from each other and from other uses of the seed.
 _EXPERT_STREAM, _SLICE_STREAM, _GATE_STREAM = 0x0C1E, 0x511C, 0x6A7E
@@ -102,6 +103,17 @@ class Recipe:
         raise self.misfit("gate_init", "give default, zero, or normal:STD with a deviation above 0")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A stack of the MoE model."""
+
+    options: ModelOptions
+    ids: dict[int, int]
+    """The number of each MoE layer in the model, by its index in the stack."""
+    num_slices: int
+    num_shared_slices: int
+
+
 class Upcycling:
     """Initial parameters of an MoE model made from a dense one.
 
@@ -120,7 +132,8 @@ class Upcycling:
         self.recipe = recipe
         check_spawned_from(options, recipe.option("method"), recipe.method)
         check_structure(dense, options)
-        if options.moe_post_norm != dense.post_norm:
+        is_gpt = dense.family == "gpt"
+        if is_gpt and options.moe_post_norm != dense.post_norm:
             order, remedy = ("after", "give it") if dense.post_norm else ("before", "leave it out")
             raise OptionError(
                 "moe_post_norm",
@@ -128,17 +141,40 @@ class Upcycling:
                 f"the dense checkpoint {dense.path} normalises {order} each part of "
                 f"a layer: {remedy}",
             )
-        self.moe_layers = moe_layer_indices(options, options.decoder_layers)
-        self._ids = {layer: n for n, layer in enumerate(self.moe_layers)}
-        is_made = recipe.method != "none"
-        self.num_slices = self._check_experts() if is_made else 1
-        is_made = is_made and options.moe_shared_experts
-        self.num_shared_slices = self._count_slices("shared") if is_made else 1
+        self._parts: dict[str, _Part] = {}
+        count = 0
+        for path, part in zip(dense.paths, stacks(options), strict=True):
+            layers = moe_layer_indices(part, part.decoder_layers)
+            is_made = bool(layers) and recipe.method != "none"
+            self._parts[path] = _Part(
+                part,
+                {layer: count + n for n, layer in enumerate(layers)},
+                self._check_experts(path, part) if is_made else 1,
+                self._count_slices(path, part, "shared")
+                if is_made and options.moe_shared_experts
+                else 1,
+            )
+            count += len(layers)
         self._check_gate()
 
-    def _check_experts(self) -> int:
+    @property
+    def slots(self) -> list[int]:
+        """Experts of each MoE layer of the model."""
+        return [count for part in self._parts.values() for count in expert_slots(part.options)]
+
+    @property
+    def widths(self) -> list[int]:
+        """Hidden widths of the experts, of each stack with MoE layers."""
+        return [expert_ffn_dim(part.options) for part in self._parts.values() if part.ids]
+
+    @property
+    def num_layers(self) -> int:
+        """All layers of the model."""
+        return sum(part.options.decoder_layers for part in self._parts.values())
+
+    def _check_experts(self, path: str, options: ModelOptions) -> int:
         """Number of slices of routed experts; 1: whole networks."""
-        options, recipe = self.options, self.recipe
+        recipe = self.recipe
         method = f"--{recipe.option('method').replace('_', '-')}"
         if options.moe_expert_gated and not self.dense.is_gated:
             raise OptionError(
@@ -152,7 +188,7 @@ class Upcycling:
                 "its gated feed-forward networks have biases, gated experts have none: start the "
                 f"experts afresh with {method} none"
             )
-        ffn_dim, width = expert_ffn_dim(options), self.dense.model["decoder_ffn_embed_dim"]
+        ffn_dim, width = expert_ffn_dim(options), self.dense.ffn_dim(path)
         if recipe.method != "slice":
             if ffn_dim != width:
                 raise _width_misfit(
@@ -163,9 +199,8 @@ class Upcycling:
                     f": leave it out, or give {method} slice",
                 )
             return 1
-        slices = self._count_slices("expert")
-        layers = len(self.moe_layers)
-        for count in {*expert_counts(options, layers), *expert_slots(options, layers)}:
+        slices = self._count_slices(path, options, "expert")
+        for count in {*expert_counts(options), *expert_slots(options)}:
             if count % slices:
                 raise OptionError(
                     "moe_expert_count",
@@ -176,14 +211,14 @@ class Upcycling:
                 )
         return slices
 
-    def _count_slices(self, kind: str) -> int:
+    def _count_slices(self, path: str, options: ModelOptions, kind: str) -> int:
         """Experts of a kind, `expert` or `shared`, that the dense network is cut into."""
-        is_shared, width = kind == "shared", self.dense.model["decoder_ffn_embed_dim"]
-        ffn_dim = shared_ffn_dim(self.options) if is_shared else expert_ffn_dim(self.options)
+        is_shared, width = kind == "shared", self.dense.ffn_dim(path)
+        ffn_dim = shared_ffn_dim(options) if is_shared else expert_ffn_dim(options)
         if width % ffn_dim:
             experts = "shared experts" if is_shared else "experts"
             raise _width_misfit(
-                self.options,
+                options,
                 kind,
                 f"the dense model's width {width} cannot be "
                 f"cut into {experts} of {ffn_dim}: give a divisor",
@@ -223,9 +258,10 @@ class Upcycling:
             return False  # the spawn makes them differ
         if any(getattr(options, name, 0) for name in ("activation_dropout", "relu_dropout")):
             return False
-        distinct = {"copy": 1, "slice": self.num_slices}.get(self.recipe.method)
-        return distinct is not None and any(
-            slots > distinct for slots in expert_slots(options, len(self.moe_layers))
+        return any(
+            slots > {"copy": 1, "slice": part.num_slices}.get(self.recipe.method, slots)
+            for part in self._parts.values()
+            for slots in expert_slots(part.options)
         )
 
     def value(self, name: str, shape: Iterable[int]) -> Tensor | None:
@@ -238,18 +274,21 @@ class Upcycling:
         shape = torch.Size(shape)
         inside = _INSIDE.match(name)
         if inside is not None:
-            layer, part, rest = int(inside[1]), inside[2], inside[3]
-            if part == "gate":
-                return self._gate(layer, rest, shape)
+            path, layer, inner, rest = inside[1], int(inside[2]), inside[3], inside[4]
+            if inner == "gate":
+                return self._gate(self._parts[path].ids[layer], rest, shape)
             if self.recipe.method == "none":
                 return None
-            if part == "experts":
-                expert = self._routed(layer, rest)
+            if inner == "experts":
+                expert = self._routed(path, layer, rest)
             else:
-                expert = self._sliced(layer, rest, self.num_shared_slices, False)
+                slices = self._parts[path].num_shared_slices
+                expert = self._sliced(path, layer, rest, slices, False)
             # Into one buffer, so that no more than one expert is held beside it.
             first = expert(0)
-            dtype = self.dense.ffn_tensor(layer, rest).dtype if self.dense.keeps_dtype else None
+            dtype = None
+            if self.dense.keeps_dtype:
+                dtype = self.dense.ffn_tensor(path, layer, rest).dtype
             value = first.new_empty(shape[0], *first.shape, dtype=dtype)
             value[0] = first
             for e in range(1, shape[0]):
@@ -274,32 +313,34 @@ class Upcycling:
             f"{name} has the shape {tuple(value.shape)}, the model {tuple(shape)}"
         )
 
-    def _routed(self, layer: int, name: str) -> Callable[[int], Tensor]:
-        recipe, n = self.recipe, self._ids[layer]
+    def _routed(self, path: str, layer: int, name: str) -> Callable[[int], Tensor]:
+        recipe, n = self.recipe, self._parts[path].ids[layer]
         if recipe.method == "slice":
-            return self._sliced(layer, name, self.num_slices, recipe.rescale)
-        source = self.dense.ffn_tensor(layer, name).float()
+            return self._sliced(path, layer, name, self._parts[path].num_slices, recipe.rescale)
+        source = self.dense.ffn_tensor(path, layer, name).float()
         rate = resolved_rate(recipe.method, recipe.rate)
         spawn = functools.partial(
             spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale
         )
         return lambda expert: spawn(key=seed_of(recipe.seed, n, expert, _EXPERT_STREAM))[0]
 
-    def _sliced(self, layer: int, name: str, slices: int, rescale: bool) -> Callable[[int], Tensor]:
+    def _sliced(
+        self, path: str, layer: int, name: str, slices: int, rescale: bool
+    ) -> Callable[[int], Tensor]:
         """Expert e gets slice e mod `slices`; one of each slice sum to the dense network."""
-        source = self.dense.ffn_tensor(layer, name).float()
+        source = self.dense.ffn_tensor(path, layer, name).float()
         scale = slices if rescale and name.startswith("fc2") else 1
         if name == "fc2_bias":
             return lambda expert: source * (scale / slices)
         # In the order in which slices take them.
         units_F = torch.arange(source.size(0))
         if self.recipe.slices != "contiguous":
-            key = seed_of(self.recipe.seed, self._ids[layer], _SLICE_STREAM)
+            key = seed_of(self.recipe.seed, self._parts[path].ids[layer], _SLICE_STREAM)
             units_F = torch.randperm(len(units_F), generator=torch.Generator().manual_seed(key))
         units_SF = units_F.view(slices, -1)
         return lambda expert: source[units_SF[expert % slices]] * scale
 
-    def _gate(self, layer: int, name: str, shape: torch.Size) -> Tensor | None:
+    def _gate(self, n: int, name: str, shape: torch.Size) -> Tensor | None:
         deviation = self.recipe.gate_deviation
         if deviation is None or len(shape) < 2 or name.startswith("lexical."):
             return None  # --moe-lexical gives the start of its table
@@ -308,7 +349,7 @@ class Upcycling:
         if name.startswith("shared_weights") and deviation == 0.0:
             return None  # weighs shared experts, routes nothing
         # Keyed by the name's bytes: Python's hash differs between processes.
-        key = seed_of(self.recipe.seed, self._ids[layer], _GATE_STREAM, *name.encode())
+        key = seed_of(self.recipe.seed, n, _GATE_STREAM, *name.encode())
         generator = torch.Generator().manual_seed(key)
         return deviation * torch.randn(shape, generator=generator)
 
@@ -321,7 +362,8 @@ class Upcycling:
         known = set(names)
         for name in self.dense.weights:
             ffn = _FFN.match(name)
-            if name not in known and (ffn is None or int(ffn[1]) not in self.moe_layers):
+            is_expert = ffn is not None and int(ffn[2]) in self._parts[ffn[1]].ids
+            if name not in known and not is_expert:
                 raise self.dense.misfit(f"has {name}, for which the MoE model has no place")
 
 
@@ -336,10 +378,11 @@ def _width_misfit(options: Any, kind: str, remedy: str) -> OptionError:
 def check_family(dense: DenseCheckpoint, arch: str, options: object) -> None:
     """Raise `OptionError` unless the architecture, with these options, has the dense model's kind
     of decoder."""
-    if dense.is_causal_lm != is_causal_lm(options):
-        kind = "causal_lm_moe" if dense.is_causal_lm else "transformer_lm_moe"
+    if dense.family != family_of(options):
         raise OptionError(
-            "arch", arch, f"the dense model {dense.path} has another decoder: give {kind}"
+            "arch",
+            arch,
+            f"the dense model {dense.path} is of another kind: give {DEFAULT_ARCHS[dense.family]}",
         )
 
 
@@ -357,7 +400,8 @@ def check_structure(
         wanted, value = dense.model[field], getattr(options, field)
         if field in ("decoder_input_dim", "decoder_output_dim"):
             value = value or options.decoder_embed_dim
-        if field == "max_target_positions" and not dense.model["decoder_learned_pos"]:
+        side = {"max_target_positions": "decoder", "max_source_positions": "encoder"}.get(field)
+        if side is not None and not dense.model[f"{side}_learned_pos"]:
             continue
         if wanted != value and not (wanted in _TANH_GELUS and value in _TANH_GELUS):
             raise OptionError(

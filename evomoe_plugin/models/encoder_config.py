@@ -33,7 +33,6 @@ class _Common(GateOptions, MoEOptions, FairseqDataclass):
         False, "pre-norm encoder layers (default: post-norm, as in fairseq)"
     )
     encoder_layerdrop: float = flag(0.0, "LayerDrop probability of the encoder")
-    encoder_layers_to_keep: Optional[str] = flag(None, "not supported")
     no_token_positional_embeddings: bool = flag(False, "no position embeddings")
     checkpoint_activations: bool = flag(
         False, "recompute each layer's activations in the backward pass"
@@ -44,9 +43,9 @@ class _Common(GateOptions, MoEOptions, FairseqDataclass):
     min_params_to_wrap: int = flag(
         100_000_000, "parameters of a layer from which on FSDP wraps it by itself"
     )
-    quant_noise_pq: float = flag(0.0, "not supported")
-    quant_noise_pq_block_size: int = flag(8, "not supported")
-    quant_noise_scalar: float = flag(0.0, "not supported")
+    # Read by fairseq's classification heads.
+    quant_noise_pq: float = flag(0.0, "quantization noise; MoE layers do not support it")
+    quant_noise_pq_block_size: int = flag(8, "block size of quantization noise")
     seed: int = II("common.seed")
     max_update: Optional[int] = II("optimization.max_update")
 
@@ -121,7 +120,6 @@ class TransformerMoEConfig(_Common):
     )
     decoder_learned_pos: bool = flag(False, "learned positions in the decoder")
     decoder_layerdrop: float = flag(0.0, "LayerDrop probability of the decoder")
-    decoder_layers_to_keep: Optional[str] = flag(None, "not supported")
     decoder_input_dim: int = flag(0, "decoder input dimension; 0: --decoder-embed-dim")
     decoder_output_dim: int = flag(0, "decoder output dimension; 0: --decoder-embed-dim")
     no_decoder_final_norm: bool = flag(False, "no norm after the last decoder layer")

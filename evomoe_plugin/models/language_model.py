@@ -27,6 +27,11 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         self.forward_flops_by_stack = {"": forward_flops}
 
     @property
+    def options(self) -> Any:
+        """Of the model, completed."""
+        return self.decoder.args
+
+    @property
     def moe_stacks(self) -> dict[str, MoEStack]:
         """The decoder."""
         return {"": self.decoder}

@@ -36,6 +36,11 @@ class MoEModel:
         raise NotImplementedError
 
     @property
+    def options(self) -> Any:
+        """Of the model, completed."""
+        return self.args  # type: ignore[attr-defined]
+
+    @property
     def forward_flops(self) -> dict[str, ForwardFlops]:
         """FLOPs of a forward pass in the current phase, by the prefix of the stack."""
         return {

@@ -86,8 +86,12 @@ def save_dense(
     data: str = "data-bin",
 ) -> Path:
     """A dense checkpoint with weights that make experts and logits differ."""
+    return save_model(path, dense_config(*given, data=data), dictionary, seed)
+
+
+def save_model(path: Path, cfg, dictionary: Dictionary | None = None, seed: int = 3) -> Path:
+    """The checkpoint of a run with this configuration."""
     dictionary = dictionary or dictionary_of()
-    cfg = dense_config(*given, data=data)
     torch.manual_seed(seed)
     model = models.build_model(cfg.model, task_of(dictionary))
     with torch.no_grad():
