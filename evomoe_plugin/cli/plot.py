@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(
         parser, "--out FILE.png", str, "the picture to write; .svg and .pdf work too", required=True
     )
+    flag(
+        parser,
+        "--experts",
+        False,
+        "draw the load of each expert instead, of a run with --moe-log-experts",
+    )
     flag(parser, "--smoothing W", 0.6, "weight of the loss's moving average, 0 for none")
 
 
@@ -30,7 +36,12 @@ def run(args: argparse.Namespace) -> int:
     logs = [read_log(path) for path in args.logs]
     for log, name in zip(logs, names(args.logs), strict=True):
         log.name = name
-    plot(logs, args.out, args.smoothing)
+    if args.experts:
+        from evomoe_plugin.metrics.expert_plot import plot_experts
+
+        plot_experts(logs, args.out)
+    else:
+        plot(logs, args.out, args.smoothing)
     print(
         f"{args.out}: {len(logs[0].intervals)} intervals up to update "
         f"{logs[0].intervals[-1].update}"

@@ -63,6 +63,7 @@ _MINIMA = (
     ("moe_expert_parallel_size", 1, "give 1 or more"),
     ("moe_ep_consolidate_below", 0, "give a number of GiB, 0 or more"),
     ("moe_null_experts", 0, "give 0 or more"),
+    ("moe_log_experts", 0, "give a number of updates, or 0 for never"),
     ("moe_min_capacity", 0, "give 0 or more"),
     (
         "moe_spawn_updates",

@@ -138,6 +138,9 @@ class MoEOptions:
         "tokens of a row attend only to their own document, which begins with </s>; positions "
         "restart in each",
     )
+    moe_log_experts: int = flag(
+        0, "log every N updates the share of the pairs that each expert has; 0: never"
+    )
     moe_init_from_dense: Optional[str] = flag(
         None,
         "dense transformer_lm checkpoint to initialise a run without a checkpoint of its own: its "

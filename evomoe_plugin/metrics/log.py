@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evomoe_plugin.config.errors import OptionError
 
 _COUNT = "num_updates"
+_EXPERTS = "experts_"
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,16 @@ class Record:
     update: int
     """Completed updates."""
     values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """One line of `--moe-log-experts`: the routing of one update's tokens."""
+
+    update: int
+    layers: dict[str, list[Any]]
+    """A list over MoE layers each: `load`, the shares of the pairs that the experts have, and means
+    per token (`trainer.expert_log.by_layer`)."""
 
 
 @dataclass
@@ -32,6 +44,7 @@ class TrainingLog:
     summaries: dict[str, list[Record]] = field(default_factory=dict)
     """Summaries by the prefix of their metrics: `train` at the end of an epoch and of the run, once
     its checkpoint is saved; `valid` and other subsets at each validation."""
+    experts: list[ExpertRecord] = field(default_factory=list)
 
     def series(self, metric: str, summary: str | None = None) -> tuple[list[int], list[float]]:
         """Updates and values of a metric, from the intervals or a summary."""
@@ -47,6 +60,10 @@ class TrainingLog:
         found = _parse(line)
         if found is None:
             return None
+        if isinstance(found, ExpertRecord):
+            _drop_from(self.experts, found.update)
+            self.experts.append(found)
+            return None
         name, record = found
         if name:
             _drop_from(self.summaries.setdefault(name, []), record.update)
@@ -60,12 +77,12 @@ class TrainingLog:
         return record
 
 
-def _drop_from(records: list[Record], update: int) -> None:
+def _drop_from(records: list[Record] | list[ExpertRecord], update: int) -> None:
     while records and records[-1].update >= update:
         records.pop()
 
 
-def _parse(line: str) -> tuple[str, Record] | None:
+def _parse(line: str) -> tuple[str, Record] | ExpertRecord | None:
     """The prefix of the metrics ('' for intervals) and the record, if the line has one."""
     start = line.find('{"')
     if start < 0:
@@ -75,6 +92,9 @@ def _parse(line: str) -> tuple[str, Record] | None:
         logged, _ = json.JSONDecoder().raw_decode(line, start)
     except ValueError:  # truncated, or not JSON
         return None
+    if _EXPERTS + _COUNT in logged:
+        update = logged.pop(_EXPERTS + _COUNT)
+        return ExpertRecord(int(update), logged)
     prefix = next((key.removesuffix(_COUNT) for key in logged if key.endswith(_COUNT)), None)
     if prefix is None or (prefix and not prefix.endswith("_")):
         return None

@@ -36,12 +36,12 @@ def plot(logs: Sequence[TrainingLog], out: str | Path, smoothing: float = 0.6) -
     if not 0 <= smoothing < 1:
         raise OptionError("smoothing", smoothing, "give a number from 0 (none) to below 1")
     out = Path(out)
-    figure = _figure(out)
+    figure = new_figure(out)
     _draw(figure, logs, smoothing)
-    _save(figure, out)
+    save(figure, out)
 
 
-def _figure(out: Path) -> Any:
+def new_figure(out: Path) -> Any:
     """An empty figure that can be saved as `out`."""
     try:
         from matplotlib.figure import Figure
@@ -101,7 +101,8 @@ def _mark_events(axes: Any, log: TrainingLog, named: bool) -> None:
             )
 
 
-def _save(figure: Any, out: Path) -> None:
+def save(figure: Any, out: Path) -> None:
+    """Save as `out`, completely or not at all."""
     part = out.with_name(f".{out.name}.part")
     try:
         figure.savefig(part, format=out.suffix[1:].lower(), dpi=150)

@@ -110,6 +110,7 @@ def render(logs: Sequence[TrainingLog], samples: Sequence[RoutedSample], title: 
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         runs=[(log.name, findings.of_run(log), _style(i)) for i, log in enumerate(logs)],
         panels=_panels(logs),
+        loads=[(log.name, _loads(log)) for log in logs if log.experts],
         samples=[(sample, findings.of_sample(sample)) for sample in samples],
     )
 
@@ -153,6 +154,21 @@ def _rows(lines: Sequence[Line]) -> list[tuple]:
         step = math.ceil(len(line.points) / _ROWS) or 1
         rows += [(line.name, x, y) for x, y in line.points[::-1][::step][::-1]]
     return rows
+
+
+def _loads(log: TrainingLog) -> list[tuple[list[str], list[list[float]]]]:
+    """For each MoE layer: the updates, and the shares of the pairs that the experts had."""
+    step = math.ceil(len(log.experts) / _ROWS) or 1
+    kept = log.experts[::-1][::step][::-1]
+    layers = zip(*(record.layers["load"] for record in kept), strict=True)
+    names = [f"update {record.update:,}" for record in kept]
+    return [
+        (
+            [name for name, load_E in zip(names, loads, strict=True) if load_E],
+            [load_E for load_E in loads if load_E],
+        )
+        for loads in layers
+    ]
 
 
 def percent(share: float) -> str:

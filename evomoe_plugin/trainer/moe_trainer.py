@@ -32,6 +32,7 @@ from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_laye
 from evomoe_plugin.trainer import (
     data_wait,
     early_stopping,
+    expert_log,
     failed_updates,
     hooks,
     loss_scaler,
@@ -293,6 +294,7 @@ class MoETrainer(Trainer):
             metrics.log_scalar(
                 "gb_free", self.cuda_env.total_memory_in_GB - used, priority=1500, round=1, weight=0
             )
+        expert_log.log_experts(self, done.logging_outputs)
         logged = self._reduce_and_log_stats(done.logging_outputs, done.sample_size, grad_norm)
         every = self.cfg.common.empty_cache_freq
         if self.cuda and every > 0 and (self.get_num_updates() - 1) % every == 0:

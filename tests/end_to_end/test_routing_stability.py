@@ -10,12 +10,16 @@ import torch
 from fairseq import checkpoint_utils
 
 from evomoe_plugin import layer
+from evomoe_plugin.metrics import parse_log
 from evomoe_plugin.routing.stability import NO_EXPERT
 from tests.routing.loops import purity_by_loops, token_routing_by_loops
 
 # Null experts leave tokens without an expert, and others with one or two.
 GATE = ("--moe-gate", "top_k", "--moe-null-experts", "6", "--moe-freq", "1")
-SAME = (*GATE, "--dropout", "0", "--attention-dropout", "0", "--validate-interval-updates", "4")
+SAME = (
+    *(*GATE, "--dropout", "0", "--attention-dropout", "0", "--validate-interval-updates", "4"),
+    *("--moe-log-experts", "5", "--log-interval", "1"),
+)
 SIZE = 500
 KEYS = re.compile(r"valid_(stability|purity|combine_weight)")
 
@@ -102,6 +106,30 @@ def test_two_ranks_log_what_one_process_does(one_process, train, tmp_path, layou
     pairs = zip(run.logged("valid"), one_process[1].logged("valid"), strict=True)
     for record, wanted in pairs:
         assert numbers(record) == pytest.approx(numbers(wanted), abs=2 / SIZE + 1e-4)
+    assert_same_loads(run, one_process[1])
+
+
+def assert_same_loads(run, wanted):
+    """The same shares of the same updates, but for tokens that rounding sends elsewhere."""
+    ours, theirs = (parse_log(one.output.splitlines()) for one in (run, wanted))
+    for a, b in zip(ours.experts, theirs.experts, strict=True):
+        assert a.update == b.update and a.layers.keys() == b.layers.keys()
+        for name, layers in a.layers.items():
+            torch.testing.assert_close(
+                torch.tensor(layers), torch.tensor(b.layers[name]), rtol=0, atol=5e-3
+            )
+
+
+def test_loads_are_logged_every_n_updates(one_process):
+    log = parse_log(one_process[1].output.splitlines())
+    assert [record.update for record in log.experts] == [5, 10]
+    means = dict(zip(*log.series("experts_per_token"), strict=True))
+    for record in log.experts:
+        assert len(record.layers["load"]) == 2
+        assert [sum(load_E) for load_E in record.layers["load"]] == pytest.approx([1, 1], abs=1e-4)
+        experts = record.layers["experts_per_token"]
+        assert sum(experts) / 2 == pytest.approx(means[record.update], abs=1e-3)
+        assert all(null > 0 for null in record.layers["null"])
 
 
 MOE = (

@@ -20,9 +20,9 @@ from tests.metrics.logs import diversified, evolution, interval, line  # noqa: E
 def figures(monkeypatch):
     """The saved figures, in order."""
     saved = []
-    upstream = picture._save
+    upstream = picture.save
     monkeypatch.setattr(
-        picture, "_save", lambda figure, out: (saved.append(figure), upstream(figure, out))
+        picture, "save", lambda figure, out: (saved.append(figure), upstream(figure, out))
     )
     return saved
 
