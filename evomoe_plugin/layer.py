@@ -202,7 +202,7 @@ class MoELayer(nn.Module):
             active_C, experts = self.gate.active(), self.num_experts
             capacity = rule.capacity(
                 num_pairs=plan.num_pairs,
-                num_tokens=int(plan.stats[st.TOKENS]),
+                num_tokens=0 if rule.factor else int(plan.stats[st.TOKENS]),
                 num_experts=experts if active_C is None else int(active_C[:experts].sum()),
             )
             plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)

@@ -174,7 +174,7 @@ class ExpertFFN(ExpertStack):
         """
         return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N)
 
-    def forward_rows(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward_rows(self, rows_ND: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Apply each expert to its segment of rows: [N, D].
 
         Args:

@@ -29,7 +29,7 @@ class SharedExperts(nn.Module):
             [T, D].
         """
         tokens, num_shared = x_TD.size(0), self.experts.num_experts
-        counts = [tokens] * num_shared
+        counts = torch.full((num_shared,), tokens, device=x_TD.device)
         if num_shared == 1 and weights_TS is None:
             return self.experts.forward_rows(x_TD, counts)
         token_ids_N = torch.arange(tokens, device=x_TD.device).repeat(num_shared)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.options import ModelOptions, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
+from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.assignment import balanced_assignment
 from evomoe_plugin.routing.choice import Choice
 
@@ -69,8 +69,9 @@ class BASELayersGate(Gate[ModelOptions]):
             expert_T = self._balanced(logits_TE.detach(), context.token_mask_T)
         else:
             expert_T = logits_TE.argmax(1)
-        mask_TE = F.one_hot(expert_T, self.num_experts).bool()
-        return Choice(mask_TE, logits_TE.sigmoid(), logits_TE.softmax(dim=1), logits_TE)
+        mask_TE = selection_mask(expert_T.unsqueeze(1), self.num_experts)
+        probs_TE = logits_TE.softmax(dim=1)
+        return Choice(mask_TE, logits_TE.sigmoid(), probs_TE, logits_TE, num_pairs=len(x_TD))
 
     def _balanced(self, logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         if token_mask_T is None:

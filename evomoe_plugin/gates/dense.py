@@ -35,4 +35,5 @@ class DenseGate(Gate[ScorerOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
-        return Choice(torch.ones_like(probs_TC, dtype=torch.bool), probs_TC, probs_TC, logits_TC)
+        mask_TC = torch.ones_like(probs_TC, dtype=torch.bool)
+        return Choice(mask_TC, probs_TC, probs_TC, logits_TC, num_pairs=mask_TC.numel())

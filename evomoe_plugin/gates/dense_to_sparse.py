@@ -128,13 +128,23 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
             gates_TC,
             logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
+            num_pairs=self._num_pairs(mask_TC, hard),
             stats=stats,
         )
 
+    def _num_pairs(self, mask_TC: Tensor, hard: bool) -> int | None:
+        if not self.training and self.eval_gate == "dense":
+            return mask_TC.numel()
+        return mask_TC.size(0) * self._hard_k if hard else None
+
+    @property
+    def _hard_k(self) -> int:
+        """`--moe-hard-top-k`; top-1 evaluation has 1."""
+        return 1 if not self.training and self.eval_gate == "top1" else self.hard_top_k
+
     def _best(self, gates_TC: Tensor) -> Tensor:
-        """bool [T, C]: the k best candidates, k = `--moe-hard-top-k`; top-1 evaluation has 1."""
-        top1 = not self.training and self.eval_gate == "top1"
-        k = 1 if top1 else self.hard_top_k
+        """bool [T, C]: the k best candidates."""
+        k = self._hard_k
         return (
             best(gates_TC)
             if k == 1

@@ -1,5 +1,6 @@
 """The expert-choice gate: each expert selects its best tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,11 +88,14 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TE = self.score(x_TD, context)
         probs_TE = self.scorer.scores(logits_TE)
+        T, E = probs_TE.shape
         if self.training:
             mask_TE = self._selected(probs_TE.detach(), context)
+            num_pairs = E * min(math.ceil(self.factor * T / E), T)
         else:
-            mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, self.num_experts)
-        return Choice(mask_TE, probs_TE, probs_TE, logits_TE)
+            mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, E)
+            num_pairs = T * self.top_k
+        return Choice(mask_TE, probs_TE, probs_TE, logits_TE, num_pairs=num_pairs)
 
     def _selected(self, probs_TE: Tensor, context: GateContext) -> Tensor:
         """bool [T, E]: the tokens that each expert selects; earlier ones on ties."""

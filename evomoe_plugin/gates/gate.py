@@ -62,7 +62,7 @@ class GateContext:
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""
         if self.token_mask_T is None:
-            return torch.tensor(float(x_TD.size(0)), dtype=torch.float64, device=x_TD.device)
+            return x_TD.new_full((), x_TD.size(0), dtype=torch.float64)
         return self.token_mask_T.sum().double()
 
     @property
@@ -290,7 +290,7 @@ class Gate(nn.Module, Generic[OptionsT]):
             choice = self.route(x_TD, context)
             if context.token_mask_T is not None:
                 mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
-                choice = dataclasses.replace(choice, mask_TC=mask_TC)
+                choice = dataclasses.replace(choice, mask_TC=mask_TC, num_pairs=None)
             aux = self._aux(choice, context)
             weights_TC, shared_weights_TS = choice.weights_TC, None
             if self.weight_scale is not None:
@@ -344,7 +344,8 @@ class Gate(nn.Module, Generic[OptionsT]):
             null_mass_T = null_TC.sum(1)
             fields["null_mass_T"] = null_mass_T
             fields["stats"][st.NULL_MASS] = null_mass_T.sum(dtype=torch.float64)
-        plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], **fields)
+        num_pairs = None if self.info.num_null else choice.num_pairs
+        plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], num_pairs, **fields)
         priority_TC = self._priority(choice, context)
         if priority_TC is None:
             return plan

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
@@ -11,6 +10,7 @@ from evomoe_plugin.config.options import ModelOptions, check_choice, flag
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.hash_tables import balanced_table, clustered_table, random_table
+from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.choice import Choice
 
 HASHES = ("balanced", "random", "clustered")
@@ -72,6 +72,7 @@ class HashGate(Gate[HashOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         if context.token_ids_T is None:
             raise ValueError("the gate hash routes by token ids: give token_ids_T")
-        chosen_TE = F.one_hot(self.table_V[context.token_ids_T], self.num_experts)
-        probs_TE = chosen_TE.to(x_TD.dtype)
-        return Choice(chosen_TE.bool(), probs_TE, probs_TE)
+        ids_T1 = self.table_V[context.token_ids_T].unsqueeze(1)
+        mask_TE = selection_mask(ids_T1, self.num_experts)
+        probs_TE = mask_TE.to(x_TD.dtype)
+        return Choice(mask_TE, probs_TE, probs_TE, num_pairs=len(x_TD))

@@ -13,6 +13,7 @@ from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import weighted_mean
 
@@ -97,6 +98,8 @@ class StableGate(Gate[StableOptions]):
         self.register_buffer("table_V", torch.zeros(vocabulary, dtype=torch.int64))
         # The update at which the table was written; -1: not yet.
         self.register_buffer("frozen_at", torch.full((), -1, dtype=torch.int64))
+        self._frozen_at = -1  # the same, for which the host need not wait
+        self.register_load_state_dict_post_hook(_read_frozen_at)
 
     @classmethod
     def validate(cls, options: StableOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -140,21 +143,26 @@ class StableGate(Gate[StableOptions]):
 
     @torch.no_grad()
     def _is_frozen(self, num_updates: int) -> bool:
-        if 0 <= int(self.frozen_at) <= num_updates:
+        if 0 <= self._frozen_at <= num_updates:
             return True
         if num_updates < self.stable_updates:
             if self.training:
-                self.frozen_at.fill_(-1)
+                self._freeze_at(-1)
             return False
         self.table_V.copy_(self._word_logits(self.word_embedding.float()).argmax(1))
-        self.frozen_at.fill_(num_updates)
+        self._freeze_at(num_updates)
         return True
+
+    def _freeze_at(self, num_updates: int) -> None:
+        if num_updates != self._frozen_at:
+            self._frozen_at = num_updates
+            self.frozen_at.fill_(num_updates)
 
     def _learned(self, x_TD: Tensor, token_ids_T: Tensor, weight_T: Tensor | None) -> Choice:
         logits_TE = self.score(x_TD)
         scores_TE = torch.sigmoid(logits_TE)
         expert_T = logits_TE.argmax(1)
-        mask_TE = F.one_hot(expert_T, self.num_experts).bool()
+        mask_TE = selection_mask(expert_T.unsqueeze(1), self.num_experts)
         words_TE = self._word_logits(F.embedding(token_ids_T, self.word_embedding))
         loss_T = F.cross_entropy(words_TE, expert_T, reduction="none")
         return Choice(
@@ -162,6 +170,7 @@ class StableGate(Gate[StableOptions]):
             scores_TE,
             torch.softmax(logits_TE, dim=1),
             logits_TE,
+            num_pairs=len(x_TD),
             aux={
                 "greedy_balance": greedy_balance_loss(
                     scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T
@@ -172,15 +181,21 @@ class StableGate(Gate[StableOptions]):
 
     def _frozen(self, x_TD: Tensor, token_ids_T: Tensor) -> Choice:
         logits_TE = self.score(x_TD)
-        mask_TE = F.one_hot(self.table_V[token_ids_T], self.num_experts).bool()
+        ids_T1 = self.table_V[token_ids_T].unsqueeze(1)
+        mask_TE = selection_mask(ids_T1, self.num_experts)
         return Choice(
             mask_TE,
             torch.sigmoid(logits_TE),
             mask_TE.to(logits_TE.dtype),
             logits_TE,
+            num_pairs=len(x_TD),
             aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 
     def _word_logits(self, words: Tensor) -> Tensor:
         words = words.float() if self.use_fp32 and words.dtype != torch.float64 else words
         return F.linear(words, self.word_centroids.to(words.dtype))
+
+
+def _read_frozen_at(gate: StableGate, _incompatible_keys) -> None:
+    gate._frozen_at = int(gate.frozen_at)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from evomoe_plugin.routing.plan import RoutingPlan
+from evomoe_plugin.routing.plan import RoutingPlan, waiting_costs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def apply_capacity(
     """
     counts_E = plan.tokens_per_expert_E
     kept_E = counts_E.clamp(max=capacity)
-    if not plan.num_pairs or torch.equal(kept_E, counts_E):
+    if not plan.num_pairs:
+        return plan, counts_E - kept_E
+    if not waiting_costs(counts_E.device) and torch.equal(kept_E, counts_E):
         return plan, counts_E - kept_E
     order_N = torch.arange(plan.num_pairs, device=counts_E.device)
     if plan.priority_N is not None:
@@ -63,8 +65,9 @@ def apply_capacity(
         order_N = order_N[plan.expert_ids_N[order_N].argsort(stable=True)]
     start_N = (counts_E.cumsum(0) - counts_E)[plan.expert_ids_N]
     place_N = torch.arange(plan.num_pairs, device=counts_E.device) - start_N
-    keep_N = torch.empty_like(order_N, dtype=torch.bool)
-    keep_N[order_N] = place_N < capacity
+    is_kept_N = torch.empty_like(order_N, dtype=torch.bool)
+    is_kept_N[order_N] = place_N < capacity
+    keep_N = is_kept_N.nonzero().squeeze(1)
 
     token_ids_N, weights_N = plan.token_ids_N[keep_N], plan.weights_N[keep_N]
     if renormalize:

@@ -31,11 +31,6 @@ def balance_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None =
     return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) * load_C).sum()
 
 
-def _active(x_TC: Tensor, active_C: Tensor | None) -> Tensor:
-    """The columns of active candidates: empty slots are not an uneven load."""
-    return x_TC if active_C is None else x_TC[:, active_C]
-
-
 def switch_loss(
     *,
     probs_TC: Tensor,
@@ -48,12 +43,15 @@ def switch_loss(
     Source: Dense2MoE's `switch`, without the z-loss it adds; with token weights, DCMoE's balance
     loss (Uni-MoE 2.0, arXiv 2511.12609), over the full softmax.
     """
-    probs_TC, mask_TC = _active(probs_TC, active_C), _active(mask_TC, active_C)
     probs_C = weighted_mean(probs_TC, weight_T)
     load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
+    candidates: Tensor | int = probs_TC.size(1)
+    if active_C is not None:  # empty slots are not an uneven load
+        probs_C, load_C = (x_C.masked_fill(~active_C, 0.0) for x_C in (probs_C, load_C))
+        candidates = active_C.sum()
     tiny = torch.finfo(probs_TC.dtype).tiny
     shares_C = probs_C / probs_C.sum().clamp(min=tiny)
-    return probs_TC.size(1) * (shares_C * load_C).sum() / load_C.sum().clamp(min=tiny)
+    return candidates * (shares_C * load_C).sum() / load_C.sum().clamp(min=tiny)
 
 
 def mutual_information_loss(*, probs_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
@@ -77,17 +75,28 @@ def _entropy(probs: Tensor) -> Tensor:
     return -torch.where(positive, probs * logs, 0.0).sum(-1)
 
 
-def cv_squared(x_C: Tensor) -> Tensor:
-    """Squared coefficient of variation, Var(x) / Mean(x)^2, with the population's variance."""
-    mean = x_C.mean()
-    return x_C.var(correction=0) / (mean * mean).clamp(min=torch.finfo(x_C.dtype).tiny)
+def cv_squared(x_C: Tensor, active_C: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation, Var(x) / Mean(x)^2, with the population's variance.
+
+    Args:
+        active_C: bool, False for what is no member of the population; None: all are.
+    """
+    mean = _mean(x_C, active_C)
+    variance = _mean((x_C - mean).square(), active_C)
+    return variance / (mean * mean).clamp(min=torch.finfo(x_C.dtype).tiny)
+
+
+def _mean(x_C: Tensor, active_C: Tensor | None) -> Tensor:
+    if active_C is None:
+        return x_C.mean()
+    return x_C.masked_fill(~active_C, 0.0).sum() / active_C.sum()
 
 
 def importance_loss(
     *, probs_TC: Tensor, weight_T: Tensor | None = None, active_C: Tensor | None = None
 ) -> Tensor:
     """CV^2 of the summed gate values (Shazeer et al., arXiv 1701.06538, 4)."""
-    return cv_squared(weighted_mean(_active(probs_TC, active_C), weight_T))
+    return cv_squared(weighted_mean(probs_TC, weight_T), active_C)
 
 
 def load_loss(
@@ -132,11 +141,12 @@ def diversity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Ten
 
     Source: DynMoE (arXiv 2405.14297).
     """
-    rows_CD = vectors_CD if active_C is None else vectors_CD[active_C]
-    rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
-    gram_CC = rows_CD @ rows_CD.t() - torch.eye(
-        rows_CD.size(0), dtype=rows_CD.dtype, device=rows_CD.device
-    )
+    rows_CD = torch.nn.functional.normalize(vectors_CD, dim=1)
+    ones_C = torch.ones_like(rows_CD[:, 0])
+    if active_C is not None:
+        rows_CD = rows_CD.masked_fill(~active_C.unsqueeze(1), 0.0)
+        ones_C = active_C.to(rows_CD.dtype)
+    gram_CC = rows_CD @ rows_CD.t() - ones_C.diag()
     square = gram_CC.square().sum()
     # No gradient of the root at 0, the value for one expert or orthogonal ones.
     return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)
@@ -144,8 +154,7 @@ def diversity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Ten
 
 def simplicity_loss(*, vectors_CD: Tensor, active_C: Tensor | None = None) -> Tensor:
     """Mean length of the active experts' vectors (DynMoE, arXiv 2405.14297)."""
-    rows_CD = vectors_CD if active_C is None else vectors_CD[active_C]
-    return torch.linalg.vector_norm(rows_CD, dim=1).mean()
+    return _mean(torch.linalg.vector_norm(vectors_CD, dim=1), active_C)
 
 
 def consistency_loss(

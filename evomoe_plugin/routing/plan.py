@@ -47,16 +47,29 @@ class RoutingPlan:
         return self.token_ids_N.numel()
 
 
-def plan_from_mask(mask_TE: Tensor, weights_TE: Tensor, **fields) -> RoutingPlan:
+def waiting_costs(device: torch.device) -> bool:
+    """Whether the host waits for `device` when it reads a value or needs a shape from it."""
+    return device.type != "cpu"
+
+
+def plan_from_mask(
+    mask_TE: Tensor, weights_TE: Tensor, num_pairs: int | None = None, **fields
+) -> RoutingPlan:
     """The plan of the pairs in `mask_TE`, with the weights `weights_TE`.
 
     Args:
         mask_TE: bool.
         weights_TE: combine weights; values outside the mask are ignored and get no gradient.
+        num_pairs: how many there are, if known: the host need not wait for a GPU then.
         fields: further fields of the plan.
     """
     # nonzero of the transpose is in the order of the plan: by expert, then by token.
-    expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)
+    if num_pairs is not None and waiting_costs(mask_TE.device):
+        # -1, of fewer pairs than stated, is sorted before all tokens and summed for none.
+        found_N2 = mask_TE.t().nonzero_static(size=num_pairs, fill_value=-1)
+        expert_ids_N, token_ids_N = found_N2.t().contiguous()
+    else:
+        expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)
     return RoutingPlan(
         token_ids_N=token_ids_N,
         expert_ids_N=expert_ids_N,
@@ -87,12 +100,16 @@ def first_expert_plan(
         zero_stats: names of further statistics, all 0.
     """
     mask_TE = torch.zeros(len(x_TD), num_experts, dtype=torch.bool, device=x_TD.device)
-    mask_TE[:, 0] = True if token_mask_T is None else token_mask_T
+    if token_mask_T is None:
+        mask_TE[:, 0].fill_(True)
+    else:
+        mask_TE[:, 0] = token_mask_T
     load_E = mask_TE.sum(0).double()
     tokens, zero = load_E[0], torch.zeros((), dtype=torch.float64, device=x_TD.device)
     return plan_from_mask(
         mask_TE,
         x_TD.new_ones(()).expand(mask_TE.shape),
+        len(x_TD) if token_mask_T is None else None,
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
             st.TOKENS: tokens,

@@ -54,20 +54,20 @@ def routing_stats(
     # Several times faster on a CPU than `special.entr` and `isfinite` of all values.
     logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
     entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
+    load_C = choice.mask_TC.sum(0).double()
     checked_TC = probs_TC if logits_TC is None else logits_TC.detach()
     bad_T = ~torch.isfinite(checked_TC.abs().amax(1))
-    tokens = torch.tensor(probs_TC.size(0), device=probs_TC.device)
+    tokens = load_C.new_full((), probs_TC.size(0))
     if token_mask_T is not None:
         entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)
         bad_T = bad_T & token_mask_T
-        tokens = token_mask_T.sum()
-    load_C = choice.mask_TC.sum(0).double()
+        tokens = token_mask_T.sum().double()
     stats = {
-        TOKENS: tokens.double(),
+        TOKENS: tokens,
         PAIRS: load_C[:num_experts].sum(),
         LOAD_E: load_C[:num_experts],
         REQUESTED_C: load_C,
-        EXPERTS: tokens.double() * num_experts,
+        EXPERTS: tokens * num_experts,
         ENTROPY: entropy_T.sum(dtype=torch.float64),
         NONFINITE: bad_T.sum().double(),
     }
