@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from speed import clock, peers, report
 from speed.cases import Case, chosen
 from speed.forks import forked
@@ -146,10 +147,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="cases whose names contain one of these: table, 64/2, annealing",
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 2; with cuda 1")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, help="default: all that run on the device"
+    )
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     add_options(parser, "layer.json")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
@@ -157,13 +160,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: give 1 or more")
+    args.threads = args.threads or ([1, 2] if args.device == "cpu" else [1])
+    args.contenders = args.contenders or [
+        name for name, kind in CONTENDERS.items() if args.device in kind.DEVICES
+    ]
     return args
 
 
 def main() -> None:
     """Measure, print and write."""
     args = parse()
-    cases = chosen(args.cases, args.quick)
+    if args.device == "cuda" and not forked(torch.cuda.is_available):
+        raise SystemExit("error: --device cuda: torch finds no GPU here; leave it out")
+    cases = chosen(args.cases, args.quick, args.device)
     peers.load()
     found = Results(args, {"machine": forked(lambda: machine(args.device)), "rounds": args.rounds})
     for threads in args.threads:

@@ -84,6 +84,18 @@ NULLS = tuple(
 )
 TOKENS = tuple(Case("tokens", tokens, 256, 16, 2) for tokens in (256, 1024, 4096, 16384))
 CASES = (*TABLE, *ANNEALING, *NULLS, *TOKENS)
+# On GPUs also, for which the others are small. SKEWED has half of all rows, or 2/5, at one expert.
+LARGE = (
+    Case("large", 16384, 1024, 16, 2, memory=True),
+    Case("large", 16384, 1024, 64, 2, memory=True),
+    Case("large", 16384, 2048, 8, 2),
+    Case("large", 16384, 4096, 8, 2, ffn=2048),
+    *(Case("large annealing", 16384, 1024, 16, wanted=wanted, skew=0.5) for wanted in (8, 4, 2, 1)),
+)
+SKEWED = (
+    Case("skewed", 16384, 1024, 16, 2, skew=2.0),
+    Case("skewed", 16384, 1024, 64, 2, skew=2.0),
+)
 # Takes minutes: one case per segment length, and the ends of annealing and null shares.
 QUICK = (
     Case("table", 1024, 256, 4, 2),
@@ -94,13 +106,15 @@ QUICK = (
 )
 
 
-def chosen(names: list[str] | None, quick: bool) -> list[Case]:
+def chosen(names: list[str] | None, quick: bool, device: str = "cpu") -> list[Case]:
     """The cases whose names contain one of `names`.
 
     Raises:
         SystemExit: a name matches none.
     """
-    cases = QUICK if quick else CASES
+    cases: tuple[Case, ...] = QUICK if quick else CASES
+    if device == "cuda" and not quick:
+        cases = (*LARGE, *SKEWED, *cases)
     if not names:
         return list(cases)
     for name in names:

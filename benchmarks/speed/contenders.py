@@ -7,10 +7,14 @@ SwiGLU FFNs of about the same FLOPs.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomoe_plugin.experts.kernels import cuda
+from evomoe_plugin.experts.kernels.cuda import grouped_mm
 from speed import ours
 from speed.bare import activated_flops
 from speed.inputs import Inputs
@@ -33,6 +37,8 @@ class Contender(nn.Module):
     """Whether it needs so much memory that it runs in a separate process, with the limit only."""
     MATRICES = 2
     """Matrices per expert."""
+    DEVICES: tuple[str, ...] = ("cpu", "cuda")
+    """Where it runs."""
 
     def __init__(self, inputs: Inputs):
         super().__init__()
@@ -99,6 +105,24 @@ class OursGated(Ours):
     label = "ours, SwiGLU"
     GATED = True
     MATRICES = 3
+
+
+class OursGroupedMM(Ours):
+    """Ours with torch's `grouped_mm` and separate passes in place of the Triton kernels."""
+
+    label = "ours, on grouped_mm"
+    DEVICES = ("cuda",)
+
+    def __init__(self, inputs: Inputs):
+        case = inputs.case
+        where = torch.device(inputs.device), inputs.dtype
+        if reason := grouped_mm.why_not(*where, case.width, case.ffn_dim):
+            raise Refused(reason)
+        super().__init__(inputs)
+
+    def forward(self, x_TD):
+        with mock.patch.object(cuda, "function_for", lambda *_: grouped_mm.GroupedMMFFN):
+            return super().forward(x_TD)
 
 
 class Routing(Contender):

@@ -13,7 +13,7 @@ from speed.report import LABELS, table
 
 LONG, SHORT = 512, 32
 """Mean rows per expert: from the first value the limit is used, from the second the floor."""
-NO_PEERS = ("Ours", "OursGated", "Dense", "Floor", "Routing")
+NO_PEERS = ("Ours", "OursGated", "OursGroupedMM", "Dense", "Floor", "Routing")
 
 Results = Mapping[str, Any]
 

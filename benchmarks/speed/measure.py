@@ -20,6 +20,7 @@ from speed.contenders import (
     OneHot,
     Ours,
     OursGated,
+    OursGroupedMM,
     Refused,
     Routing,
 )
@@ -38,6 +39,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     for kind in (
         Ours,
         OursGated,
+        OursGroupedMM,
         Loop,
         GroupedMM,
         MixtralGrouped,
