@@ -85,6 +85,9 @@ class HFWeights(Mapping[str, Tensor]):
         assert out is not None
         return out
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
 

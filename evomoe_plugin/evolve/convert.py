@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import os
@@ -129,11 +130,8 @@ def convert(
     weights = _weights(model, upcycling)
     criterion = CRITERION_REGISTRY[cfg["criterion"]["_name"]].__name__
     state = initial_checkpoint(cfg, weights, criterion=criterion)
-    if dense.keeps_dtype:
-        with streamed(model, weights):
-            return Converted(state, upcycling, measure_logit_difference(model, dense))
-    model.load_state_dict(dict(weights))
-    return Converted(state, upcycling, measure_logit_difference(model, dense))
+    with streamed(model, weights) if dense.keeps_dtype else contextlib.nullcontext():
+        return Converted(state, upcycling, measure_logit_difference(model, dense))
 
 
 def write(state: dict[str, Any], path: str, overwrite: bool = False) -> None:
@@ -244,16 +242,14 @@ def _dictionary(
 
 
 def _weights(model: MoELanguageModel, upcycling: Upcycling) -> dict[str, Tensor]:
-    """The MoE model's state dict. Of a model without memory, initial values are made one by one."""
+    """The MoE model's state dict: its own tensors, with their initial values. Of a model without
+    memory they are made one by one, and it stays without."""
     options, recipe = upcycling.options, upcycling.recipe
-    state = model.state_dict()
-    upcycling.check_complete(state)
-    without_memory = next(model.parameters()).is_meta
-    if without_memory:
-        own = dict(initial_gates(model, options, recipe.seed))
-        weights = {name: own.get(name, value) for name, value in state.items()}
-    else:
-        weights = {name: tensor.clone() for name, tensor in state.items()}
+    weights = dict(model.state_dict())
+    upcycling.check_complete(weights)
+    if next(model.parameters()).is_meta:
+        gates = initial_gates(model, options, recipe.seed)
+        weights |= {name: value for name, value in gates if name in weights}
     values: dict[torch.nn.Parameter, Tensor | None] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter not in values:
@@ -262,8 +258,13 @@ def _weights(model: MoELanguageModel, upcycling: Upcycling) -> dict[str, Tensor]
                 value = initial_experts(model, name, recipe.seed).to(upcycling.dense.dtype)
             values[parameter] = value
         value = values[parameter]
-        if value is not None:
+        if value is None:
+            continue
+        if parameter.is_meta:
             weights[name] = value.contiguous()
+        else:
+            parameter.data.copy_(value)
+            values[parameter] = None
     return weights
 
 

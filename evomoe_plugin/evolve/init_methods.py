@@ -14,7 +14,7 @@ rank and device and after every restart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from evomoe_plugin.config.options import SPAWN_METHODS as METHODS
 from evomoe_plugin.config.options import SPAWN_RATES, in_interval
 from evomoe_plugin.routing.noise import fold
 
+_PART = 2**18  # numbers drawn at a time
 # Random numbers are keyed by their order.
 _STREAMS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "fc3_weight", "units")
 
@@ -67,13 +68,24 @@ def spawn_tensor(
             value /= 1.0 - rate
         value.masked_fill_(~kept, 0.0)
     else:
-        drawn = torch.randn(source.shape, generator=_generator(key, name)).to(value)
-        deviation = value.std(correction=0)
-        if method == "noise":
-            value += rate * deviation * drawn
-        else:
-            value = torch.where(kept, value, value.mean() + deviation * drawn)
+        deviation, mean = value.std(correction=0), value.mean()
+        for rows, drawn in _drawn(value, _generator(key, name)):
+            if method == "noise":
+                value[rows] += rate * deviation * drawn
+            else:
+                value[rows] = torch.where(kept[rows], value[rows], mean + deviation * drawn)
     return value.to(source.dtype), kept
+
+
+def _drawn(value: Tensor, generator: torch.Generator) -> Iterator[tuple[slice, Tensor]]:
+    """Normal numbers of the shape and device of `value`, some rows at a time: those that one call
+    of `torch.randn` gives, which draws by sixteens."""
+    width = max(1, math.prod(value.shape[1:]))
+    step = 16 * max(1, _PART // (16 * width))
+    starts = range(0, max(len(value) - 15, 1), step)  # no part of fewer than 16, but the only one
+    for start, end in zip(starts, [*starts[1:], len(value)], strict=True):
+        drawn = torch.randn((end - start, *value.shape[1:]), generator=generator)
+        yield slice(start, end), drawn.to(value)
 
 
 def kept_mask(name: str, shape: Sequence[int], method: str, *, key: int, rate: float) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,20 @@ from fairseq import models
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.evolve.dense_checkpoint import DenseCheckpoint
 from evomoe_plugin.evolve.initial_values import build_without_memory
+from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.models.language_model import MoELanguageModel
 
 MAX_TOKENS = 64
 _RENDERED = ("layernorm_embedding",)  # options that are text in ours and a bool in fairseq's
 # fp32 rounding, relative to the largest logit.
 _ROUNDING = 1e-5
+_PART = 2**20  # bytes of a matrix at a time
 
 
 @dataclass(frozen=True)
@@ -50,45 +54,134 @@ def streamed(
     weights: Mapping[str, Tensor],
     rounded: torch.dtype | None = None,
 ) -> Iterator[None]:
-    """Inside, a model without memory computes in fp32: each layer has its weights for the time of
-    its forward pass.
+    """Inside, a model without memory computes in fp32, with few rows of a matrix in memory at a
+    time.
 
     Args:
         model: from `initial_values.build_without_memory`.
-        weights: its state dict, in any dtypes.
+        weights: its state dict, in any dtypes; may read them when they are asked for.
         rounded: a dtype that fp32 weights are rounded to; None: they are not.
     """
-    decoder, table = model.decoder, "decoder.embed_tokens."
 
-    def load(module: nn.Module, prefix: str) -> None:
-        own = {}
-        for name, parameter in module.state_dict().items():
-            value = weights[prefix + name]
-            if parameter.dtype == torch.float32:
-                value = value.to(rounded or value.dtype).float()
-            own[name] = value
-        module.load_state_dict(own, assign=True)
+    def fp32(value: Tensor) -> Tensor:
+        return value.to(rounded or value.dtype).float()
 
-    def around(module: nn.Module, prefix: str) -> None:
-        hooks.append(module.register_forward_pre_hook(lambda *_: load(module, prefix)))
-        hooks.append(module.register_forward_hook(lambda *_: module.to("meta") and None))
+    with contextlib.ExitStack() as stack:
+        for path, module in model.named_modules():
+            prefix = f"{path}." if path else ""
+            methods: dict[str, Callable[..., Tensor]] = {}
+            if ".gate." in prefix:
+                if path.endswith(".gate"):
+                    own = {name: weights[f"{prefix}{name}"] for name in module.state_dict()}
+                    module.load_state_dict(own, assign=True)
+                    stack.callback(module.to, "meta")
+                continue
+            if isinstance(module, nn.Embedding):
+                methods["forward"] = functools.partial(_embed, weights, prefix, fp32)
+            elif isinstance(module, nn.Linear):
+                methods["forward"] = functools.partial(_project, module, weights, prefix, fp32)
+            elif isinstance(module, ExpertFFN):
+                compute = functools.partial(_compute, module, weights, prefix, fp32)
+                methods |= {"forward_tokens": compute, "forward_rows": _of_rows(compute)}
+            for name, method in methods.items():
+                setattr(module, name, method)
+                stack.callback(delattr, module, name)
+            held = {}
+            for name, tensor in {**module._parameters, **module._buffers}.items():
+                if f"{prefix}{name}" not in weights:
+                    continue
+                if methods:  # what looks for its device or dtype finds it
+                    held[name] = torch.empty(0, dtype=tensor.dtype)
+                else:
+                    value = weights[f"{prefix}{name}"]
+                    held[name] = fp32(value) if tensor.dtype == torch.float32 else value
+            stack.enter_context(_holding(module, held))
+        yield
 
-    hooks: list[Any] = []
-    tied = decoder.share_input_output_embed
-    load(decoder.embed_tokens, table)
-    for n, layer in enumerate(decoder.layers):
-        around(layer, f"decoder.layers.{n}.")
-    around(decoder.layer_norm, "decoder.layer_norm.")
-    if not tied:
-        around(decoder.output_projection, "decoder.output_projection.")
-    else:
-        decoder.output_projection.weight = decoder.embed_tokens.weight
+
+@contextlib.contextmanager
+def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the module has these parameters and buffers."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for name, value in tensors.items():
+        kind: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        before.append((kind, name, kind[name]))
+        kind[name] = nn.Parameter(value, False) if kind is module._parameters else value
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        model.to("meta")
+        for kind, name, value in before:
+            kind[name] = value
+
+
+def _parts(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix that take up to `_PART` in fp32."""
+    step = max(1, _PART // (4 * width))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _embed(
+    weights: Mapping[str, Tensor], prefix: str, fp32: Callable[[Tensor], Tensor], ids: Tensor
+) -> Tensor:
+    return fp32(F.embedding(ids, weights[f"{prefix}weight"]))
+
+
+def _project(
+    module: nn.Linear,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    fp32: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Tensor:
+    names = [name for name, value in module.named_parameters(recurse=False)]
+    whole = {name: weights[f"{prefix}{name}"] for name in names}
+    parts = []
+    for rows in _parts(*whole["weight"].shape):
+        with _holding(module, {name: fp32(value[rows]) for name, value in whole.items()}):
+            parts.append(type(module).forward(module, x))
+    return torch.cat(parts, -1)
+
+
+def _compute(
+    experts: ExpertFFN,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    fp32: Callable[[Tensor], Tensor],
+    x_TD: Tensor,
+    token_ids_N: Tensor,
+    weights_N: Tensor | None,
+    counts: Sequence[int] | Tensor,
+) -> Tensor:
+    """`ExpertFFN.forward_tokens`, some hidden units of one expert at a time: the output is their
+    sum."""
+    names = [name for name, _ in experts.named_parameters(recurse=False)]
+    whole = {name: weights[f"{prefix}{name}"] for name in names}
+    y_TD, ends = torch.zeros_like(x_TD), torch.as_tensor(counts).cumsum(0).tolist()
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        pairs = slice(start, end)
+        if start == end:
+            continue
+        for units in _parts(*whole["fc1_weight"].shape[1:]):
+            held = {}
+            for name, value in whole.items():
+                if name == "fc2_bias":  # which is of no unit
+                    held[name] = fp32(value[e : e + 1]) * (units.start == 0)
+                else:
+                    held[name] = fp32(value[e : e + 1, units])
+            with _holding(experts, held):
+                y_TD += ExpertFFN.forward_tokens(
+                    experts,
+                    x_TD,
+                    token_ids_N[pairs],
+                    None if weights_N is None else weights_N[pairs],
+                    [end - start],
+                )
+    return y_TD
+
+
+def _of_rows(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`ExpertFFN.forward_rows` by its `forward_tokens`."""
+    return lambda rows_ND, counts: compute(rows_ND, torch.arange(len(rows_ND)), None, counts)
 
 
 @torch.no_grad()

@@ -285,14 +285,11 @@ class Upcycling:
                 slices = self._parts[path].num_shared_slices
                 expert = self._sliced(path, layer, rest, slices, False)
             # Into one buffer, so that no more than one expert is held beside it.
-            first = expert(0)
-            dtype = None
-            if self.dense.keeps_dtype:
-                dtype = self.dense.ffn_tensor(path, layer, rest).dtype
-            value = first.new_empty(shape[0], *first.shape, dtype=dtype)
-            value[0] = first
-            for e in range(1, shape[0]):
-                value[e] = expert(e)
+            made = expert(0)
+            value = made.new_empty(shape[0], *made.shape)
+            for e in range(shape[0]):
+                value[e] = made if e == 0 else expert(e)
+                made = None
         elif name in self.dense.weights:
             value = self.dense.weight(name)
             if self.dense.keeps_dtype:
@@ -313,11 +310,16 @@ class Upcycling:
             f"{name} has the shape {tuple(value.shape)}, the model {tuple(shape)}"
         )
 
+    def _source(self, path: str, layer: int, name: str) -> Tensor:
+        """A tensor of the dense network in the dtype of what is made of it."""
+        source = self.dense.ffn_tensor(path, layer, name)
+        return source if self.dense.keeps_dtype else source.float()
+
     def _routed(self, path: str, layer: int, name: str) -> Callable[[int], Tensor]:
         recipe, n = self.recipe, self._parts[path].ids[layer]
         if recipe.method == "slice":
             return self._sliced(path, layer, name, self._parts[path].num_slices, recipe.rescale)
-        source = self.dense.ffn_tensor(path, layer, name).float()
+        source = self._source(path, layer, name)
         rate = resolved_rate(recipe.method, recipe.rate)
         spawn = functools.partial(
             spawn_tensor, name, source, recipe.method, rate=rate, rescale=recipe.rescale
@@ -328,7 +330,7 @@ class Upcycling:
         self, path: str, layer: int, name: str, slices: int, rescale: bool
     ) -> Callable[[int], Tensor]:
         """Expert e gets slice e mod `slices`; one of each slice sum to the dense network."""
-        source = self.dense.ffn_tensor(path, layer, name).float()
+        source = self._source(path, layer, name)
         scale = slices if rescale and name.startswith("fc2") else 1
         if name == "fc2_bias":
             return lambda expert: source * (scale / slices)

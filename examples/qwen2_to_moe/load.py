@@ -18,8 +18,9 @@ def main(folder: str, text: str) -> None:
     if any(report.values()):
         sys.exit(f"error: the weights are not those of the class: {report}")
     assert "evomoe_plugin" not in sys.modules and "fairseq" not in sys.modules
-    ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
-    ids = ids[:, : model.config.max_position_embeddings]
+    beginning = {"truncation": True, "max_length": model.config.max_position_embeddings}
+    content = Path(text).read_text(encoding="utf-8")
+    ids = tokenizer(content, return_tensors="pt", **beginning)["input_ids"]
     loss = model.eval()(ids, labels=ids).loss.item()
     experts = model.config.num_experts
     print(f"{type(model).__name__}, {experts} experts, perplexity {math.exp(loss):.1f} on {text}")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from evomoe_plugin.evolve import init_methods
 from evomoe_plugin.evolve.init_methods import METHODS, kept_mask, seed_of
 from evomoe_plugin.experts import ExpertFFN
 from tests.evolve.conftest import spawn_expert
@@ -21,6 +22,15 @@ def expert(gated=False, dtype=torch.float32):
         name: ((i + 1) * torch.randn(p.shape[1:]) + i / 2).to(dtype)
         for i, (name, p) in enumerate(stack.named_parameters())
     }
+
+
+@pytest.mark.parametrize("shape", [(3,), (16,), (33,), (100,), (40, 3), (31, 7), (64, 100)])
+def test_numbers_drawn_in_parts_are_those_of_one_call(shape, monkeypatch):
+    monkeypatch.setattr(init_methods, "_PART", 64)
+    parts = list(init_methods._drawn(torch.zeros(shape), torch.Generator().manual_seed(3)))
+    assert len(parts) == {(100,): 2, (40, 3): 2, (64, 100): 4}.get(shape, 1)
+    drawn = torch.cat([part for _, part in parts])
+    assert torch.equal(drawn, torch.randn(shape, generator=torch.Generator().manual_seed(3)))
 
 
 def spawn(source, method, key=5, rate=None, rescale=False):
