@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
     from fairseq.distributed import utils as distributed_utils
     from omegaconf import OmegaConf
 
+    from evomoe_plugin.checkpoint.reading import plain_config
     from evomoe_plugin.config.run_checks import check_run
     from evomoe_plugin.launch.environment import process_count
 
-    cfg = OmegaConf.structured(FairseqConfig)
+    # Plain: the enumerations of fairseq's classes cannot be sent to other processes.
+    cfg = OmegaConf.create(plain_config(OmegaConf.structured(FairseqConfig)))
     cfg.model = cfg.task = None  # of the checkpoint
     cfg.common.cpu, cfg.common.user_dir = args.cpu, args.user_dir
     cfg.common_eval.path = args.path

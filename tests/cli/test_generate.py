@@ -243,14 +243,26 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_experts_sharded_over_processes(make_trained, tmp_path, capsys, launcher):  # noqa: F811
+@pytest.mark.parametrize(
+    "launcher, search",
+    [
+        pytest.param("its own", ["--beam", "3"], marks=pytest.mark.distributed),
+        pytest.param("torchrun", [], marks=pytest.mark.slow),
+    ],
+)
+def test_experts_sharded_over_processes(
+    make_trained,  # noqa: F811
+    tmp_path,
+    capsys,
+    launcher,
+    search,
+):
     """All texts are printed once, in the order of the prompts."""
     trained = make_trained(20, moe_gate="top_k", moe_expert_count="4")
     path = save_checkpoint(trained, tmp_path / "checkpoint.pt")
     prompts = [word for text in ("w1 w2", "w3", "w9 w30") for word in ("--prompt", text)]
     common = ["generate", "--path", str(path), *prompts, "--max-new-tokens", "6", "--cpu"]
+    common += search
     assert main(common) == 0
     wanted = capsys.readouterr()
     script = tmp_path / "evomoe.py"

@@ -87,6 +87,14 @@ def check_on_ranks(rank, size, folder, wanted, options):
     trained = load_trained_model("path", f"{folder}/checkpoint.pt", f"{folder}/data", size)
     experts = trained.model.decoder.moe_layers[0].experts
     assert len(experts.fc1_weight) == 4 // size
+    held, saved = (
+        sum(t.numel() * t.element_size() for name, t in named if ".moe.experts." in name)
+        for named in (
+            trained.model.named_parameters(),
+            torch.load(f"{folder}/checkpoint.pt", weights_only=False)["model"].items(),
+        )
+    )
+    assert held == saved // size > 0
     for one in wanted:
         given = [c.prompt for c in one.continuations]
         done = generate(trained, given, GenerationOptions(max_new_tokens=12, **options))
