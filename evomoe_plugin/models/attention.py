@@ -82,23 +82,28 @@ def _attend_in_runs(
         and width % 8 == 0
         and width <= 256
     ):
-        # Imports torch._dynamo, which takes a second.
-        from torch.nn.attention.varlen import varlen_attn
-
-        _log_runs("flash attention of sequences of several lengths (torch's varlen_attn)")
-        lengths = torch.tensor((0, *runs.lengths), device=q.device)
-        starts, longest = lengths.cumsum(0).int(), max(runs.lengths)
-        q, k, v = (x.transpose(1, 2).reshape(B * T, H, width) for x in (q, k, v))
-        causal = (-1, 0)
-        y = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=causal)
-        assert isinstance(y, Tensor)
-        return y.view(B, T, H, width).transpose(1, 2)
+        return _attend_in_runs_at_once(q, k, v, runs, scale)
     _log_runs("one call of torch's scaled_dot_product_attention for each")
     # Splitting one dimension has a backward pass of one concatenation.
     flat = (x.transpose(0, 1).reshape(1, H, B * T, width) for x in (q, k, v))
     parts = zip(*(x.split(runs.lengths, 2) for x in flat), strict=True)
     outputs = [attend(q, k, v, Mask.CAUSAL, scale, dropout) for q, k, v in parts]
     return torch.cat(outputs, 2).view(H, B, T, width).transpose(0, 1)
+
+
+def _attend_in_runs_at_once(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float) -> Tensor:
+    # Imports torch._dynamo, which takes a second.
+    from torch.nn.attention.varlen import varlen_attn
+
+    _log_runs("flash attention of sequences of several lengths (torch's varlen_attn)")
+    B, H, T, width = q.shape
+    lengths = torch.tensor((0, *runs.lengths), device=q.device)
+    starts, longest = lengths.cumsum(0).int(), max(runs.lengths)
+    q, k, v = (x.transpose(1, 2).reshape(B * T, H, width) for x in (q, k, v))
+    causal = (-1, 0)
+    y = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=causal)
+    assert isinstance(y, Tensor)
+    return y.view(B, T, H, width).transpose(1, 2)
 
 
 def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:

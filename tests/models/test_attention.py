@@ -1,10 +1,13 @@
 """Our attention against fairseq's: outputs, gradients, incremental state."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 from fairseq.modules import MultiheadAttention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from evomoe_plugin.models import attention as attention_file
 from evomoe_plugin.models.attention import Mask, Runs, SelfAttention, attend, causal_mask
@@ -320,3 +323,73 @@ def test_runs_on_a_gpu_equal_those_in_fp32(dtype):
         assert half.dtype == dtype
         largest = full.abs().max().item()
         torch.testing.assert_close(half.float(), full, rtol=0, atol=3e-2 * largest)
+
+
+def varlen_by_hand(query, key, value, starts_q, starts_k, max_q, max_k, *, scale, window_size):
+    """What torch documents of `varlen_attn`, which needs a GPU: [tokens, heads, width] each."""
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and window_size == (-1, 0)
+    bounds = starts_q.tolist()
+    assert bounds == starts_k.tolist() and bounds[0] == 0 and bounds[-1] == len(query) == len(key)
+    assert max_q == max_k == max(end - start for start, end in itertools.pairwise(bounds))
+    out = torch.zeros_like(query)
+    for start, end in itertools.pairwise(bounds):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        logits = scale * q @ k.transpose(1, 2)
+        weights = (logits + future(end - start, logits.dtype)).softmax(2)
+        out[start:end] = (weights @ v).transpose(0, 1)
+    return out
+
+
+@torch.no_grad()
+def test_runs_at_once_and_by_flex_attention_are_those_one_by_one(monkeypatch):
+    """The call that GPUs take, up to the kernel, and a document mask of torch's flex_attention."""
+    from torch.nn.attention import flex_attention as flex
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, 3, 40, 8) for _ in range(3))
+    runs = Runs((7, 1, 32, 40))
+    wanted = attend(q, k, v, runs, 0.3)
+    at_once = attention_file._attend_in_runs_at_once(q, k, v, runs, 0.3)
+    torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-6)
+    lengths = torch.tensor(runs.lengths)
+    run_BT = torch.arange(len(lengths)).repeat_interleave(lengths).view(2, 40)
+
+    def sees(b, h, query, key):
+        return (run_BT[b, query] == run_BT[b, key]) & (query >= key)
+
+    mask = flex.create_block_mask(sees, 2, None, 40, 40, device="cpu")
+    by_flex = flex.flex_attention(q, k, v, block_mask=mask, scale=0.3)
+    torch.testing.assert_close(by_flex, wanted, rtol=0, atol=1e-6)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all results of operations that have two dimensions of `length` or more."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.square = length, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if torch.is_tensor(result) and sum(n >= self.length for n in result.shape) > 1:
+                self.square.append((str(function), tuple(result.shape)))
+        return results
+
+
+@pytest.mark.parametrize(
+    "make_model, attention",
+    [("gpt", "sdpa"), ("gpt", "stock"), ("llama", "sdpa")],
+    indirect=["make_model"],
+)
+def test_documents_need_no_square_tensor(make_model, attention):
+    """Forward and backward, of a row longer than all else is wide; fairseq's own attention does."""
+    T, documents = 150, 10
+    model = make_model(moe_gate="top_p", moe_document_mask=True, moe_attention=attention)
+    assert max(n for p in model.parameters() for n in p.shape[1:]) < T
+    tokens = torch.randint(4, 40, (1, T), generator=torch.Generator().manual_seed(4))
+    tokens[:, :: T // documents] = 2
+    with Shapes(T) as shapes:
+        model(tokens)[0].sum().backward()
+    assert bool(shapes.square) == (attention == "stock"), shapes.square[:3]
