@@ -14,6 +14,8 @@ text=${TEXT:-$(folder_of email)}
 dense=${DENSE:-$run/qwen2}
 [ ! -e "$run" ] || { echo "error: $run exists already: give another folder" >&2; exit 2; }
 mkdir -p "$run"
+# More threads than one wait for each other in a model as tiny as this.
+[ -n "${DENSE:-}" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n── %s\n' "$*"; "$@"; }
 

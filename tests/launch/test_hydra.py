@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import zipfile
 
 import pytest
+import torch
 
+from tests.cli.checkpoints import malicious
 from tests.conftest import ROOT
 
 PLUGIN = ROOT / "evomoe_plugin/launch/hydra_plugins/evomoe_searchpath/plugin.py"
@@ -18,6 +21,13 @@ SHORT = (
     "dataset.disable_validation=true",
     "common.log_interval=1",
 )
+
+
+def load_plugin():
+    spec = importlib.util.spec_from_file_location("plugin", PLUGIN)
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    return plugin
 
 
 def hydra_train(runs, hydra_path, folder, *arguments):
@@ -73,9 +83,7 @@ def test_runs_of_fairseq_that_do_not_name_the_package_are_left_alone(
     (folders["ours"] / "base.yaml").write_text("common:\n  user_dir: evomoe_plugin")
     (folders["other"] / "__init__.py").write_text("import fairseq")
     (folders["gates"] / "__init__.py").write_text("from evomoe_plugin.gates import Gate")
-    spec = importlib.util.spec_from_file_location("plugin", PLUGIN)
-    plugin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plugin)
+    plugin = load_plugin()
     monkeypatch.delitem(sys.modules, plugin.PACKAGE)
     assert plugin.is_wanted(arguments.format(**folders).split()) is is_ours
 
@@ -146,3 +154,22 @@ def test_a_bad_option_is_one_line(runs, tmp_path, hydra_path):
         "fully_sharded"
     ]
     assert "Traceback" not in err
+
+
+def test_a_checkpoint_is_recognised_without_unpickling_it(tmp_path):
+    plugin = load_plugin()
+    ours = tmp_path / "ours.pt"
+    torch.save({"cfg": {"model": {"moe_expert_count": "4"}}, "model": {}}, ours)
+    assert plugin.is_moe_checkpoint(str(ours))
+    touched = tmp_path / "moe_expert_count"
+    assert plugin.is_moe_checkpoint(str(malicious(tmp_path / "evil.pt", str(touched))))
+    assert not touched.exists()
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", bytes(plugin._MOST) + b"moe_expert_count")
+    assert not plugin.is_moe_checkpoint(str(bomb))
+    damaged = bytearray(ours.read_bytes())
+    damaged[-40:] = bytes(40)
+    (tmp_path / "damaged.pt").write_bytes(damaged)
+    for name in ("damaged.pt", "none.pt", "."):
+        assert not plugin.is_moe_checkpoint(str(tmp_path / name))
