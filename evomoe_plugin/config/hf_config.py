@@ -61,8 +61,10 @@ def read_hf_config(option: str, path: str) -> HFConfig:
     content = _content(option, path)
     kind = content.get("model_type")
     if kind not in KINDS:
+        # GPT-2 is imported, but is no `causal_lm` to train from scratch.
+        known = sorted({*KINDS, "gpt2"} if option != "hf_config" else KINDS)
         raise OptionError(
-            option, path, f"holds a model of type {short(kind)}; known: {', '.join(sorted(KINDS))}"
+            option, path, f"holds a model of type {short(kind)}; known: {', '.join(known)}"
         )
     if content.get("quantization_config") is not None:
         raise OptionError(option, path, "has quantised weights: give the model in 16 or 32 bits")

@@ -110,8 +110,8 @@ FIRST = "model.layers.0.mlp.gate_proj.weight"
 BAD = [
     (
         _set(model_type="gemma7"),
-        'holds a model of type "gemma7"; known: llama, mistral, mixtral, olmoe, phi, qwen2, '
-        "qwen2_moe, qwen3, qwen3_moe, stablelm",
+        'holds a model of type "gemma7"; known: gpt2, llama, mistral, mixtral, olmoe, phi, '
+        "qwen2, qwen2_moe, qwen3, qwen3_moe, stablelm",
     ),
     (_set(model_type=None), "holds a model of type null; known:"),
     (_set(quantization_config={"bits": 4}), "has quantised weights: give the model in 16"),

@@ -18,6 +18,7 @@ from tests.cli.checkpoints import save_checkpoint
 from tests.data import chat_templates
 from tests.dispatch.test_expert_parallel import on_ranks
 from tests.export.conftest import make_trained, transformers, words  # noqa: F401  fixtures
+from tests.gates.test_every_gate import label
 from tests.models.conftest import make_config  # noqa: F401  a fixture
 from tests.tasks.test_chat_template import write
 
@@ -134,15 +135,20 @@ def best_next(model, rows):
     return int(logits.argmax())
 
 
+LLAMA = {"arch": "causal_lm_moe", "decoder_kv_heads": 1, "decoder_qk_norm": "shared"}
+
+
 @pytest.mark.parametrize(
-    "gate",
+    "given",
     [
-        "dense_to_sparse",
-        *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("top_k", "hash")),
+        {"moe_gate": "dense_to_sparse"},
+        {**LLAMA, "moe_gate": "top_p"},
+        *(pytest.param({"moe_gate": gate}, marks=pytest.mark.slow) for gate in ("top_k", "hash")),
     ],
+    ids=label,
 )
-def test_greedy_takes_the_most_probable_token(make_trained, gate):  # noqa: F811
-    trained = make_trained(20, moe_gate=gate)
+def test_greedy_takes_the_most_probable_token(make_trained, given):  # noqa: F811
+    trained = make_trained(20, **given)
     for prompt, new in zip(prompts(), tokens_of(trained, prompts()), strict=True):
         wanted = []
         while len(wanted) < 12 and (token := best_next(trained.model, prompt + wanted)) != EOS:
@@ -162,13 +168,22 @@ def test_one_ends_and_others_go_on(make_trained):  # noqa: F811
     )
 
 
-def test_a_wide_beam_finds_what_is_more_probable(make_trained):  # noqa: F811
-    trained = make_trained(20)
+@torch.no_grad()
+@pytest.mark.parametrize("given", [{}, LLAMA], ids=["gpt", "llama"])
+def test_a_wide_beam_finds_what_is_more_probable(make_trained, given):  # noqa: F811
+    trained = make_trained(20, **given)
 
     def scores(beam):
         done = generate(trained, prompts(), GenerationOptions(max_new_tokens=3, beam=beam))
         return [c.score for c in done.continuations]
 
+    done = generate(trained, prompts(), GenerationOptions(max_new_tokens=3, beam=8))
+    for found in done.continuations:  # scores are those of a forward pass over all tokens
+        tokens = [EOS, *found.prompt, *found.new]
+        lprobs = trained.model(torch.tensor([tokens]))[0][0].log_softmax(1)
+        targets = [*tokens[1:], EOS]
+        scores_T = lprobs[range(len(targets)), targets]
+        assert found.score == pytest.approx(scores_T.mean().item(), abs=1e-5)
     pairs = list(zip(scores(1), scores(8), strict=True))
     assert all(wide >= narrow - 1e-5 for narrow, wide in pairs)
     assert any(wide > narrow + 1e-3 for narrow, wide in pairs)
