@@ -1,7 +1,7 @@
-"""Ranks that need not import torch and fairseq, which takes longer than most tests.
+"""Ranks and commands that need not import torch and fairseq, which takes longer than most tests.
 
 They are forked from a process that has imported both and done nothing else. Runs in a process of
-their own (`Runs.start`) start their ranks as users' do.
+their own (`Runs.start`) start, and start their ranks, as users' do.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from unittest import mock
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("train", "eval_lm", "validate", "generate", "interactive", "hydra_train")
 IMPORTS = [
-    "fairseq_cli.train",
-    "fairseq_cli.eval_lm",
-    "fairseq_cli.validate",
+    *(f"fairseq_cli.{command}" for command in COMMANDS),
     "evomoe_plugin",
     "fairscale.nn.data_parallel",
     "torch._dynamo",  # by torch's optimizers

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from fairseq.data import Dictionary, indexed_dataset
 
-from tests.end_to_end.forks import MODULES, ForkServer
+from tests.end_to_end import forks
 from tests.end_to_end.runs import Run
+from tests.rank_server import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -66,15 +67,12 @@ def _path() -> str:
 def run_command():
     """Run one of fairseq's commands in a process of its own."""
     settled = {"PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    server = None
 
     def run(command: str, *arguments, cwd=ROOT, check=True, timeout=300, **environment) -> Run:
-        nonlocal server
         environment = {**os.environ, **settled, **environment}
         arguments = [str(argument) for argument in arguments]
-        if command in MODULES and environment["PYTHONPATH"] == settled["PYTHONPATH"]:
-            server = server or ForkServer(environment)
-            process = server.run(command, arguments, cwd, environment, timeout)
+        if command in COMMANDS and environment["PYTHONPATH"] == settled["PYTHONPATH"]:
+            process = forks.run(command, arguments, cwd, environment, timeout)
         else:
             module = command if "." in command else f"fairseq_cli.{command}"
             process = subprocess.run(
@@ -90,9 +88,7 @@ def run_command():
             assert process.returncode == 0, process.stdout[-6000:]
         return Run(process)
 
-    yield run
-    if server is not None:
-        server.close()
+    return run
 
 
 @pytest.fixture(scope="session")
