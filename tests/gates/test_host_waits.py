@@ -1,41 +1,18 @@
-"""A layer's forward and backward pass as on a GPU: what the host waits for.
-
-Kernels are not run: what the host does before and after them does not depend on values.
-"""
+"""A layer's forward and backward pass as on a GPU: what the host waits for."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
-from evomoe_plugin.experts.kernels import cuda
-from evomoe_plugin.experts.kernels.cuda import combine, fused
 from evomoe_plugin.routing import capacity, plan
 from tests.gates.test_every_gate import cases, label, tokens
-from tests.host_waits import HostWaits
-
-
-class Launch:
-    """A kernel that is not launched."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-class Kernels:
-    GROUP, BACKWARD_COLUMNS = 8, 64
-
-    def __getattr__(self, name):
-        return Launch()
+from tests.host_waits import HostWaits, pretend_a_gpu
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "function_for", lambda *_: fused.FusedFFN)
-    monkeypatch.setattr(fused, "kernels", Kernels())
-    monkeypatch.setattr(combine, "_kernel", Launch())
-    for module in (plan, capacity):
-        monkeypatch.setattr(module, "waiting_costs", lambda _: True)
+    pretend_a_gpu(monkeypatch)
 
 
 PAIRS = "nonzero at routing/plan.py"
