@@ -25,7 +25,8 @@ ALLOWED = {
     "config.hf_config": {"config.errors", "config.options"},
     "config.dataclass_fields": set(),
     "config.checks": BASE | {"gates", "dispatch"},
-    "config.run_checks": BASE | {"gates", "config.checks"},
+    "config.evaluation_checks": BASE,
+    "config.run_checks": BASE | {"gates", "config.checks", "config.evaluation_checks"},
     "routing": set(),
     "gates": BASE | {"routing"},
     "experts": BASE | {"routing"},
@@ -48,7 +49,15 @@ ALLOWED = {
     "report": MODEL | {"evolve", "generation", "metrics"},
     "patches": BASE | {"checkpoint", "dispatch", "quiet_imports"},
     "quiet_imports": set(),
-    "launch": BASE | {"checkpoint", "config.run_checks", "evaluation", "patches", "trainer"},
+    "launch": BASE
+    | {
+        "checkpoint",
+        "config.evaluation_checks",
+        "config.run_checks",
+        "evaluation",
+        "patches",
+        "trainer",
+    },
 }
 KNOW_NOTHING_OF_FAIRSEQ = {
     "config.errors",
@@ -56,6 +65,7 @@ KNOW_NOTHING_OF_FAIRSEQ = {
     "config.stacks",
     "config.hf_config",
     "config.checks",
+    "config.evaluation_checks",
     "config.run_checks",
     "routing",
     "gates",

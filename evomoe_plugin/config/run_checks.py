@@ -18,8 +18,9 @@ import torch
 
 from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.evaluation_checks import check_evaluation, check_ranks_of_experts
 from evomoe_plugin.config.hf_config import resolve_hf_config
-from evomoe_plugin.config.options import MoEOptions, parse_model_overrides
+from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def check_run(cfg: Any, num_ranks: int) -> None:
         resolve_hf_config(cfg.model)
         _check_training(cfg, num_ranks, on_gpu)
     else:
-        _check_evaluation(cfg, num_ranks)
+        check_evaluation(cfg, num_ranks)
     validate_run(cfg)
 
 
@@ -274,59 +275,6 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         _check_expert_parallel(cfg, num_ranks)
 
 
-def model_overrides(cfg: Any) -> dict[str, Any]:
-    """Options of the checkpoint's model that an evaluating command sets.
-
-    Raises:
-        OptionError: `--model-overrides` is no dictionary.
-    """
-    overrides = parse_model_overrides(cfg.common_eval.model_overrides)
-    if cfg.eval_lm.moe_expert_parallel_size != 1:
-        overrides["moe_expert_parallel_size"] = cfg.eval_lm.moe_expert_parallel_size
-    return overrides
-
-
-def _check_evaluation(cfg: Any, num_ranks: int) -> None:
-    if cfg.common_eval.path is None:
-        raise OptionError("path", "(not given)", "give the checkpoint to evaluate")
-    size = model_overrides(cfg).get("moe_expert_parallel_size", 1)
-    if not isinstance(size, int) or size < 1:
-        raise OptionError("moe_expert_parallel_size", size, "give 1 or more")
-    _check_ranks_of_experts(size, num_ranks)
-    window, length = cfg.eval_lm.context_window, getattr(cfg.task, "tokens_per_sample", None)
-    if window < 0 or (length is not None and window >= length):
-        raise OptionError(
-            "context_window",
-            window,
-            f"is a part of --tokens-per-sample ({length}): give less than that, or 0 for none",
-        )
-    share, shares = cfg.dataset.shard_id, cfg.dataset.num_shards
-    if not 0 <= share < shares:
-        raise OptionError("shard_id", share, f"give 0 to {shares - 1}, less than --num-shards")
-    if num_ranks == 1:
-        return
-    if shares > 1:
-        raise OptionError(
-            "num_shards", shares, f"the {num_ranks} ranks share the data already: leave it out"
-        )
-    for option in ("output_word_probs", "output_word_stats"):
-        if getattr(cfg.eval_lm, option):
-            raise OptionError(
-                option,
-                f"with {num_ranks} ranks",
-                "each has a share of the words: start one process",
-            )
-
-
-def _check_ranks_of_experts(size: int, num_ranks: int) -> None:
-    if num_ranks % size:
-        raise OptionError(
-            "moe_expert_parallel_size",
-            size,
-            f"does not divide the {num_ranks} ranks of --distributed-world-size",
-        )
-
-
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
     common, parallel = cfg.common, cfg.distributed_training
     combined = "with --ddp-backend fully_sharded"
@@ -398,7 +346,7 @@ def _check_expert_parallel(cfg: Any, num_ranks: int) -> None:
             combined,
             "overflow is checked only in each rank's own experts: give --fp16 or --bf16",
         )
-    _check_ranks_of_experts(size, num_ranks)
+    check_ranks_of_experts(size, num_ranks)
     if parallel.zero_sharding != "none":
         raise OptionError(
             "zero_sharding",

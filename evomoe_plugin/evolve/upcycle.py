@@ -285,11 +285,12 @@ class Upcycling:
                 slices = self._parts[path].num_shared_slices
                 expert = self._sliced(path, layer, rest, slices, False)
             # Into one buffer, so that no more than one expert is held beside it.
-            made = expert(0)
-            value = made.new_empty(shape[0], *made.shape)
-            for e in range(shape[0]):
-                value[e] = made if e == 0 else expert(e)
-                made = None
+            first = expert(0)
+            value = first.new_empty(shape[0], *first.shape)
+            value[0] = first
+            del first
+            for e in range(1, shape[0]):
+                value[e] = expert(e)
         elif name in self.dense.weights:
             value = self.dense.weight(name)
             if self.dense.keeps_dtype:

@@ -27,7 +27,8 @@ from evomoe_plugin.config.errors import (
     install_excepthook,
     one_line_errors,
 )
-from evomoe_plugin.config.run_checks import check_run, model_overrides
+from evomoe_plugin.config.evaluation_checks import model_overrides
+from evomoe_plugin.config.run_checks import check_run
 from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
