@@ -114,6 +114,7 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
         "(0, inf)",
         "give a sum above 0, such as the number of experts per token",
     )
+    check_number(options, "moe_peak_tflops", "(0, inf)", "give a number above 0, such as 312")
     if options.moe_weight_scale not in ("unit", "mean"):
         _refuse_given(
             options,

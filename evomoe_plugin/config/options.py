@@ -141,6 +141,11 @@ class MoEOptions:
     moe_log_experts: int = flag(
         0, "log every N updates the share of the pairs that each expert has; 0: never"
     )
+    moe_peak_tflops: Optional[float] = flag(
+        None,
+        "peak of a device, of which mfu is the share (default: of known GPUs from a table, of CPUs "
+        "measured)",
+    )
     moe_init_from_dense: Optional[str] = flag(
         None,
         "dense transformer_lm checkpoint to initialise a run without a checkpoint of its own: its "

@@ -29,7 +29,8 @@ def plot_experts(logs: Sequence[TrainingLog], out: str | Path) -> None:
         )
     out = Path(out)
     figure = new_figure(out)
-    layers = list(zip(*(record.layers["load"] for record in log.experts), strict=True))
+    names = list(log.experts[-1].loads)
+    layers = [[record.loads.get(name) for record in log.experts] for name in names]
     updates = [record.update for record in log.experts]
     columns = min(len(layers), _COLUMNS)
     rows = math.ceil(len(layers) / columns)
@@ -38,7 +39,7 @@ def plot_experts(logs: Sequence[TrainingLog], out: str | Path) -> None:
     for axes in grid[len(layers) :]:
         axes.remove()
     high = 3 / max(len(load_E) for loads in layers for load_E in loads if load_E)
-    for n, (loads, axes) in enumerate(zip(layers, grid, strict=False)):
+    for name, loads, axes in zip(names, layers, grid, strict=False):
         width = max((len(load_E) for load_E in loads if load_E), default=1)
         shares = [load_E or [math.nan] * width for load_E in loads]
         edges = [updates[0] - (updates[1] - updates[0] if updates[1:] else updates[0]), *updates]
@@ -50,7 +51,7 @@ def plot_experts(logs: Sequence[TrainingLog], out: str | Path) -> None:
             vmin=0,
             vmax=high,
         )
-        axes.set(title=f"MoE layer {n}", xlabel="updates", ylabel="expert")
+        axes.set(title=name, xlabel="updates", ylabel="expert")
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(mesh, ax=grid[: len(layers)], label="share of the layer's pairs", extend="max")
     save(figure, out)

@@ -31,7 +31,17 @@ class ExpertRecord:
     update: int
     layers: dict[str, list[Any]]
     """A list over MoE layers each: `load`, the shares of the pairs that the experts have, and means
-    per token (`trainer.expert_log.by_layer`)."""
+    per token (`trainer.expert_log.by_layer`); with the prefixes `encoder_` and `decoder_` where
+    there are both."""
+
+    @property
+    def loads(self) -> dict[str, list[float] | None]:
+        """Those of each MoE layer, by its name; None: LayerDrop left it out."""
+        return {
+            f"{stack}MoE layer {n}".replace("_", ", "): load_E
+            for stack in ("", "encoder_", "decoder_")
+            for n, load_E in enumerate(self.layers.get(f"{stack}load", ()))
+        }
 
 
 @dataclass

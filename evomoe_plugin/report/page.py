@@ -61,6 +61,8 @@ PANELS = (
     Panel("stability of routing", _valid("stability")),
     Panel("purity of routing", _valid("purity")),
     Panel("seconds per update", lambda log: list(zip(*seconds_per_update(log), strict=True))),
+    Panel("TFLOPS per device", _metric("tflops")),
+    Panel("share of the device's peak", _metric("mfu")),
     Panel("forward MFLOPs per token", _metric("mflops_per_token")),
 )
 _ROWS = 12  # of the table of a chart's values
@@ -156,19 +158,15 @@ def _rows(lines: Sequence[Line]) -> list[tuple]:
     return rows
 
 
-def _loads(log: TrainingLog) -> list[tuple[list[str], list[list[float]]]]:
-    """For each MoE layer: the updates, and the shares of the pairs that the experts had."""
+def _loads(log: TrainingLog) -> list[tuple[str, list[str], list[list[float]]]]:
+    """Of each MoE layer: its name, updates, and the shares of the pairs that the experts had."""
     step = math.ceil(len(log.experts) / _ROWS) or 1
     kept = log.experts[::-1][::step][::-1]
-    layers = zip(*(record.layers["load"] for record in kept), strict=True)
-    names = [f"update {record.update:,}" for record in kept]
-    return [
-        (
-            [name for name, load_E in zip(names, loads, strict=True) if load_E],
-            [load_E for load_E in loads if load_E],
-        )
-        for loads in layers
-    ]
+    found = []
+    for layer in kept[-1].loads:
+        rows = [(record.update, load_E) for record in kept if (load_E := record.loads.get(layer))]
+        found.append((layer, [f"update {n:,}" for n, _ in rows], [load_E for _, load_E in rows]))
+    return found
 
 
 def percent(share: float) -> str:

@@ -43,20 +43,30 @@ def log_experts(trainer: Any, logging_outputs: Sequence[Mapping[str, Any]]) -> N
         for name in {name for output in logging_outputs for name in output}
         if name.startswith(_PREFIX)
     }
-    if st.TOKENS not in totals:
-        return
-    found = by_layer(totals)
     # A key that ends in num_updates makes it a record of metrics.log.
-    line = {"experts_num_updates": update, **found}
-    logger.info(json.dumps(line))
-    _draw(found["load"], update)
+    line: dict[str, Any] = {"experts_num_updates": update}
+    for stack in st.STACKS:
+        if stack + st.TOKENS not in totals:
+            continue
+        found = by_layer(
+            {
+                name.removeprefix(stack): total
+                for name, total in totals.items()
+                if st.stack_of(name) == stack
+            }
+        )
+        line |= {stack + name: values for name, values in found.items()}
+        _draw(stack, found["load"], update)
+    if len(line) > 1:
+        logger.info(json.dumps(line))
 
 
 def by_layer(totals: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     """What is logged, a list over MoE layers each.
 
     Args:
-        totals: name -> [L], and `tokens_per_expert` -> [L, E], padded with NaN.
+        totals: of one stack of layers, name -> [L], and `tokens_per_expert` -> [L, E], padded with
+            NaN.
     Returns:
         `load`, for each layer the share of its pairs that each expert has; and, per token,
         `experts_per_token`, `entropy` (nats), and where there are any `dropped` and `null` pairs.
@@ -79,14 +89,14 @@ def by_layer(totals: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     return found
 
 
-def _draw(loads: Sequence[Sequence[float] | None], update: int) -> None:
+def _draw(stack: str, loads: Sequence[Sequence[float] | None], update: int) -> None:
     """Histograms over experts, where fairseq logs to TensorBoard or W&B."""
     writer = progress_bar._tensorboard_writers.get("train_inner")
     wandb = sys.modules.get("wandb")
     for layer, load_E in enumerate(loads):
         if load_E is None:
             continue
-        name, E = f"expert_load/layer_{layer}", len(load_E)
+        name, E = f"{stack}expert_load/layer_{layer}", len(load_E)
         if writer is not None:
             index_E = torch.arange(E)
             share_E = torch.tensor(load_E)

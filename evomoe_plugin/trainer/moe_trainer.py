@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -38,9 +39,12 @@ from evomoe_plugin.trainer import (
     loss_scaler,
     run_end,
     sharded_gradients,
+    speed_log,
     validation,
 )
 from evomoe_plugin.trainer.routing_sample import RoutingSample
+from evomoe_plugin.trainer.speed_log import SpeedLog
+from evomoe_plugin.trainer.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ class MoETrainer(Trainer):
         self.criterion.train()
         self.zero_grad()
         metrics.log_start_time("train_wall", priority=800, round=0)
+        began = time.perf_counter()
 
         if hasattr(self.get_criterion(), "begin_update"):
             self.get_criterion().begin_update(samples, self._sum_of_ranks)
@@ -102,6 +107,7 @@ class MoETrainer(Trainer):
             self._sum_over_ranks(done)
 
         overflow = False
+        self._step_times.begin_optimizer()
         try:
             grad_norm = self._reduce_and_clip_grads(done.sample_size)
             if not torch.isfinite(grad_norm).all():
@@ -112,6 +118,7 @@ class MoETrainer(Trainer):
                 self.task.optimizer_step(
                     self.optimizer, model=self.model, update_num=self.get_num_updates()
                 )
+            self._step_times.end_optimizer()
         except FloatingPointError:
             failed_updates.save_crash_checkpoint(self)
             failed_updates.find_nan(self, samples)
@@ -138,7 +145,7 @@ class MoETrainer(Trainer):
         if overflow and self.cfg.distributed_training.ddp_backend != "slowmo":
             self._discard_update()
         else:
-            logged = self._finish_update(done, grad_norm)
+            logged = self._finish_update(done, grad_norm, began)
         self._log_loss_scale()
         metrics.log_stop_time("train_wall")
         return logged
@@ -156,6 +163,7 @@ class MoETrainer(Trainer):
             sample, done.is_dummy = self._prepare_sample(sample)
             try:
                 with self._no_sync(i < len(samples) - 1), self._not_recording(done.is_dummy):
+                    self._step_times.begin_batch()
                     loss, size, logging_output = self.task.train_step(
                         sample=sample,
                         model=self.model,
@@ -165,6 +173,7 @@ class MoETrainer(Trainer):
                         ignore_grad=done.is_dummy,
                         **self.ema_arguments,
                     )
+                    self._step_times.end_batch()
                     del loss  # the graph that it holds, before the next is built
                 done.logging_outputs.append(logging_output)
                 done.sample_size += size
@@ -282,8 +291,12 @@ class MoETrainer(Trainer):
         self._amp_retries += 1
         return True
 
-    def _finish_update(self, done: _Accumulated, grad_norm: Tensor) -> Any:
-        """Count and log an update whose optimizer step is done; call the hooks."""
+    def _finish_update(self, done: _Accumulated, grad_norm: Tensor, began: float) -> Any:
+        """Count and log an update whose optimizer step is done; call the hooks.
+
+        Args:
+            began: when it did, by `time.perf_counter`.
+        """
         self.set_num_updates(self.get_num_updates() + 1)
         if self.cfg.ema.store_ema:
             self.ema.step(self.get_model(), self.get_num_updates())
@@ -294,6 +307,8 @@ class MoETrainer(Trainer):
             metrics.log_scalar(
                 "gb_free", self.cuda_env.total_memory_in_GB - used, priority=1500, round=1, weight=0
             )
+            metrics.log_scalar("peak_gb", used, priority=1491, round=2, weight=0)
+        self._log_speed(done, began)
         expert_log.log_experts(self, done.logging_outputs)
         logged = self._reduce_and_log_stats(done.logging_outputs, done.sample_size, grad_norm)
         every = self.cfg.common.empty_cache_freq
@@ -307,7 +322,7 @@ class MoETrainer(Trainer):
             model.finish_update(self.get_num_updates(), group)
             for callback in hooks.UPDATE_END:
                 callback(self)
-            self._log_waiting()
+            self._log_exchanges()
         return logged
 
     def _discard_update(self) -> None:
@@ -315,9 +330,36 @@ class MoETrainer(Trainer):
         if hasattr(model, "discard_update"):
             model.discard_update()
 
-    def _log_waiting(self) -> None:
-        """How long this rank waited for data, and for exchanges of rows of sharded experts."""
-        metrics.log_scalar("data_wait_ms", 1000 * data_wait.take_seconds(), priority=1510, round=2)
+    @functools.cached_property
+    def _step_times(self) -> StepTimes:
+        return StepTimes(self.device, self.get_criterion())
+
+    @functools.cached_property
+    def _speed_log(self) -> SpeedLog:
+        model, common = self.cfg.model, self.cfg.common
+        half = torch.float16 if common.fp16 else torch.bfloat16
+        is_half = common.fp16 or common.bf16 or getattr(model, "moe_matmul_dtype", "") == "bf16"
+        return SpeedLog(
+            self.device,
+            half if is_half else torch.float32,
+            self.data_parallel_world_size,
+            getattr(model, "moe_peak_tflops", None),
+            self.cfg.optimization.max_update,
+        )
+
+    def _log_speed(self, done: _Accumulated, began: float) -> None:
+        """How long this rank's update took and waited for data, and what that amounts to."""
+        waited = data_wait.take_seconds()
+        metrics.log_scalar("data_wait_ms", 1000 * waited, priority=1510, round=2)
+        for part, milliseconds in self._step_times.take().items():
+            metrics.log_scalar(f"{part}_ms", milliseconds, priority=1511, round=2)
+        if not self.cuda:
+            speed_log.log_memory()
+        seconds = time.perf_counter() - began + waited
+        self._speed_log.log(self.get_num_updates(), done.logging_outputs, seconds)
+
+    def _log_exchanges(self) -> None:
+        """How long this rank waited for exchanges of rows of sharded experts."""
         exchange_meters = [layer.meter for layer in sharded_layers(self.get_model())]
         if exchange_meters:
             waited = sum(meter.seconds for meter in exchange_meters)

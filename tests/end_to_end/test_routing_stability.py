@@ -18,7 +18,7 @@ from tests.routing.loops import purity_by_loops, token_routing_by_loops
 GATE = ("--moe-gate", "top_k", "--moe-null-experts", "6", "--moe-freq", "1")
 SAME = (
     *(*GATE, "--dropout", "0", "--attention-dropout", "0", "--validate-interval-updates", "4"),
-    *("--moe-log-experts", "5", "--log-interval", "1"),
+    *("--moe-log-experts", "5", "--log-interval", "1", "--moe-peak-tflops", "0.01"),
 )
 SIZE = 500
 KEYS = re.compile(r"valid_(stability|purity|combine_weight)")
@@ -118,6 +118,19 @@ def assert_same_loads(run, wanted):
             torch.testing.assert_close(
                 torch.tensor(layers), torch.tensor(b.layers[name]), rtol=0, atol=5e-3
             )
+
+
+def test_speed_is_logged(one_process):
+    records = one_process[1].logged("train_inner")
+    assert len(records) == 12
+    for record in records:
+        parts = [record[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0 and record["tflops"] > 0 and record["peak_gb"] > 0.1
+        assert record["mfu"] == pytest.approx(record["tflops"] / 0.01, abs=0.011)
+    assert [r["hours_left"] for r in records[1:]] == sorted(
+        (r["hours_left"] for r in records[1:]), reverse=True
+    )
+    assert records[-1]["hours_left"] == 0
 
 
 def test_loads_are_logged_every_n_updates(one_process):

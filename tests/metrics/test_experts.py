@@ -52,6 +52,16 @@ def test_the_log_is_read_and_repeated_updates_replace_earlier_ones():
     assert [record.update for record in log.intervals] == [10] and not log.summaries
 
 
+def test_layers_of_encoder_and_decoder_are_told_apart():
+    line = {"experts_num_updates": 10, "encoder_load": [[1.0]], "decoder_load": [[0.5, 0.5], None]}
+    (record,) = parse_log([json.dumps(line)]).experts
+    assert record.loads == {
+        "encoder, MoE layer 0": [1.0],
+        "decoder, MoE layer 0": [0.5, 0.5],
+        "decoder, MoE layer 1": None,
+    }
+
+
 def test_the_picture_has_a_map_for_each_layer(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
@@ -83,7 +93,7 @@ def test_tensorboard_gets_a_bar_for_each_expert(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = tensorboard.SummaryWriter(str(tmp_path))
     monkeypatch.setattr(expert_log.progress_bar, "_tensorboard_writers", {"train_inner": writer})
-    expert_log._draw([[0.5, 0.25, 0.25], None], 20)
+    expert_log._draw("", [[0.5, 0.25, 0.25], None], 20)
     writer.close()
     found = accumulator.EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     assert found.Tags()["histograms"] == ["expert_load/layer_0"]

@@ -9,6 +9,7 @@ from fairseq.logging import metrics
 
 from evomoe_plugin.trainer import data_wait
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
+from evomoe_plugin.trainer.step_times import StepTimes
 
 
 @pytest.fixture
@@ -28,9 +29,14 @@ def ticking(monkeypatch):
 
 
 def logged():
-    trainer = types.SimpleNamespace(get_model=torch.nn.Identity)
+    trainer = types.SimpleNamespace(
+        cuda=False,
+        get_num_updates=lambda: 1,
+        _step_times=StepTimes(torch.device("cpu"), torch.nn.Identity()),
+        _speed_log=types.SimpleNamespace(log=lambda *_: None),
+    )
     with metrics.aggregate(new_root=True) as meters:
-        MoETrainer._log_waiting(trainer)
+        MoETrainer._log_speed(trainer, types.SimpleNamespace(logging_outputs=[]), began=0.0)
     return meters["data_wait_ms"].avg
 
 

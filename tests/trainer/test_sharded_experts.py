@@ -18,6 +18,7 @@ class OutOfMemory(MoETrainer):
 
     model = criterion = torch.nn.Identity()
     optimizer, data_parallel_world_size, is_fsdp = None, 2, False
+    device = torch.device("cpu")
 
     def __init__(self, size):
         self.cfg = OmegaConf.create(
@@ -34,6 +35,9 @@ class OutOfMemory(MoETrainer):
     def step(self, *_args, **_kwargs):
         self.tried += 1
         raise RuntimeError(OUT_OF_MEMORY)
+
+    def get_criterion(self):
+        return self.criterion
 
     def get_model(self):
         return self.model
