@@ -15,15 +15,16 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
 from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-COUNTS = {"num_tiles", "N", "num_pieces", "most"}
+COUNTS = {"num_tiles", "N", "num_pieces", "most", "width"}
 SIZES = {"D", "F", "stride_x", "stride_grad"}  # multiples of 16 here, as in most models
 POINTERS = {
-    **dict.fromkeys(("token_ids", "seed"), "*i64"),
-    **dict.fromkeys(("tiles", "table"), "*i32"),
+    **dict.fromkeys(("token_ids", "seed", "counts"), "*i64"),
+    **dict.fromkeys(("tiles", "table", "segments", "tile_starts"), "*i32"),
     **dict.fromkeys(("dots", "bias_sums", "parts", "weights"), "*fp32"),
 }
 OPTIONS = {
@@ -49,11 +50,19 @@ CASES = [
     ("down_backward", GATED),
     ("weight_gradient", {}),
 ]
+# Without products, and not tuned.
+OTHERS = [
+    ("schedule", {"E": 64, "BE": 64, "BLOCK": 16, "ONLY_LONG": False}),
+    ("schedule", {"E": 1000, "BE": 1024, "BLOCK": 16, "ONLY_LONG": True}),
+    ("output_bias_backward", {"BN": 128}),
+    ("sum_tiles", {"BN": 128, "SKIPS_EMPTY": False}),
+]
 
 
 def compiled(name: str, options: dict, config: triton.Config, dtype: str, capability: int):
     """The kernel as Triton compiles it for rows of 16 bytes."""
-    function = getattr(kernels, name).fn
+    kernel = getattr(kernels, name)
+    function = kernel.fn if isinstance(kernel, Autotuner) else kernel
     precision = "tf32" if dtype == "fp32" else "ieee"
     constants = {**OPTIONS, **options, "PRECISION": precision, **config.kwargs}
     signature, attributes = {}, {}
@@ -107,5 +116,10 @@ if __name__ == "__main__":
         configs = getattr(kernels, name).configs[: 1 if args.first else None]
         for config in configs:
             kernel = compiled(name, options, config, args.dtype, args.capability)
-            case = f"{name} {options or ''} {config}"
-            print(json.dumps({"case": case, **facts(kernel)}), flush=True)
+            case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": True}
+            print(json.dumps({**case, **facts(kernel)}), flush=True)
+    for name, options in [] if args.first else OTHERS:
+        config = triton.Config({}, num_warps=8 if name == "schedule" else 4)
+        kernel = compiled(name, options, config, args.dtype, args.capability)
+        case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": False}
+        print(json.dumps({**case, **facts(kernel)}), flush=True)

@@ -136,6 +136,9 @@ def test_rows_and_gradients_with_strides():
     shape = case.x.shape
     for seed in torch.randn(shape[::-1], device=DEVICE).t(), case.x.new_ones(()).expand(shape):
         case.check(case.run(), *case.exact(), 1e-6, seed)
+    case.token_ids = torch.stack([case.token_ids] * 2, 1)[:, 0]
+    case.row_weights = torch.stack([case.row_weights] * 2, 1).detach()[:, 0].requires_grad_()
+    case.check(case.run(), *case.exact(), 1e-6)
 
 
 def test_unweighted_sum_of_rows():

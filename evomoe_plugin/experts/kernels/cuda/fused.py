@@ -86,6 +86,9 @@ class FusedFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, counts_E, token_ids, x, row_weights, *stacks):
+        counts_E, token_ids, row_weights = (
+            None if t is None else t.contiguous() for t in (counts_E, token_ids, row_weights)
+        )
         ffn = _FFN(call, x, token_ids, stacks)
         most = tile_rows(call.num_rows, ffn.E)
         schedule = Schedule.of(counts_E, most, triton.cdiv(call.num_rows, most) + ffn.E)
