@@ -54,7 +54,7 @@ CASES = [
 OTHERS = [
     ("schedule", {"E": 64, "BE": 64, "BLOCK": 16, "ONLY_LONG": False}),
     ("schedule", {"E": 1000, "BE": 1024, "BLOCK": 16, "ONLY_LONG": True}),
-    ("output_bias_backward", {"BN": 128}),
+    ("output_bias_backward", {"BN": 64}),
     ("sum_tiles", {"BN": 128, "SKIPS_EMPTY": False}),
 ]
 

@@ -304,7 +304,7 @@ class _FFN:
             ROWS=schedule.most,
             HAS_IDS=self.token_ids is not None,
             HAS_WEIGHTS=weights is not None,
-            BN=_BLOCK,
+            BN=_BLOCK // 2,
         )
         return sums
 
