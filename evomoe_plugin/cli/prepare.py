@@ -108,22 +108,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-length N", default["min_length"], "train on sentences of at least N tokens")
     add("--max-length N", int, "train on sentences of at most N tokens (default: no limit)")
     add("--max-length-ratio X", float, "and with at most X tokens to one of the other language")
-    # Which of the flags above are not of parallel text; `run` tells of those that are given.
-    parser.set_defaults(
-        not_of_pairs={
-            action.dest: action.default
-            for action in parser._actions
-            if action.dest not in (*default, "help", "workers", "inputs")
-        }
+    add = partial(flag, parser.add_argument_group("GLUE, for --task sentence_prediction"))
+    add(
+        "--glue",
+        str,
+        "a task of GLUE and the folder with its files (.tsv or .parquet), instead of INPUTs",
+        nargs=2,
+        metavar=("TASK", "DIR"),
     )
+    add("--tokenizer-of DIR", str, "with --glue: the folder that the model was trained with")
+    parser.set_defaults(flags={action.dest: action.default for action in parser._actions})
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.pairs:
-        return _run_pairs(args)
-    for name in ("valid_pairs", "test_pairs", "langs", "max_length", "max_length_ratio"):
-        if getattr(args, name) is not None:
-            raise OptionError(name, getattr(args, name), "is of parallel text: give --pairs too")
+    from evomoe_plugin.data.glue import GlueOptions
+    from evomoe_plugin.data.options import PrepareOptions
+    from evomoe_plugin.data.pairs import PairOptions
+
+    for kind, options in (("pairs", PairOptions), ("glue", GlueOptions)):
+        if getattr(args, kind):
+            _check_flags(args, options, f"is not of --{kind}: leave it out")
+            return _run_pairs(args) if kind == "pairs" else _run_glue(args)
+    _check_flags(args, PrepareOptions, "is of parallel text or GLUE: give --pairs or --glue too")
     from evomoe_plugin.config.errors import INTERRUPTED
     from evomoe_plugin.data import PrepareOptions, prepare
 
@@ -143,14 +149,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_flags(args: argparse.Namespace, options: type, reason: str) -> None:
+    """Raise `OptionError` for a flag that is given and not one of the fields of `options`."""
+    for name, value in args.flags.items():
+        given = getattr(args, name, value)
+        if name not in (*defaults(options), "help", "workers") and given not in (value, []):
+            shown = " ".join(given) if isinstance(given, list) else given
+            raise OptionError("INPUT" if name == "inputs" else name, shown, reason)
+
+
+def _run_glue(args: argparse.Namespace) -> int:
+    from evomoe_plugin.data.glue import GlueOptions, prepare_glue
+
+    card = prepare_glue(parsed(GlueOptions, args))
+    print(
+        f"{args.out}: {card.splits['train']['documents']:,} examples to train on; details in "
+        "DATA_CARD.md"
+    )
+    print(f"next:\n{card.usage.replace('DATA', args.out, 1)}")
+    return 0
+
+
 def _run_pairs(args: argparse.Namespace) -> int:
     from evomoe_plugin.data.pairs import PairOptions, prepare_pairs
 
-    if args.inputs:
-        raise OptionError("INPUT", " ".join(args.inputs), "--pairs names the files: leave it out")
-    for name, value in args.not_of_pairs.items():
-        if getattr(args, name) != value:
-            raise OptionError(name, getattr(args, name), "is not of --pairs: leave it out")
     options = parsed(PairOptions, args)
     card = prepare_pairs(options)
     joint = " --share-all-embeddings" * (not options.separate_vocabularies)

@@ -51,6 +51,8 @@ class GateLosses:
 
     counts_tokens = True
     """Whether sample sizes may differ from numbers of tokens."""
+    computes_targets = True
+    """Whether logits over the vocabulary are computed, for as many tokens as the sample size."""
 
     def set_gate_losses(self, weight: float, combine_method: str) -> None:
         """Set the options; called by constructors.
@@ -143,7 +145,8 @@ class GateLosses:
                 if stack + st.TOKENS in stats:
                     of_tokens = flops.per_token * stats[stack + st.TOKENS].max()  # of any layer
                     of_pairs = flops.per_pair * stats[stack + st.PAIRS].sum()
-                    logging_output[_FLOPS + stack] = of_tokens + of_pairs + flops.per_target * size
+                    of_targets = flops.per_target * size if self.computes_targets else 0
+                    logging_output[_FLOPS + stack] = of_tokens + of_pairs + of_targets
         return loss
 
 

@@ -30,6 +30,8 @@ class MoESentencePredictionConfig(GateLossOptions, SentencePredictionConfig):
 class MoESentencePrediction(GateLosses, SentencePredictionCriterion):
     """fairseq's criterion of GLUE tasks with gate losses."""
 
+    computes_targets = False
+
     def __init__(self, cfg: MoESentencePredictionConfig, task: Any):
         super().__init__(cfg, task)
         self.set_gate_losses(cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method)

@@ -45,14 +45,14 @@ def init_from_dense(trainer: Trainer) -> None:
     Raises:
         OptionError: the file or folder is unreadable or does not fit the model.
     """
-    model: Any = trainer.get_model()
-    is_ours = isinstance(model, MoEModel)
-    path = model.options.moe_init_from_dense if is_ours else None
+    model = trainer.get_model()
+    ours: Any = next((m for m in model.modules() if isinstance(m, MoEModel)), None)
+    path = None if ours is None else ours.options.moe_init_from_dense
     if path is None:
         return
-    read = next(iter(model.moe_stacks.values()))
+    read = next(iter(ours.moe_stacks.values()))
     dense = read_dense("moe_init_from_dense", path, read.dictionary)
-    upcycling = Upcycling(dense, model.options, recipe_of(model.options))
+    upcycling = Upcycling(dense, ours.options, recipe_of(ours.options))
     trained = {
         name: shape
         for storage in storages(trainer)
@@ -70,7 +70,7 @@ def init_from_dense(trainer: Trainer) -> None:
         for name, (rows, *others) in shapes.items():
             if is_expert_parameter(name):
                 shapes[name] = (rows * groups.size, *others)
-    buffers = [name for name, _ in model.named_buffers()]
+    buffers = [name for name, _ in ours.named_buffers()]
     upcycling.check_complete([*shapes, *buffers, *_TIED])
     # Each value is made when it is set: no second model is held in memory.
     edit_parameters(

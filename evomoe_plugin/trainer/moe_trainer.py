@@ -619,6 +619,7 @@ class MoETrainer(Trainer):
             self.model.set_num_updates(history[-1]["num_updates"])
         try:
             if self.is_fsdp and not resume.reads_own_shard(self):
+                self._add_heads(weights)
                 # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
                 super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
             else:
@@ -637,6 +638,17 @@ class MoETrainer(Trainer):
             for name, p in self.get_model().named_parameters()
             if name in weights and weights[name].dtype == torch.float32 != p.dtype
         }
+
+    def _add_heads(self, weights: dict[str, Any]) -> None:
+        """Under FSDP, have a model with classification heads add new ones to pretrained weights.
+
+        Without FSDP its `load_state_dict` does.
+        """
+        heads = (m for m in self.model.modules() if hasattr(m, "register_classification_head"))
+        model: Any = next((m for m in heads if not isinstance(m, FullyShardedDataParallel)), None)
+        if model is not None:
+            with self.model.summon_full_params(recurse=False):
+                model.upgrade_state_dict(weights)
 
     def _load_optimizer(
         self, path: str, state: Any, reset_lr_scheduler: bool, overrides: dict[str, Any] | None

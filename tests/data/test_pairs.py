@@ -113,8 +113,8 @@ def test_bad_input_takes_one_line(tmp_path, files, capsys):
             "--max-length-ratio 0.5: it is the long",
         ),
         (("--pairs", de, en, "--max-length", "1"), "--max-length 1: the filters leave nothing"),
-        ((de, "--max-length", "3"), "--max-length 3: is of parallel text: give --pairs too"),
-        (("--pairs", de, en, de), "INPUT .*: --pairs names the files: leave it out"),
+        ((de, "--max-length", "3"), "--max-length 3: is of parallel text or GLUE: give --pairs"),
+        (("--pairs", de, en, de), "INPUT .*: is not of --pairs: leave it out"),
     ):
         given = (*words, "--out", out, *(["--vocab-size", "300"] if "--pairs" in words else []))
         assert run(*given) == 2, words
