@@ -100,7 +100,7 @@ def facts(kernel) -> dict[str, int]:
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": kernel.metadata.shared,
-        "matrix_instructions": len(re.findall(r"\bH?G?MMA\b", code)),
+        "matrix_instructions": len(re.findall(r"\bHG?MMA\b", code)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "asynchronous_loads": len(re.findall(r"\bLDGSTS\b", code)),
     }
