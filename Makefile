@@ -83,7 +83,8 @@ help:  ## list these targets
 	@echo '                or else the package index'"'"'s own, which on Linux is the CUDA build (about 3 GB)'
 	@echo '  PYTHON=...    the Python of a new environment (default: python3.11; 3.12 works too)'
 	@echo '  PYTHON312=... the Python 3.12 of test-python312 (default: that of pyenv, or python3.12)'
-	@echo '  ARGS=...      more arguments for quickstart, unit, test, test-slow, bench or study: make test ARGS="-k gate"'
+	@echo '  ARGS=...      more arguments for quickstart, unit, test, test-slow, bench, study or torture:'
+	@echo '                make test ARGS="-k gate"'
 
 quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on it, evaluate it
 	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
@@ -115,6 +116,9 @@ bench: venv  ## measure speed and memory
 
 study: venv  ## train and compare the routing systems (ARGS=--list: what is left)
 	@$(VENV)/bin/python -W ignore benchmarks/study/run.py $(ARGS)
+
+torture: venv  ## break runs and files in every way, for hours (ARGS=--help: a part, a case again, …)
+	@$(VENV)/bin/python -W ignore -m tests.torture.run $(ARGS)
 
 venv: $(PACKAGE)  ## build the environment only
 
@@ -164,4 +168,4 @@ clean:  ## remove the environment and caches, never a run
 	find evomoe_plugin tests -name __pycache__ -prune -exec rm -rf {} +
 
 FORCE:
-.PHONY: help quickstart check unit test test-slow test-python312 bench study venv lock clean FORCE
+.PHONY: help quickstart check unit test test-slow test-python312 bench study torture venv lock clean FORCE

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from evomoe_plugin.checkpoint.build_model import describe
 from evomoe_plugin.config.errors import OptionError
 
 SHARD = re.compile(r"-shard(\d+)\.pt$")
@@ -23,6 +24,16 @@ def shard_path(path: str, rank: int) -> str:
 def world_size(state: dict) -> int:
     """The number of ranks that wrote the checkpoint that `state` is (a shard of)."""
     return state["cfg"]["distributed_training"]["distributed_world_size"]
+
+
+def check_rank(state: dict, path: str) -> None:
+    """Raise `OptionError` if the file of one rank holds the state of another."""
+    found = SHARD.search(path)
+    rank = state["cfg"]["distributed_training"]["distributed_rank"]
+    if found is not None and int(found[1]) != rank:
+        raise OptionError(
+            "checkpoint", path, f"is shard {rank} under another's name: take another checkpoint"
+        )
 
 
 def flat_parameters(state: dict) -> Iterator[tuple[str, str, dict]]:
@@ -43,7 +54,7 @@ def consolidated(path: str, load: Callable[[str], dict]) -> dict:
         load: reads one file.
 
     Raises:
-        OptionError: a file is missing, or they are of different updates.
+        OptionError: a file is missing or another's, or they are of different updates.
     """
     first = load(shard_path(path, 0))
     count = world_size(first)
@@ -52,6 +63,8 @@ def consolidated(path: str, load: Callable[[str], dict]) -> dict:
         if not os.path.exists(shard):
             raise OptionError("checkpoint", name, f"shard {rank} of {count} is missing: {shard}")
     states = [first, *(load(shard) for shard in paths[1:])]
+    for state, shard in zip(states, paths, strict=True):
+        check_rank(state, shard)
     updates = [state["optimizer_history"][-1]["num_updates"] for state in states]
     if len(set(updates)) > 1:
         numbers = ", ".join(map(str, updates))
@@ -60,9 +73,16 @@ def consolidated(path: str, load: Callable[[str], dict]) -> dict:
             name,
             f"its shards are of different updates ({numbers}): take an earlier checkpoint",
         )
-    whole = dict(first, model=_model(states))
-    if first.get("last_optimizer_state"):
-        whole["last_optimizer_state"] = _optimizer(states)
+    try:
+        whole = dict(first, model=_model(states))
+        if first.get("last_optimizer_state"):
+            whole["last_optimizer_state"] = _optimizer(states)
+    except OptionError:
+        raise
+    except Exception as error:  # of shards whose names, shapes or kinds are not those of a run
+        raise OptionError(
+            "checkpoint", name, f"its shards do not fit together ({describe(error)})"
+        ) from error
     return whole
 
 

@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 from torch.serialization import safe_globals
 
 from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.build_model import describe
+from evomoe_plugin.checkpoint.content import check_content
 from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.checkpoint.safe_pickles import allowed_globals
 from evomoe_plugin.config.errors import OptionError
@@ -133,7 +135,14 @@ def read_state(
         load_on_all_ranks: whether all ranks read, not one only.
         mapped: as `load_file`.
     """
-    with open(_local_path(path, load_on_all_ranks), "rb") as file:
+    local = _local_path(path, load_on_all_ranks)
+    if os.path.exists(local) and not os.path.isfile(local):  # a pipe would never end
+        raise OptionError("checkpoint", path, "is no file")
+    try:
+        file = open(local, "rb")
+    except OSError as error:
+        raise OptionError("checkpoint", path, f"cannot be read: {error.strerror}") from error
+    with file:
         state = load_file(file, map_location="cpu", mapped=mapped)
     if arg_overrides and state.get("args") is not None:
         vars(state["args"]).update(arg_overrides)
@@ -141,7 +150,14 @@ def read_state(
         state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
         if arg_overrides is not None:
             overwrite_args_by_name(state["cfg"], arg_overrides)
-    return checkpoint_utils._upgrade_state_dict(state)
+    try:
+        state = checkpoint_utils._upgrade_state_dict(state)
+    except Exception as error:  # of what is not there
+        raise OptionError(
+            "checkpoint", path, f"is no checkpoint of fairseq ({describe(error)})"
+        ) from error
+    check_content(state, path)
+    return state
 
 
 def _local_path(path: str, load_on_all_ranks: bool) -> str:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,7 +39,7 @@ def read_checkpoint(
     """
     with _faults_of(option, path):
         state = checkpoint_utils.load_checkpoint_to_cpu(existing_file(option, path), overrides)
-    cfg, weights = state.get("cfg"), state["model"]
+    cfg = state.get("cfg")
     if isinstance(cfg, DictConfig) and isinstance(cfg.get("model"), argparse.Namespace):
         # Of fairseq's models without a dataclass, such as roberta and transformer.
         cfg.model = OmegaConf.create(vars(cfg.model), flags={"allow_objects": True})
@@ -50,12 +49,6 @@ def read_checkpoint(
             path,
             "is no checkpoint of fairseq: it does not say which model "
             "its weights are of (it has no options in cfg.model)",
-        )
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()
-    ):
-        raise OptionError(
-            option, path, "is no checkpoint of fairseq: its 'model' is not tensors by name"
         )
     return state
 

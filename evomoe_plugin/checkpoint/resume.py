@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from evomoe_plugin.checkpoint import fsdp_shards
+from evomoe_plugin.checkpoint.build_model import describe
 from evomoe_plugin.checkpoint.expert_shards import ExpertShards, manifest_of, merge
 from evomoe_plugin.checkpoint.load import read_state
 from evomoe_plugin.checkpoint.optimizer_layout import (
@@ -123,6 +124,7 @@ def read_for(
         state = read(path)
         if fsdp_shards.world_size(state) != trainer.data_parallel_world_size:
             raise _other_world_size(fsdp_shards.world_size(state), trainer)
+        fsdp_shards.check_rank(state, path)
         check(state, path)
         _rename_optimizer(state, trainer)
         return state
@@ -141,7 +143,17 @@ def read_for(
         )
     check(state, path)
     if not reset_optimizer:
-        _fit_optimizer(state, trainer, None if manifest is not None else experts)
+        try:
+            _fit_optimizer(state, trainer, None if manifest is not None else experts)
+        except OptionError:
+            raise
+        except Exception as error:  # of a state of other parameters, anything
+            raise OptionError(
+                "checkpoint",
+                path,
+                f"its optimizer state does not fit its weights ({describe(error)}): take an "
+                "earlier one, or --reset-optimizer",
+            ) from error
     if experts is not None and manifest is None:
         experts.keep_own(state["model"])
     return state

@@ -247,6 +247,8 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         raise OptionError("amp", "without a GPU", "give --bf16, --fp16, or none of them")
     if common.fp16 and common.bf16:
         raise OptionError("fp16", "with --bf16", "give one of them")
+    check_batch_size(cfg)
+    _check_validation(cfg)
     dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
     for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
         if dtype != "same" and getattr(common, option):
@@ -273,6 +275,39 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
     if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
         _check_expert_parallel(cfg, num_ranks)
+
+
+def check_batch_size(cfg: Any) -> None:
+    """Raise `OptionError` if neither limit of a batch is given."""
+    if cfg.dataset.batch_size is None and cfg.dataset.max_tokens is None:
+        raise OptionError(
+            "batch_size", "(not given)", "give it, in samples, or --max-tokens, in tokens"
+        )
+
+
+def _check_validation(cfg: Any) -> None:
+    """Raise `OptionError` for options of validation that could have no effect, or no number."""
+    steps = cfg.dataset.max_valid_steps
+    if steps is not None and steps < 1:
+        raise OptionError("max_valid_steps", steps, "give 1 or more, or --disable-validation")
+    if not cfg.dataset.disable_validation:
+        return
+    plateau = getattr(cfg.lr_scheduler, "_name", None) == "reduce_lr_on_plateau"
+    for option, value, given in (
+        ("patience", cfg.checkpoint.patience, cfg.checkpoint.patience > 0),
+        (
+            "keep_best_checkpoints",
+            cfg.checkpoint.keep_best_checkpoints,
+            cfg.checkpoint.keep_best_checkpoints > 0,
+        ),
+        ("lr_scheduler", "reduce_lr_on_plateau", plateau),
+    ):
+        if given:
+            raise OptionError(
+                option,
+                f"{value} with --disable-validation",
+                "it follows what validation gives: leave one of them out",
+            )
 
 
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:

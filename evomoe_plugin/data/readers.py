@@ -214,6 +214,8 @@ def _check_column(schema: pa.Schema, text_field: str, path: Path) -> None:
     if text_field not in schema.names:
         fault = f"no such column in {path}; its columns are {', '.join(schema.names)}"
         raise OptionError("text_field", text_field, fault)
+    if schema.names.count(text_field) > 1:
+        raise OptionError("text_field", text_field, f"several columns of {path} have this name")
     kind = schema.field(text_field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in TEXT_TYPES:
@@ -254,7 +256,11 @@ def _column(
 
 
 def _chats(batch: pa.RecordBatch, path: Path, before: int, *, errors: str) -> Iterator[str]:
-    for number, record in enumerate(batch_rows(batch), before + 1):
+    try:
+        records = list(batch_rows(batch))
+    except BadRow as error:
+        raise OptionError("INPUT", path, str(error)) from None
+    for number, record in enumerate(records, before + 1):
         yield _chat_text(record, f"{path}, row {number}")
 
 

@@ -137,6 +137,13 @@ def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, without fields that are null."""
+    """The rows of a batch, without fields that are null.
+
+    Raises:
+        BadRow: two columns have the same name.
+    """
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise BadRow(f"two of its columns have the same name ({', '.join(names)})")
     for row in batch.to_pylist():
         yield {name: value for name, value in row.items() if value is not None}

@@ -77,8 +77,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         import sentencepiece
 
+        content = path.read_bytes()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            if not content:  # which would pass for none given
+                raise RuntimeError
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise OptionError("sentencepiece_model", path, "not a SentencePiece model") from None
         self.tokens = [self._token(i) for i in range(self._model.get_piece_size())]

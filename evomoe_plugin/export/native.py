@@ -178,7 +178,7 @@ def _gate(args: Any, layer: MoELayer) -> tuple[dict[str, Any], Tensor]:
     name = gate_name(gate)
     if name == "dense_to_sparse" and routing["select"] == "threshold":
         name = f"{name} (not hard at this update)"
-    biased = tensors.get("bias_bits")
+    biased = tensors.get("selection_bias")
     checks = (
         ("moe_null_experts", gate.info.num_null, not gate.info.num_null),
         ("moe_gate", name, routing["select"] == "top_k"),

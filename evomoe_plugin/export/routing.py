@@ -125,7 +125,7 @@ def _dense_to_sparse(gate: Any, num_updates: int) -> dict[str, Any]:
     }
     given: dict[str, Any] = {"standardized": True} if gate.standardized else {}
     if gate.bias_update_rate:
-        given |= {"logit_bias": True, "bias_bits": gate.bias_C_bits}
+        given |= {"logit_bias": True, "selection_bias": gate.bias_C}
     if gate.is_hard(num_updates):
         return _top_k(
             1 if gate.eval_gate == "top1" else gate.hard_top_k, rank="scores", **taus, **given
@@ -162,7 +162,7 @@ def _top_k_gate(gate: Any, num_updates: int) -> dict[str, Any]:
         scores=scores,
         normalized=gate.renormalized,
         bias=True,
-        bias_bits=gate.bias_C_bits,
+        selection_bias=gate.bias_C,
     )
 
 

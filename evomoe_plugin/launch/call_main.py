@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import socket
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +30,11 @@ from evomoe_plugin.config.errors import (
     one_line_errors,
 )
 from evomoe_plugin.config.evaluation_checks import model_overrides
-from evomoe_plugin.config.run_checks import check_run
+from evomoe_plugin.config.run_checks import check_batch_size, check_run
 from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
+from evomoe_plugin.launch.same_everywhere import check_same_everywhere
 from evomoe_plugin.patches.patch import wrap
 from evomoe_plugin.trainer.install import install_in
 
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 _LOST_RANK = re.compile(
     "onnection (closed|reset) by (remote )?peer|Broken pipe|remote process exited"
 )
+_FAIRSEQ = re.compile(r"site-packages/fairseq(_cli)?/")
+_LIBRARY = re.compile(r"/lib/python3\.\d+/(?!site-packages/(fairseq|evomoe_plugin))|^<")
+_SILENT_RANK = re.compile("[Tt]imed out|timeout|Timeout")
 
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
@@ -54,14 +60,43 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
     eval_lm.install_in(main)
     with async_writer.finished_on_exit():
         try:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                check_same_everywhere(cfg)
             main(cfg, **kwargs)
-        except RuntimeError as error:
-            if dist.is_initialized() and _LOST_RANK.search(str(error)):
-                raise RunFailed(
-                    f"rank {dist.get_rank()} lost its connection to another rank, which ended "
-                    "first and said why"
-                ) from error
+        except Exception as error:
+            in_group = isinstance(error, RuntimeError) and dist.is_initialized()
+            if in_group and (lost := _how_lost(str(error))):
+                raise RunFailed(f"rank {dist.get_rank()} {lost}") from error
+            _explain(error)
             raise
+
+
+def _explain(error: Exception) -> None:
+    """Raise `RunFailed` for an error by which fairseq, or torch called by it, refuses options
+    before the first step; not for errors of this package, or of a program of the user's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    steps = {"train_step", "valid_step"}.intersection(frame.name for frame in frames)
+    where = next((f for f in reversed(frames) if not _LIBRARY.search(f.filename)), frames[0])
+    if isinstance(error, (OptionError, RunFailed)) or steps or not _FAIRSEQ.search(where.filename):
+        return
+    logger.debug("fairseq refused the options", exc_info=error)
+    message = " ".join(str(error).split())[:300]
+    raise RunFailed(
+        f"fairseq does not accept these options: {type(error).__name__}: {message} "
+        f"({Path(where.filename).name}, line {where.lineno}; LOGLEVEL=DEBUG shows more)"
+    ) from error
+
+
+def _how_lost(message: str) -> str | None:
+    """What an error of gloo or NCCL says of another rank."""
+    if _LOST_RANK.search(message):
+        return "lost its connection to another rank, which ended first and said why"
+    if _SILENT_RANK.search(message):
+        return (
+            "has waited for another rank until the time was up: that one is stopped, or does not "
+            "get on; the last checkpoint is intact"
+        )
+    return None
 
 
 def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:
@@ -70,7 +105,7 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
         count = process_count(cfg.distributed_training)
         check_run(cfg, count)
         if cfg.model is None:
-            _set_overrides(cfg, main)
+            _check_command(cfg, _command_of(main))
         main = functools.partial(run_main, main)
         if torch.cuda.is_available() and not cfg.common.cpu:
             _launch_on_gpus(upstream, cfg, main, kwargs)
@@ -82,13 +117,20 @@ def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> N
 _NEVER_SHARD = ("fairseq_cli.generate", "fairseq_cli.interactive")
 
 
-def _set_overrides(cfg: Any, main: Callable) -> None:
-    """Put `--moe-expert-parallel-size` of an evaluating command where fairseq reads options of the
-    checkpoint's model."""
+def _command_of(main: Callable) -> str:
+    """The module of the command whose `main` this is, also where Python runs it as __main__."""
+    spec = main.__globals__.get("__spec__")
+    return main.__module__ if spec is None else spec.name
+
+
+def _check_command(cfg: Any, command: str) -> None:
+    """Check options of an evaluating command, and put `--moe-expert-parallel-size` where fairseq
+    reads options of the checkpoint's model."""
+    if command == "fairseq_cli.validate":
+        check_batch_size(cfg)
     overrides = model_overrides(cfg)
     size = overrides.get("moe_expert_parallel_size", 1)
-    spec = main.__globals__.get("__spec__")
-    if size > 1 and (main.__module__ if spec is None else spec.name) in _NEVER_SHARD:
+    if size > 1 and command in _NEVER_SHARD:
         raise OptionError(
             "moe_expert_parallel_size",
             size,

@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 
 # The files of this folder, in the order in which they are applied.
 _FILES = """
-    quiet_imports silent_commands swish numpy_compat object_broadcast user_module help positions
-    validated_task sample_sizes context_window last_batch skipped_samples empty_batches gather_list
-    epoch_batches epoch_place bf16_flag generate_share model_overrides byte_pieces empty_split
+    quiet_imports silent_commands swish numpy_compat object_broadcast user_module help
+    refused_options positions validated_task sample_sizes context_window last_batch skipped_samples
+    empty_batches gather_list epoch_batches epoch_place bf16_flag generate_share model_overrides
+    byte_pieces empty_split
     ddp_cpu fp16_cpu clip_norm checkpoint_autocast checkpoint_loading ema fsdp_cpu fsdp_fp16
     fsdp_optimizer_state fsdp_frozen
 """

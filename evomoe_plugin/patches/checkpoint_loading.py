@@ -11,7 +11,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from evomoe_plugin.checkpoint.load import load_checkpoint_to_cpu, load_file, misfit
-from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.patches.patch import Patch, always, wrap
 
 
@@ -31,10 +31,10 @@ def _file_to_evaluate(
 def _load_models(upstream: Callable, filenames: list[str], *args: Any, **kwargs: Any) -> Any:
     try:
         return upstream(filenames, *args, **kwargs)
-    except RuntimeError as error:
-        if "loading state_dict" in str(error):
-            raise misfit(", ".join(filenames), error) from error
-        raise
+    except (RuntimeError, LookupError) as error:
+        if isinstance(error, RunFailed):
+            raise
+        raise misfit(", ".join(filenames), error) from error
 
 
 def _load_ema(path: str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fairseq.nan_detector import NanDetector
+from fairseq.distributed import utils as distributed_utils
 
 from evomoe_plugin.config.errors import RunFailed
+from evomoe_plugin.trainer.find_nan import first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,32 @@ def log_overflowed_parameters(trainer: Any) -> None:
                 logger.info("overflow in param %s", name)
 
 
-def find_nan(trainer: Any, samples: Sequence[Any]) -> None:
-    """Run the batches again, with hooks that name the module where NaN/Inf arises."""
-    trainer.zero_grad()
-    with NanDetector(trainer.get_model()):
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch on the CPU, or of Python."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory")
+    )
+
+
+def others_wait(trainer: Any) -> bool:
+    """Whether there are other ranks: one that leaves out a batch would miss exchanges of gradients,
+    of shards, of experts' rows or of what is logged, and they would wait."""
+    return trainer.cfg.distributed_training.distributed_world_size > 1
+
+
+def out_of_memory(trainer: Any, where: str = "on a batch") -> RunFailed:
+    """The end of a run whose rank has no memory left."""
+    rank = f"rank {distributed_utils.get_global_rank()} " if others_wait(trainer) else ""
+    return RunFailed(
+        f"{rank}ran out of memory {where} after update {trainer.get_num_updates()}: give a smaller "
+        "--batch-size or --max-tokens, with a larger --update-freq; the last checkpoint is intact"
+    )
+
+
+def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) -> RunFailed:
+    """The end of a run with NaN/Inf; its batches are run again, to name where it begins."""
+
+    def run() -> None:
         for sample in samples:
             sample, _ = trainer._prepare_sample(sample)
             trainer.task.train_step(
@@ -39,6 +62,14 @@ def find_nan(trainer: Any, samples: Sequence[Any]) -> None:
                 ignore_grad=False,
                 **trainer.ema_arguments,
             )
+
+    trainer.zero_grad()
+    where = first_not_finite(trainer.get_model(), run)
+    message = str(error).split("\n")[0]
+    return RunFailed(
+        f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint is "
+        "intact: go on with a smaller --lr, or with --clip-norm"
+    )
 
 
 def save_crash_checkpoint(trainer: Any) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from evomoe_plugin.checkpoint import checkpoint_files, resume
+from evomoe_plugin.checkpoint.build_model import describe
+from evomoe_plugin.checkpoint.content import check_moments
 from evomoe_plugin.checkpoint.load import check_finite, misfit
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
 from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout
@@ -59,7 +61,6 @@ class _Accumulated:
 
     logging_outputs: list[dict[str, Any]]
     sample_size: Any
-    ooms: int
     is_dummy: bool
 
 
@@ -100,7 +101,7 @@ class MoETrainer(Trainer):
 
         if hasattr(self.get_criterion(), "begin_update"):
             self.get_criterion().begin_update(samples, self._sum_of_ranks)
-        done = self._forward_backward(samples, raise_oom or self.shards_experts)
+        done = self._forward_backward(samples, raise_oom)
         if done is None:
             return None
         if self._sync_stats():
@@ -119,20 +120,19 @@ class MoETrainer(Trainer):
                     self.optimizer, model=self.model, update_num=self.get_num_updates()
                 )
             self._step_times.end_optimizer()
-        except FloatingPointError:
+        except FloatingPointError as error:
             failed_updates.save_crash_checkpoint(self)
-            failed_updates.find_nan(self, samples)
-            raise
+            raise failed_updates.not_finite(self, error, samples) from error
         except OverflowError as error:
             logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
             failed_updates.log_overflowed_parameters(self)
             overflow, grad_norm = True, torch.zeros((), device=self.device)
             self.zero_grad()
-        except RuntimeError as error:
-            if "out of memory" in str(error):
-                self._log_oom(error)
-                logger.error("OOM during optimization, irrecoverable")
-            raise
+        except (RuntimeError, MemoryError) as error:
+            if not failed_updates.is_out_of_memory(error):
+                raise
+            self._log_oom(error)
+            raise failed_updates.out_of_memory(self, "in the optimizer's step") from error
         if overflow and self._retries_batch():
             self._discard_update()
             return self.train_step(samples, raise_oom)
@@ -157,8 +157,12 @@ class MoETrainer(Trainer):
         return distributed_utils.all_reduce(value.to(self.device), group=group)
 
     def _forward_backward(self, samples: Sequence[Any], raise_oom: bool) -> _Accumulated | None:
-        """Accumulate gradients; None where the only rank of the run was out of memory."""
-        done = _Accumulated([], 0, 0, False)
+        """Accumulate gradients; None where a batch did not fit into memory and is left out.
+
+        Raises:
+            RunFailed: it did not, and there are other ranks.
+        """
+        done = _Accumulated([], 0, False)
         for i, sample in enumerate(samples):
             sample, done.is_dummy = self._prepare_sample(sample)
             try:
@@ -179,24 +183,23 @@ class MoETrainer(Trainer):
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:
                     torch.cuda.empty_cache()  # what the first step allocated is not typical
-            except RuntimeError as error:
-                if "out of memory" not in str(error):
+            except (RuntimeError, MemoryError) as error:
+                if not failed_updates.is_out_of_memory(error):
                     raise
                 self._log_oom(error)
                 if raise_oom:
                     raise
-                done.ooms += 1
-            except Exception:
-                failed_updates.save_crash_checkpoint(self)
-                raise
-            if done.ooms:  # as in fairseq, this rank gives nothing to the rest of the update
+                if failed_updates.others_wait(self):
+                    raise failed_updates.out_of_memory(self) from error
                 logger.warning("attempting to recover from OOM in forward/backward pass")
                 self.zero_grad()
                 if self.cuda:
                     torch.cuda.empty_cache()
-                if self.cfg.distributed_training.distributed_world_size == 1:
-                    self._discard_update()
-                    return None
+                self._discard_update()
+                return None
+            except Exception:
+                failed_updates.save_crash_checkpoint(self)
+                raise
         size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)
         return done
@@ -226,14 +229,11 @@ class MoETrainer(Trainer):
         return contextlib.nullcontext()
 
     def _sum_over_ranks(self, done: _Accumulated) -> None:
-        done.logging_outputs, (done.sample_size, done.ooms, seconds) = (
-            self._aggregate_logging_outputs(
-                done.logging_outputs,
-                done.sample_size,
-                done.ooms,
-                self._local_cumulative_training_time(),
-                ignore=done.is_dummy,
-            )
+        done.logging_outputs, (done.sample_size, seconds) = self._aggregate_logging_outputs(
+            done.logging_outputs,
+            done.sample_size,
+            self._local_cumulative_training_time(),
+            ignore=done.is_dummy,
         )
         self._cumulative_training_time = seconds / self.data_parallel_world_size
 
@@ -382,7 +382,8 @@ class MoETrainer(Trainer):
         self._routing_sample = validation.begin_routing_sample(
             self, subset, batches, self._routing_samples
         )
-        return batches
+        most = self.cfg.dataset.max_valid_steps
+        return batches if most is None else validation.FirstBatches(batches, most)
 
     def begin_epoch(self, epoch: int) -> None:
         """As fairseq's; before the first, check the name that validation must log."""
@@ -397,17 +398,12 @@ class MoETrainer(Trainer):
 
         Args:
             sample: the batch; empty on a rank that has none left.
-            raise_oom: raise if it does not fit into memory, instead of trying once more. With
-                sharded experts the run ends, since the other ranks wait for this one's rows.
+            raise_oom: raise if it does not fit into memory, instead of trying once more. Where
+                there are other ranks, the run ends.
         Returns:
             What was logged.
         """
         return validation.valid_step(self, sample, raise_oom, self._routing_sample)
-
-    @property
-    def shards_experts(self) -> bool:
-        """Whether experts are sharded over ranks (--moe-expert-parallel-size)."""
-        return getattr(self.cfg.model, "moe_expert_parallel_size", 1) > 1
 
     @property
     def _scaler(self) -> Any:
@@ -667,13 +663,22 @@ class MoETrainer(Trainer):
                     f"optimizer (--reset-optimizer). {saved} vs "
                     f"{now}",
                 )
-        if not reset_lr_scheduler:
-            self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
-        if self.is_fsdp and not resume.reads_own_shard(self):
-            state = self.model.get_shard_from_optim_state_dict(state)
-        elif self.cfg.distributed_training.zero_sharding == "os":
-            state = self.optimizer.broadcast_global_state_dict(state)
-        self.optimizer.load_state_dict(state, overrides)
+        try:
+            if not reset_lr_scheduler:
+                self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
+            if self.is_fsdp and not resume.reads_own_shard(self):
+                state = self.model.get_shard_from_optim_state_dict(state)
+            elif self.cfg.distributed_training.zero_sharding == "os":
+                state = self.optimizer.broadcast_global_state_dict(state)
+            self.optimizer.load_state_dict(state, overrides)
+        except Exception as error:  # of a state of other parameters, anything
+            raise OptionError(
+                "checkpoint",
+                path,
+                f"its optimizer state does not fit the run ({describe(error)}): give its options, "
+                "or --reset-optimizer",
+            ) from error
+        check_moments(self.optimizer.optimizer, path, self.optimizer.supports_flat_params)
         self.set_num_updates(last["num_updates"])
 
     def _load_progress(self, extra_state: dict[str, Any], reset_meters: bool) -> None:

@@ -11,9 +11,23 @@ from fairseq.data.iterators import EpochBatchIterating, EpochBatchIterator
 from fairseq.logging import metrics
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.trainer import failed_updates
 from evomoe_plugin.trainer.routing_sample import RoutingSample
 
 logger = logging.getLogger(__name__)
+
+
+class FirstBatches(EpochBatchIterating):
+    """The first `--max-valid-steps` batches: fairseq's loop would take one more."""
+
+    def __init__(self, batches: EpochBatchIterating, most: int):
+        self._batches, self._most = batches, most
+
+    def __len__(self) -> int:
+        return min(len(self._batches), self._most)
+
+    def next_epoch_itr(self, *args: Any, **kwargs: Any) -> Any:
+        return self._batches.next_epoch_itr(*args, **kwargs).take(self._most)
 
 
 def begin_routing_sample(
@@ -32,7 +46,7 @@ def begin_routing_sample(
         padding = trainer.task.source_dictionary.pad()
         samples[subset] = RoutingSample(batches.dataset, num_tokens, padding)
     most = trainer.cfg.dataset.max_valid_steps
-    steps = len(batches) if most is None else min(len(batches), most + 1)  # as fairseq counts
+    steps = len(batches) if most is None else min(len(batches), most)
     samples[subset].begin(num_layers, steps, trainer.device)
     return samples[subset]
 
@@ -44,8 +58,8 @@ def valid_step(
 
     Args:
         sample: the batch; empty on a rank that has none left.
-        raise_oom: raise if it does not fit into memory, instead of trying once more. With
-            sharded experts the run ends, since the other ranks wait for this one's rows.
+        raise_oom: raise if it does not fit into memory, instead of trying once more. Where there
+            are other ranks, the run ends.
         routing: gets the routing of the batch's tokens.
     Returns:
         What was logged.
@@ -57,7 +71,7 @@ def valid_step(
         sample = {**sample, "net_input": asking}
     trainer.model.eval()
     trainer.criterion.eval()
-    size, logging_output = _evaluate(trainer, sample, raise_oom or trainer.shards_experts)
+    size, logging_output = _evaluate(trainer, sample, raise_oom)
     if routing and tokens is not None:
         routing.add(tokens, logging_output.pop("moe_token_routing"))
     logging_outputs, group = [logging_output], None
@@ -80,12 +94,14 @@ def _evaluate(trainer: Any, sample: Any, raise_oom: bool) -> tuple[Any, dict[str
                 sample, trainer.model, trainer.criterion, **trainer.ema_arguments
             )
         return size, logging_output
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not failed_updates.is_out_of_memory(error):
             raise
         trainer._log_oom(error)
         if raise_oom:
             raise
+        if failed_updates.others_wait(trainer):
+            raise failed_updates.out_of_memory(trainer) from error
     logger.warning("ran out of memory in validation step, retrying batch")
     for parameter in trainer.model.parameters():
         parameter.grad = None

@@ -109,7 +109,7 @@ def test_a_file_that_is_cut_short(dense, tmp_path, keep):
                     {"optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 0}
                 ],
             },
-            "not tensors by name",
+            "'w' of its 'model' is no tensor",
         ),
     ],
 )

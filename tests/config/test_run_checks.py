@@ -1,4 +1,4 @@
-"""Runs that cannot divide experts over processes, refused before any is started."""
+"""Runs whose options contradict each other, refused before any rank is started."""
 
 import copy
 
@@ -31,6 +31,8 @@ def divided():
             "0.1",
             "--max-update",
             "10",
+            "--batch-size",
+            "4",
             "--criterion",
             "moe_cross_entropy",
             "--ddp-backend",
@@ -79,6 +81,26 @@ BAD = [
     (
         {"optimizer._name": "adagrad", "distributed_training.ddp_backend": "fully_sharded"},
         "--optimizer adagrad with --ddp-backend fully_sharded: adam, fused_adamw, adamax, adadelta",
+    ),
+    (
+        {"dataset.batch_size": None},
+        "--batch-size (not given): give it, in samples, or --max-tokens",
+    ),
+    (
+        {"dataset.max_valid_steps": 0},
+        "--max-valid-steps 0: give 1 or more, or --disable-validation",
+    ),
+    (
+        {"dataset.disable_validation": True, "checkpoint.patience": 1},
+        "--patience 1 with --disable-validation: it follows what validation gives",
+    ),
+    (
+        {"dataset.disable_validation": True, "checkpoint.keep_best_checkpoints": 2},
+        "--keep-best-checkpoints 2 with --disable-validation: it follows",
+    ),
+    (
+        {"dataset.disable_validation": True, "lr_scheduler._name": "reduce_lr_on_plateau"},
+        "--lr-scheduler reduce_lr_on_plateau with --disable-validation: it follows",
     ),
 ]
 

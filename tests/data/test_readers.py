@@ -12,6 +12,7 @@ from pyarrow import parquet
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data import readers
 from evomoe_plugin.data.readers import read_records
+from evomoe_plugin.data.rows import BadRow, batch_rows
 from evomoe_plugin.data.sources import SourceFile
 from tests.data.test_sft_files import save_to_disk
 
@@ -219,3 +220,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     assert chars > 23_000_000
     assert peak + most_arrow < 8_000_000
     assert sum(passed) == path.stat().st_size
+
+
+def test_columns_of_the_same_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for field, message in (("text", "several columns of"), (None, "have the same name")):
+        with pytest.raises(OptionError, match=message):
+            records(tmp_path / "a.parquet", text_field=field)
+    with pytest.raises(BadRow, match="same name"):
+        next(batch_rows(table.to_batches()[0]))

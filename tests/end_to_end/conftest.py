@@ -37,6 +37,12 @@ TINY = [
 def data_bin(tmp_path_factory) -> Path:
     """train and valid of a first-order Markov text over 60 words."""
     folder = tmp_path_factory.mktemp("data-bin")
+    write_text(folder)
+    return folder
+
+
+def write_text(folder: Path) -> None:
+    """Prepared as fairseq does, train of 400 sentences of 25 words, valid of 40."""
     rng = random.Random(1)
     words = [f"w{i}" for i in range(60)]
     follow = {word: rng.choices(words, k=5) for word in words}
@@ -55,7 +61,6 @@ def data_bin(tmp_path_factory) -> Path:
                 sentence.append(rng.choice(follow[sentence[-1]]))
             builder.add_item(dictionary.encode_line(" ".join(sentence), add_if_not_exist=False))
         builder.finalize(str(folder / f"{split}.idx"))
-    return folder
 
 
 def _path() -> str:

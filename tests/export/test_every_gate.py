@@ -108,10 +108,24 @@ def test_the_bias_of_one_layer_alone(make_trained, exported, with_bias):
     model, x = exported(trained), tokens()
     assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
     layers = [model.layers[0], model.layers[2]]
-    assert [bool(layer.moe.gate.bias_bits.any()) for layer in layers] == [
+    assert [bool(layer.moe.gate.selection_bias.any()) for layer in layers] == [
         with_bias == 0,
         with_bias == 1,
     ]
+
+
+@torch.no_grad()
+def test_a_bias_is_cast_and_averaged_as_numbers(make_trained, exported):
+    trained = make_trained(moe_gate="top_k", moe_bias_update_rate=0.05)
+    bias_C = torch.tensor([0.1, -0.2, 0.3, 1e-9, 1.0], dtype=torch.float64) + 0.5
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.bias_C.copy_(bias_C)
+    model = exported(trained, {"dtype": torch.bfloat16})
+    for moved in (model, model.half(), model.to("cpu", torch.float32)):
+        gates = [moved.layers[layer].moe.gate for layer in (0, 2)]
+        assert all(torch.equal(gate.selection_bias, bias_C) for gate in gates)
+    stored = [v for name, v in model.state_dict().items() if name.endswith("selection_bias")]
+    assert torch.equal(torch.stack([*stored, -bias_C]).mean(0), bias_C / 3)
 
 
 def test_layers_that_route_differently_are_refused(make_trained, exported):

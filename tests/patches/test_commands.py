@@ -10,6 +10,7 @@ from fairseq.data import data_utils
 from evomoe_plugin.checkpoint.overrides import check_model_overrides
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.patches.byte_pieces import with_bytes
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 MOE = ("--arch", "transformer_lm_gpttiny_moe", "--moe-expert-count", "4")
 
@@ -62,6 +63,57 @@ def test_an_empty_split_is_named(runs, tmp_path, split, capsys):
     assert runs.train("run", updates=1, validate=True).status == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert f"{split}.bin: is empty" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--valid-subset", "valid,vald")),
+        ("validate", ("--valid-subset", "vald")),
+        ("eval_lm", ("--gen-subset", "vald")),
+        ("generate", ("--gen-subset", "vald", "--task", "language_modeling")),
+    ],
+)
+def test_a_missing_split_is_named(module_runs, checkpoint, tmp_path, command, options, capsys):
+    given = evaluation(module_runs, checkpoint, *options)
+    if command == "train":
+        given = module_runs.arguments(tmp_path, *MOE, *options, validate=True)
+    message = "has no split 'vald', but test, train, valid: name one of them by --train-subset"
+    if command == "generate":  # starts no ranks, and so ends in the excepthook
+        with pytest.raises(OptionError, match=message):
+            module_runs.run(command, *given)
+    else:
+        assert module_runs.run(command, *given) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_split_that_nobody_named_is_refused(runs, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(runs.data, data)
+    for kind in ("bin", "idx"):
+        shutil.copy(data / f"valid.{kind}", data / f"valid1.{kind}")
+    runs.data = data
+    assert runs.train("run", updates=1, validate=True).status == 2
+    assert "Valid paths ['valid1'] will be ignored" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_validation_without_a_batch_size_is_refused(module_runs, checkpoint, capsys):
+    given = [v for v in evaluation(module_runs, checkpoint) if v not in ("--batch-size", "4")]
+    assert module_runs.run("validate", *given) == 2
+    assert "--batch-size (not given): give it" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_as_many_batches_are_validated_as_were_asked_for(runs, monkeypatch, steps):
+    seen = []
+
+    def valid_step(trainer, sample, upstream=MoETrainer.valid_step, **more):
+        seen.append(sample)
+        return upstream(trainer, sample, **more)
+
+    monkeypatch.setattr(MoETrainer, "valid_step", valid_step)
+    run = runs.train("run", *MOE, "--max-valid-steps", steps, updates=1, validate=True)
+    assert run.status == 0 and len(seen) == steps
 
 
 @pytest.mark.parametrize(

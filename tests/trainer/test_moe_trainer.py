@@ -8,6 +8,7 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 
 from evomoe_plugin.checkpoint import resume
+from evomoe_plugin.trainer import loss_scaler
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
@@ -32,7 +33,7 @@ class Bare(MoETrainer):
         vars(self.cfg).update(cfg)
 
     # Of updates: what happens to the batches alone.
-    cuda, ema_arguments, _optimizer, shards_experts = False, {}, object(), False
+    cuda, ema_arguments, _optimizer = False, {}, object()
 
     def _prepare_sample(self, sample, is_dummy=False):
         return sample, False
@@ -128,19 +129,24 @@ def test_a_loss_is_freed_before_the_next_batch():
     assert len(losses) == 2
 
 
-def test_after_a_batch_without_memory_the_rank_gives_no_gradients(monkeypatch):
-    """What is left is as in fairseq's trainer: zero, whatever later batches would add."""
-    weight, batches = torch.ones(1, requires_grad=True), iter([True, False, True])
+def test_the_scaler_of_amp_goes_on_as_it_was():
+    """It counts steps without overflow, by which its scale grows."""
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
 
-    def step(**_):
-        if not next(batches):
-            raise RuntimeError("out of memory")
-        loss = weight.sum()
-        loss.backward()
-        return loss, 1, {}
+    def step(scaler, factor=1.0):
+        scaler.scale(weight * factor).sum().backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return scaler.get_scale()
 
-    trainer = Bare()
-    monkeypatch.setattr(trainer, "zero_grad", lambda: setattr(weight, "grad", None))
-    trainer.task = types.SimpleNamespace(train_step=step)
-    done = trainer._forward_backward([{}, {}, {}], raise_oom=False)
-    assert weight.grad is None and done.sample_size == 2
+    assert [step(scaler), step(scaler, float("inf")), step(scaler)] == [8.0, 4.0, 4.0]
+    resumed = torch.amp.GradScaler("cpu", growth_interval=3)
+    loss_scaler.restore(resumed, loss_scaler.state_dict(scaler))
+    assert [step(resumed) for _ in range(3)] == [step(scaler) for _ in range(3)] == [4.0, 8.0, 8.0]
+    # That of --fp16 has counters of another kind, and earlier checkpoints have none.
+    for state in ({"_iter": 7}, {}):
+        loss_scaler.restore(resumed, state)
+    assert resumed.get_scale() == 8.0

@@ -1,4 +1,4 @@
-"""What the trainer does otherwise where experts are sharded over ranks."""
+"""Ranks that wait for each other: out of memory, and what sharded experts do not support."""
 
 import types
 
@@ -14,18 +14,19 @@ OUT_OF_MEMORY = "CUDA out of memory"
 
 
 class OutOfMemory(MoETrainer):
-    """A trainer of two ranks, whose batches do not fit into memory."""
+    """The trainer of one of some ranks, whose batches do not fit into memory."""
 
     model = criterion = torch.nn.Identity()
     optimizer, data_parallel_world_size, is_fsdp = None, 2, False
     device = torch.device("cpu")
 
-    def __init__(self, size):
+    def __init__(self, ranks, error=None):
+        self.error = error or RuntimeError(OUT_OF_MEMORY)
         self.cfg = OmegaConf.create(
             {
-                "model": {"moe_expert_parallel_size": size},
+                "model": {},
                 "ema": {"store_ema": False},
-                "distributed_training": {"distributed_world_size": 2},
+                "distributed_training": {"distributed_world_size": ranks},
             }
         )
         self.tpu = self.cuda = False
@@ -34,7 +35,7 @@ class OutOfMemory(MoETrainer):
 
     def step(self, *_args, **_kwargs):
         self.tried += 1
-        raise RuntimeError(OUT_OF_MEMORY)
+        raise self.error
 
     def get_criterion(self):
         return self.criterion
@@ -55,23 +56,31 @@ class OutOfMemory(MoETrainer):
         self.left_out = True
 
 
-@pytest.mark.parametrize(("size", "tries"), [(1, 2), (2, 1)])
-def test_a_rank_without_memory_ends_the_validation(size, tries):
-    trainer = OutOfMemory(size)
-    with pytest.raises(RuntimeError, match=OUT_OF_MEMORY):
+ONE_LINE = r"^rank 0 ran out of memory on a batch after update 1: .* the last checkpoint is intact$"
+
+
+@pytest.mark.parametrize(("ranks", "tries", "error"), [(1, 2, OUT_OF_MEMORY), (2, 1, ONE_LINE)])
+def test_a_rank_without_memory_ends_the_validation(ranks, tries, error):
+    trainer = OutOfMemory(ranks)
+    with pytest.raises(RuntimeError, match=error):
         trainer.valid_step({})
     assert trainer.tried == tries  # alone, it tries again as fairseq does
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_rank_without_memory_ends_the_run(size):
-    trainer = OutOfMemory(size)
-    if size == 1:
-        assert trainer._forward_backward([{}], trainer.shards_experts).ooms == 1
-        assert trainer.left_out
-        return
-    with pytest.raises(RuntimeError, match=OUT_OF_MEMORY):
-        trainer._forward_backward([{}], trainer.shards_experts)
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(OUT_OF_MEMORY),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_rank_without_memory_ends_the_run_that_others_are_part_of(error):
+    alone = OutOfMemory(1, error)
+    assert alone._forward_backward([{}], False) is None and alone.left_out
+    trainer = OutOfMemory(2, error)
+    with pytest.raises(RunFailed, match=ONE_LINE):
+        trainer._forward_backward([{}], False)
     assert not trainer.left_out
 
 

@@ -40,13 +40,21 @@ class Gate(nn.Module):
             self.input_mean = nn.Parameter(torch.zeros(D))
         if routing.get("gains"):
             self.gain = nn.Parameter(torch.ones(C))
-        # fp64 bits: float buffers may be cast
-        if routing.get("bias") or routing.get("logit_bias"):
-            self.register_buffer("bias_bits", torch.zeros(C, dtype=torch.int64))
+        biased = routing.get("bias") or routing.get("logit_bias")
+        bias_C = torch.zeros(C, dtype=torch.float64) if biased else None
+        self.register_buffer("selection_bias", bias_C)
         self.shared = config.num_shared_experts
         self.shared_combine = config.shared_combine
         if self.shared and self.shared_combine != "add":
             self.shared_weight = parameter(2 if self.shared_combine == "mix" else self.shared, D)
+
+    def _apply(self, fn, recurse=True):
+        """Of `to`, `half` and others: the bias stays in fp64, in which small differences count."""
+        bias_C = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias_C is not None and self.selection_bias.dtype != bias_C.dtype:
+            self.selection_bias = bias_C.to(self.selection_bias.device)
+        return self
 
     def resize(self, vocab_size):
         """Rows for new token ids: experts in turn, and no lexical logits."""
@@ -116,7 +124,7 @@ class Gate(nn.Module):
         """Logits to select by."""
         if not self.routing.get("logit_bias"):
             return logits_TC
-        return logits_TC + self.bias_bits.view(torch.float64).to(logits_TC.dtype)
+        return logits_TC + self.selection_bias.to(logits_TC.dtype)
 
     def _top_k(self, logits_TC, ids_T):
         """The k candidates with the largest scores."""
@@ -124,7 +132,7 @@ class Gate(nn.Module):
         if self.routing["rank"] == "scores":
             ranked_TC = self._scores(ranked_TC.double(), self.routing.get("temperature", 1.0))
         if self.routing.get("bias"):
-            ranked_TC = ranked_TC + self.bias_bits.view(torch.float64)
+            ranked_TC = ranked_TC + self.selection_bias
         experts_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
         mask_TC = _where(experts_TK, ranked_TC)
         temperature = self.routing.get("weight_temperature", 1.0)

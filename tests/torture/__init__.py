@@ -1,0 +1,1 @@
+"""A campaign against whatever goes wrong without a word (README.md)."""

@@ -1,0 +1,138 @@
+"""`kill -9` at any moment: half of them inside saves, half anywhere in a run.
+
+After each, every checkpoint in the folder is whole and of the unbroken run, the disk holds little
+more than theirs; and the same command goes on to the unbroken run's files, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.torture import faults, forked, tiny
+from tests.torture.harness import Outcome, folder_of
+
+NAME, TITLE, CASES, DRAW = "kills", "Kills", 200, 1
+
+LAYOUTS = tuple(tiny.LAYOUTS)
+
+
+def smoke() -> Iterable[int]:
+    """Inside a save of one process."""
+    return (0,)
+
+
+def prepare(work: Path) -> None:
+    for layout in LAYOUTS:
+        moments(work, layout)
+
+
+def moments(work: Path, layout: str) -> dict[str, list[int]]:
+    """How many moments a run of a layout has, by rank: `disk` and `calls`."""
+    file = work / "moments" / f"{layout}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tiny.unbroken(work, layout)
+        found = {}
+        for kind in ("disk", "calls"):
+            folder = work / "moments" / f"{layout}-{kind}"
+            counters = faults.Counters()
+            ended = forked.call(_run(work, layout, folder, kind, None, counters), timeout=600)
+            assert ended.status == 0, ended.output[-2000:]
+            found[kind] = counters.values()[: tiny.ranks_of(layout)]
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def _run(
+    work: Path,
+    layout: str,
+    folder: Path,
+    kind: str,
+    kill: faults.Kill | None,
+    counters: faults.Counters,
+) -> Callable[[], None]:
+    """A run of a layout, killed at a moment."""
+    arguments = tiny.train_arguments(tiny.data(work), folder, *tiny.SAVING, *tiny.LAYOUTS[layout])
+
+    def run() -> None:
+        if kind == "disk":
+            faults.watch_disk(folder, kill, counters)
+        else:
+            at = (None, 0, False) if kill is None else (kill.at, kill.rank, kill.everyone)
+            faults.watch_calls(*at, counters)
+        forked.command("train", arguments)
+
+    return run
+
+
+def case(seed: int, work: Path) -> Outcome:
+    dice = random.Random(seed)
+    layout = LAYOUTS[seed % len(LAYOUTS)]
+    kind = ("disk", "calls")[seed // len(LAYOUTS) % 2]
+    counts = moments(work, layout)[kind]
+    rank = dice.choice([rank for rank, count in enumerate(counts) if count])
+    kill = faults.Kill(1 + dice.randrange(counts[rank]), rank, dice.random() < 0.5)
+    folder = folder_of(NAME, seed, work) / "run"
+    killed = forked.call(_run(work, layout, folder, kind, kill, faults.Counters()), timeout=120)
+    label = f"{layout}, {'inside a save' if kind == 'disk' else 'anywhere'}"
+    if killed.timed_out:
+        return Outcome(label, f"rank {kill.rank} was killed, and the others hang")
+    if killed.status == 0 and kind == "disk":  # the count of calls varies a little
+        return Outcome(label, "nobody was killed")
+    wanted = tiny.unbroken(work, layout)
+    fault = broken_file(folder, wanted) or too_much(folder, wanted)
+    if fault:
+        return Outcome(label, f"after the kill: {fault}")
+    return Outcome(label, resumed(work, layout, folder))
+
+
+def resumed(work: Path, layout: str, folder: Path) -> str:
+    """Run the command again, to its end: how it differs from the unbroken run; empty: nowhere."""
+    arguments = tiny.train_arguments(tiny.data(work), folder, *tiny.SAVING, *tiny.LAYOUTS[layout])
+    ended = forked.call(lambda: forked.command("train", arguments), timeout=120)
+    if ended.status != 0:
+        return f"the next run ended with {ended.status}: {ended.error or ended.tail}"
+    left = sorted(p.name for p in folder.rglob("*") if p.name.endswith((".tmp", ".part")))
+    if left:
+        return f"the next run left {', '.join(left)}"
+    return tiny.difference(tiny.content(folder), _content(tiny.unbroken(work, layout)))
+
+
+@functools.cache
+def _content(folder: Path) -> dict:
+    return tiny.content(folder)
+
+
+def broken_file(folder: Path, wanted: Path) -> str:
+    """What is wrong with a file under a checkpoint's name: each is that of an update, whole."""
+    if found := unreadable(folder):
+        return found
+    for path in sorted(folder.glob("*.pt")):
+        values = tiny.values(path)
+        updates = values["/optimizer_history/0/num_updates"]
+        name = path.name.replace("checkpoint_last", f"checkpoint_1_{updates}")
+        if name in _content(wanted):
+            found = tiny.difference(values, _content(wanted)[name])
+            if found:
+                return f"{path.name}, of update {updates}: {found}"
+    return ""
+
+
+def unreadable(folder: Path) -> str:
+    """The first checkpoint that cannot be read; empty: none."""
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            tiny.values(path)
+        except Exception as error:
+            return f"{path.name} cannot be read: {error}"
+    return ""
+
+
+def too_much(folder: Path, wanted: Path) -> str:
+    """Whether the disk holds more than the kept checkpoints, the one that goes and the next."""
+    used, usual = tiny.size(folder), tiny.size(wanted)
+    return f"{used} bytes on the disk, {usual} are usual" if used > 3 * usual + 2**16 else ""
