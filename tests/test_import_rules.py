@@ -41,7 +41,7 @@ ALLOWED = {
     "metrics": BASE,
     "checkpoint.atomic_files": {"config.errors"},
     "checkpoint": BASE | {"dispatch", "checkpoint.atomic_files"},
-    "trainer": BASE | {"routing", "dispatch", "checkpoint"},
+    "trainer": BASE | {"routing", "dispatch", "checkpoint", "optim"},
     "evaluation": BASE | {"dispatch"},
     "evolve": MODEL | {"checkpoint", "data", "evaluation", "trainer"},
     "generation": MODEL | {"checkpoint", "data"},

@@ -20,7 +20,7 @@ from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.evaluation_checks import check_evaluation, check_ranks_of_experts
 from evomoe_plugin.config.hf_config import resolve_hf_config
-from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.config.options import MoEOptions, parse_bool
 from evomoe_plugin.gates.gate import gate_class
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,15 @@ def _check_changes(cfg: Any) -> None:
     if change is not None:
         _check_copies_of_weights(cfg, f"--{change.replace('_', '-')}")
     if spawn is not None:
+        if _optimizer(cfg) == "muon" and not parse_bool(
+            "moe_spawn_trainable_masked", given["moe_spawn_trainable_masked"]
+        ):
+            raise OptionError(
+                "optimizer",
+                "muon",
+                "changes every weight of a matrix, and --moe-spawn-trainable-masked false keeps "
+                "some at 0: give adam or fused_adamw",
+            )
         _warn_of_moments(cfg.optimizer, spawn)
 
 

@@ -32,6 +32,7 @@ from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
+from evomoe_plugin.optim.muon import mark_matrices
 from evomoe_plugin.trainer import (
     data_wait,
     early_stopping,
@@ -421,8 +422,10 @@ class MoETrainer(Trainer):
             model.set_num_updates(self.get_num_updates())
 
     def _build_optimizer(self) -> None:
-        super()._build_optimizer()
         name = self.cfg.optimizer._name
+        if name == "muon":
+            mark_matrices(self.model)
+        super()._build_optimizer()
         # fairseq's Adagrad is pointwise, though it does not say so.
         pointwise = self.optimizer.supports_flat_params or name == "adagrad"
         if sharded_layers(self.get_model()) and not pointwise:

@@ -168,3 +168,23 @@ def test_divided_experts_are_saved_and_read(train, tmp_path):
         tmp_path / "again", *FUSED, *given, "--restore-file", tmp_path / "fused/checkpoint_1_6.pt"
     )
     assert_same_course(again, run, tolerance=0)
+
+
+MUON = ("--optimizer", "muon", *FUSED[2:])
+
+
+def test_muon_resumes_bit_equal_over_a_spawn(train, tmp_path):
+    spawn = ("--moe-spawn-updates", "3", "--moe-temperature-updates", "3", "--max-update", "7")
+    given = (*spawn, "--save-interval-updates", "1", "--disable-validation", "--dropout", "0")
+    run = train(tmp_path / "whole", *MUON, *given)
+    losses = [record["loss"] for record in run.logged("train_inner")]
+    assert losses[-1] < losses[0]
+    state = load(tmp_path / "whole/checkpoint_last.pt")["last_optimizer_state"]["state"]
+    assert {len(entry) for entry in state.values()} == {2, 3}  # of Muon, and of Adam
+    for update in (2, 5):
+        saved = tmp_path / f"whole/checkpoint_1_{update}.pt"
+        again = train(tmp_path / f"from-{update}", *MUON, *given, "--restore-file", saved)
+        assert_same_course(again, run, tolerance=0)
+        assert_same_weights(
+            tmp_path / f"from-{update}/checkpoint_last.pt", tmp_path / "whole/checkpoint_last.pt"
+        )

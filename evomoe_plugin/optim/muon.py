@@ -1,0 +1,133 @@
+"""`--optimizer muon`: orthogonalised momentum for matrices, AdamW for all else."""
+
+# No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq.optim import register_optimizer
+from fairseq.optim.fairseq_optimizer import FairseqOptimizer
+from torch import Tensor, nn
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, muon
+
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.optim.fused_adam import FusedAdam
+from evomoe_plugin.optim.fused_adamw import FusedAdamW, FusedAdamWConfig
+
+# Parts of names of parameters with two dimensions or more that map no hidden state to another.
+_NO_MATRICES = ("embed_", "output_projection", ".gate.", "norm")
+
+
+def mark_matrices(model: nn.Module) -> None:
+    """Mark the parameters of a model that are matrices, or stacks of one for each expert.
+
+    Those are the weights of attention, dense FFNs and experts; gates, embeddings, the output
+    projection, norms and biases (a stack of which has two dimensions) are none.
+    """
+    for name, parameter in model.named_parameters():
+        is_weight = parameter.dim() in (2, 3) and not name.endswith("bias")
+        parameter.is_matrix = is_weight and not any(part in name for part in _NO_MATRICES)  # type: ignore[attr-defined]
+
+
+@dataclass
+class MuonConfig(FusedAdamWConfig):
+    """Options of Muon; those of AdamW are of the other parameters."""
+
+    muon_momentum: float = flag(0.95, "momentum of matrices, in Nesterov's form")
+    muon_steps: int = flag(5, "steps of the Newton-Schulz iteration that orthogonalises")
+
+
+class MuonAdam(FusedAdam):
+    """torch's Muon for marked parameters, an expert's matrix at a time; `FusedAdam` for the others.
+
+    Muon (Jordan et al., 2024) with the scale of arXiv 2502.16982: updates have the size of AdamW's,
+    so that learning rate and weight decay are shared.
+
+    Args:
+        params: with the marks of `mark_matrices`.
+        momentum: of matrices.
+        steps: of the orthogonalisation.
+        given: of `FusedAdam`.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], momentum: float, steps: int, **given: Any):
+        super().__init__(params, **given)
+        self._momentum, self._steps = momentum, steps
+
+    def _update(
+        self, parameters: list[nn.Parameter], group: dict[str, Any], factor: float | Tensor
+    ) -> None:
+        others = [p for p in parameters if not is_matrix(p)]
+        if others:
+            super()._update(others, group, factor)
+        for p in filter(is_matrix, parameters):
+            state, grad = self.state[p], p.grad
+            assert grad is not None  # `FusedAdam.step` leaves others out
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            muon(
+                _matrices(p.data),
+                _matrices(torch.mul(grad, factor)),
+                _matrices(state["momentum_buffer"]),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                momentum=self._momentum,
+                nesterov=True,
+                ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+                ns_steps=self._steps,
+                eps=EPS,
+                adjust_lr_fn="match_rms_adamw",
+                has_complex=False,
+            )
+            state["step"] += 1
+
+
+def is_matrix(p: nn.Parameter) -> bool:
+    """Whether `mark_matrices` found it to be one."""
+    return getattr(p, "is_matrix", False)
+
+
+def _matrices(stack: Tensor) -> list[Tensor]:
+    return [stack] if stack.dim() == 2 else list(stack.unbind())
+
+
+@register_optimizer("muon", dataclass=MuonConfig)
+class Muon(FusedAdamW):
+    """`MuonAdam` in fairseq.
+
+    Args:
+        cfg: the fields of `MuonConfig`.
+        params: the trained parameters, marked.
+    Raises:
+        OptionError: an option is invalid, or no parameter is a matrix: FSDP and fairseq's half
+            precision train flat copies.
+    """
+
+    def __init__(self, cfg: MuonConfig, params: Iterable[nn.Parameter]):
+        FairseqOptimizer.__init__(self, cfg)
+        check_number(cfg, "muon_momentum", "[0, 1)", "give 0 or more and less than 1")
+        check_number(cfg, "muon_steps", "[1, 99]", "give 1 to 99")
+        params = list(params)
+        if not any(map(is_matrix, params)):
+            raise OptionError(
+                "optimizer",
+                "muon",
+                "there is no matrix to train: leave out --ddp-backend fully_sharded, --fp16 and "
+                "--bf16 (--moe-matmul-dtype bf16 computes in bf16), or give fused_adamw",
+            )
+        self._optimizer = MuonAdam(
+            params, cfg.muon_momentum, cfg.muon_steps, **self.optimizer_config
+        )
+
+    @property
+    def supports_flat_params(self) -> bool:
+        """A flat parameter has no matrices."""
+        return False
+
+    @property
+    def supports_memory_efficient_fp16(self) -> bool:
+        """Its weights are fp32."""
+        return False
