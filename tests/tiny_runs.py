@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -98,7 +99,9 @@ class Runs:
         logging.getLogger().setLevel(logging.INFO)
         _forget_run()  # of other tests too
         try:
-            module.cli_main()
+            # It removes every other handler of the root logger, pytest's too.
+            with mock.patch.object(module, "reset_logging", create=True):
+                module.cli_main()
         except SystemExit as end:
             return int(end.code or 0)
         finally:
