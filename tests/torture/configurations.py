@@ -101,6 +101,7 @@ def actions(arch: str, optimizer: str, scheduler: str, criterion: str) -> dict[s
     parser = options.get_training_parser()
     names = ("--arch", arch, "--optimizer", optimizer, "--lr-scheduler", scheduler)
     given = ["x", "--task", "language_modeling", *names, "--criterion", criterion]
+    given += ["--max-lr", "1"]  # without a default, which some schedulers need
     options.parse_args_and_arch(parser, given, parse_known=True)
     return {
         action.dest: action

@@ -61,7 +61,7 @@ def _details(part: Any, history: harness.History) -> str:
     missing = part.CASES - len(history.last)
     if missing > 0:
         lines += ["", f"Not reached: {missing:,} of {part.CASES:,} cases."]
-    lines += ["", f"{history.seconds / 60:,.0f} minutes of wall-clock time, machine shared."]
+    lines += ["", f"{history.seconds / 60:,.1f} minutes of wall-clock time, machine shared."]
     if hasattr(part, "coverage"):
         for name, value in part.coverage(history.last).items():
             lines.append(f"Reached: {value} {name}.")

@@ -53,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write the pages, and run nothing")
     parser.add_argument("--work", type=Path, help="a folder for temporary files, which is kept")
     given = parser.parse_args(arguments)
+    tiny.warm_up()
     if given.report:
         report.write(PARTS, harness.RESULTS)
         return 0
     os.nice(5)
-    tiny.warm_up()
     parts = [part for part in PARTS if part.NAME in given.part]
     end = time.monotonic() + 3600 * given.hours
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
