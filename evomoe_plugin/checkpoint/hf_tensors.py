@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,8 +91,18 @@ class HFTensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
+        return self._checked(name, lambda file: file.get_tensor(name).clone())
+
+    def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """The tensor, `rows` rows at a time, each with the number of the first."""
+        total = self._files[name].get_slice(name).get_shape()[0]
+        for start in range(0, total, rows):
+            part = slice(start, min(start + rows, total))
+            yield start, self._checked(name, lambda file: file.get_slice(name)[part])  # noqa: B023
+
+    def _checked(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         try:
-            value = self._files[name].get_tensor(name).clone()
+            value = read(self._files[name])
         except SafetensorError as error:
             raise self.misfit(f"{name} cannot be read ({error})") from error
         if not torch.stack(value.aminmax()).isfinite().all():

@@ -16,8 +16,10 @@ from torch import Tensor
 MARGIN = 20.0
 
 
-def masked_vocab_row(weight_D: Tensor, bias_D: Tensor, output_VD: Tensor) -> Tensor | None:
-    """A row [D], fp32, whose probability beside `output_VD` is always below exp(-MARGIN) / V.
+def masked_vocab_row(
+    weight_D: Tensor, bias_D: Tensor, mean_D: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """A row [D] whose probability beside V others is always below exp(-MARGIN) / V.
 
     Its logit is the lowest possible one of the mean row, less the margin; the largest logit is
     never below the mean's.
@@ -25,20 +27,21 @@ def masked_vocab_row(weight_D: Tensor, bias_D: Tensor, output_VD: Tensor) -> Ten
     Args:
         weight_D: γ of the last LayerNorm.
         bias_D: β.
-        output_VD: the rows of the other token ids.
+        mean_D: the mean of the other rows, fp64.
+        dtype: of the row.
     Returns:
-        None if there is no such row: Σ β/γ is (nearly) 0, as in an untrained model.
+        None if there is no such row: Σ β/γ is (nearly) 0, as in an untrained model, or the dtype
+        is too coarse.
     """
     gamma_D, beta_D = weight_D.double(), bias_D.double()
-    mean_D = output_VD.double().mean(0)
     spread_D = gamma_D * mean_D
     lowest = beta_D @ mean_D - gamma_D.numel() ** 0.5 * (spread_D - spread_D.mean()).norm()
     logit = min(float(lowest), 0.0) - MARGIN
     is_fixed_D = gamma_D == 0
     direction_D = torch.where(is_fixed_D, beta_D, 0.0) if is_fixed_D.any() else 1 / gamma_D
     constant = direction_D @ beta_D
-    row_D = (direction_D * (logit / constant)).float()
-    # Bound of the fp32 rounding of h · row; infinite or NaN where the constant is 0.
+    row_D = (direction_D * (logit / constant)).to(dtype)
+    # Bound of the rounding of h · row; infinite or NaN where the constant is 0.
     terms_D = row_D.double().abs() * (gamma_D.abs() + beta_D.abs())
-    rounding = torch.finfo(torch.float32).eps * float(terms_D.sum())
+    rounding = torch.finfo(dtype).eps * float(terms_D.sum())
     return row_D if rounding < MARGIN / 4 else None

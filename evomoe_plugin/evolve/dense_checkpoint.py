@@ -23,9 +23,9 @@ from fairseq.models.transformer_lm import (
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evomoe_plugin.checkpoint import huggingface
 from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.hf_weights import HFWeights
-from evomoe_plugin.checkpoint.huggingface import import_gpt2
 from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import model_type
@@ -211,16 +211,17 @@ def read_dense(option: str, path: str, dictionary: Dictionary | None = None) -> 
 
     Args:
         option: what the user named it with, for messages.
-        dictionary: gives the order of a GPT-2's rows (`import_gpt2`).
+        dictionary: gives the order of a GPT-2's rows (`GPT2Weights`).
     Raises:
-        OptionError: as `read_dense_checkpoint`, `HFWeights` and `import_gpt2`.
+        OptionError: as `read_dense_checkpoint`, `HFWeights` and `GPT2Weights`.
     """
     if not os.path.isdir(path):
         return read_dense_checkpoint(option, path)
     if model_type(option, path) == "gpt2":
-        imported = import_gpt2(path, dictionary)
-        cfg = OmegaConf.create(imported.state["cfg"])
-        return _dense_of(option, path, cfg, imported.state["model"])
+        config, gpt2, rows_of = huggingface.read_gpt2(path, dictionary)
+        cfg = OmegaConf.create(huggingface.run_config(config))
+        options = transformer_options(cfg, gpt2)
+        return DenseCheckpoint(option, path, cfg, options, gpt2, len(rows_of), keeps_dtype=True)
     weights = HFWeights(option, path)
     if weights.config.is_moe:
         raise OptionError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from fairseq import models
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.modules import MultiheadAttention
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,7 +77,11 @@ def streamed(
                     module.load_state_dict(own, assign=True)
                     stack.callback(module.to, "meta")
                 continue
-            if isinstance(module, nn.Embedding):
+            if any(isinstance(a, MultiheadAttention) for a in _around(model, path)):
+                continue  # held by it
+            if isinstance(module, MultiheadAttention):
+                methods["forward"] = functools.partial(_attend, module, weights, prefix, fp32)
+            elif type(module) is nn.Embedding:  # not one of positions, which is small
                 methods["forward"] = functools.partial(_embed, weights, prefix, fp32)
             elif isinstance(module, nn.Linear):
                 methods["forward"] = functools.partial(_project, module, weights, prefix, fp32)
@@ -118,6 +123,29 @@ def _parts(rows: int, width: int) -> Iterator[slice]:
     """Rows of a matrix that take up to `_PART` in fp32."""
     step = max(1, _PART // (4 * width))
     return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that one is in."""
+    parts = path.split(".")
+    return (model.get_submodule(".".join(parts[:n])) for n in range(1, len(parts)))
+
+
+def _attend(
+    attention: MultiheadAttention,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    fp32: Callable[[Tensor], Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """fairseq's attention, which looks into its projections, with their weights in memory."""
+    with contextlib.ExitStack() as stack:
+        for path, module in attention.named_modules(prefix=prefix[:-1]):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            held = {name: fp32(weights[f"{path}.{name}"]) for name in names}
+            stack.enter_context(_holding(module, held))
+        return type(attention).forward(attention, *args, **kwargs)
 
 
 def _embed(

@@ -101,6 +101,17 @@ def test_equal_logits(gpt2, given):
     assert torch.allclose(theirs, ours, atol=1e-5)
 
 
+def test_weights_in_half_precision_stay_so(gpt2):
+    model, folder = gpt2()
+    model.bfloat16().save_pretrained(folder)
+    imported = import_gpt2(folder)
+    weights = imported.state["model"]
+    assert {w.dtype for n, w in weights.items() if n != "decoder.version"} == {torch.bfloat16}
+    imported.state["model"] = {name: value.float() for name, value in weights.items()}
+    theirs, ours, _ = both_logits(model.float(), imported)
+    assert torch.allclose(theirs, ours, atol=1e-5)
+
+
 def losses(logits, targets):
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 

@@ -189,6 +189,7 @@ import os, re, sys, threading, time
 import torch
 import evomoe_plugin
 evomoe_plugin.register()
+from evomoe_plugin.checkpoint.huggingface import import_gpt2
 from evomoe_plugin.evolve.convert import convert
 from evomoe_plugin.evolve.import_hf import import_hf
 from evomoe_plugin.evolve.upcycle import Recipe
@@ -210,10 +211,10 @@ def peak_of(make):
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in state.values()}
     return most[0] - base, sum(tensors.values()) / 2**20, max(tensors.values()) / 2**20
 
-folder, tiny = sys.argv[1:]
+folder, tiny, kind = sys.argv[1:]
 given = {"moe_gate": "top_k", "moe_expert_count": "4", "moe_freq": 2}
 makers = {
-    "import": lambda folder: import_hf("DIR", folder),
+    "import": lambda f: import_gpt2(f).state if kind == "gpt2" else import_hf("DIR", f),
     "noise": lambda folder: convert(folder, given, Recipe("noise"), max_update=9).state,
 }
 for make in makers.values():
@@ -226,19 +227,32 @@ for name, make in makers.items():
 """
 
 
+def save_gpt2(folder, **sizes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**(small | sizes), eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
 @pytest.mark.slow
-def test_peak_memory_is_the_result_and_one_tensor(tmp_path):
-    save_hf(tmp_path / "tiny", "llama 2", torch.bfloat16)
-    save_hf(
-        tmp_path / "large",
-        "llama 2",
-        torch.bfloat16,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
+@pytest.mark.parametrize("kind", ["llama 2", "gpt2"])
+def test_peak_memory_is_the_result_and_one_tensor(tmp_path, kind):
+    if kind == "gpt2":
+        save_gpt2(tmp_path / "tiny")
+        save_gpt2(tmp_path / "large", n_embd=512, n_layer=8, n_head=8, vocab_size=2000)
+    else:
+        save_hf(tmp_path / "tiny", kind, torch.bfloat16)
+        save_hf(
+            tmp_path / "large",
+            kind,
+            torch.bfloat16,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
     run = subprocess.run(
         [
             sys.executable,
@@ -248,6 +262,7 @@ def test_peak_memory_is_the_result_and_one_tensor(tmp_path):
             MEMORY,
             tmp_path / "large",
             tmp_path / "tiny",
+            kind,
         ],
         capture_output=True,
         text=True,
