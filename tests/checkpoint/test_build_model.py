@@ -55,7 +55,7 @@ SPOILT = {
         "is no checkpoint of fairseq",
     ),
     "a list as cfg": (lambda s: s.update(cfg=[1, 2]), ALL, "is no checkpoint of fairseq"),
-    "names that are numbers": (rename, ALL, "is no checkpoint of fairseq"),
+    "names that are numbers": (rename, ALL, "0 of its 'model' is no tensor"),
     "heads that do not divide": (option("decoder_attention_heads", 3), ALL, CANNOT),
     "no heads": (option("decoder_attention_heads", 0), ALL, CANNOT),
     "layers in words": (option("decoder_layers", "four"), ALL, CANNOT),

@@ -152,6 +152,8 @@ def command_line(*given):
                 "10",
                 "--criterion",
                 "moe_cross_entropy",
+                "--batch-size",
+                "1",
                 *given,
             ],
         )

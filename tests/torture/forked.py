@@ -164,14 +164,14 @@ def command(name: str, arguments: Sequence[object]) -> None:
 @contextlib.contextmanager
 def forked_ranks() -> Iterator[None]:
     """Inside, ranks are forked instead of started anew, which would take seconds for imports."""
-    import torch.multiprocessing
+    from evomoe_plugin.launch import ranks
 
-    before = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda _method: multiprocessing.get_context("fork")
+    before = ranks.new_context
+    ranks.new_context = lambda: multiprocessing.get_context("fork")
     try:
         yield
     finally:
-        torch.multiprocessing.get_context = before
+        ranks.new_context = before
 
 
 def configuration(name: str, arguments: Sequence[object]) -> Any:
