@@ -126,19 +126,30 @@ def old_run(old_code, train, tmp_path_factory):
     return make
 
 
-def assert_holds(new, old, where):
-    """All of `old` is in `new`: tensors of the same type and bits, equal values."""
+ROUNDED = ("top-any",)
+"""Cases whose arithmetic has another order now: of their losses over active experts."""
+
+
+def assert_holds(new, old, where, atol=0.0):
+    """All of `old` is in `new`: tensors of the same type and bits, equal values.
+
+    Args:
+        atol: of floating-point numbers.
+    """
     if torch.is_tensor(old):
         assert (new.dtype, new.shape) == (old.dtype, old.shape), where
-        assert torch.equal(new, old), where
+        if atol and old.is_floating_point():
+            torch.testing.assert_close(new, old, rtol=0, atol=atol, msg=where)
+        else:
+            assert torch.equal(new, old), where
     elif isinstance(old, dict):
         assert old.keys() <= new.keys(), where
         for key, value in old.items():
-            assert_holds(new[key], value, f"{where}.{key}")
+            assert_holds(new[key], value, f"{where}.{key}", atol)
     elif isinstance(old, (list, tuple)):
         assert len(new) == len(old), where
         for i, (one, other) in enumerate(zip(new, old, strict=True)):
-            assert_holds(one, other, f"{where}.{i}")
+            assert_holds(one, other, f"{where}.{i}", atol)
     else:
         assert new == old, where
 
@@ -153,14 +164,20 @@ def compared(state):
     }
 
 
-def assert_same_checkpoint(new, old):
-    """Bit-equal weights, optimizer state and masters in all files of the last checkpoint."""
+def assert_same_checkpoint(new, old, atol=0.0):
+    """Equal weights, optimizer state and masters in all files of the last checkpoint."""
     files = [sorted(folder.glob("checkpoint_last*.pt")) for folder in (new, old)]
     assert [path.name for path in files[0]] == [path.name for path in files[1]]
     for path, wanted in zip(*files, strict=True):
         one, other = load(path), load(wanted)
+        other["model"] = {
+            name.removesuffix("_bits"): value.view(torch.float64)
+            if name.endswith("_bits")  # of fp64 values, which checkpoints hold now
+            else value
+            for name, value in other["model"].items()
+        }
         assert other.keys() <= one.keys() and other["model"].keys() == one["model"].keys()
-        assert_holds(compared(one), compared(other), path.name)
+        assert_holds(compared(one), compared(other), path.name, atol)
     experts = [
         sorted(folder.glob("checkpoint_last.experts/*/*.safetensors")) for folder in (new, old)
     ]
@@ -168,7 +185,7 @@ def assert_same_checkpoint(new, old):
     for path, wanted in zip(*experts, strict=True):
         one, other = load_file(path), load_file(wanted)
         assert one.keys() == other.keys()
-        assert_holds(one, other, path.name)
+        assert_holds(one, other, path.name, atol)
 
 
 @pytest.mark.parametrize("name, update", CASES)
@@ -181,7 +198,7 @@ def test_it_resumes_bit_equal(name, update, old_run, train, tmp_path):
     for record, wanted in zip(records, whole.logged("train_inner")[update:], strict=True):
         for key in ("loss", "inner_loss", "gnorm", "lr", "experts_per_token"):
             assert record[key] == wanted[key], (record["num_updates"], key)
-    assert_same_checkpoint(tmp_path / "new", folder)
+    assert_same_checkpoint(tmp_path / "new", folder, atol=1e-4 if name in ROUNDED else 0.0)
 
 
 @pytest.mark.parametrize(
