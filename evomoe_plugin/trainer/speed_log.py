@@ -49,14 +49,15 @@ class SpeedLog:
             logging_outputs: of the update, on all ranks.
             seconds: of the update, with waiting for its batches.
         """
-        forward = sum(
-            float(flops)
+        forward = [
+            flops
             for output in logging_outputs
             for name, flops in output.items()
             if name.startswith(_FLOPS)
-        )
+        ]
         if forward and seconds:
-            rate = (1 + _BACKWARD) * forward / self._ranks / seconds
+            # Stays on the device: a step waits for nothing that is only logged.
+            rate = (1 + _BACKWARD) * sum(forward) / self._ranks / seconds
             # Weighed by time, the mean of an interval is its FLOPs by its seconds.
             metrics.log_scalar("tflops", rate / 1e12, seconds, priority=1480, round=4)
             if self._peak:

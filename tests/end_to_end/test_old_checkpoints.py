@@ -134,8 +134,11 @@ def assert_holds(new, old, where, atol=0.0):
     """All of `old` is in `new`: tensors of the same type and bits, equal values.
 
     Args:
-        atol: of floating-point numbers.
+        atol: of floating-point numbers; with it biases of keys are left out, as in
+            `assert_same_weights`.
     """
+    if atol and where.endswith("k_proj.bias"):
+        return
     if torch.is_tensor(old):
         assert (new.dtype, new.shape) == (old.dtype, old.shape), where
         if atol and old.is_floating_point():
@@ -198,7 +201,7 @@ def test_it_resumes_bit_equal(name, update, old_run, train, tmp_path):
     for record, wanted in zip(records, whole.logged("train_inner")[update:], strict=True):
         for key in ("loss", "inner_loss", "gnorm", "lr", "experts_per_token"):
             assert record[key] == wanted[key], (record["num_updates"], key)
-    assert_same_checkpoint(tmp_path / "new", folder, atol=1e-4 if name in ROUNDED else 0.0)
+    assert_same_checkpoint(tmp_path / "new", folder, atol=1e-6 if name in ROUNDED else 0.0)
 
 
 @pytest.mark.parametrize(
