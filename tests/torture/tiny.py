@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -62,8 +63,11 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     for name in ("train", "eval_lm", "validate", "generate"):
         importlib.import_module(f"fairseq_cli.{name}")
+    # Which building an optimizer imports: three quarters of the time of a tiny run.
+    importlib.import_module("torch._dynamo")
     importlib.import_module("fairscale.nn.data_parallel")
     importlib.import_module("evomoe_plugin").register()
+    gc.freeze()  # children need not copy what they never free
 
 
 def data(work: Path) -> Path:
