@@ -41,8 +41,9 @@ def data_bin(tmp_path_factory) -> Path:
     return folder
 
 
-def write_text(folder: Path) -> None:
-    """Prepared as fairseq does, train of 400 sentences of 25 words, valid of 40."""
+def write_text(folder: Path, train: int = 400, valid: int = 40) -> None:
+    """Prepared as fairseq does, train and valid of so many sentences of 25 words."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(1)
     words = [f"w{i}" for i in range(60)]
     follow = {word: rng.choices(words, k=5) for word in words}
@@ -51,7 +52,7 @@ def write_text(folder: Path) -> None:
         dictionary.add_symbol(word, n=10)
     dictionary.finalize(padding_factor=8)
     dictionary.save(str(folder / "dict.txt"))
-    for split, lines in [("train", 400), ("valid", 40)]:
+    for split, lines in [("train", train), ("valid", valid)]:
         builder = indexed_dataset.make_builder(
             str(folder / f"{split}.bin"), impl="mmap", vocab_size=len(dictionary)
         )

@@ -1,7 +1,9 @@
 """Command lines drawn from all options that training shows, valid and not.
 
-Each is refused in one line before the first update; or makes three, resumes from the second to the
-same third, bit for bit, and evaluates to the loss that training logged.
+Each is refused in one line that names an option, before the first update; or makes three, resumes
+from the second to the same third, bit for bit, and evaluates to the loss that training logged.
+Those of even seeds are meant to be valid: an option that is refused is left out, and what is left
+is tried again.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from evomoe_plugin.gates import gate_names
+from evomoe_plugin.gates.gate import gate_class, option_fields, own_options
+from tests.end_to_end.conftest import write_text
 from tests.torture import disks, forked, tiny
 from tests.torture.harness import Outcome, folder_of
 
-NAME, TITLE, CASES, DRAW = "configurations", "Configurations", 5000, 1
+NAME, TITLE, CASES, DRAW = "configurations", "Configurations", 5000, 2
 
 UPDATES = 3
 _SIZES = (
@@ -67,30 +71,99 @@ _LEFT_OUT = frozenset(
     """.split()
 )
 
+# What an option with a text for a value takes; the second half is hardly ever right.
 _TEXTS = {
     "moe_expert_count": ("1", "2", "8", "2,4", "0", "x"),
-    "moe_layers": ("0", "1", "0,1", "none", "7"),
-    "moe_aux": ("balance=0.01", "z=0.001", "switch=0.01", "balance=x", "none", ""),
+    "moe_layers": ("0", "1", "0,1", "none", "7", "x"),
+    "moe_aux": ("balance=0.01", "z=0.001", "none", "switch=0.01", "balance=x", ""),
+    "moe_train_only": ("experts", "gate,norms", "attention", "embeddings", "x", ""),
+    "moe_lexical": ("zero", "normal:0.1", "hash:2", "hash:x"),
+    "moe_init_gate": ("default", "zero", "normal:0.1", "normal:x"),
+    "moe_shared_combine": ("add", "softmax", "mix", "sigmoid", "x"),
+    "moe_scorer": ("linear", "mlp", "gmm", "cosine", "x"),
+    "moe_spawn_method": ("mask", "noise", "reinit", "copy", "x"),
+    "moe_spawn_moments": ("copy", "reset", "x"),
+    "moe_init_method": ("copy", "mask", "noise", "reinit", "slice", "none", "x"),
+    "moe_weight_scale": ("none", "unit", "mean", "x"),
+    "moe_temperature_schedule": ("linear", "exp", "cosine", "constant", "x"),
+    "moe_temperature_scope": ("global", "token", "x"),
+    "moe_top_p_weights": ("softmax", "uniform", "sparsemixer", "x"),
+    "moe_top_k_weights": ("raw", "renormalized", "x"),
+    "moe_top_any_weights": ("uniform", "score", "x"),
+    "moe_top_any_ste": ("full", "active", "x"),
+    "moe_second_expert_policy": ("all", "sampling", "random", "x"),
+    "moe_hash": ("balanced", "random", "clustered", "x"),
+    "moe_gate_noise": ("gumbel", "none", "x"),
+    "moe_gate_loss_combine_method": ("average", "sum", "x"),
+    "moe_eval_gate": ("reached", "top1", "dense", "x"),
+    "moe_ep_wire_dtype": ("same", "fp32", "fp16", "bf16", "x"),
+    "moe_ep_checkpoint": ("auto", "consolidated", "sharded", "x"),
+    "moe_drop_policy": ("position", "probs", "random", "x"),
+    "moe_combine_weights": ("gate", "softmax", "x"),
+    "moe_attention": ("sdpa", "stock", "x"),
+    "moe_adapt_source": ("most_used", "keep", "x"),
+    "moe_matmul_dtype": ("same", "bf16", "x"),
+    "moe_products_dtype": ("same", "bf16", "x"),
+    "moe_gating_use_fp32": ("true", "false", "x"),
+    "moe_spawn_trainable_masked": ("true", "false", "x"),
+    "decoder_ffn": ("gated", "plain", "x"),
+    "decoder_norm": ("rms", "layer", "x"),
+    "decoder_qk_norm": ("none", "shared", "separate", "x"),
+    "rope_scaling": ('{"rope_type": "linear", "factor": 2.0}', "{}", "x"),
     "update_freq": ("1", "2", "1,2", "0", "x"),
     "adam_betas": ("(0.9,0.98)", "(0.9,1.0)", "0.9", "x"),
+    "adafactor_eps": ("(1e-30,1e-3)", "(0,0)", "x"),
+    "adamax_betas": ("(0.9,0.98)", "(0.9,1.0)", "x"),
+    "lamb_betas": ("(0.9,0.98)", "x"),
     "betas": ("(0.9,0.98)", "(0.9,0.999)", "x"),
     "valid_subset": ("valid", "train", "vald", "valid,train"),
     "train_subset": ("train", "valid", "x"),
+    "gen_subset": ("valid", "x"),
     "optimizer_overrides": ("{}", "{'lr': 0.1}", "x"),
     "best_checkpoint_metric": ("loss", "ppl", "x"),
     "restore_file": ("checkpoint_last.pt", "nowhere.pt"),
+    "continue_once": ("nowhere.pt", ""),
+    "finetune_from_model": ("nowhere.pt", ""),
+    "checkpoint_suffix": ("-a", "", "/x", "."),
     "activation_fn": ("gelu", "relu", "swish", "x"),
     "adaptive_softmax_cutoff": ("8,16", "x"),
+    "adaptive_input_cutoff": ("8,16", "x"),
+    "decoder_layers_to_keep": ("0", "0,1", "7", "x"),
+    "shorten_data_split_list": ("train", "train,valid", "x"),
+    "epoch2lr": ("{}", "{1: 0.1}", "x"),
+    "update2lr": ("{2: 0.1}", "{}", "x"),
+    "update_epoch_batch_itr": ("true", "false", "x"),
+    "total_num_update": ("10", "3", "0", "x"),
+    "max_tokens_valid": ("256", "64", "0", "x"),
+    "batch_size_valid": ("2", "4", "0", "x"),
     "quant_noise_pq": ("0", "0.1"),
     "phase_ratio": ("(0.3,0.3,0.4)", "x"),
 }
-_WHOLE = (0, 1, 2, 3, 4, 8, -1, 10**6)
-_REAL = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, -1.0, 1e-8, 1e6, math.nan, math.inf)
+_WHOLE = (1, 2, 4, 3, 0, 8, -1, 10**6)
+_REAL = (0.1, 0.5, 0.3, 1.0, 1e-8, 0.0, 2.0, -1.0, 1e6, math.nan, math.inf)
+_SIZES_OF_MODELS = re.compile("decoder_layers|base_layers|base_sublayers|.*_(dim|heads|experts)")
+"""Options whose largest value is a model that nobody's memory holds."""
 _USUAL_SHARES = (0.95, 0.6)
-"""Of values that are drawn from the first half of these, since the other half is hardly ever valid:
-every other command line is meant to be valid."""
+"""Of values that are drawn from the first half of these, by the seed's parity."""
+
+# What an option or a choice needs beside it, where the command line is meant to be valid.
+_NEEDS = {
+    "moe_spawn_": ("--moe-spawn-updates=2",),
+    "moe_adapt_": ("--moe-gate=top_any", "--moe-adapt-record-interval=2"),
+    "moe_ep_": (
+        *("--distributed-world-size=2", "--ddp-backend=legacy_ddp"),
+        "--moe-expert-parallel-size=2",
+    ),
+    "polynomial_decay": ("--total-num-update=10",),
+    "triangular": ("--max-lr=0.1",),
+    "tri_stage": ("--warmup-steps=1", "--hold-steps=1", "--decay-steps=8"),
+    "step": ("--lr-deacy-period=2",),
+}
+_NEVER_ALONE = ("moe_init_", "scale_", "character_", "base_")
+"""Options that need a file or another model: those that are meant to be valid have none."""
 
 _LIMIT_SECONDS, _MEMORY = 90, 3 * 2**30
+_MOST_LEFT_OUT = 5
 
 
 @functools.cache
@@ -120,27 +193,44 @@ def drawn(seed: int) -> list[str]:
         for name, values in _CHOSEN.items()
     }
     known = actions(arch, chosen["optimizer"], chosen["lr_scheduler"], chosen["criterion"])
-    plugin = [name for name in known if name.startswith("moe_")]
-    usual = _USUAL_SHARES[seed % 2]
-    count = min(1 + int(dice.expovariate(1 / 3)), 12)
-    names = {
-        dice.choice(plugin if plugin and dice.random() < 0.4 else list(known)) for _ in range(count)
-    }
+    valid, usual = seed % 2 == 0, _USUAL_SHARES[seed % 2]
     line = ["--task", "language_modeling", "--arch", arch, *ARCHITECTURES[arch][0]]
     for name, value in chosen.items():
-        line += [f"--{name.replace('_', '-')}", value]
+        line += [_flag(name), value]
     if dice.random() < 0.08:
         backend = dice.choice(["fully_sharded", "legacy_ddp", "pytorch_ddp"])
-        line += ["--distributed-world-size", "2", "--ddp-backend", backend]
-    if "moe_gate" in known and dice.random() < 0.5:
-        names.add("moe_gate")
-    for name in sorted(names):
+        line += ["--distributed-world-size=2", f"--ddp-backend={backend}"]
+    names = sorted(known)
+    if "moe_gate" in known:
+        gate = dice.choice(gate_names()) if valid or dice.random() < 0.3 else None
+        if gate is not None:
+            line.append(f"--moe-gate={gate}")
+        if valid:
+            own = {field.name for field in own_options(gate_class(str(gate)))}
+            others = option_fields().keys() - own
+            names = [n for n in names if n not in others and not n.startswith(_NEVER_ALONE)]
+    plugin = [name for name in names if name.startswith("moe_")]
+    count = min(1 + int(dice.expovariate(1 / 4)), 12)
+    picked = {
+        dice.choice(plugin if plugin and dice.random() < 0.5 else names) for _ in range(count)
+    }
+    needs = [*chosen.values(), *sorted(picked)] if valid else []
+    for prefix, needed in _NEEDS.items():
+        if any(name.startswith(prefix) for name in needs):
+            line += needed
+    for name in sorted(picked):
         line += _with_value(known[name], dice, usual)
     return line
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _with_value(action: argparse.Action, dice: random.Random, usual: float) -> list[str]:
-    flag = action.option_strings[-1]
+    flag = _flag(action.dest)
+    if flag not in action.option_strings:
+        flag = action.option_strings[-1]
     if action.nargs == 0:
         return [flag]
     values: Sequence[Any]
@@ -149,18 +239,15 @@ def _with_value(action: argparse.Action, dice: random.Random, usual: float) -> l
     elif action.dest == "moe_gate":
         values = (*gate_names(), *["x"] * len(gate_names()))
     elif action.choices:
-        values = [*map(str, action.choices)]
-        return [flag, dice.choice(values)]
+        return [flag, dice.choice([*map(str, action.choices)])]
     elif action.type is int or isinstance(action.default, int):
-        values = _WHOLE
+        values = _WHOLE[:-1] if _SIZES_OF_MODELS.fullmatch(action.dest) else _WHOLE
     elif action.type is float or isinstance(action.default, float):
         values = _REAL
-    else:  # the help of an option with names lists them, each with its explanation
-        words = re.findall(r"(?:^|[:;,] |or )([a-z_0-9:.]+)", action.help or "")
-        values = (*words, "1", "0", "0.5", "true", "x", "", "1,2")
+    else:
+        values = ("1", "0", "true", "x", "", "1,2", "0.5")
     likely = dice.random() < usual
-    value = dice.choice(values[: 1 + len(values) // 2] if likely else values)
-    return [f"{flag}={value}"]
+    return [f"{flag}={dice.choice(values[: (1 + len(values)) // 2] if likely else values)}"]
 
 
 def chosen_options(line: Sequence[str]) -> list[str]:
@@ -202,7 +289,15 @@ def coverage(seeds: Iterable[int]) -> dict[str, str]:
 
 
 def smoke() -> Iterable[int]:
-    return (8,)
+    return (24,)
+
+
+def _text(work: Path) -> Path:
+    """A shorter one than others train on: three updates, and validation after two of them."""
+    folder = work / "short-data"
+    if not folder.is_dir():
+        write_text(folder, train=60, valid=12)
+    return folder
 
 
 @functools.cache
@@ -211,51 +306,96 @@ def _evaluation(text: Path) -> Any:
 
 
 def prepare(work: Path) -> None:
-    _evaluation(tiny.data(work))
-    for arch in ARCHITECTURES:
+    forked.remember_parsing()
+    _evaluation(_text(work))
+    for arch, (sizes, _) in ARCHITECTURES.items():
         actions(arch, *_USUAL.values())
+        usual = [word for name, value in _USUAL.items() for word in (_flag(name), value)]
+        line = ["--task", "language_modeling", "--arch", arch, *sizes, *usual]
+        forked.configuration("train", arguments(line, _text(work), work))
 
 
-def arguments(seed: int, text: Path, folder: Path) -> list[str]:
+def arguments(line: Sequence[str], text: Path, folder: Path) -> list[str]:
     """Of fairseq-train; what is drawn comes last, and wins."""
     return [
         *(str(text), "--user-dir", "evomoe_plugin", "--save-dir", str(folder)),
         *("--tokens-per-sample", "32", "--batch-size", "4", "--lr", "0.003", "--clip-norm", "1.0"),
-        *("--max-update", str(UPDATES), "--save-interval-updates", "1", "--num-workers", "0"),
+        *("--max-update", str(UPDATES), "--save-interval-updates", "2", "--num-workers", "0"),
         *("--log-format", "json", "--log-interval", "1", "--seed", "7"),
-        *drawn(seed),
+        *line,
     ]
 
 
 def case(seed: int, work: Path) -> Outcome:
-    text, folder = tiny.data(work), folder_of(NAME, seed, work)
-    ended = forked.call(lambda: _three_steps(seed, text, folder), 4 * _LIMIT_SECONDS)
-    if ended.value is not None:
-        return Outcome(*ended.value)
-    fault = disks.verdict(ended) or ("" if ended.status else "nothing was returned")
-    return Outcome("refused by the parser", fault)
+    text, folder = _text(work), folder_of(NAME, seed, work)
+    line, left_out = drawn(seed), 0
+    while True:
+        ended = forked.call(functools.partial(_three_steps, line, text, folder), 4 * _LIMIT_SECONDS)
+        if ended.value is not None:
+            kind, fault, message = ended.value
+        else:
+            fault = disks.verdict(ended) or ("" if ended.status else "nothing was returned")
+            kind, message = "refused by the parser", ended.error
+        if kind.startswith("refused") and not fault and not _OPTION.search(message):
+            fault = f"no option is named: {message}"
+        fewer = _without(line, message)
+        if fault or seed % 2 or not kind.startswith("refused") or fewer == line:
+            break
+        if left_out == _MOST_LEFT_OUT:
+            break
+        line, left_out = fewer, left_out + 1
+        shutil.rmtree(folder)
+        folder.mkdir()
+    if left_out:
+        kind += ", without what was refused"
+        fault = fault and f"{fault} (with {' '.join(line)})"
+    named = _OPTION.search(message)
+    return Outcome(f"{kind}: {named[0]}" if named else kind, fault)
 
 
-def _three_steps(seed: int, text: Path, folder: Path) -> tuple[str, str]:
-    """Kind and fault, in a child that has parsed the command line once for all steps."""
-    cfg = forked.configuration("train", arguments(seed, text, folder / "run"))
+_OPTION = re.compile(r"--[a-z][\w-]+|DATA")
+
+
+def _without(line: Sequence[str], message: str) -> list[str]:
+    """A command line without the first option that a refusal names, of those that can go."""
+    for flag in _OPTION.findall(message):
+        kept = [word for word in line if word.partition("=")[0] != flag]
+        given = [word for word in line if word == flag or word.startswith(f"{flag}=")]
+        if given and flag not in (word for word in line if word in _PAIRS):
+            return kept
+    return list(line)
+
+
+_PAIRS = ("--task", "--arch", "--optimizer", "--lr-scheduler", "--criterion", *_MOE[::2])
+"""Options of `drawn` that stay, whose values are words of their own."""
+
+
+def _three_steps(line: Sequence[str], text: Path, folder: Path) -> tuple[str, str, str]:
+    """Kind, fault and message, in a child that has parsed the command line once for all steps."""
+    cfg = forked.configuration("train", arguments(line, text, folder / "run"))
     trained = forked.call(lambda: forked.start("train", cfg), _LIMIT_SECONDS, _MEMORY)
-    lines = logged(trained.lines, "train_inner")
+    updates = logged(trained.lines, "train_inner")
     fault = disks.verdict(trained)
     if fault:
-        return "training", f"{fault} (after {len(lines)} updates)"
+        return "training", f"{fault} (after {len(updates)} updates)", ""
     if trained.status != 0:
-        if lines and not re.search("NaN|Nan|nan|memory|scale", trained.error):
-            return "training", f"refused after {len(lines)} updates: {trained.error}"
-        return ("refused" if not lines else "ended with a message"), ""
-    bad = next((name for line in lines for name, v in line.items() if str(v) in _NOT_FINITE), "")
+        if updates and not re.search("NaN|Nan|nan|memory|scale", trained.error):
+            fault = f"refused after {len(updates)} updates: {trained.error}"
+        return ("refused" if not updates else "ended with a message"), fault, trained.error
+    bad = next((name for one in updates for name, v in one.items() if str(v) in _NOT_FINITE), "")
     if bad:
-        return "training", f"the log says {bad} is NaN/Inf, and nothing else does"
-    fault = _resume(cfg, folder)
-    if fault:
-        return "resuming", fault
-    fault = _evaluate(cfg, text, folder, logged(trained.lines, "valid"))
-    return ("evaluating", fault) if fault else ("trained, resumed and evaluated", "")
+        return "training", f"the log says {bad} is NaN/Inf, and nothing else does", ""
+    done = ["trained"]
+    for step, run in (
+        ("resumed", lambda: _resume(cfg, folder)),
+        ("evaluated", lambda: _evaluate(cfg, text, folder, logged(trained.lines, "valid"))),
+    ):
+        fault = run()
+        if fault:
+            return f"to be {step}", fault, ""
+        if fault is not None:
+            done.append(step)
+    return ", ".join(done), "", ""
 
 
 _NOT_FINITE = ("nan", "inf", "-inf", "NaN", "Infinity")
@@ -270,13 +410,14 @@ def logged(lines: Sequence[str], tag: str) -> list[dict]:
 _RESETS = ("reset_optimizer", "reset_meters", "reset_dataloader", "reset_lr_scheduler")
 
 
-def _resume(cfg: Any, folder: Path) -> str:
+def _resume(cfg: Any, folder: Path) -> str | None:
+    """What is wrong with the same run from its second update on; None: it cannot be compared."""
     given = cfg.checkpoint
     if any(given[name] for name in _RESETS) or given.optimizer_overrides != "{}":
-        return ""  # asked to go on otherwise
+        return None  # asked to go on otherwise
     saved = sorted((folder / "run").glob("checkpoint_*_2[.-]*"))
     if not saved:
-        return ""
+        return None
     again = folder / "again"
     again.mkdir()
     for path in saved:
@@ -291,18 +432,19 @@ def _resume(cfg: Any, folder: Path) -> str:
     first, second = (tiny.content(f) for f in (folder / "run", again))
     last = [name for name in second if "last" in name and name in first]
     if not last:
-        return ""
+        return None
     return tiny.difference({n: first[n] for n in last}, {n: second[n] for n in last})
 
 
-def _evaluate(cfg: Any, text: Path, folder: Path, valid: list[dict]) -> str:
+def _evaluate(cfg: Any, text: Path, folder: Path, valid: list[dict]) -> str | None:
+    """What is wrong with the evaluation of the last checkpoint; None: no loss was logged."""
     path = folder / "run" / "checkpoint_last.pt"
     key = "valid_inner_loss" if valid and "valid_inner_loss" in valid[-1] else "valid_loss"
     plain = cfg.criterion._name in ("moe_cross_entropy", "cross_entropy")
     if not path.exists() or not plain or not valid or key not in valid[-1]:
-        return ""
+        return None
     if int(valid[-1]["valid_num_updates"]) != UPDATES or cfg.dataset.valid_subset != "valid":
-        return ""
+        return None
     evaluation = copy.deepcopy(_evaluation(text))
     evaluation.common_eval.path = str(path)
     for name in evaluation.task:

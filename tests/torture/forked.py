@@ -188,6 +188,23 @@ def configuration(name: str, arguments: Sequence[object]) -> Any:
     return convert_namespace_to_omegaconf(parsed)
 
 
+def remember_parsing() -> None:
+    """Let hydra parse a text that it takes for an option once, and not copy its repository, which
+    would keep what it read: half of the time of `configuration`."""
+    from hydra._internal import config_repository
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    config_repository.copy = types.SimpleNamespace(deepcopy=lambda delegate: delegate)
+    parse, parsed = OverridesParser.parse_rule, {}
+
+    def parse_rule(self: Any, text: str, rule: str) -> Any:
+        if (text, rule) not in parsed:
+            parsed[text, rule] = parse(self, text, rule)
+        return parsed[text, rule]
+
+    OverridesParser.parse_rule = parse_rule
+
+
 def start(name: str, cfg: Any) -> Any:
     """Run a command with its options, in this process; what its main returns, of one rank."""
     from fairseq.distributed import utils as distributed_utils
