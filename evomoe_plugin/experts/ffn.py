@@ -67,6 +67,11 @@ class ExpertStack(nn.Module):
                 frozen = torch.zeros(parameter.shape, dtype=torch.bool)
                 self.register_buffer(frozen_name(name), frozen)
 
+    @property
+    def matrix_names(self) -> list[str]:
+        """Names of the parameters that are stacks of matrices; the others are biases."""
+        return [name for name in self._names if name.endswith("_weight")]
+
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
 from fairseq.optim import register_optimizer
 from fairseq.optim.fairseq_optimizer import FairseqOptimizer
 from torch import Tensor, nn
@@ -14,22 +18,38 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, muon
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.experts import ExpertStack
+from evomoe_plugin.gates import Gate
+from evomoe_plugin.models.decoder_block import DecoderBlock
 from evomoe_plugin.optim.fused_adam import FusedAdam
 from evomoe_plugin.optim.fused_adamw import FusedAdamW, FusedAdamWConfig
 
-# Parts of names of parameters with two dimensions or more that map no hidden state to another.
-_NO_MATRICES = ("embed_", "output_projection", ".gate.", "norm")
+_LAYERS = (TransformerDecoderLayerBase, TransformerEncoderLayerBase, DecoderBlock)
 
 
 def mark_matrices(model: nn.Module) -> None:
     """Mark the parameters of a model that are matrices, or stacks of one for each expert.
 
-    Those are the weights of attention, dense FFNs and experts; gates, embeddings, the output
-    projection, norms and biases (a stack of which has two dimensions) are none.
+    Those map hidden states to hidden states: the weights of linear maps and of experts in the
+    layers of encoder and decoder, but not those of gates. Embeddings, projections to and from
+    them, norms and biases are none.
     """
-    for name, parameter in model.named_parameters():
-        is_weight = parameter.dim() in (2, 3) and not name.endswith("bias")
-        parameter.is_matrix = is_weight and not any(part in name for part in _NO_MATRICES)  # type: ignore[attr-defined]
+    for parameter in model.parameters():
+        parameter.is_matrix = False  # type: ignore[attr-defined]
+    for layer in model.modules():
+        if isinstance(layer, _LAYERS):
+            _mark_below(layer)
+
+
+def _mark_below(module: nn.Module) -> None:
+    for child in module.children():
+        if isinstance(child, nn.Linear):
+            child.weight.is_matrix = True  # type: ignore[assignment]
+        elif isinstance(child, ExpertStack):
+            for name in child.matrix_names:
+                getattr(child, name).is_matrix = True
+        elif not isinstance(child, Gate):
+            _mark_below(child)
 
 
 @dataclass

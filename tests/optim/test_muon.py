@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+from fairseq.models import build_model
 from omegaconf import OmegaConf
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.optim import Muon
 from evomoe_plugin.optim.fused_adam import FusedAdam
 from evomoe_plugin.optim.muon import MuonAdam, mark_matrices
-from tests.models.conftest import make_config, make_model, task  # noqa: F401  fixtures
+from tests.models.conftest import make_config, task  # noqa: F401  fixtures
+from tests.models.test_encoders import ARCHS
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.1}
 
@@ -78,16 +80,24 @@ _MATRICES += tuple(f"experts.fc{n}_weight" for n in (1, 2, 3))
     "given",
     [
         {"moe_shared_experts": 1, "moe_lexical": "normal:1", "moe_gate": "top_k"},
+        {"moe_gate": "top_any", "share_decoder_input_output_embed": False},
         {"arch": "transformer_lm_llama_tiny_moe"},
+        {"arch": "transformer_lm"},
+        {**ARCHS["roberta"], "moe_shared_experts": 2, "moe_shared_combine": "softmax"},
+        ARCHS["transformer"],
     ],
-    ids=["gpt", "llama"],
+    ids=["gpt", "untied", "llama", "dense", "roberta", "transformer"],
 )
-def test_which_parameters_are_matrices(make_model, given):  # noqa: F811
-    model = make_model(**given)
+def test_which_parameters_are_matrices(make_config, task, given):  # noqa: F811
+    model = build_model(make_config(**given), task)
     mark_matrices(model)
     found = {name for name, p in model.named_parameters() if p.is_matrix}
-    named = {name for name, _ in model.named_parameters() if name.endswith(_MATRICES)}
-    assert found == named and any(name.endswith("experts.fc1_weight") for name in found)
+    layers = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert found == {name for name in layers if name.endswith(_MATRICES)}
+    assert {p.dim() for name, p in model.named_parameters() if name in found} <= {2, 3}
+    assert (
+        any(name.endswith("fc1_weight") for name in found) or given.get("arch") == "transformer_lm"
+    )
 
 
 @pytest.mark.parametrize(
