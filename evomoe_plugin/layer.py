@@ -71,6 +71,7 @@ class MoELayer(nn.Module):
         self.spawn_updates = spawn_updates
         self.groups = groups
         self.meter = meter
+        self.counts_weights = False  # whether statistics include WEIGHT_E
         # FSDP flattens them into one parameter.
         self.expert_names = tuple(experts.state_dict())
         # In the checkpoint: evaluation routes as training did at that update.
@@ -156,7 +157,7 @@ class MoELayer(nn.Module):
         aux = x_TD.new_zeros(0, dtype=torch.float32)
         if plan.aux:
             aux = torch.stack(list(plan.aux.values()))
-        stats = {**plan.stats, **self._exchanged(plan)}
+        stats = {**plan.stats, **self._weights(plan), **self._exchanged(plan)}
         if with_token_routing:
             stats |= token_routing(plan)
         return y_TD, aux, stats
@@ -166,7 +167,7 @@ class MoELayer(nn.Module):
         device = self.num_updates.device
         plan = self._first_expert_plan(torch.zeros(0, 1, device=device), None)
         gate_stats = {} if self.in_dense_phase else self.gate.zero_stats(device)
-        return {**plan.stats, **gate_stats, **self._exchanged(plan)}
+        return {**plan.stats, **gate_stats, **self._weights(plan), **self._exchanged(plan)}
 
     def _first_expert_plan(self, x_TD: Tensor, token_mask_T: Tensor | None) -> RoutingPlan:
         names = [st.DROPPED] if self._has_capacity else []
@@ -175,6 +176,16 @@ class MoELayer(nn.Module):
         return first_expert_plan(
             x_TD, token_mask_T, self.num_experts, aux_names=self.gate.aux_names, zero_stats=names
         )
+
+    def _weights(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        if not self.counts_weights:
+            return {}
+        # The first place is that of pairs that a plan only reserves.
+        sum_E1 = torch.zeros(
+            self.num_experts + 1, dtype=torch.float64, device=plan.weights_N.device
+        )
+        sum_E1.index_add_(0, plan.expert_ids_N + 1, plan.weights_N.detach().double())
+        return {st.WEIGHT_E: sum_E1[1:]}
 
     def _exchanged(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """Statistics of the pairs that this rank sends to others, summed over ranks later."""

@@ -16,10 +16,8 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import flag
 from evomoe_plugin.routing import stats as st
 
-_STATS = "moe_stats_"
 _AUX = "moe_aux_"
 _AUX_TOKENS = "moe_tokens_of_aux_"
-_FLOPS = "moe_flops_"
 
 
 @dataclass
@@ -140,13 +138,13 @@ class GateLosses:
         logging_output["loss"] = loss.detach()
         if "moe_stats" in extra:
             stats = extra["moe_stats"]
-            logging_output.update({_STATS + name: value for name, value in stats.items()})
+            logging_output.update({st.LOGGED + name: value for name, value in stats.items()})
             for stack, flops in model.forward_flops.items():
                 if stack + st.TOKENS in stats:
                     of_tokens = flops.per_token * stats[stack + st.TOKENS].max()  # of any layer
                     of_pairs = flops.per_pair * stats[stack + st.PAIRS].sum()
                     of_targets = flops.per_target * size if self.computes_targets else 0
-                    logging_output[_FLOPS + stack] = of_tokens + of_pairs + of_targets
+                    logging_output[st.FLOPS + stack] = of_tokens + of_pairs + of_targets
         return loss
 
 
@@ -180,13 +178,9 @@ def log_routing(logging_outputs: Sequence[dict[str, Any]]) -> None:
             metrics.log_scalar(
                 f"{stack}gate_loss_{name.removeprefix(stack)}", mean, tokens, round=4
             )
-    for stack in st.STACKS:
-        stats = {
-            key.removeprefix(_STATS).removeprefix(stack): _total(logging_outputs, key)
-            for key in keys
-            if key.startswith(_STATS) and st.stack_of(key.removeprefix(_STATS)) == stack
-        }
-        if not stats or not torch.as_tensor(stats[st.TOKENS]).any():
+    flops_of_stacks = {}
+    for stack, stats in st.totals(logging_outputs).items():
+        if not torch.as_tensor(stats[st.TOKENS]).any():
             continue
         for name, value in st.summarize(stats).items():
             # A coefficient may start at 1e-8.
@@ -194,8 +188,11 @@ def log_routing(logging_outputs: Sequence[dict[str, Any]]) -> None:
             metrics.log_scalar(stack + name, value, ntokens, round=digits)
         # Not ntokens, which counts target tokens only.
         tokens = float(torch.as_tensor(stats[st.TOKENS]).max())
-        flops = float(_total(logging_outputs, _FLOPS + stack))
+        flops = flops_of_stacks[stack] = float(_total(logging_outputs, st.FLOPS + stack))
         metrics.log_scalar(f"{stack}mflops_per_token", flops / tokens / 1e6, ntokens, round=3)
+    if flops_of_stacks and "" not in flops_of_stacks:
+        mflops = sum(flops_of_stacks.values()) / float(ntokens) / 1e6
+        metrics.log_scalar("mflops_per_token", mflops, ntokens, round=3)
 
 
 def log_inner_loss(logging_outputs: Sequence[dict[str, Any]], size: str) -> None:

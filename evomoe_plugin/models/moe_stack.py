@@ -185,7 +185,9 @@ class MoEStack:
         for n, layer in enumerate(self.moe_layers):
             row = dict(stats[n] if n in stats else layer.zero_stats())
             fill = (0, most - layer.num_experts)
-            row[st.LOAD_E] = nn.functional.pad(row[st.LOAD_E], fill, value=float("nan"))
+            for name in st.PER_EXPERT:
+                if name in row:
+                    row[name] = nn.functional.pad(row[name], fill, value=float("nan"))
             rows.append(row)
         return {
             name: torch.stack([row[name] for row in rows])

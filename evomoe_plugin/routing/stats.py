@@ -6,7 +6,8 @@ turns them into means and ratios.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from evomoe_plugin.routing.choice import Choice
 TOKENS = "tokens"  # tokens that are not padding
 PAIRS = "pairs"  # routed pairs after capacity
 LOAD_E = "tokens_per_expert"  # the same, of each expert, [E]
+WEIGHT_E = "weight_per_expert"  # sum of the combine weights of its pairs, [E]; on request
 EXPERTS = "experts"  # experts that can be selected, summed over tokens
 ENTROPY = "entropy"  # sum over tokens of the gate's entropy, in nats
 NONFINITE = "nonfinite"  # tokens whose gate logits are NaN/Inf
@@ -35,6 +37,11 @@ COEFFICIENT = "coefficient"  # an adaptive coefficient, summed over tokens
 # Prefixes of names of statistics and losses: of models with one stack of layers, and of the encoder
 # and the decoder of those with two.
 STACKS = ("", "encoder_", "decoder_")
+# Prefixes in a criterion's logging output: of statistics, and of the FLOPs of a forward pass by
+# stack.
+LOGGED, FLOPS = "moe_stats_", "moe_flops_"
+# Vectors over experts, which are padded where layers differ in E.
+PER_EXPERT = (LOAD_E, WEIGHT_E)
 # Of each token, on request (`routing.stability`); these are no sums.
 FIRST_EXPERT_T = "first_expert"
 COMBINE_WEIGHT_T = "combine_weight"
@@ -82,9 +89,25 @@ def stack_of(name: str) -> str:
     return next((prefix for prefix in STACKS[1:] if name.startswith(prefix)), "")
 
 
+def totals(logging_outputs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Statistics summed over logging outputs: stack -> name -> [L] or [L, E].
+
+    Only stacks whose statistics were logged are included.
+    """
+    found: dict[str, dict[str, Tensor]] = {stack: {} for stack in STACKS}
+    for output in logging_outputs:
+        for key, value in output.items():
+            if key.startswith(LOGGED):
+                name = key.removeprefix(LOGGED)
+                stack = stack_of(name)
+                of_stack, name = found[stack], name.removeprefix(stack)
+                of_stack[name] = of_stack[name] + value if name in of_stack else value
+    return {stack: stats for stack, stats in found.items() if stats}
+
+
 def is_logged(name: str, value: Tensor) -> bool:
     """Whether a layer's statistic is logged; other vectors are for the gate's `after_update`."""
-    return value.dim() == 0 or name in (LOAD_E, SENT_R, RECEIVED_R)
+    return value.dim() == 0 or name in (*PER_EXPERT, SENT_R, RECEIVED_R)
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:

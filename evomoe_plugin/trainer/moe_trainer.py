@@ -100,6 +100,7 @@ class MoETrainer(Trainer):
         metrics.log_start_time("train_wall", priority=800, round=0)
         began = time.perf_counter()
 
+        expert_log.begin_update(self)
         if hasattr(self.get_criterion(), "begin_update"):
             self.get_criterion().begin_update(samples, self._sum_of_ranks)
         done = self._forward_backward(samples, raise_oom)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 
+from evomoe_plugin.routing import stats as st
 from evomoe_plugin.trainer.peak_flops import peak_flops
 
-_FLOPS = "moe_flops_"  # of a forward pass, of each stack of layers, in a logging output
 _BACKWARD = 2  # FLOPs of a backward pass, in forward passes
 
 
@@ -53,7 +53,7 @@ class SpeedLog:
             flops
             for output in logging_outputs
             for name, flops in output.items()
-            if name.startswith(_FLOPS)
+            if name.startswith(st.FLOPS)
         ]
         if forward and seconds:
             # Stays on the device: a step waits for nothing that is only logged.
