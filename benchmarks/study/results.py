@@ -16,6 +16,7 @@ from processes import ROOT
 
 from evomoe_plugin.checkpoint.atomic_files import write_atomically
 from evomoe_plugin.metrics.log import TrainingLog
+from evomoe_plugin.metrics.steps import training_flops
 from study.runs import Perplexities, Run, ready
 from study.systems import Study
 
@@ -159,7 +160,7 @@ def collect(
     ended = log.intervals and log.intervals[-1].update == updates and updates in test
     if not (ended or diverged):
         return None
-    flops, cpu = _cumulated_flops(log), _cumulated_cpu(costs)
+    flops, cpu = training_flops(log), _cumulated_cpu(costs)
     evaluated = sorted(valid.keys() & test.keys() & flops.keys())
     names = [name for name in _TRAINING if log.series(name)[0]]
     routing = {name: dict(zip(*log.series(name, "valid"), strict=True)) for name in ROUTING}
@@ -197,16 +198,6 @@ def collect(
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity and no NaN."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _cumulated_flops(log: TrainingLog) -> dict[int, float]:
-    total, before, found = 0.0, 0, {}
-    for record in log.intervals:
-        tokens = record.values["wpb"] * (record.update - before)
-        total += 3 * record.values["mflops_per_token"] * 1e6 * tokens
-        before = record.update
-        found[before] = total
-    return found
 
 
 def _cumulated_cpu(costs: list[dict[str, Any]]) -> dict[int, float]:

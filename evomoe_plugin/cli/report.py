@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "logs",
         nargs="*",
-        metavar="LOG",
-        help="the output of fairseq-train --log-format json, saved to a file; several are compared",
+        metavar="RUN",
+        help="the output of fairseq-train --log-format json, saved to a file, or the folder with "
+        "it; several are compared",
     )
     flag(parser, "--checkpoint CKPT", [], "route a sample through this checkpoint; repeatable")
     add_data(parser)
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise OptionError("out", out, f"there is no folder {out.parent}")
-    logs = [read_log(path) for path in args.logs]
+    logs = [read_log(log_of(run)) for run in args.logs]
     for log, name in zip(logs, names(args.logs), strict=True):
         log.name = name
     samples = []
@@ -54,3 +55,21 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(out, page.render(logs, samples, args.title))
     print(f"{out}: {len(logs)} runs, {len(samples)} checkpoints")
     return 0
+
+
+def log_of(run: str) -> Path:
+    """The log of a run, given itself or by its folder.
+
+    Raises:
+        OptionError: the folder has no log, or several.
+    """
+    from evomoe_plugin.config.errors import OptionError
+
+    folder = Path(run)
+    if not folder.is_dir():
+        return folder
+    found = sorted(folder.glob("*.log"))
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found) or "no .log file"
+        raise OptionError("RUN", run, f"has {listed}: give the file with the training log")
+    return found[0]

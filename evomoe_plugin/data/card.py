@@ -23,7 +23,9 @@ class DataCard:
     tokenizer: dict[str, Any]  # kind, rows of the dictionary, lossless, flags; special token ids
     splits: dict[str, dict[str, int]]  # documents, items, tokens (eos included), bytes of text, …
     empty_documents: int
-    inputs: list[dict[str, Any]]  # name, split, bytes, sha256 of every file read
+    inputs: list[dict[str, Any]]
+    """Of every file read: name, split, bytes, sha256, and in each split its number of items, which
+    are in the order of the files."""
     files_not_read: int  # because --max-bytes was reached
     files: dict[str, dict[str, Any]]  # bytes, sha256 of every file written
     versions: dict[str, str]

@@ -38,7 +38,7 @@ class Staged:
     """What was staged, its inputs and options; a later run compares them before continuing."""
 
     options: dict = field(default_factory=dict)
-    inputs: list[dict] = field(default_factory=list)  # name, split, bytes, sha256 of files read
+    inputs: list[dict] = field(default_factory=list)  # of files read: see `DataCard`
     files_not_read: int = 0
     empty_documents: int = 0
     splits: dict[str, StagedSplit] = field(
@@ -105,19 +105,24 @@ class _Stager:
                 if source.split is None and not self.left:
                     self.staged.files_not_read += 1
                     continue
+                before = self._items()
+                self._stage_documents(source)
                 self.staged.inputs.append(
                     {
                         "name": source.name,
                         "split": source.split,
                         "bytes": source.bytes,
                         "sha256": sha256(source.path),
+                        "items": {split: n - before[split] for split, n in self._items().items()},
                     }
                 )
-                self._stage_documents(source)
         finally:
             for shard in self.shards.values():
                 shard.close()
         return self.staged
+
+    def _items(self) -> dict[str, int]:
+        return {split: counts.passages for split, counts in self.staged.splits.items()}
 
     def _stage_documents(self, source: SourceFile) -> None:
         split = None  # of the current document

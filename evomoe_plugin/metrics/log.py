@@ -30,18 +30,27 @@ class ExpertRecord:
 
     update: int
     layers: dict[str, list[Any]]
-    """A list over MoE layers each: `load`, the shares of the pairs that the experts have, and means
-    per token (`trainer.expert_log.by_layer`); with the prefixes `encoder_` and `decoder_` where
-    there are both."""
+    """A list over MoE layers each (`trainer.expert_log.by_layer`); with the prefixes `encoder_` and
+    `decoder_` where there are both."""
 
     @property
     def loads(self) -> dict[str, list[float] | None]:
-        """Those of each MoE layer, by its name; None: LayerDrop left it out."""
+        """Of each MoE layer, by its name, the shares of the pairs that its experts have."""
+        return self.of("load")
+
+    def of(self, name: str) -> dict[str, Any]:
+        """A value of `layers` by the name of the MoE layer; None: LayerDrop left it out."""
+        stacks = (key.removesuffix("load") for key in self.layers if key.endswith("load"))
         return {
-            f"{stack}MoE layer {n}".replace("_", ", "): load_E
-            for stack in ("", "encoder_", "decoder_")
-            for n, load_E in enumerate(self.layers.get(f"{stack}load", ()))
+            layer_name(stack, n): value
+            for stack in stacks
+            for n, value in enumerate(self.layers.get(stack + name, ()))
         }
+
+
+def layer_name(stack: str, n: int) -> str:
+    """What the n-th MoE layer of a stack of layers (`encoder_`, `decoder_` or "") is called."""
+    return f"{stack}MoE layer {n}".replace("_", ", ")
 
 
 @dataclass
@@ -55,6 +64,19 @@ class TrainingLog:
     """Summaries by the prefix of their metrics: `train` at the end of an epoch and of the run, once
     its checkpoint is saved; `valid` and other subsets at each validation."""
     experts: list[ExpertRecord] = field(default_factory=list)
+
+    @property
+    def stacks(self) -> list[str]:
+        """Prefixes of the metrics of routing: `encoder_` and `decoder_`, or "" where there is one
+        stack of layers."""
+        suffix = "experts_per_token"
+        names = {name: None for record in self.intervals for name in record.values}
+        return [name.removesuffix(suffix) for name in names if name.endswith(suffix)] or [""]
+
+    @property
+    def subsets(self) -> list[str]:
+        """Names of the validation sets, `valid` first."""
+        return sorted(self.summaries.keys() - {"train"}, key=lambda name: (name != "valid", name))
 
     def series(self, metric: str, summary: str | None = None) -> tuple[list[int], list[float]]:
         """Updates and values of a metric, from the intervals or a summary."""

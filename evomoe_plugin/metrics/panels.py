@@ -98,9 +98,10 @@ def _add_perplexity(axes: Any, logs: Sequence[TrainingLog]) -> None:
 def _routing_lines(log: TrainingLog) -> list[tuple[str, Series]]:
     """Line style and points of stability and purity in each validation set that has them."""
     lines = [
-        (line, log.series(metric, subset))
+        (line, log.series(stack + metric, subset))
         for metric, line in (("stability", "-"), ("purity", "--"))
-        for subset in sorted(log.summaries.keys() - {"train"})
+        for stack in log.stacks
+        for subset in log.subsets
     ]
     return [(line, series) for line, series in lines if series[0]]
 
@@ -114,15 +115,42 @@ def _draw_routing(axes: Any, log: TrainingLog, style: Style) -> None:
         axes.plot(*series, line, color=style.colour, linewidth=2, marker="o", markersize=4)
 
 
+def _by_stack(metric: str) -> tuple[Callable[[TrainingLog], Series], Callable[..., None]]:
+    """`series` and `lines` of a panel with a line for each stack of layers: solid for the encoder
+    or the only stack, dashed for the decoder."""
+
+    def series(log: TrainingLog) -> Series:
+        return next((s for stack in log.stacks if (s := log.series(stack + metric))[0]), ((), ()))
+
+    def draw(axes: Any, log: TrainingLog, style: Style) -> None:
+        for stack in log.stacks:
+            line = "--" if stack == "decoder_" else "-"
+            axes.plot(*log.series(stack + metric), line, color=style.colour, linewidth=2)
+
+    return series, draw
+
+
+def _name_stacks(axes: Any, logs: Sequence[TrainingLog]) -> None:
+    if any("decoder_" in log.stacks for log in logs):
+        axes.set_ylabel(f"{axes.get_ylabel()}; dashed: decoder")
+
+
+def _finish_temperature(axes: Any, logs: Sequence[TrainingLog]) -> None:
+    axes.set_ylim(bottom=0)
+    _name_stacks(axes, logs)
+
+
 def _finish_experts(axes: Any, logs: Sequence[TrainingLog]) -> None:
-    axes.set_ylim(0, 1.08 * max(max(log.series(EXPERTS)[1], default=1) for log in logs))
+    highest = [n for log in logs for stack in log.stacks for n in log.series(stack + EXPERTS)[1]]
+    axes.set_ylim(0, 1.08 * max(highest, default=1))
+    _name_stacks(axes, logs)
     axes.axhline(1, color="#6b6b6b", linewidth=1, linestyle=":")
 
 
 PANELS = (
     Panel("loss (bits per token)", _loss, _draw_loss, _add_perplexity),
-    Panel("gate temperature", lambda log: log.series("temperature")),
-    Panel("experts per token", lambda log: log.series(EXPERTS), finish=_finish_experts),
+    Panel("gate temperature", *_by_stack("temperature"), _finish_temperature),
+    Panel("experts per token", *_by_stack(EXPERTS), _finish_experts),
     Panel("time per update (seconds)", seconds_per_update),
     Panel(
         "stability (solid), purity (dashed)",

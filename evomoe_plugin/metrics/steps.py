@@ -1,4 +1,4 @@
-"""Time per update, from fairseq's log."""
+"""Time and FLOPs of training, from fairseq's log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
     the first.
     """
     updates, seconds = [], []
-    for record, length in zip(log.intervals, _lengths(log), strict=True):
+    for record, length in zip(log.intervals, interval_lengths(log), strict=True):
         wps, wpb = record.values.get("wps", 0), record.values.get("wpb", 0)
         fine = wpb / wps if wps > 0 and wpb > 0 else None
         coarse = record.values.get("train_wall")
@@ -32,8 +32,32 @@ def seconds_per_update(log: TrainingLog) -> tuple[list[int], list[float]]:
     return updates, seconds
 
 
-def _lengths(log: TrainingLog) -> list[int]:
+def interval_lengths(log: TrainingLog) -> list[int]:
     """Updates in each interval. The beginning of the first may not be in the log."""
     ends = [record.update for record in log.intervals]
     differences = [b - a for a, b in itertools.pairwise(ends)]
-    return [min([ends[0], *differences]), *differences]
+    return [min([ends[0], *differences]), *differences] if ends else []
+
+
+def training_flops(log: TrainingLog) -> dict[int, float]:
+    """Update -> FLOPs of training until then, three forward passes of what was routed.
+
+    From the beginning of the log; empty where an interval has none logged.
+    """
+    total, found = 0.0, {}
+    for record, length in zip(log.intervals, interval_lengths(log), strict=True):
+        values = record.values
+        if "mflops_per_token" not in values or "wpb" not in values:
+            return {}
+        total += 3e6 * values["mflops_per_token"] * values["wpb"] * length
+        found[record.update] = total
+    return found
+
+
+def training_seconds(log: TrainingLog) -> dict[int, float]:
+    """Update -> seconds of training until then, from the beginning of the log."""
+    updates, seconds = seconds_per_update(log)
+    if len(updates) != len(log.intervals):
+        return {}
+    spent = itertools.accumulate(n * s for n, s in zip(interval_lengths(log), seconds, strict=True))
+    return dict(zip(updates, spent, strict=True))

@@ -13,6 +13,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#0
 """Okabe and Ito's, which colour-blind readers tell apart; runs also differ by their dashes."""
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 4", "1 4")
 MOST_POINTS = 200
+_MARKED = 20  # points, that are drawn as dots
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def chart(lines: Sequence[Line], x_label: str, y_label: str, log: bool = False) 
         dashes = DASHES[line.style % len(DASHES)]
         path = " ".join(f"{across(x)},{down(y)}" for x, y in line.points)
         parts.append(f'<polyline points="{path}" stroke="{colour}" stroke-dasharray="{dashes}"/>')
+        dot = f' stroke="{colour}" class="dot"' if len(line.points) <= _MARKED else ""
         for x, y in line.points:
             title = f"{line.name}: {y_label} {number(y)} at {x_label} {number(x)}"
             parts.append(
-                f'<circle cx="{across(x)}" cy="{down(y)}" r="5"><title>{escape(title)}</title>'
+                f'<circle cx="{across(x)}" cy="{down(y)}" r="5"{dot}><title>{escape(title)}</title>'
                 "</circle>"
             )
     return "".join([*parts, "</svg>"])

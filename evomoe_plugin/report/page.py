@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,9 +16,11 @@ from markupsafe import Markup
 
 from evomoe_plugin import __version__
 from evomoe_plugin.metrics.log import TrainingLog
-from evomoe_plugin.metrics.steps import seconds_per_update
+from evomoe_plugin.metrics.steps import seconds_per_update, training_flops, training_seconds
 from evomoe_plugin.report import charts, findings
-from evomoe_plugin.report.charts import Line, number
+from evomoe_plugin.report.charts import Line
+from evomoe_plugin.report.expert_maps import expert_maps
+from evomoe_plugin.report.heat_map import known, percent, shade
 
 if TYPE_CHECKING:
     from evomoe_plugin.report.routed_sample import RoutedSample
@@ -27,32 +30,50 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart over updates."""
+    """A chart over updates.
+
+    Attributes:
+        points: of a run, and of one of its stacks of layers where `by_stack`.
+        by_cost: also over FLOPs and seconds.
+    """
 
     title: str
-    points: Callable[[TrainingLog], Points]
+    points: Callable[[TrainingLog, str], Points]
     log: bool = False
+    by_stack: bool = True
+    by_cost: bool = False
 
 
-def _metric(name: str) -> Callable[[TrainingLog], Points]:
-    return lambda log: list(zip(*log.series(name), strict=True))
+def _metric(name: str) -> Callable[[TrainingLog, str], Points]:
+    return lambda log, stack: list(zip(*log.series(stack + name), strict=True))
 
 
-def _valid(name: str) -> Callable[[TrainingLog], Points]:
+def _valid(name: str) -> Callable[[TrainingLog, str], Points]:
     """The first validation set's."""
 
-    def points(log: TrainingLog) -> Points:
-        subsets = sorted(log.summaries.keys() - {"train"}, key=lambda s: (s != "valid", s))
-        return list(zip(*log.series(name, subsets[0]), strict=True)) if subsets else []
+    def points(log: TrainingLog, stack: str) -> Points:
+        return (
+            list(zip(*log.series(stack + name, log.subsets[0]), strict=True)) if log.subsets else []
+        )
 
     return points
 
 
+def _perplexity(log: TrainingLog, stack: str) -> Points:
+    """Without auxiliary losses and smoothing, where they are logged apart."""
+    return _metric("ppl")(log, "") or [(x, 2**y) for x, y in _loss(log)]
+
+
+def _loss(log: TrainingLog) -> Points:
+    return _metric("inner_loss")(log, "") or _metric("loss")(log, "")
+
+
 PANELS = (
-    Panel("training perplexity", lambda log: [(x, 2**y) for x, y in _loss(log)], log=True),
-    Panel("validation perplexity", _valid("ppl"), log=True),
+    Panel("training perplexity", _perplexity, log=True, by_stack=False, by_cost=True),
+    Panel("validation perplexity", _valid("ppl"), log=True, by_stack=False, by_cost=True),
     Panel("experts per token", _metric("experts_per_token")),
     Panel("gate temperature", _metric("temperature")),
+    Panel("experts in use per layer", _metric("active_experts")),
     Panel("largest load / mean load", _metric("load_max")),
     Panel("dead experts (share)", _metric("dead_experts")),
     Panel("entropy of the gate (nats)", _metric("gate_entropy")),
@@ -60,40 +81,22 @@ PANELS = (
     Panel("null experts per token", _metric("null_rate")),
     Panel("stability of routing", _valid("stability")),
     Panel("purity of routing", _valid("purity")),
-    Panel("seconds per update", lambda log: list(zip(*seconds_per_update(log), strict=True))),
-    Panel("TFLOPS per device", _metric("tflops")),
-    Panel("share of the device's peak", _metric("mfu")),
+    Panel(
+        "seconds per update",
+        lambda log, _: list(zip(*seconds_per_update(log), strict=True)),
+        by_stack=False,
+    ),
+    Panel("TFLOPS per device", _metric("tflops"), by_stack=False),
     Panel("forward MFLOPs per token", _metric("mflops_per_token")),
 )
+_PARTS = {
+    "forward": "forward_ms",
+    "backward": "backward_ms",
+    "optimizer": "optimizer_ms",
+    "data": "data_wait_ms",
+}
+_EXCHANGE = "ep_wait_ms"  # in forward and backward passes
 _ROWS = 12  # of the table of a chart's values
-
-
-def _loss(log: TrainingLog) -> Points:
-    """In bits, without auxiliary losses where they are logged apart."""
-    return _metric("inner_loss" if log.series("inner_loss")[0] else "loss")(log)
-
-
-def training_flops(log: TrainingLog) -> dict[int, float]:
-    """Update -> training FLOPs until then: three forward passes of what was routed."""
-    total, before, found = 0.0, 0, {}
-    for record in log.intervals:
-        values = record.values
-        if "mflops_per_token" not in values or "wpb" not in values:
-            return {}
-        total += 3e6 * values["mflops_per_token"] * values["wpb"] * (record.update - before)
-        before = record.update
-        found[before] = total
-    return found
-
-
-def training_seconds(log: TrainingLog) -> dict[int, float]:
-    """Update -> seconds of training until then."""
-    updates, seconds = seconds_per_update(log)
-    if len(updates) != len(log.intervals):
-        return {}
-    lengths = [b - a for a, b in itertools.pairwise([0, *updates])]
-    spent = itertools.accumulate(n * s for n, s in zip(lengths, seconds, strict=True))
-    return dict(zip(updates, spent, strict=True))
 
 
 def render(logs: Sequence[TrainingLog], samples: Sequence[RoutedSample], title: str) -> str:
@@ -104,7 +107,7 @@ def render(logs: Sequence[TrainingLog], samples: Sequence[RoutedSample], title: 
         samples: the routing of checkpoints.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "shade": shade}
+    environment.filters |= {"number": known, "percent": percent, "shade": shade}
     text = resources.files("evomoe_plugin.report").joinpath("page.html.j2").read_text("utf-8")
     return environment.from_string(text).render(
         title=title,
@@ -112,7 +115,10 @@ def render(logs: Sequence[TrainingLog], samples: Sequence[RoutedSample], title: 
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         runs=[(log.name, findings.of_run(log), _style(i)) for i, log in enumerate(logs)],
         panels=_panels(logs),
-        loads=[(log.name, _loads(log)) for log in logs if log.experts],
+        parts=list(_PARTS),
+        colours=charts.COLOURS,
+        speeds=[speed for log in logs if (speed := _speed(log))],
+        expert_maps=[(log.name, maps) for log in logs if (maps := expert_maps(log))],
         samples=[(sample, findings.of_sample(sample)) for sample in samples],
     )
 
@@ -130,10 +136,13 @@ def _style(run: int) -> Markup:
 def _panels(logs: Sequence[TrainingLog]) -> list[tuple[str, Markup, str, list[tuple]]]:
     """Title, chart, name of x, and rows of run, x and y."""
     found = []
+    stacks = list(dict.fromkeys(stack for log in logs for stack in log.stacks))
     for panel in PANELS:
-        lines = [Line(log.name, panel.points(log), i) for i, log in enumerate(logs)]
-        found.append((panel.title, "update", lines, panel.log))
-        if panel.title != "training perplexity":
+        for stack in stacks if panel.by_stack else [""]:
+            of_stack = f", {stack.rstrip('_')}" if stack else ""
+            lines = [Line(log.name, panel.points(log, stack), i) for i, log in enumerate(logs)]
+            found.append((panel.title + of_stack, "update", lines, panel.log))
+        if not panel.by_cost:
             continue
         for x_label, at in (("training FLOPs", training_flops), ("seconds", training_seconds)):
             moved = [
@@ -158,29 +167,54 @@ def _rows(lines: Sequence[Line]) -> list[tuple]:
     return rows
 
 
-def _loads(log: TrainingLog) -> list[tuple[str, list[str], list[list[float]]]]:
-    """Of each MoE layer: its name, updates, and the shares of the pairs that the experts had."""
-    step = math.ceil(len(log.experts) / _ROWS) or 1
-    kept = log.experts[::-1][::step][::-1]
-    found = []
-    for layer in kept[-1].loads:
-        rows = [(record.update, load_E) for record in kept if (load_E := record.loads.get(layer))]
-        found.append((layer, [f"update {n:,}" for n, _ in rows], [load_E for _, load_E in rows]))
-    return found
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the last half of a run's updates; None: not logged."""
+
+    name: str
+    parts: list[float | None]
+    """Milliseconds of an update, in the order of `_PARTS`."""
+    exchange: float | None
+    seconds: float | None
+    tokens_per_second: float | None
+    tflops: float | None
+    mfu: float | None
+    peak_gb: float | None
+    hours_left: float | None
+    """At the last update."""
+
+    @property
+    def bars(self) -> list[tuple[float, float]]:
+        """Start and width of each part, in percent of their sum."""
+        total = sum(part or 0.0 for part in self.parts)
+        ends = itertools.accumulate((part or 0.0 for part in self.parts), initial=0.0)
+        return [
+            (100 * end / total, 100 * (part or 0.0) / total)
+            for end, part in zip(ends, self.parts, strict=False)
+        ]
 
 
-def percent(share: float) -> str:
-    """A share as a whole number of percent, with one digit below 10."""
-    if not math.isfinite(share):
-        return "–"
-    return f"{100 * share:.0f}" if share == 0 or share >= 0.0995 else f"{100 * share:.1f}"
+def _speed(log: TrainingLog) -> Speed | None:
+    """None if the log has no times of parts."""
+    half = log.intervals[-1].update / 2
 
+    def median(name: str) -> float | None:
+        updates, values = log.series(name)
+        late = [value for n, value in zip(updates, values, strict=True) if n > half]
+        return statistics.median(late) if late else None
 
-def shade(value: float, high: float) -> str:
-    """The style of a heat map's cell, from white at 0 to dark blue at `high`."""
-    if not (math.isfinite(value) and high > 0):
-        return ""
-    share = min(max(value / high, 0.0), 1.0)
-    red, green, blue = (round(255 + share * (end - 255)) for end in (8, 69, 148))
-    ink = "#fff" if share > 0.5 else "#111"
-    return f"background:rgb({red},{green},{blue});color:{ink}"
+    parts = [median(name) for name in _PARTS.values()]
+    if not any(parts):
+        return None
+    seconds = [s for n, s in zip(*seconds_per_update(log), strict=True) if n > half]
+    return Speed(
+        name=log.name,
+        parts=parts,
+        exchange=median(_EXCHANGE),
+        seconds=statistics.median(seconds) if seconds else None,
+        tokens_per_second=median("wps"),
+        tflops=median("tflops"),
+        mfu=median("mfu"),
+        peak_gb=median("peak_gb"),
+        hours_left=(log.series("hours_left")[1] or [None])[-1],
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from evomoe_plugin.evolve.perplexity import check_split
 from evomoe_plugin.generation.loading import TrainedModel
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.report.token_kinds import KINDS, kinds_of
+from evomoe_plugin.report.token_sources import TokenSources
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.plan import RoutingPlan
 from evomoe_plugin.routing.stability import purity, token_routing
@@ -27,11 +29,15 @@ COMMONEST = 6
 class LayerRouting:
     """Where the sample's tokens go in one MoE layer. Shares are between 0 and 1."""
 
+    number: int
+    """Among the MoE layers."""
     layer: int
-    """Index among the decoder's layers."""
+    """Among the decoder's layers."""
     tokens: int
+    experts: int
+    """That can be selected."""
     load_E: list[float]
-    """Share of the routed pairs."""
+    """Share of the routed pairs; NaN for a slot without an expert."""
     weight_E: list[float]
     """Mean combine weight of the expert's pairs; NaN without any."""
     experts_per_token: float
@@ -43,6 +49,9 @@ class LayerRouting:
     """`routing.stability.purity`; None if no token id is repeated."""
     kinds_KE: list[list[float]]
     """Of the pairs of each kind of token, the share that each expert has; NaN without pairs."""
+    sources_SE: list[list[float]]
+    """Of the pairs of each source's tokens, the share that each expert has; empty if no sources are
+    known."""
     together_EE: list[list[float]]
     """Of the tokens of an expert (row), the share that another one (column) has as well."""
     similarity_EE: list[list[float]]
@@ -57,7 +66,12 @@ class LayerRouting:
 
     @property
     def label(self) -> str:
-        return f"layer {self.layer}"
+        return f"MoE layer {self.number} (layer {self.layer})"
+
+    @property
+    def load_max(self) -> float:
+        """Largest load over the mean load."""
+        return max(load for load in self.load_E if math.isfinite(load)) * self.experts
 
     @property
     def expert_names(self) -> list[str]:
@@ -74,16 +88,27 @@ class RoutedSample:
     subset: str
     kinds: list[tuple[str, float]]
     """Kinds of tokens and their shares of the sample."""
+    sources: list[tuple[str, float]]
+    """Inputs of `evomoe prepare` and their shares; empty if they are not known."""
     layers: list[LayerRouting]
 
     @property
     def kind_names(self) -> list[str]:
         """With their shares."""
-        return [f"{name} ({100 * share:.0f} %)" for name, share in self.kinds]
+        return _with_shares(self.kinds)
+
+    @property
+    def source_names(self) -> list[str]:
+        """With their shares."""
+        return _with_shares(self.sources)
+
+
+def _with_shares(names: Sequence[tuple[str, float]]) -> list[str]:
+    return [f"{name} ({100 * share:.0f} %)" for name, share in names]
 
 
 def route_sample(trained: TrainedModel, name: str, subset: str, tokens: int) -> RoutedSample:
-    """Route the first tokens of a split, in evaluation mode.
+    """Route rows at even distances over a split, in evaluation mode.
 
     Args:
         name: of the checkpoint, for the page.
@@ -103,31 +128,59 @@ def route_sample(trained: TrainedModel, name: str, subset: str, tokens: int) -> 
         moe.experts.register_forward_pre_hook(_keep_plan(kept))
         for (_, moe), kept in zip(layers, plans, strict=True)
     ]
-    ids = []
+    dataset = _dataset(trained, subset)
+    sources = TokenSources.of(trained.folder, subset, dataset.dataset.dataset.sizes)
+    ids, of_sources = [], []
     try:
         with torch.no_grad():
-            for row_T in _rows(trained, subset, tokens):
+            for n, row_T in _rows(dataset, tokens):
                 # One at a time: tokens are in the same order in every layer.
                 trained.model(row_T.unsqueeze(0))
                 ids.append(row_T)
+                if sources is not None:
+                    # The model reads the token before each target.
+                    end = int(dataset.dataset.slice_indices[n][1]) - 1
+                    of_sources.append(sources.between(end - len(row_T), end))
     finally:
         for hook in hooks:
             hook.remove()
     ids_T = torch.cat(ids)
     kinds = kinds_of(trained.codec, ids_T.unique().tolist())
     kinds_T = torch.tensor([kinds[token] for token in ids_T.tolist()])
-    shares = torch.bincount(kinds_T, minlength=len(KINDS)) / len(ids_T)
+    groups = [_Groups(kinds_T, KINDS)]
+    if sources is not None:
+        groups.append(_Groups(torch.cat(of_sources), sources.names))
     return RoutedSample(
         name=name,
         num_updates=trained.num_updates,
         tokens=len(ids_T),
         subset=subset,
-        kinds=list(zip(KINDS, shares.tolist(), strict=True)),
+        kinds=groups[0].shares,
+        sources=groups[1].shares if groups[1:] else [],
         layers=[
-            _counted(n, moe, kept, ids_T, kinds_T, trained)
-            for (n, moe), kept in zip(layers, plans, strict=True)
+            _counted(number, n, moe, kept, ids_T, groups, trained)
+            for number, ((n, moe), kept) in enumerate(zip(layers, plans, strict=True))
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups that the sample's tokens are in."""
+
+    group_T: Tensor
+    names: Sequence[str]
+
+    @property
+    def shares(self) -> list[tuple[str, float]]:
+        counts = torch.bincount(self.group_T, minlength=len(self.names))
+        return list(zip(self.names, (counts / len(self.group_T)).tolist(), strict=True))
+
+    def pairs(self, mask_TE: Tensor) -> list[list[float]]:
+        """Of the pairs of each group, the share that each expert has; NaN without pairs."""
+        pairs_GE = mask_TE.new_zeros(len(self.names), mask_TE.size(1))
+        pairs_GE.index_add_(0, self.group_T, mask_TE)
+        return (pairs_GE / pairs_GE.sum(1, keepdim=True)).tolist()
 
 
 def _keep_plan(kept: list[RoutingPlan]) -> Any:
@@ -137,8 +190,8 @@ def _keep_plan(kept: list[RoutingPlan]) -> Any:
     return hook
 
 
-def _rows(trained: TrainedModel, subset: str, tokens: int) -> Iterable[Tensor]:
-    """The model's inputs, as it was trained."""
+def _dataset(trained: TrainedModel, subset: str) -> Any:
+    """A split, in rows as the model was trained."""
     cfg = trained.cfg.task
     name = getattr(cfg, "_name", None)
     if name != "language_modeling":
@@ -148,19 +201,28 @@ def _rows(trained: TrainedModel, subset: str, tokens: int) -> Iterable[Tensor]:
     check_split(str(trained.folder), subset)
     task = tasks.setup_task(cfg)
     task.load_dataset(subset)
-    rows, found, n = task.dataset(subset), 0, 0
-    while n < len(rows) and (n == 0 or found + len(rows[n]["source"]) <= tokens):
-        source_T = rows[n]["source"]
-        found, n = found + len(source_T), n + 1
-        yield source_T
+    return task.dataset(subset)
+
+
+def _rows(dataset: Any, tokens: int) -> Iterator[tuple[int, Tensor]]:
+    """Numbers of rows at even distances over a split, and the model's inputs."""
+    distance = math.ceil(int(dataset.sizes.sum()) / tokens)
+    found = 0
+    for n in range(0, len(dataset), distance):
+        source_T = dataset[n]["source"]
+        found += len(source_T)
+        if n and found > tokens:
+            return
+        yield n, source_T
 
 
 def _counted(
+    number: int,
     n: int,
     moe: MoELayer,
     plans: Sequence[RoutingPlan],
     ids_T: Tensor,
-    kinds_T: Tensor,
+    groups: Sequence[_Groups],
     trained: TrainedModel,
 ) -> LayerRouting:
     T, E = len(ids_T), moe.num_experts
@@ -173,7 +235,9 @@ def _counted(
     mask_TE = torch.zeros(T, E, dtype=torch.float64)
     mask_TE[token_N, expert_N] = 1
     pairs_E = mask_TE.sum(0)
-    kinds_KE = torch.zeros(len(KINDS), E, dtype=torch.float64).index_add_(0, kinds_T, mask_TE)
+    kinds_KE, *sources_SE = [group.pairs(mask_TE) for group in groups]
+    active_C = moe.gate.active()
+    is_active_E = torch.ones(E, dtype=torch.bool) if active_C is None else active_C[:E]
     stats = {
         name: sum(float(plan.stats[name]) for plan in plans)
         for name in (st.TOKENS, st.ENTROPY, st.NULL_PAIRS)
@@ -183,15 +247,18 @@ def _counted(
     pure = purity(ids_T, first_T.unsqueeze(0))
     null = stats.get(st.NULL_PAIRS)
     return LayerRouting(
+        number=number,
         layer=n,
         tokens=T,
-        load_E=(pairs_E / pairs_E.sum()).tolist(),
+        experts=int(is_active_E.sum()),
+        load_E=(pairs_E / pairs_E.sum()).masked_fill(~is_active_E, math.nan).tolist(),
         weight_E=(torch.zeros(E).double().index_add_(0, expert_N, weight_N) / pairs_E).tolist(),
         experts_per_token=float(pairs_E.sum()) / T,
         entropy=stats[st.ENTROPY] / T,
         null_per_token=None if null is None else null / T,
         purity=None if pure is None else float(pure),
-        kinds_KE=(kinds_KE / kinds_KE.sum(1, keepdim=True)).tolist(),
+        kinds_KE=kinds_KE,
+        sources_SE=sources_SE[0] if sources_SE else [],
         together_EE=(mask_TE.t() @ mask_TE / pairs_E.unsqueeze(1)).tolist(),
         similarity_EE=similarity(moe.experts).tolist(),
         commonest=[_commonest(ids_T[mask_TE[:, e] > 0], trained) for e in range(E)],

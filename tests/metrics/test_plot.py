@@ -51,6 +51,17 @@ def test_all_that_is_logged_is_drawn(tmp_path, figures):
     assert notes == {"annealing ends, top-1 starts"}
 
 
+def test_encoder_and_decoder_have_a_line_each(tmp_path, figures):
+    values = {"encoder_experts_per_token": 3, "decoder_experts_per_token": 2}
+    log = parse_log([interval(n, loss=9, decoder_temperature=1, **values) for n in (10, 20)])
+    picture.plot([log], tmp_path / "run.svg")
+    lines = {axes.get_ylabel(): axes.lines for axes in figures[0].axes}
+    found = lines["experts per token; dashed: decoder"]
+    points = [(x.get_linestyle(), [*x.get_ydata()]) for x in found if len(x.get_xdata())]
+    assert points[:2] == [("-", [3, 3]), ("--", [2, 2])]
+    assert "gate temperature; dashed: decoder" in lines
+
+
 def test_stability_and_purity_share_a_panel(tmp_path, figures):
     log = parse_log(
         [

@@ -3,6 +3,7 @@
 import pytest
 
 from evomoe_plugin.metrics import parse_log, seconds_per_update
+from evomoe_plugin.metrics.steps import training_flops, training_seconds
 from tests.metrics.logs import interval
 
 
@@ -38,3 +39,11 @@ def test_intervals_may_differ_in_length_and_begin_late():
     assert measured(
         interval(1010, train_wall=10), interval(1020, train_wall=10), interval(1040, train_wall=10)
     ) == {1010: pytest.approx(1), 1020: pytest.approx(1), 1040: pytest.approx(0.5)}
+
+
+def test_flops_and_seconds_add_up_from_the_beginning_of_the_log():
+    values = {"wpb": 100, "wps": 50, "mflops_per_token": 3}
+    log = parse_log([interval(n, **values) for n in (30, 40, 50)])  # a resumed run's
+    assert training_flops(log) == {30: 9e9, 40: 18e9, 50: 27e9}
+    assert training_seconds(log) == {30: 20.0, 40: 40.0, 50: 60.0}
+    assert training_flops(parse_log([interval(10, wpb=100)])) == {}

@@ -14,12 +14,14 @@ import torch
 from fairseq.data import indexed_dataset
 
 from evomoe_plugin.cli import main
+from evomoe_plugin.data.card import CARD, DataCard
 from evomoe_plugin.generation.loading import load_trained_model
 from evomoe_plugin.metrics import parse_log
 from evomoe_plugin.report import charts, findings, page
 from evomoe_plugin.report.charts import Line
 from evomoe_plugin.report.routed_sample import LayerRouting, route_sample
 from evomoe_plugin.report.token_kinds import BEGINS, INSIDE, NUMBER, PUNCTUATION, kind_of
+from evomoe_plugin.report.token_sources import TokenSources, grouped
 from tests.cli.checkpoints import save_checkpoint
 from tests.export.conftest import make_trained, words  # noqa: F401  fixtures
 from tests.models.conftest import make_config  # noqa: F401  a fixture
@@ -84,7 +86,7 @@ def test_counts_are_those_of_a_loop(checkpoint, given):
     trained = load_trained_model("checkpoint", checkpoint(**given))
     sample = route_sample(trained, "moe", "valid", TOKENS)
     stream = torch.cat([torch.tensor([2]), *_documents(trained)])
-    rows = [stream[i : i + 64] for i in (0, 64)]
+    rows = [stream[i : i + 64] for i in (0, 128)]  # every second, for 150 tokens of 252
     assert sample.tokens == 128 and [layer.layer for layer in sample.layers] == [0, 2]
     for layer, (_, pairs) in zip(
         sample.layers, sorted(counted_by_loops(trained, rows).items()), strict=True
@@ -130,8 +132,10 @@ def test_what_experts_share(checkpoint):
 
 
 ROUTING = LayerRouting(
+    number=2,
     layer=5,
     tokens=10,
+    experts=4,
     load_E=[0.25] * 4,
     weight_E=[1.0] * 4,
     experts_per_token=1.0,
@@ -139,6 +143,7 @@ ROUTING = LayerRouting(
     null_per_token=None,
     purity=0.5,
     kinds_KE=[[0.25] * 4] * 5,
+    sources_SE=[],
     together_EE=torch.eye(4).tolist(),
     similarity_EE=torch.eye(4).tolist(),
     commonest=[[("<&>", 1.0)]] * 4,
@@ -156,6 +161,9 @@ ROUTING = LayerRouting(
         ),
         ({"similarity_EE": torch.ones(4, 4).tolist()}, "experts 0 and 1, 0 and 2, "),
         ({"purity": 0.99}, "a token's id decides its expert: 99%"),
+        # Slots without an expert are not dead; one expert for all tokens says nothing of ids.
+        ({"load_E": [0.5, 0.5, math.nan, math.nan], "experts": 2}, None),
+        ({"load_E": [1.0, 0, 0, 0], "purity": 1.0}, "collapsed"),
     ],
 )
 def test_what_stands_out_is_said(change, said):
@@ -182,6 +190,67 @@ def test_kinds_of_tokens(name, text, kind):
 
 def test_without_marks_every_token_is_a_word():
     assert kind_of("ing", "ing", marked=False) == BEGINS
+
+
+@torch.no_grad()
+def test_tokens_of_each_source_are_counted(checkpoint, words, tmp_path):  # noqa: F811
+    path = checkpoint(moe_gate="switch")
+    save_card(words, [("a/x.txt", 5), ("b.txt", 7)])
+    trained = load_trained_model("checkpoint", path)
+    sample = route_sample(trained, "moe", "valid", 1000)
+    # The model reads the end of a document before the first, and all tokens but the last.
+    assert sample.tokens == 12 * 21
+    of_first = 1 + 5 * 21
+    assert dict(sample.sources) == pytest.approx(
+        {"a/x.txt": of_first / 252, "b.txt": 1 - of_first / 252}
+    )
+    stream = torch.cat([torch.tensor([2]), *_documents(trained)])[:-1]
+    rows = [stream[i : i + 64] for i in range(0, 252, 64)]
+    for layer, (_, pairs) in zip(
+        sample.layers, sorted(counted_by_loops(trained, rows).items()), strict=True
+    ):
+        # Pairs of a row are sorted by expert; rows follow each other, 64 tokens each.
+        places = [place for row in _by_row(pairs, len(rows)) for place in row]
+        found = [[0] * 5, [0] * 5]
+        for place, expert in places:
+            found[place >= of_first][expert] += 1
+        for counts, shares in zip(found, layer.sources_SE, strict=True):
+            assert shares == pytest.approx([n / sum(counts) for n in counts])
+
+
+def save_card(folder, items):
+    """A card that tells how many items of `valid` are from each input."""
+    inputs = [{"name": name, "items": {"valid": n}} for name, n in items]
+    card = DataCard({}, {}, {}, 0, inputs, 0, {}, {})
+    (folder / CARD).write_text(json.dumps(dataclasses.asdict(card)))
+
+
+def _by_row(pairs, count):
+    """(place in the sample, expert) of the pairs of each row, with one expert a token."""
+    starts = list(range(0, len(pairs), 64))
+    assert len(starts) == count
+    return [
+        [(start + t, expert) for t, _, expert, _ in pairs[start : start + 64]] for start in starts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["in/code/a.txt", "in/prose/b.txt"], ["in/code/a.txt", "in/prose/b.txt"]),
+        ([f"in/{n % 2}/{n}.txt" for n in range(13)], [f"in/{n % 2}" for n in range(13)]),
+        ([f"{n}.txt" for n in range(13)], [f"{n}.txt" for n in range(11)] + ["other files"] * 2),
+    ],
+)
+def test_many_files_are_grouped(files, expected):
+    assert grouped(files) == expected
+
+
+@pytest.mark.parametrize("inputs", [[], [("a", 3)], [("a", 1), ("b", 1)]])
+def test_sources_that_are_not_known(tmp_path, inputs):
+    if inputs:
+        save_card(tmp_path, inputs)
+    assert TokenSources.of(tmp_path, "valid", [4, 4, 4]) is None
 
 
 # Charts
@@ -291,10 +360,32 @@ def test_the_command_writes_one_page(checkpoint, tmp_path, capsys):
 
 def test_a_page_of_a_log_alone_needs_no_checkpoint():
     log = parse_log(log_lines(5.0), "a & b")
-    assert page.training_flops(log) == {10: 9e9, 20: 18e9, 30: 27e9}
-    assert page.training_seconds(log) == {10: 20.0, 20: 40.0, 30: 60.0}
+    assert page._speed(log) is None
     text = checked(page.render([log], [], "mine"))
     assert "a & b" in text and "Routing of" not in text
+
+
+def test_parts_of_an_update_are_medians_of_the_second_half():
+    lines = []
+    for update, forward in ((10, 900), (20, 3), (30, 5), (40, 4)):
+        values = {"forward_ms": forward, "backward_ms": 8, "optimizer_ms": 2, "data_wait_ms": 2}
+        values |= {"loss": 1, "mfu": 0.25, "ep_wait_ms": 1.5, "num_updates": update}
+        lines.append(json.dumps({k: str(v) for k, v in values.items()}))
+    log = parse_log(lines, "run")
+    speed = page._speed(log)
+    assert (speed.parts, speed.exchange, speed.mfu) == ([4.5, 8, 2, 2], 1.5, 0.25)
+    assert [start for start, _ in speed.bars] == pytest.approx([0, 27.27, 75.76, 87.88], abs=0.01)
+    assert "8 ms" in page.render([log], [], "mine") and speed.hours_left is None
+
+
+def test_encoder_and_decoder_have_panels_of_their_own():
+    values = {"loss": 1, "encoder_experts_per_token": 2, "decoder_experts_per_token": 1}
+    values |= {"decoder_dead_experts": 0.5, "wpb": 10, "mflops_per_token": 2}
+    log = parse_log([json.dumps(values | {"num_updates": n}) for n in (1, 2)], "run")
+    assert log.stacks == ["encoder_", "decoder_"]
+    text = checked(page.render([log], [], "mine"))
+    assert "experts per token, encoder" in text and "experts per token, decoder" in text
+    assert "50% of the experts in the decoder got no token" in text
 
 
 @pytest.mark.parametrize(
@@ -302,6 +393,7 @@ def test_a_page_of_a_log_alone_needs_no_checkpoint():
     [
         ([], "--checkpoint (not given): give it, or a training log"),
         (["no.log"], "LOG no.log: no such file"),
+        (["."], "RUN .: has no .log file"),
         (["--checkpoint", "no.pt"], "--checkpoint no.pt"),
         (["--checkpoint", "no.pt", "--tokens", "0"], "--tokens 0: give 1 or more"),
         (["--checkpoint", "no.pt", "--out", "no/page.html"], "there is no folder no"),
