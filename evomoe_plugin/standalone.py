@@ -117,6 +117,20 @@ class MoELayer(nn.Module):
         **options: Any,
     ):
         super().__init__()
+        _check_types(
+            {
+                "model_dim": (model_dim, int),
+                "ffn_dim": (ffn_dim, int),
+                "num_experts": (num_experts, int),
+                "gate": (gate, str),
+                "activation": (activation, str),
+                "gated": (gated, bool),
+                "dropout": (dropout, float),
+                "layer_id": (layer_id, int),
+                "seed": (seed, int),
+                "max_updates": (max_updates, int | None),
+            }
+        )
         for name, size in {"model_dim": model_dim, "ffn_dim": ffn_dim}.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: give a width of at least 1")
@@ -161,7 +175,15 @@ class MoELayer(nn.Module):
         return int(self.layer.num_updates)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Set the number of completed updates."""
+        """Set the number of completed updates.
+
+        Raises:
+            TypeError: it is no int.
+            ValueError: it is negative.
+        """
+        _check_types({"num_updates": (num_updates, int)})
+        if num_updates < 0:
+            raise ValueError(f"num_updates={num_updates}: give 0 or more")
         self.layer.set_num_updates(num_updates)
 
     def forward(
@@ -181,15 +203,22 @@ class MoELayer(nn.Module):
                 whatever the batch. None: drawn from torch's generator in training; no noise in
                 evaluation.
         Raises:
-            ValueError: a tensor of another shape, or missing token ids.
+            ValueError: a tensor of another shape or dtype, or missing token ids.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"x is {_dtype(x)}: give tokens as floating-point vectors")
         if x.dim() < 1 or x.size(-1) != self.model_dim:
             raise ValueError(f"x is {list(x.shape)}: its last size must be {self.model_dim}")
         shape = x.shape[:-1]
-        of_tokens = {"token_mask": token_mask, "token_ids": token_ids, "token_keys": token_keys}
-        for name, given in of_tokens.items():
+        for name, given, dtype in (
+            ("token_mask", token_mask, torch.bool),
+            ("token_ids", token_ids, torch.int64),
+            ("token_keys", token_keys, torch.int64),
+        ):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} is {list(given.shape)}: it must be {list(shape)}")
+            if given is not None and given.dtype != dtype:
+                raise ValueError(f"{name} is {_dtype(given)}: it must be {_name(dtype)}")
         if token_keys is None and self.training:
             position = torch.arange(shape.numel(), device=x.device)
             draw = torch.randint(2**62, (), device=x.device)
@@ -214,7 +243,14 @@ class MoELayer(nn.Module):
 
         Args:
             stats: of each forward pass of the update; over several ranks, their sums.
+        Raises:
+            TypeError: there are none, or they are something else, such as a summary.
         """
+        if not stats or not all(
+            isinstance(one, dict) and all(isinstance(value, Tensor) for value in one.values())
+            for one in stats
+        ):
+            raise TypeError("finish_update takes the `stats` of each forward pass of the update")
         total = {name: sum(one[name] for one in stats[1:]) + stats[0][name] for name in stats[0]}
         num_updates = self.num_updates + 1
         if self.layer.gate.changes_after_updates:
@@ -240,17 +276,26 @@ def _parsed(cls: type[gates.Gate], given: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for keyword, value in given.items():
         if keyword not in known:
+            if (short := keyword.removeprefix("moe_")) in known:
+                raise TypeError(f"MoELayer has no option {keyword}: here it is {short}")
             near = difflib.get_close_matches(keyword, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}"
             raise TypeError(f"MoELayer has no option {keyword} with this gate: {hint}")
         name = known[keyword]
         if isinstance(value, bool) and isinstance(getattr(cls.Options, name), str):
             value = str(value).lower()  # true and false are strings on the command line
-        if not _fits(value, hints[name]):
-            kind = getattr(hints[name], "__name__", str(hints[name]))
-            raise TypeError(f"{keyword}={value!r}: must be of type {kind}")
+        _check_types({keyword: (value, hints[name])})
         found[name] = value
     return found
+
+
+def _check_types(given: dict[str, tuple[Any, Any]]) -> None:
+    """Raise TypeError for a value that is not of its type; keyword -> value and type."""
+    for keyword, (value, hint) in given.items():
+        if not _fits(value, hint):
+            kinds = [one for one in typing.get_args(hint) or (hint,) if one is not type(None)]
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{keyword}={value!r}: must be of type {names}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -269,3 +314,11 @@ def _by_keyword(message: str) -> str:
         return _KEYWORDS.get(name, name.removeprefix("moe_"))
 
     return re.sub(r"--([a-z0-9-]+)", keyword, message)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return _name(tensor.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

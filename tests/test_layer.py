@@ -165,3 +165,17 @@ def test_noise_depends_on_seed_update_and_layer(moe_options):
         again = layer(x, None, key)[0]
         assert not torch.equal(first, again)
         first = again
+
+
+@pytest.mark.parametrize("routing", ["annealed", "hard"])
+def test_weights_of_experts_are_summed_up_on_request(moe_options, routing):
+    layer = make_layer(moe_options, **ROUTINGS[routing]).eval()
+    x = torch.randn(T, D, dtype=torch.float64)
+    assert st.WEIGHT_E not in layer(x)[2] and st.WEIGHT_E not in layer.zero_stats()
+    layer.counts_weights = True
+    plan = layer.gate(x, layer.context())
+    expected_E = [0.0] * E
+    for expert, weight in zip(plan.expert_ids_N.tolist(), plan.weights_N.tolist(), strict=True):
+        expected_E[expert] += weight
+    assert layer(x)[2][st.WEIGHT_E].tolist() == pytest.approx(expected_E)
+    assert layer.zero_stats()[st.WEIGHT_E].tolist() == [0.0] * E

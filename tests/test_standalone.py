@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from evomoe_plugin import MoELayer
 from evomoe_plugin.gates import gate_names
@@ -136,6 +139,13 @@ def test_noise_is_of_the_generator_or_of_the_given_keys():
         ({"num_experts": 0}, ValueError, "^num_experts 0"),
         ({"model_dim": 0}, ValueError, "at least 1"),
         ({"dropout": 1.5}, ValueError, "probability"),
+        ({"dropout": None}, TypeError, "dropout=None: must be of type float"),
+        ({"model_dim": 16.0}, TypeError, "model_dim=16.0: must be of type int"),
+        ({"num_experts": "4"}, TypeError, "num_experts='4': must be of type int"),
+        ({"gated": "no"}, TypeError, "gated='no': must be of type bool"),
+        ({"max_updates": 1e4}, TypeError, "max_updates=10000.0: must be of type int"),
+        ({"gate": "top_k", "moe_top_k": 2}, TypeError, "no option moe_top_k: here it is top_k"),
+        ({"aux": {"balance": 0.1}}, TypeError, "aux=.*must be of type str"),
     ],
 )
 def test_bad_options_are_refused(given, error, message):
@@ -152,6 +162,77 @@ def test_bad_inputs_are_refused():
         moe(torch.randn(2, 3, D), token_ids=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="token ids"):
         moe(torch.randn(3, D))
+    with pytest.raises(ValueError, match="x is int64: give tokens as floating-point"):
+        moe(torch.ones(3, D, dtype=torch.int64))
+    with pytest.raises(ValueError, match="token_mask is int64: it must be bool"):
+        moe(torch.randn(3, D), token_mask=torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="token_ids is int32: it must be int64"):
+        moe(torch.randn(3, D), token_ids=torch.zeros(3, dtype=torch.int32))
+    result = moe(torch.randn(3, D), token_ids=torch.zeros(3, dtype=torch.int64))
+    for given in ((), (result,), (result.summary(),)):
+        with pytest.raises(TypeError, match="takes the `stats` of each forward pass"):
+            moe.finish_update(*given)
+    with pytest.raises(ValueError, match="num_updates=-1: give 0 or more"):
+        moe.set_num_updates(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    moe = made("top_k").to(dtype)
+    x = torch.randn(3, 7, D, dtype=dtype)
+    result = moe(x)
+    (result.output.sum() + result.aux_loss).backward()
+    assert result.output.dtype == dtype
+    wide = copy.deepcopy(moe).double().eval()(x.double())
+    close = {"atol": 0.02, "rtol": 0.05} if dtype != torch.float64 else {}
+    torch.testing.assert_close(moe.eval()(x).output.double(), wide.output, **close)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    moe, x = made("dense_to_sparse"), torch.randn(3, 7, D, requires_grad=True)
+
+    def grads(recompute):
+        torch.manual_seed(3)  # of the noise
+        moe.zero_grad()
+        run = functools.partial(checkpoint, use_reentrant=use_reentrant) if recompute else _call
+        output, aux_loss = run(lambda x: ((out := moe(x)).output, out.aux_loss), x)
+        (output.square().sum() + aux_loss).backward()
+        return {n: p.grad.clone() for n, p in moe.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(grads(True), grads(False))
+
+
+def _call(function, x):
+    return function(x)
+
+
+def test_copies_are_of_the_same_state(tmp_path):
+    moe, x = made("top_k", bias_update_rate=0.5), torch.randn(9, D)
+    result = moe(x)
+    (result.output.sum() + result.aux_loss).backward()
+    moe.finish_update(result.stats)
+    torch.save(moe, tmp_path / "moe.pt")
+    loaded = torch.load(tmp_path / "moe.pt", weights_only=False)
+    expected = moe.eval()(x).output
+    for copied in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe)), loaded):
+        assert copied.num_updates == 1
+        assert torch.equal(copied.eval()(x).output, expected)
+
+
+def test_no_tokens_and_only_padding():
+    moe = made("dense_to_sparse")
+    for x, mask in ((torch.zeros(0, 5, D), None), (torch.randn(2, 3, D), torch.zeros(2, 3) > 0)):
+        result = moe(x, token_mask=mask)
+        (result.output.sum() + result.aux_loss).backward()
+        assert result.aux_loss == 0 and not result.output.any()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in moe.parameters())
+
+
+def test_frozen_weights_pass_gradients_on():
+    moe, x = made("top_k").requires_grad_(False), torch.randn(5, D, requires_grad=True)
+    moe(x).output.sum().backward()
+    assert x.grad.any() and all(p.grad is None for p in moe.parameters())
 
 
 def test_the_examples_of_the_documentation_run(capsys):

@@ -44,7 +44,7 @@ def mark_matrices(model: nn.Module) -> None:
 def _mark_below(module: nn.Module) -> None:
     for child in module.children():
         if isinstance(child, nn.Linear):
-            child.weight.is_matrix = True  # type: ignore[assignment]
+            child.weight.is_matrix = True  # type: ignore[attr-defined]
         elif isinstance(child, ExpertStack):
             for name in child.matrix_names:
                 getattr(child, name).is_matrix = True

@@ -206,6 +206,7 @@ def _speed(log: TrainingLog) -> Speed | None:
     parts = [median(name) for name in _PARTS.values()]
     if not any(parts):
         return None
+    hours_left = log.series("hours_left")[1]
     seconds = [s for n, s in zip(*seconds_per_update(log), strict=True) if n > half]
     return Speed(
         name=log.name,
@@ -216,5 +217,5 @@ def _speed(log: TrainingLog) -> Speed | None:
         tflops=median("tflops"),
         mfu=median("mfu"),
         peak_gb=median("peak_gb"),
-        hours_left=(log.series("hours_left")[1] or [None])[-1],
+        hours_left=hours_left[-1] if hours_left else None,
     )

@@ -2,11 +2,14 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.gates import LayerInfo
+from evomoe_plugin.layer import build_layer
 from evomoe_plugin.metrics import expert_plot, parse_log
 from evomoe_plugin.report import findings, page
 from evomoe_plugin.report.expert_maps import expert_maps
@@ -144,3 +147,18 @@ def test_tensorboard_gets_a_bar_for_each_expert(tmp_path, monkeypatch):
     assert event.step == 20
     assert event.histogram_value.bucket == [0.5, 0.25, 0.25]
     assert event.histogram_value.bucket_limit == [0.5, 1.5, 2.5]
+
+
+def test_only_updates_that_are_logged_sum_up_weights(moe_options):
+    layer = build_layer(LayerInfo(4, 2), moe_options(), torch.relu)
+    updates = iter([8, 9, 10])
+    trainer = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(model=types.SimpleNamespace(moe_log_experts=10)),
+        get_num_updates=updates.__next__,
+        get_model=lambda: torch.nn.ModuleList([layer]),
+    )
+    asked = []
+    for _ in range(3):
+        expert_log.begin_update(trainer)
+        asked.append(layer.counts_weights)
+    assert asked == [False, True, False]
