@@ -14,6 +14,7 @@ from fairseq import utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from evomoe_plugin.checkpoint import expert_files
 from evomoe_plugin.checkpoint.expert_shards import (
@@ -188,7 +189,10 @@ def _own_weights(experts: ShardedExperts, masters: Mapping[str, Tensor]) -> dict
         weights = _whole_on_every_rank(layer.experts)
         for name in layer.expert_names:
             key = f"{prefix}experts.{name}"
-            own[f"{MODEL}/{key}"] = masters.get(key, weights[name]).detach().cpu()
+            value = masters.get(key, weights[name]).detach()
+            own[f"{MODEL}/{key}"] = (
+                value.full_tensor() if isinstance(value, DTensor) else value
+            ).cpu()
     return own
 
 

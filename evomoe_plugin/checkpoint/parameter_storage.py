@@ -1,7 +1,7 @@
 """Where a run stores its parameters and the optimizer's moments of them.
 
 A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
-fp32 masters, flat or one by one), or in shards on several ranks (FSDP).
+fp32 masters, flat or one by one), or in shards on several ranks (FSDP, flat or one by one).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
 from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout
+from evomoe_plugin.checkpoint.row_shards import first_element, free_whole, own_rows, whole
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Storage:
     copies: tuple[nn.Parameter, ...] = ()
     """The model's parameters where the owner is their master."""
     module: Any = None
-    """The FSDP module; None where the owner is the whole."""
+    """fairscale's FSDP module of which the owner is a shard; else None."""
+    parameter: Any = None
+    """The parameter of torch's `fully_shard` of which the owner has this rank's rows; else None."""
 
     def pieces(self) -> Iterator[tuple[str, torch.Size, int, int]]:
         """Name, shape, begin and end of each parameter in the whole."""
@@ -42,8 +45,10 @@ class Storage:
     def gathered(self, own: Tensor) -> tuple[Tensor, int]:
         """The whole flat tensor of which `own` is this rank's shard, and the shard's offset in it.
 
-        A collective of the ranks of the FSDP module.
+        A collective of the ranks that the whole is sharded over.
         """
+        if self.parameter is not None:
+            return whole(own, self.parameter).view(-1), first_element(self.parameter)
         if self.module is None or not self.owner._is_sharded:
             return own, 0
         device, group = self.module.compute_device, self.module.process_group
@@ -63,8 +68,10 @@ class Storage:
 
 
 def storages(trainer: Any) -> Iterator[Storage]:
-    """All storages of what `trainer` trains, and of frozen FSDP modules; in the same order on all
-    ranks."""
+    """All storages of what `trainer` trains, and under FSDP of what is frozen; in the same order on
+    all ranks."""
+    if trainer.is_fsdp2:
+        return _rows(trainer)
     return _sharded(trainer) if trainer.is_fsdp else _whole(trainer)
 
 
@@ -91,6 +98,14 @@ def _whole(trainer: Any) -> Iterator[Storage]:
             yield Storage(master, (name,), (p.shape,), copies=(p,))
 
 
+def _rows(trainer: Any) -> Iterator[Storage]:
+    free_whole(trainer.model)
+    rows = iter(trainer.optimizer.params)
+    for name, p in trainer.get_model().named_parameters():
+        owner = next(rows) if p.requires_grad else own_rows(p)
+        yield Storage(owner, (name,), (p.shape,), parameter=p)
+
+
 def _sharded(trainer: Any) -> Iterator[Storage]:
     from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
 
@@ -110,7 +125,7 @@ def fp32_masters(trainer: Any) -> dict[str, Tensor]:
     """The fp32 masters of parameters in half precision, by their names in the checkpoint; views.
     None under FSDP, whose own shards are in fp32."""
     found: dict[str, Tensor] = {}
-    if trainer.is_fsdp:
+    if trainer.is_fsdp or trainer.is_fsdp2:
         return found
     for storage in storages(trainer):
         if storage.copies:
@@ -143,6 +158,7 @@ def model_layout(trainer: Any) -> OptimizerLayout:
         tuple(name for name, _ in parameters),
         tuple(p.shape for _, p in parameters),
         is_flat=common.fp16
+        and not trainer.is_fsdp2
         and not common.memory_efficient_fp16
         and not common.fp16_no_flatten_grads,
     )

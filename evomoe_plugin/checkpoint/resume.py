@@ -197,7 +197,7 @@ def _rename_optimizer(state: dict, trainer: Any) -> None:
     """Give the trainer's name to an optimizer that keeps the same state under another."""
     history = state["optimizer_history"][-1]
     if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
-        efficient = trainer.is_fsdp or trainer.cfg.common.memory_efficient_fp16
+        efficient = trainer.is_fsdp or trainer.is_fsdp2 or trainer.cfg.common.memory_efficient_fp16
         history["optimizer_name"] = HALF_PRECISION[efficient]
     elif history["optimizer_name"] in SAME_STATE.values():
         history["optimizer_name"] = SAME_STATE.get(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fairseq.dataclass.configs import CheckpointConfig, EvalLMConfig, FairseqConfig
+from fairseq.dataclass.configs import (
+    CheckpointConfig,
+    DistributedTrainingConfig,
+    EvalLMConfig,
+    FairseqConfig,
+)
+from fairseq.dataclass.constants import ChoiceEnum
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
@@ -35,7 +41,20 @@ def add_field(
     options.__dataclass_fields__[name] = extra.__dataclass_fields__[name]
     options.__annotations__[name] = kind
     setattr(options, name, default)
-    # Store fairseq's Hydra schemas again, with the new field.
+    _store_schemas()
+
+
+def add_choice(options: type[DataclassInstance], name: str, choice: str) -> None:
+    """Add a choice to a field whose type is a `ChoiceEnum` of fairseq, as `add_field` a field."""
+    field = options.__dataclass_fields__[name]
+    kind: Any = field.type
+    if choice not in kind.__members__:
+        field.type = options.__annotations__[name] = ChoiceEnum([*kind.__members__, choice])
+        _store_schemas()
+
+
+def _store_schemas() -> None:
+    """Store fairseq's Hydra schemas again, with what has been added."""
     store = ConfigStore.instance()
     # fairseq stores the whole as "config", and again under the name that --config-name gives.
     whole = [
@@ -55,8 +74,8 @@ def add_field(
 
 def add_fields() -> None:
     """Add `--symlink` to checkpoints, which the published command lines give: the EvoMoE authors'
-    fork of fairseq has it; and `--moe-expert-parallel-size` to fairseq-eval-lm, whose model and its
-    options come from a checkpoint."""
+    fork of fairseq has it; `--moe-expert-parallel-size` to fairseq-eval-lm, whose model and its
+    options come from a checkpoint; and `--ddp-backend fsdp2`."""
     add_field(
         CheckpointConfig,
         "symlink",
@@ -73,3 +92,4 @@ def add_fields() -> None:
         help="number of ranks that the experts of each layer are sharded over; 1: every rank has "
         "all experts, however they were trained",
     )
+    add_choice(DistributedTrainingConfig, "ddp_backend", "fsdp2")

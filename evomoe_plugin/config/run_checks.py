@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _OF_WHOLE_PARAMETERS = ("adafactor", "lamb")
 _NOT_SHARDED = (*_OF_WHOLE_PARAMETERS, "adagrad")
 
+# The values of --ddp-backend with which each rank keeps a part of every parameter.
+FULLY_SHARDED = ("fully_sharded", "fsdp2")
+
 
 def check_run(cfg: Any, num_ranks: int) -> None:
     """Check a whole fairseq run before any rank is started.
@@ -272,16 +275,16 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
             "without iopath",
             "fairseq needs it: pip install iopath",
         )
-    if parallel.ddp_backend == "fully_sharded":
+    if parallel.ddp_backend in FULLY_SHARDED:
         _check_fully_sharded(cfg, on_gpu)
-    elif parallel.use_sharded_state:
+    elif parallel.ddp_backend == "slowmo" and not on_gpu:
+        raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
+    if parallel.use_sharded_state and parallel.ddp_backend != "fully_sharded":
         raise OptionError(
             "use_sharded_state",
             f"with --ddp-backend {parallel.ddp_backend}",
             "needs --ddp-backend fully_sharded",
         )
-    elif parallel.ddp_backend == "slowmo" and not on_gpu:
-        raise OptionError("ddp_backend", "slowmo without a GPU", "give legacy_ddp")
     if getattr(cfg.model, "moe_expert_parallel_size", 1) > 1:
         _check_expert_parallel(cfg, num_ranks)
 
@@ -320,47 +323,16 @@ def _check_validation(cfg: Any) -> None:
 
 
 def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
+    """Of fairscale's FSDP (`fully_sharded`) and torch's (`fsdp2`)."""
     common, parallel = cfg.common, cfg.distributed_training
-    combined = "with --ddp-backend fully_sharded"
-    if not importlib.util.find_spec("fairscale"):
-        raise OptionError("ddp_backend", "fully_sharded", "needs fairscale: pip install fairscale")
-    if common.cpu and torch.cuda.is_available():
-        raise OptionError("cpu", combined, "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
-    if common.bf16 or common.memory_efficient_bf16:
-        raise OptionError(
-            "memory_efficient_bf16" if common.memory_efficient_bf16 else "bf16",
-            combined,
-            "give --fp16, --moe-matmul-dtype bf16, or --ddp-backend legacy_ddp",
-        )
+    combined = f"with --ddp-backend {parallel.ddp_backend}"
     if common.amp:
-        raise OptionError("amp", combined, "give --fp16")
-    if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
-        raise OptionError(
-            "use_sharded_state",
-            "with --moe-train-only",
-            "shards do not record which parameters are frozen: leave it out",
-        )
+        raise OptionError("amp", combined, "give --bf16 or --fp16")
     if parallel.zero_sharding != "none":
         raise OptionError(
             "zero_sharding",
             f"{parallel.zero_sharding} {combined}",
-            "leave it out: fully_sharded includes it",
-        )
-    if parallel.cpu_offload and not on_gpu:
-        raise OptionError(
-            "cpu_offload", "without a GPU", "leave it out: everything is on the CPU anyway"
-        )
-    if parallel.fp32_reduce_scatter and (not common.fp16 or common.memory_efficient_fp16):
-        raise OptionError("fp32_reduce_scatter", "without plain --fp16", "leave it out")
-    if parallel.not_fsdp_flatten_parameters and not (
-        parallel.use_sharded_state
-        or cfg.checkpoint.no_save_optimizer_state
-        or cfg.checkpoint.no_save
-    ):
-        raise OptionError(
-            "not_fsdp_flatten_parameters",
-            "with one file for all ranks",
-            "add --use-sharded-state, or --no-save-optimizer-state",
+            f"leave it out: {parallel.ddp_backend} includes it",
         )
     if cfg.ema is not None and cfg.ema.store_ema:
         raise OptionError(
@@ -374,6 +346,70 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
             f"{_optimizer(cfg)} {combined}",
             "adam, fused_adamw, adamax, adadelta, nag and sgd are sharded: give one, "
             "or --ddp-backend legacy_ddp",
+        )
+    if parallel.ddp_backend == "fsdp2":
+        _check_fsdp2(cfg)
+    else:
+        _check_fairscale(cfg, on_gpu)
+
+
+def _check_fsdp2(cfg: Any) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    combined = "with --ddp-backend fsdp2"
+    for dtype in ("fp16", "bf16"):
+        option = f"memory_efficient_{dtype}"
+        if getattr(common, option):
+            raise OptionError(option, combined, f"it keeps weights in fp32: give --{dtype}")
+    if parallel.fp32_reduce_scatter and not (common.fp16 or common.bf16):
+        raise OptionError("fp32_reduce_scatter", "without --bf16 or --fp16", "leave it out")
+    if parallel.cpu_offload:
+        raise OptionError("cpu_offload", combined, "give fully_sharded")
+    if parallel.not_fsdp_flatten_parameters:
+        raise OptionError(
+            "not_fsdp_flatten_parameters", combined, "leave it out: it flattens no parameters"
+        )
+    if parallel.heartbeat_timeout > 0:
+        raise OptionError("heartbeat_timeout", combined, "leave it out, or give fully_sharded")
+    if _optimizer(cfg) == "composite":
+        raise OptionError(
+            "optimizer", f"composite {combined}", "checkpoints support one for all parameters"
+        )
+
+
+def _check_fairscale(cfg: Any, on_gpu: bool) -> None:
+    common, parallel = cfg.common, cfg.distributed_training
+    combined = "with --ddp-backend fully_sharded"
+    if not importlib.util.find_spec("fairscale"):
+        raise OptionError("ddp_backend", "fully_sharded", "needs fairscale: pip install fairscale")
+    if common.cpu and torch.cuda.is_available():
+        raise OptionError("cpu", combined, "hide the GPUs instead, with CUDA_VISIBLE_DEVICES=''")
+    if common.memory_efficient_bf16:
+        raise OptionError(
+            "memory_efficient_bf16", combined, "it keeps weights in fp32: give --bf16"
+        )
+    if parallel.use_sharded_state and getattr(cfg.model, "moe_train_only", None) is not None:
+        raise OptionError(
+            "use_sharded_state",
+            "with --moe-train-only",
+            "shards do not record which parameters are frozen: leave it out",
+        )
+    if parallel.cpu_offload and not on_gpu:
+        raise OptionError(
+            "cpu_offload", "without a GPU", "leave it out: everything is on the CPU anyway"
+        )
+    if parallel.fp32_reduce_scatter and (
+        common.memory_efficient_fp16 or not (common.fp16 or common.bf16)
+    ):
+        raise OptionError("fp32_reduce_scatter", "without plain --fp16 or --bf16", "leave it out")
+    if parallel.not_fsdp_flatten_parameters and not (
+        parallel.use_sharded_state
+        or cfg.checkpoint.no_save_optimizer_state
+        or cfg.checkpoint.no_save
+    ):
+        raise OptionError(
+            "not_fsdp_flatten_parameters",
+            "with one file for all ranks",
+            "add --use-sharded-state, or --no-save-optimizer-state",
         )
 
 
@@ -397,9 +433,11 @@ def _check_expert_parallel(cfg: Any, num_ranks: int) -> None:
             f"{parallel.zero_sharding} {combined}",
             "give --ddp-backend fully_sharded",
         )
-    if parallel.ddp_backend not in ("fully_sharded", "legacy_ddp"):
+    if parallel.ddp_backend not in (*FULLY_SHARDED, "legacy_ddp"):
         raise OptionError(
-            "ddp_backend", f"{parallel.ddp_backend} {combined}", "give fully_sharded or legacy_ddp"
+            "ddp_backend",
+            f"{parallel.ddp_backend} {combined}",
+            "give fsdp2, fully_sharded or legacy_ddp",
         )
     if parallel.use_sharded_state:
         raise OptionError(

@@ -62,7 +62,7 @@ def init_from_dense(trainer: Trainer) -> None:
     frozen = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if not (parameter.requires_grad or trainer.is_fsdp)
+        if not (parameter.requires_grad or trainer.is_fully_sharded)
     }
     groups = expert_groups_of(model)
     shapes = {**trained, **{name: tuple(p.shape) for name, p in frozen.items()}}
@@ -88,7 +88,7 @@ def init_from_dense(trainer: Trainer) -> None:
         "logits not compared with the dense model's, since no rank holds the whole "
         "model: `evomoe upcycle` with the same options compares them"
     )
-    if not trainer.is_fsdp and groups is None:
+    if not trainer.is_fully_sharded and groups is None:
         logits = measure_logit_difference(model, dense)
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 

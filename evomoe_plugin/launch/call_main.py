@@ -30,7 +30,7 @@ from evomoe_plugin.config.errors import (
     one_line_errors,
 )
 from evomoe_plugin.config.evaluation_checks import model_overrides
-from evomoe_plugin.config.run_checks import check_batch_size, check_run
+from evomoe_plugin.config.run_checks import FULLY_SHARDED, check_batch_size, check_run
 from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.ranks import run_ranks
@@ -56,7 +56,7 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
     Raises:
         RunFailed: another rank has ended.
     """
-    install_in(main)
+    install_in(main, cfg)
     eval_lm.install_in(main)
     with async_writer.finished_on_exit():
         try:
@@ -141,7 +141,7 @@ def _check_command(cfg: Any, command: str) -> None:
 
 def _launch_on_gpus(upstream: Callable, cfg: Any, main: Callable, kwargs: dict) -> None:
     options = cfg.distributed_training
-    if options.distributed_world_size == 1 and options.ddp_backend == "fully_sharded":
+    if options.distributed_world_size == 1 and options.ddp_backend in FULLY_SHARDED:
         _in_group_of_one("nccl", main, cfg, kwargs)
     elif (
         options.distributed_init_method is None
@@ -173,7 +173,7 @@ def _launch_on_cpus(cfg: Any, main: Callable, kwargs: dict) -> None:
         distributed_utils._infer_slurm_init(options, None)
 
     if options.distributed_world_size == 1:
-        if options.ddp_backend == "fully_sharded":
+        if options.ddp_backend in FULLY_SHARDED:
             _in_group_of_one("gloo", main, cfg, kwargs)
         else:
             main(cfg, **kwargs)
@@ -217,7 +217,7 @@ def _threads_per_rank(count: int) -> int | None:
 
 
 def _in_group_of_one(backend: str, main: Callable, cfg: Any, kwargs: dict) -> None:
-    """fairscale's FSDP needs a process group even for one rank: make one, without a port."""
+    """FSDP needs a process group even for one rank: make one, without a port."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         main(cfg, **kwargs)

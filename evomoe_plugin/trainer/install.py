@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from fairseq import checkpoint_utils
 from fairseq.data import iterators
+from fairseq.distributed import fsdp_enable_wrap
 from fairseq.trainer import Trainer
 
 from evomoe_plugin.checkpoint.save import save_checkpoint
@@ -24,9 +28,28 @@ def install() -> None:
     iterators.GroupedIterator = TimedGroupedIterator
 
 
-def install_in(main: Callable[..., Any]) -> None:
-    """Have fairseq's `main` train with `MoETrainer`, in the process that runs it."""
-    _use_trainer(main.__globals__)
+def install_in(main: Callable[..., Any], cfg: Any) -> None:
+    """Have fairseq's `main` train with `MoETrainer`, in the process that runs it.
+
+    Args:
+        cfg: fairseq's configuration of the run.
+    """
+    names = main.__globals__
+    _use_trainer(names)
+    if "fsdp_enable_wrap" in names:
+        names["fsdp_enable_wrap"] = functools.partial(_enable_wrap, bool(cfg.common.bf16))
+
+
+@contextlib.contextmanager
+def _enable_wrap(in_bf16: bool, options: Any) -> Iterator[None]:
+    """In place of fairseq's `fsdp_enable_wrap`, which knows fp16 alone: fairscale's FSDP then
+    gathers, computes and scatters in bf16, and keeps fp32 masters."""
+    with fsdp_enable_wrap(options):
+        if in_bf16:
+            from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+
+            ConfigAutoWrap.kwargs |= {"compute_dtype": torch.bfloat16, "mixed_precision": True}
+        yield
 
 
 def _use_trainer(names: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.file_io import PathManager
 from fairseq.logging import meters, metrics
+from fairseq.optim.lr_scheduler import build_lr_scheduler
 from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -28,6 +29,12 @@ from evomoe_plugin.checkpoint.content import check_moments
 from evomoe_plugin.checkpoint.load import check_finite, misfit
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
 from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout
+from evomoe_plugin.checkpoint.row_shards import (
+    free_whole,
+    own_optimizer_state,
+    whole_optimizer_state,
+    whole_state,
+)
 from evomoe_plugin.checkpoint.save import TrainerState
 from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
@@ -38,6 +45,7 @@ from evomoe_plugin.trainer import (
     early_stopping,
     expert_log,
     failed_updates,
+    fsdp2,
     hooks,
     loss_scaler,
     run_end,
@@ -77,10 +85,40 @@ class MoETrainer(Trainer):
     _amp_retries: int  # set by fairseq with --amp
     _routing_sample: RoutingSample | None = None  # of the validation in progress
     _has_begun = False
+    is_fsdp2 = False  # --ddp-backend fsdp2; fairseq's `is_fsdp` is fairscale's
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any):
+        self.is_fsdp2 = cfg.distributed_training.ddp_backend == "fsdp2"
+        if self.is_fsdp2:
+            on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+            fsdp2.shard(model, cfg, "cuda" if on_gpu else "cpu")
+        self.cfg = cfg
+        with self._weights_in_fp32():
+            super().__init__(cfg, task, model, *args, **kwargs)
         self._routing_samples: dict[str, RoutingSample] = {}
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether each rank has a part of every parameter, in whatever way."""
+        return self.is_fsdp or self.is_fsdp2
+
+    @contextlib.contextmanager
+    def _weights_in_fp32(self) -> Iterator[None]:
+        """Inside, if the model is fully sharded, fairseq sees no --bf16 (for which it would cast
+        the weights) and, unless fairscale keeps them, no --fp16."""
+        common = self.cfg.common
+        given = common.bf16, common.fp16
+        if self.is_fully_sharded:
+            common.bf16, common.fp16 = False, common.fp16 and self.is_fsdp
+        try:
+            yield
+        finally:
+            common.bf16, common.fp16 = given
+
+    @property
+    def use_distributed_wrapper(self) -> bool:
+        """Whether fairseq wraps the model; `fsdp2` has changed it in place."""
+        return super().use_distributed_wrapper and not self.is_fsdp2
 
     # --- updates
 
@@ -246,8 +284,10 @@ class MoETrainer(Trainer):
             Their norm before.
         """
         groups = expert_groups_of(self.get_model())
+        if self.is_fsdp2:
+            fsdp2.pass_gradients(self._trained, self.optimizer)
         with record_function("reduce-grads"):
-            if groups is not None and not self.is_fsdp:
+            if groups is not None and not self.is_fully_sharded:
                 sharded_gradients.all_reduce_grads(self, groups)
             else:
                 self.optimizer.all_reduce_grads(self.model)
@@ -271,7 +311,7 @@ class MoETrainer(Trainer):
         groups = expert_groups_of(self.get_model())
 
         def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
-            if groups is not None and not self.is_fsdp:
+            if groups is not None and not self.is_fully_sharded:
                 return sharded_gradients.grad_norm(self, groups)
             # Of gradients on the CPU (--cpu-offload) too: the ranks are connected by the device's.
             squared = norm_of_this_rank.to(self.device).float() ** 2
@@ -279,7 +319,8 @@ class MoETrainer(Trainer):
             return distributed_utils.all_reduce(squared, group=group) ** 0.5
 
         return self.optimizer.clip_grad_norm(
-            clip_norm, aggregate_norm_fn=over_ranks if self.is_fsdp or groups else None
+            clip_norm,
+            aggregate_norm_fn=over_ranks if self.is_fully_sharded or groups else None,
         )
 
     def _retries_batch(self) -> bool:
@@ -426,7 +467,15 @@ class MoETrainer(Trainer):
         name = self.cfg.optimizer._name
         if name == "muon":
             mark_matrices(self.model)
-        super()._build_optimizer()
+        if self.is_fsdp2:
+            free_whole(self.model)
+            self._trained = [p for p in self.model.parameters() if p.requires_grad]
+            self._optimizer = fsdp2.build_optimizer(self.cfg, self._trained)
+            self._lr_scheduler = build_lr_scheduler(self.cfg.lr_scheduler, self._optimizer)
+            self._lr_scheduler.step_update(0)
+        else:
+            with self._weights_in_fp32():
+                super()._build_optimizer()
         # fairseq's Adagrad is pointwise, though it does not say so.
         pointwise = self.optimizer.supports_flat_params or name == "adagrad"
         if sharded_layers(self.get_model()) and not pointwise:
@@ -436,12 +485,44 @@ class MoETrainer(Trainer):
                 "it must treat each weight by itself, and say so (supports_flat_params): give adam",
             )
 
+    def zero_grad(self) -> None:
+        """Clear all gradients."""
+        super().zero_grad()
+        if self.is_fsdp2:
+            for parameter in self._trained:
+                parameter.grad = None
+
     # --- checkpoints
+
+    @property
+    def always_call_state_dict_during_save_checkpoint(self) -> bool:
+        """Whether `state_dict` is a collective."""
+        return self.is_fsdp2 or super().always_call_state_dict_during_save_checkpoint
+
+    def consolidate_optimizer(self) -> None:
+        """Gather the optimizer's state, for the next `state_dict`. A collective."""
+        if not self.is_fsdp2:
+            super().consolidate_optimizer()
+        elif not self.cfg.checkpoint.no_save_optimizer_state:
+            self._gathered_optim_state = whole_optimizer_state(
+                self.optimizer.state_dict(),
+                self._trained,
+                self.should_save_checkpoint_on_current_rank,
+            )
+
+    @property
+    def _optimizer_name(self) -> str:
+        """As checkpoints have it: the same for all ways of training in half precision."""
+        kept_in_fp32 = self.is_fully_sharded and self.cfg.common.bf16
+        return "FP16Optimizer" if kept_in_fp32 else type(self.optimizer).__name__
 
     def state_dict(self) -> dict[str, Any]:
         """fairseq's state, with fp32 masters in place of half-precision weights and the names of
         the optimizer's entries."""
         state = super().state_dict()
+        if self.is_fsdp2:
+            state["model"] = whole_state(self.model, self.should_save_checkpoint_on_current_rank)
+        state["optimizer_history"][-1]["optimizer_name"] = self._optimizer_name
         model = state["model"]
         # By address, since shared parameters have several names. Copies, since a file would hold
         # all of the flat master for every view of it.
@@ -631,7 +712,7 @@ class MoETrainer(Trainer):
         except Exception as error:
             saved = (state.get("cfg") or {}).get("model") or {}
             raise misfit(path, error, saved, self.cfg.model) from error
-        if self.is_fsdp or not (self.cfg.common.fp16 or self.cfg.common.bf16):
+        if self.is_fully_sharded or not (self.cfg.common.fp16 or self.cfg.common.bf16):
             return {}
         return {  # by the names of today, which loading gave to those of an earlier fairseq
             name: weights[name]
@@ -657,7 +738,7 @@ class MoETrainer(Trainer):
         last = self._optim_history[-1]
         for what, saved, now in (
             ("Criterion", last["criterion_name"], type(self.get_criterion()).__name__),
-            ("Optimizer", last["optimizer_name"], type(self.optimizer).__name__),
+            ("Optimizer", last["optimizer_name"], self._optimizer_name),
         ):
             if saved != now:
                 raise OptionError(
@@ -672,6 +753,8 @@ class MoETrainer(Trainer):
                 self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
             if self.is_fsdp and not resume.reads_own_shard(self):
                 state = self.model.get_shard_from_optim_state_dict(state)
+            elif self.is_fsdp2:
+                state = own_optimizer_state(state, self._trained)
             elif self.cfg.distributed_training.zero_sharding == "os":
                 state = self.optimizer.broadcast_global_state_dict(state)
             self.optimizer.load_state_dict(state, overrides)

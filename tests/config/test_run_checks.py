@@ -53,8 +53,8 @@ BAD = [
     ),
     (
         {"distributed_training.ddp_backend": "pytorch_ddp"},
-        "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fully_sharded or "
-        "legacy_ddp",
+        "--ddp-backend pytorch_ddp with --moe-expert-parallel-size: give fsdp2, "
+        "fully_sharded or legacy_ddp",
     ),
     (
         {"distributed_training.zero_sharding": "os"},
@@ -118,6 +118,35 @@ def test_refused_in_one_line(divided, given, message):
         for name, value in given.items():
             OmegaConf.update(cfg, name, value)
     assert refused(cfg).startswith(message)
+
+
+FSDP2 = [
+    ("common.memory_efficient_bf16", True, "it keeps weights in fp32: give --bf16"),
+    ("common.memory_efficient_fp16", True, "it keeps weights in fp32: give --fp16"),
+    ("ema.store_ema", True, "it averages whole models"),
+    ("optimization.use_bmuf", True, "leave it out"),
+    ("distributed_training.zero_sharding", "os", "leave it out: fsdp2 includes it"),
+    ("distributed_training.cpu_offload", True, "give fully_sharded"),
+    ("distributed_training.not_fsdp_flatten_parameters", True, "leave it out"),
+    ("distributed_training.heartbeat_timeout", 9, "leave it out"),
+    ("distributed_training.use_sharded_state", True, "needs --ddp-backend fully_sharded"),
+    ("optimizer._name", "adafactor", "adam, fused_adamw"),
+    ("optimizer._name", "composite", "checkpoints support one"),
+]
+
+
+@pytest.mark.parametrize("name, value, remedy", FSDP2)
+def test_fsdp2_refuses_in_one_line(divided, name, value, remedy):
+    cfg = copy.deepcopy(divided)
+    cfg.model.moe_expert_parallel_size = 1
+    cfg.distributed_training.ddp_backend = "fsdp2"
+    with open_dict(cfg):
+        OmegaConf.update(cfg, name, value)
+    group, _, option = name.partition(".")
+    option = "optimizer" if group == "optimizer" else option
+    message = refused(cfg)
+    assert message.startswith(f"--{option.replace('_', '-')} ")
+    assert f"with --ddp-backend fsdp2: {remedy}" in message and "\n" not in message
 
 
 def test_amp_is_refused(divided, monkeypatch):

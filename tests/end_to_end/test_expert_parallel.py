@@ -1,5 +1,7 @@
 """Design invariant 7 for expert parallelism: however experts are divided, the same model."""
 
+import itertools
+
 import pytest
 
 from tests.end_to_end.runs import assert_same_weights, load
@@ -17,6 +19,7 @@ SAME = (
     "21",
 )
 SHARDED = ("--ddp-backend", "fully_sharded", "--min-params-to-wrap", "0")
+FSDP2 = ("--ddp-backend", "fsdp2", "--min-params-to-wrap", "0")
 LEGACY = ("--ddp-backend", "legacy_ddp")
 
 
@@ -35,10 +38,13 @@ def layout(world, size=1, backend=SHARDED):
 
 LAYOUTS = {
     "fsdp 2": layout(2),
+    "fsdp2 2": layout(2, 1, FSDP2),
     "ep 2": layout(2, 2),
+    "ep 2, fsdp2": layout(2, 2, FSDP2),
     "ep 2, ddp": layout(2, 2, LEGACY),
     "ep 4": layout(4, 4),
     "ep 2 x fsdp 2": layout(4, 2),
+    "ep 2 x fsdp2 2": layout(4, 2, FSDP2),
     "ep 2 x ddp 2": layout(4, 2, LEGACY),
 }
 GATES = {
@@ -143,9 +149,14 @@ def test_divided_over_two_processes(one_process, train, tmp_path):
         assert record["ep_wait_ms"] > 0
 
 
+def covering(ways, cases, each):
+    """Pairs that have each way with `each` of the cases, and each case about as often."""
+    cases = itertools.cycle(cases)
+    return [(way, next(cases)) for way in ways for _ in range(each)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("way", LAYOUTS)
+@pytest.mark.parametrize("way, gate", covering(LAYOUTS, GATES, each=3))
 def test_every_layout_gives_the_same_model(one_process, train, tmp_path, way, gate):
     check(one_process, train, tmp_path, way, *GATES[gate])
 
@@ -188,8 +199,13 @@ LAYERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ep 2", "ep 2, ddp", "ep 2 x fsdp 2"])
-@pytest.mark.parametrize("has", LAYERS)
+@pytest.mark.parametrize(
+    "way, has",
+    [
+        *covering(["fsdp2 2"], LAYERS, each=len(LAYERS)),
+        *covering(["ep 2", "ep 2, fsdp2", "ep 2, ddp", "ep 2 x fsdp 2"], LAYERS, each=4),
+    ],
+)
 def test_whatever_the_layer_has(one_process, train, tmp_path, way, has):
     check(one_process, train, tmp_path, way, *LAYERS[has])
 
@@ -216,7 +232,7 @@ def test_experts_are_removed_and_added_alike(one_process, train, tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way, precision", [("ep 2", "fp16"), ("ep 2, ddp", "fp16"), ("ep 2, ddp", "bf16")]
+    "way, precision", [("ep 2", "fp16"), ("ep 2, fsdp2", "bf16"), ("ep 2, ddp", "bf16")]
 )
 def test_half_precision_stays_close(one_process, train, tmp_path, way, precision):
     run = train(

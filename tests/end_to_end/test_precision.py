@@ -22,18 +22,3 @@ def assert_close(run, wanted):
 @pytest.mark.parametrize("given", ["--fp16", pytest.param("--bf16", marks=pytest.mark.slow)])
 def test_trains_close_to_full_precision(given, full_precision, train, tmp_path):
     assert_close(train(tmp_path, *ANNEAL, given).logged("train_inner"), full_precision)
-
-
-@pytest.mark.slow
-def test_fully_sharded_in_half_precision(train, tmp_path):
-    wanted = train(tmp_path / "fp32", *ANNEAL, "--update-freq", "2")
-    run = train(
-        tmp_path / "fp16",
-        *ANNEAL,
-        "--ddp-backend",
-        "fully_sharded",
-        "--fp16",
-        "--distributed-world-size",
-        "2",
-    )
-    assert_close(run.logged("train_inner"), wanted.logged("train_inner"))
