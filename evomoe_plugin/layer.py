@@ -72,6 +72,9 @@ class MoELayer(nn.Module):
         self.groups = groups
         self.meter = meter
         self.counts_weights = False  # whether statistics include WEIGHT_E
+        # Of parameters of the experts, [E, ...] -> [1, ...], if the dense phase is to have expert 0
+        # without the others, which other ranks hold.
+        self.first_row: Callable[[Tensor], Tensor] | None = None
         # FSDP flattens them into one parameter.
         self.expert_names = tuple(experts.state_dict())
         # In the checkpoint: evaluation routes as training did at that update.
@@ -199,12 +202,17 @@ class MoELayer(nn.Module):
 
     def _outputs(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         if self.shared is None:
-            return self.experts(x_TD, plan)
+            return self._expert_outputs(x_TD, plan)
         shared = partial(self.shared, x_TD, plan.shared_weights_TS)
         if self.groups is None:
-            return self.experts(x_TD, plan) + shared()
+            return self._expert_outputs(x_TD, plan) + shared()
         y_TD, shared_TD = self.experts(x_TD, plan, overlap_fn=shared)  # overlaps the exchange
         return y_TD + shared_TD
+
+    def _expert_outputs(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        if self.in_dense_phase and self.first_row is not None:
+            return self.experts.forward_first(x_TD, plan, self.first_row)
+        return self.experts(x_TD, plan)
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         rule = self.capacity if self.training else self.eval_capacity

@@ -45,10 +45,10 @@ def whole(own: Tensor, parameter: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return own.view(parameter.shape)
-    return _distributed(own.view(own_rows(parameter).shape), parameter).full_tensor()
+    return distributed(own.view(own_rows(parameter).shape), parameter).full_tensor()
 
 
-def _distributed(own: Tensor, parameter: DTensor) -> DTensor:
+def distributed(own: Tensor, parameter: DTensor) -> DTensor:
     """The rows of all ranks as one tensor, sharded as the parameter is."""
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, stride = parameter.shape, parameter.stride()
@@ -69,7 +69,7 @@ def take_rows(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
         # Of another shape: loading says so.
         if torch.is_tensor(value) and value.shape == parameter.shape:
             assert isinstance(parameter, DTensor)
-            state[prefix + name] = _distributed(rows_of(value, parameter), parameter)
+            state[prefix + name] = distributed(rows_of(value, parameter), parameter)
 
 
 def whole_state(model: nn.Module, on_this_rank: bool) -> dict[str, Any]:

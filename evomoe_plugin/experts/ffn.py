@@ -162,6 +162,20 @@ class ExpertFFN(ExpertStack):
         """The weighted sum of each token's expert outputs, [T, D]; zeros without any expert."""
         return self.forward_tokens(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
 
+    def forward_first(
+        self, x_TD: Tensor, plan: RoutingPlan, first_row: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """As `forward`, of a plan with pairs of expert 0 alone, whose weights are asked for.
+
+        Args:
+            x_TD: tokens.
+            plan: routing to expert 0.
+            first_row: [E, ...] -> [1, ...], with gradient.
+        """
+        weights = {name: first_row(getattr(self, name)) for name in self._names}
+        counts = plan.tokens_per_expert_E[:1]
+        return self._grouped(x_TD, counts, weights, plan.token_ids_N, plan.weights_N)
+
     def forward_tokens(
         self,
         x_TD: Tensor,

@@ -67,7 +67,8 @@ class MuonAdam(FusedAdam):
     so that learning rate and weight decay are shared.
 
     Args:
-        params: with the marks of `mark_matrices`.
+        params: with the marks of `mark_matrices`. Of a parameter that is this rank's rows of a
+            whole, `all_rows` makes the whole of all ranks' rows, and `own_rows` takes its own.
         momentum: of matrices.
         steps: of the orthogonalisation.
         given: of `FusedAdam`.
@@ -88,21 +89,35 @@ class MuonAdam(FusedAdam):
             assert grad is not None  # `FusedAdam.step` leaves others out
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            muon(
-                _matrices(p.data),
-                _matrices(torch.mul(grad, factor)),
-                _matrices(state["momentum_buffer"]),
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                momentum=self._momentum,
-                nesterov=True,
-                ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
-                ns_steps=self._steps,
-                eps=EPS,
-                adjust_lr_fn="match_rms_adamw",
-                has_complex=False,
-            )
+            grad, momentum = torch.mul(grad, factor), state["momentum_buffer"]
+            if p.dim() == 2 and hasattr(p, "all_rows"):
+                # Rows of a matrix: the momentum in them, the whole matrix's step, its rows.
+                momentum.lerp_(grad, 1 - self._momentum)
+                update = p.all_rows(grad.lerp_(momentum, self._momentum))
+                step = torch.zeros_like(update)
+                self._orthogonal_step(step, update, torch.zeros_like(update), group, 0.0)
+                p.data.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.own_rows(step))
+            else:
+                self._orthogonal_step(p.data, grad, momentum, group, self._momentum)
             state["step"] += 1
+
+    def _orthogonal_step(
+        self, weight: Tensor, grad: Tensor, buffer: Tensor, group: dict[str, Any], momentum: float
+    ) -> None:
+        muon(
+            _matrices(weight),
+            _matrices(grad),
+            _matrices(buffer),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            nesterov=True,
+            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+            ns_steps=self._steps,
+            eps=EPS,
+            adjust_lr_fn="match_rms_adamw",
+            has_complex=False,
+        )
 
 
 def is_matrix(p: nn.Parameter) -> bool:
@@ -122,8 +137,8 @@ class Muon(FusedAdamW):
         cfg: the fields of `MuonConfig`.
         params: the trained parameters, marked.
     Raises:
-        OptionError: an option is invalid, or no parameter is a matrix: FSDP and fairseq's half
-            precision train flat copies.
+        OptionError: an option is invalid, or no parameter is a matrix: fairscale's FSDP and
+            fairseq's half precision train flat copies.
     """
 
     def __init__(self, cfg: MuonConfig, params: Iterable[nn.Parameter]):
@@ -135,8 +150,9 @@ class Muon(FusedAdamW):
             raise OptionError(
                 "optimizer",
                 "muon",
-                "there is no matrix to train: leave out --ddp-backend fully_sharded, --fp16 and "
-                "--bf16 (--moe-matmul-dtype bf16 computes in bf16), or give fused_adamw",
+                "there is no matrix to train: leave out --ddp-backend fully_sharded (fsdp2 has "
+                "them), --fp16 and --bf16 (--moe-matmul-dtype bf16 computes in bf16), or give "
+                "fused_adamw",
             )
         self._optimizer = MuonAdam(
             params, cfg.muon_momentum, cfg.muon_steps, **self.optimizer_config

@@ -8,6 +8,7 @@ updates the weights that the next pass gathers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from evomoe_plugin.checkpoint.row_shards import own_rows, take_rows
+from evomoe_plugin.checkpoint.row_shards import distributed, own_rows, rows_of, take_rows, whole
 from evomoe_plugin.dispatch.sharded_layers import sharded_layers
 
 
@@ -39,7 +40,7 @@ def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
     def mesh(group: Any) -> DeviceMesh:
         return DeviceMesh.from_group(group, device_type)
 
-    given = {
+    given: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype(cfg),
             reduce_dtype=torch.float32 if parallel.fp32_reduce_scatter else None,
@@ -48,14 +49,19 @@ def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
         # None: all but the last, whose backward pass comes first.
         "reshard_after_forward": False if parallel.no_reshard_after_forward else None,
     }
+    everyone = mesh(dist.group.WORLD)
     for moe in sharded_layers(model):
         fully_shard(moe.experts, mesh=mesh(moe.groups.replicas), **given)
+    for moe in _spawning_layers(model):
+        fully_shard(moe.experts, mesh=everyone, **given)
+        moe.first_row = functools.partial(
+            _FirstRow.apply, compute_dtype(cfg), parallel.fp32_reduce_scatter
+        )
     least = (
         0
         if getattr(options, "checkpoint_activations", False)
         else getattr(options, "min_params_to_wrap", 0)
     )
-    everyone = mesh(dist.group.WORLD)
     for layer in _layers(model):
         if sum(p.numel() for p in layer.parameters()) >= least:
             fully_shard(layer, mesh=everyone, **given)
@@ -67,6 +73,39 @@ def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
                 setattr(module, name, buffer.to(dtype))
         if next(module.parameters(recurse=False), None) is not None:
             module.register_load_state_dict_pre_hook(take_rows)
+
+
+def _spawning_layers(model: nn.Module) -> list[Any]:
+    """MoE layers, with all experts on each rank, of a run that has or had a dense phase."""
+    return [m for m in model.modules() if getattr(m, "spawn_updates", 0) > 0 and m.groups is None]
+
+
+class _FirstRow(torch.autograd.Function):
+    """The first row of a parameter on all ranks, [1, ...]; other rows have gradients of zero.
+
+    The first rank of the mesh sends it, and is sent the mean of its gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype | None, reduces_in_fp32: bool, parameter: DTensor
+    ) -> torch.Tensor:
+        ctx.parameter, ctx.reduces_in_fp32 = parameter, reduces_in_fp32
+        own, mesh = own_rows(parameter), parameter.device_mesh
+        row = own[:1] if mesh.get_local_rank() == 0 else own.new_empty(1, *own.shape[1:])
+        row = row.to(dtype or own.dtype, copy=True)
+        dist.broadcast(row, group=mesh.get_group(), group_src=0)
+        return row
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        parameter, mesh = ctx.parameter, ctx.parameter.device_mesh
+        grad = grads[0].float() if ctx.reduces_in_fp32 else grads[0].clone()
+        dist.reduce(grad.div_(mesh.size()), group=mesh.get_group(), group_dst=0)
+        rows = torch.zeros_like(own_rows(parameter))
+        if mesh.get_local_rank() == 0:
+            rows[:1] = grad
+        return None, None, distributed(rows, parameter)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -86,10 +125,19 @@ def compute_dtype(cfg: Any) -> torch.dtype | None:
 
 def build_optimizer(cfg: Any, parameters: list[Any]) -> Any:
     """The optimizer of this rank's rows of trained parameters, with a loss scaler for --fp16."""
-    rows = [nn.Parameter(own_rows(p)) for p in parameters]
+    rows = [_own(p) for p in parameters]
     if cfg.common.fp16:
         return optim.MemoryEfficientFP16Optimizer.build_optimizer(cfg, rows, allow_unsupported=True)
     return optim.build_optimizer(cfg.optimizer, rows)
+
+
+def _own(parameter: Any) -> nn.Parameter:
+    """This rank's rows, with what optimizers of whole matrices ask for."""
+    rows: Any = nn.Parameter(own_rows(parameter))
+    rows.is_matrix = getattr(parameter, "is_matrix", False)
+    rows.all_rows = functools.partial(whole, parameter=parameter)
+    rows.own_rows = functools.partial(rows_of, parameter=parameter)
+    return rows
 
 
 def pass_gradients(parameters: list[Any], optimizer: Any) -> None:

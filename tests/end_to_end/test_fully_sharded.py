@@ -140,6 +140,25 @@ def test_a_checkpoint_resumes_in_another_layout(first, then, one_process, train,
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--optimizer", "muon"),
+        ("--moe-spawn-updates", "2", "--moe-shared-experts", "1", "--checkpoint-activations"),
+        ("--moe-train-only", "gate", "--optimizer", "fused_adamw"),
+    ],
+    ids=["matrices over ranks", "dense phase", "gates alone"],
+)
+def test_fsdp2_does_what_flat_shards_cannot(given, train, tmp_path):
+    few = (*SAME, *given, "--max-update", "4")
+    one = train(tmp_path / "one", *few, *ACCUMULATED)
+    two = train(tmp_path / "two", *few, *FSDP2, *TWO)
+    assert_same_course(one, two)
+    files = [tmp_path / folder / "checkpoint_last.pt" for folder in ("one", "two")]
+    assert_same_weights(*files, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "backend, precision",
     [
