@@ -14,7 +14,6 @@ from fairseq import utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from evomoe_plugin.checkpoint import expert_files
 from evomoe_plugin.checkpoint.expert_shards import (
@@ -33,6 +32,7 @@ from evomoe_plugin.checkpoint.expert_shards import (
 )
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
 from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout, storages
+from evomoe_plugin.checkpoint.row_shards import gathered
 from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts
 from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
@@ -190,9 +190,7 @@ def _own_weights(experts: ShardedExperts, masters: Mapping[str, Tensor]) -> dict
         for name in layer.expert_names:
             key = f"{prefix}experts.{name}"
             value = masters.get(key, weights[name]).detach()
-            own[f"{MODEL}/{key}"] = (
-                value.full_tensor() if isinstance(value, DTensor) else value
-            ).cpu()
+            own[f"{MODEL}/{key}"] = gathered(value).cpu()
     return own
 
 

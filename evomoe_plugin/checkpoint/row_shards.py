@@ -45,7 +45,16 @@ def whole(own: Tensor, parameter: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return own.view(parameter.shape)
-    return distributed(own.view(own_rows(parameter).shape), parameter).full_tensor()
+    return gathered(distributed(own.view(own_rows(parameter).shape), parameter))
+
+
+def gathered(value: Tensor) -> Tensor:
+    """All rows of a sharded tensor, a collective of its mesh; a plain tensor itself."""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    # Of uneven shards, a view of padded ones, all of which a file would hold.
+    return full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
 
 
 def distributed(own: Tensor, parameter: DTensor) -> DTensor:
@@ -81,16 +90,16 @@ def whole_state(model: nn.Module, on_this_rank: bool) -> dict[str, Any]:
     free_whole(model)
     # By parameter, since tied ones have several names.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    gathered: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
     state = model.state_dict()
     for name in list(state):
         parameter = parameters.get(name)
         if not isinstance(parameter, DTensor):
             continue
-        if id(parameter) not in gathered:
-            value = parameter.detach().full_tensor()
-            gathered[id(parameter)] = value.cpu() if on_this_rank else value.new_empty(0)
-        state[name] = gathered[id(parameter)]
+        if id(parameter) not in found:
+            value = gathered(parameter.detach())
+            found[id(parameter)] = value.cpu() if on_this_rank else value.new_empty(0)
+        state[name] = found[id(parameter)]
     return state
 
 
@@ -109,8 +118,8 @@ def whole_optimizer_state(
         entry = entries[i] = dict(state["state"].get(i, {}))
         for key, value in entry.items():
             if _is_elementwise(value, parameter):
-                gathered = whole(value, parameter)
-                entry[key] = gathered.cpu() if on_this_rank else None
+                all_rows = whole(value, parameter)
+                entry[key] = all_rows.cpu() if on_this_rank else None
     return {**state, "state": {i: entry for i, entry in entries.items() if entry}}
 
 

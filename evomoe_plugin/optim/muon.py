@@ -84,7 +84,8 @@ class MuonAdam(FusedAdam):
         others = [p for p in parameters if not is_matrix(p)]
         if others:
             super()._update(others, group, factor)
-        for p in filter(is_matrix, parameters):
+        matrices: list[Any] = [p for p in parameters if is_matrix(p)]
+        for p in matrices:
             state, grad = self.state[p], p.grad
             assert grad is not None  # `FusedAdam.step` leaves others out
             if "momentum_buffer" not in state:
