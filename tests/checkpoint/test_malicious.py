@@ -70,6 +70,7 @@ def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     trainer = types.SimpleNamespace(
         cfg=cfg,
         is_fsdp=False,
+        is_fsdp2=False,
         tpu=False,
         data_parallel_world_size=1,
         data_parallel_rank=0,

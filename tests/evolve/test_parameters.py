@@ -162,7 +162,7 @@ def sharded_rank(rank, folder, flatten, mixed):
     net = FullyShardedDataParallel(net, **how)
     optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
     trainer = types.SimpleNamespace(
-        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True
+        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True, is_fsdp2=False
     )
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 

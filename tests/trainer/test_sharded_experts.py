@@ -92,7 +92,13 @@ def trainer_with(monkeypatch, name, pointwise):
     trainer = MoETrainer.__new__(MoETrainer)
     trainer._model = model
     trainer._optimizer = types.SimpleNamespace(supports_flat_params=pointwise)
-    trainer.cfg = types.SimpleNamespace(optimizer=types.SimpleNamespace(_name=name))
+    trainer.cfg = OmegaConf.create(
+        {
+            "optimizer": {"_name": name},
+            "common": {"fp16": False, "bf16": False},
+            "distributed_training": {"ddp_backend": "legacy_ddp"},
+        }
+    )
     return trainer
 
 
