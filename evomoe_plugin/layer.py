@@ -210,9 +210,10 @@ class MoELayer(nn.Module):
         return y_TD + shared_TD
 
     def _expert_outputs(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        experts: Any = self.experts
         if self.in_dense_phase and self.first_row is not None:
-            return self.experts.forward_first(x_TD, plan, self.first_row)
-        return self.experts(x_TD, plan)
+            return experts.forward_first(x_TD, plan, self.first_row)
+        return experts(x_TD, plan)
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         rule = self.capacity if self.training else self.eval_capacity

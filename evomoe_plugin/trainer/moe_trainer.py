@@ -465,10 +465,11 @@ class MoETrainer(Trainer):
 
     def _build_optimizer(self) -> None:
         name = self.cfg.optimizer._name
+        if self.is_fsdp2:
+            free_whole(self.model)
         if name == "muon":
             mark_matrices(self.model)
         if self.is_fsdp2:
-            free_whole(self.model)
             self._trained = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = fsdp2.build_optimizer(self.cfg, self._trained)
             self._lr_scheduler = build_lr_scheduler(self.cfg.lr_scheduler, self._optimizer)
