@@ -158,7 +158,7 @@ def test_fsdp2_does_what_flat_shards_cannot(given, train, tmp_path):
     two = train(tmp_path / "two", *few, *FSDP2, *TWO)
     assert_same_course(one, two)
     files = [tmp_path / folder / "checkpoint_last.pt" for folder in ("one", "two")]
-    assert_same_weights(*files, atol=1e-5)
+    assert_same_weights(*files, atol=1e-4)
 
 
 @pytest.mark.parametrize(
