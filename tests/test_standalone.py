@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from evomoe_plugin import MoELayer
@@ -278,3 +280,47 @@ def test_it_needs_torch_alone():
     assert done.stdout.split() == ["dead_experts", "1"]
     install = "is not installed: pip install 'evomoe_plugin[fairseq]'"
     assert [line.endswith(install) for line in done.stderr.splitlines()] == [True, True]
+
+
+def _train_on_two(rank: int, file: str) -> None:
+    """On each of two ranks: DDP leaves equal states; FSDP (fully_shard) equals one process."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    moe = made("top_k", bias_update_rate=0.1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(moe)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        result = wrapped(torch.randn(6, D))
+        optimizer.zero_grad()
+        (result.output.square().sum() + result.aux_loss).backward()
+        optimizer.step()
+        stats = {name: value.clone() for name, value in result.stats.items()}
+        for value in stats.values():
+            dist.all_reduce(value)
+        moe.finish_update(stats)
+    for value in moe.state_dict().values():
+        other = value.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(value, other)
+    alone, sharded = made("top_k").eval(), fully_shard(made("top_k").eval())
+    x = torch.randn(6, D)
+    torch.testing.assert_close(sharded(x).output, alone(x).output)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_and_sharded(tmp_path):
+    torch.multiprocessing.spawn(_train_on_two, (str(tmp_path / "ranks"),), nprocs=2)
+
+
+@pytest.mark.slow
+def test_compiled():
+    moe, x, keys = made("top_k"), torch.randn(3, 5, D), torch.arange(15).view(3, 5)
+    compiled = torch.compile(moe, backend="aot_eager")
+    results = []
+    for run in (moe, compiled):
+        moe.zero_grad()
+        result = run(x, token_keys=keys)
+        (result.output.square().sum() + result.aux_loss).backward()
+        results.append([result.output.detach(), *(p.grad.clone() for p in moe.parameters())])
+    torch.testing.assert_close(results[0], results[1])
