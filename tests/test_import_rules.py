@@ -26,7 +26,9 @@ ALLOWED = {
     "config.dataclass_fields": set(),
     "config.checks": BASE | {"gates", "dispatch"},
     "config.evaluation_checks": BASE,
-    "config.run_checks": BASE | {"gates", "config.checks", "config.evaluation_checks"},
+    "config.fairseq_checks": {"config.errors"},
+    "config.run_checks": BASE
+    | {"gates", "config.checks", "config.evaluation_checks", "config.fairseq_checks"},
     "routing": set(),
     "gates": BASE | {"routing"},
     "experts": BASE | {"routing"},
@@ -66,6 +68,7 @@ KNOW_NOTHING_OF_FAIRSEQ = {
     "config.hf_config",
     "config.checks",
     "config.evaluation_checks",
+    "config.fairseq_checks",
     "config.run_checks",
     "routing",
     "gates",

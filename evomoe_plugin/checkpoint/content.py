@@ -36,18 +36,30 @@ def _faults(state: Mapping[str, Any]) -> Iterator[str]:
     elif history and not _is_count(history[-1].get("num_updates", 0)):
         yield f"its number of updates is {history[-1]['num_updates']!r}"
     options = state.get("cfg") or state.get("args")
-    if not isinstance(options, (DictConfig, dict, argparse.Namespace)):
+    if isinstance(options, Mapping):
+        if not isinstance(options.get("model"), (Mapping, argparse.Namespace)):
+            yield "its options (cfg) name no model"
+        elif isinstance(options, DictConfig):
+            yield from _resolvers(options)
+    elif not isinstance(options, argparse.Namespace):
         yield "it has no options (cfg)"
-    elif isinstance(options, DictConfig):
-        yield from _resolvers(options)
     extra = state.get("extra_state")
     if not isinstance(extra, dict):
         yield "it does not say how far the run was (extra_state)"
     else:
         yield from _faults_of_place(extra.get("train_iterator", {}))
     optimizer = state.get("last_optimizer_state")
-    if optimizer is not None and not isinstance(optimizer, dict):
+    if optimizer is not None and not _is_optimizer_state(optimizer):
         yield "its optimizer state is none"
+
+
+def _is_optimizer_state(state: Any) -> bool:
+    """Whether it is of one of torch's optimizers, or of several by name (fairseq's composite)."""
+    if not isinstance(state, dict):
+        return False
+    if "state" in state:
+        return isinstance(state["state"], dict)
+    return all(isinstance(one, dict) and "state" in one for one in state.values())
 
 
 def _faults_of_weights(model: Any) -> Iterator[str]:

@@ -146,7 +146,7 @@ def read_state(
         state = load_file(file, map_location="cpu", mapped=mapped)
     if arg_overrides and state.get("args") is not None:
         vars(state["args"]).update(arg_overrides)
-    if state.get("cfg") is not None:
+    if isinstance(state.get("cfg"), Mapping):
         state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
         if arg_overrides is not None:
             overwrite_args_by_name(state["cfg"], arg_overrides)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -37,6 +39,46 @@ SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
 def reads_own_shard(trainer: Any) -> bool:
     """Whether each rank saves and loads a file of its own (`--use-sharded-state`)."""
     return trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state
+
+
+_NUMBERED = re.compile(r"checkpoint(_\d+_)?\d+(-shard\d+)?\.pt")
+_RESETS = ("reset_optimizer", "reset_meters", "reset_dataloader", "reset_lr_scheduler")
+
+
+def check_begins(checkpoint: Any, path: str) -> None:
+    """Refuse to begin a run in a folder of another, whose `checkpoint_last.pt` is gone.
+
+    With one numbered checkpoint, a warning: a run that was killed in its first save left it.
+
+    Args:
+        checkpoint: fairseq's `CheckpointConfig`.
+        path: of the file that is missing.
+    Raises:
+        OptionError: there are several numbered checkpoints, and no option asks for a new run.
+    """
+    asked = checkpoint.restore_file != "checkpoint_last.pt" or any(
+        getattr(checkpoint, name) for name in _RESETS
+    )
+    if asked or not os.path.isdir(checkpoint.save_dir):
+        return
+    folder = Path(checkpoint.save_dir)
+    others = [p for p in folder.iterdir() if p.is_file() and _NUMBERED.fullmatch(p.name)]
+    names = sorted({re.sub(r"-shard\d+", "", p.name) for p in others})
+    if not names:
+        return
+    newest = re.sub(r"-shard\d+", "", max(others, key=lambda p: p.stat().st_mtime).name)
+    remedy = f"to go on from it, give --restore-file {folder / newest}"
+    if len(names) == 1:
+        logger.warning(
+            "%s is missing, beside %s: a new run begins; %s", Path(path).name, newest, remedy
+        )
+        return
+    raise OptionError(
+        "save_dir",
+        checkpoint.save_dir,
+        f"has no {Path(path).name}, but {len(names)} other checkpoints, as {newest}: {remedy}; "
+        "for a new run, give another folder",
+    )
 
 
 def file_to_read(trainer: Any, filename: str) -> str:

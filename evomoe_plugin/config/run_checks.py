@@ -19,6 +19,7 @@ import torch
 from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.evaluation_checks import check_evaluation, check_ranks_of_experts
+from evomoe_plugin.config.fairseq_checks import check_fairseq
 from evomoe_plugin.config.hf_config import resolve_hf_config
 from evomoe_plugin.config.options import MoEOptions, parse_bool
 from evomoe_plugin.gates.gate import gate_class
@@ -65,12 +66,14 @@ def validate_run(cfg: Any) -> None:
     model = cfg.model
     if model is None:
         return
-    _check_changes(cfg)
     # A hand-written yaml may leave fields to the architecture's defaults, which are known only in
     # `build_model`: it checks them then.
-    if any(f.name not in model for f in fields(MoEOptions)):
+    complete = all(f.name in model for f in fields(MoEOptions))
+    if complete:
+        validate(model)
+    _check_changes(cfg)
+    if not complete:
         return
-    validate(model)
     criterion = getattr(cfg.criterion, "_name", None)
     if criterion not in (None, "moe_cross_entropy") and not hasattr(
         cfg.criterion, "moe_gate_loss_wt"
@@ -261,6 +264,7 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         raise OptionError("fp16", "with --bf16", "give one of them")
     check_batch_size(cfg)
     _check_validation(cfg)
+    check_fairseq(cfg, num_ranks, on_gpu)
     dtype = getattr(cfg.model, "moe_matmul_dtype", "same")
     for option in ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"):
         if dtype != "same" and getattr(common, option):

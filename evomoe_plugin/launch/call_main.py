@@ -9,11 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import socket
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,6 @@ from omegaconf import open_dict
 from evomoe_plugin.checkpoint import async_writer
 from evomoe_plugin.config.errors import (
     OptionError,
-    RunFailed,
     install_excepthook,
     one_line_errors,
 )
@@ -33,6 +29,7 @@ from evomoe_plugin.config.evaluation_checks import model_overrides
 from evomoe_plugin.config.run_checks import FULLY_SHARDED, check_batch_size, check_run
 from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
+from evomoe_plugin.launch.explained import explained
 from evomoe_plugin.launch.ranks import run_ranks
 from evomoe_plugin.launch.same_everywhere import check_same_everywhere
 from evomoe_plugin.patches.patch import wrap
@@ -40,21 +37,13 @@ from evomoe_plugin.trainer.install import install_in
 
 logger = logging.getLogger(__name__)
 
-# How gloo and NCCL say that a rank at the other end of a connection is gone.
-_LOST_RANK = re.compile(
-    "onnection (closed|reset) by (remote )?peer|Broken pipe|remote process exited"
-)
-_FAIRSEQ = re.compile(r"site-packages/fairseq(_cli)?/")
-_LIBRARY = re.compile(r"/lib/python3\.\d+/(?!site-packages/(fairseq|evomoe_plugin))|^<")
-_SILENT_RANK = re.compile("[Tt]imed out|timeout|Timeout")
-
 
 def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
     """Run `main` with our trainer and evaluation, in a rank's process; return when all files are
     written.
 
     Raises:
-        RunFailed: another rank has ended.
+        RunFailed: another rank has ended, or fairseq refuses the options.
     """
     install_in(main, cfg)
     eval_lm.install_in(main)
@@ -64,39 +53,10 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
                 check_same_everywhere(cfg)
             main(cfg, **kwargs)
         except Exception as error:
-            in_group = isinstance(error, RuntimeError) and dist.is_initialized()
-            if in_group and (lost := _how_lost(str(error))):
-                raise RunFailed(f"rank {dist.get_rank()} {lost}") from error
-            _explain(error)
+            reason = explained(error)
+            if reason is not None:
+                raise reason from error
             raise
-
-
-def _explain(error: Exception) -> None:
-    """Raise `RunFailed` for an error by which fairseq, or torch called by it, refuses options
-    before the first step; not for errors of this package, or of a program of the user's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    steps = {"train_step", "valid_step"}.intersection(frame.name for frame in frames)
-    where = next((f for f in reversed(frames) if not _LIBRARY.search(f.filename)), frames[0])
-    if isinstance(error, (OptionError, RunFailed)) or steps or not _FAIRSEQ.search(where.filename):
-        return
-    logger.debug("fairseq refused the options", exc_info=error)
-    message = " ".join(str(error).split())[:300]
-    raise RunFailed(
-        f"fairseq does not accept these options: {type(error).__name__}: {message} "
-        f"({Path(where.filename).name}, line {where.lineno}; LOGLEVEL=DEBUG shows more)"
-    ) from error
-
-
-def _how_lost(message: str) -> str | None:
-    """What an error of gloo or NCCL says of another rank."""
-    if _LOST_RANK.search(message):
-        return "lost its connection to another rank, which ended first and said why"
-    if _SILENT_RANK.search(message):
-        return (
-            "has waited for another rank until the time was up: that one is stopped, or does not "
-            "get on; the last checkpoint is intact"
-        )
-    return None
 
 
 def _call_main(upstream: Callable, cfg: Any, main: Callable, **kwargs: Any) -> None:

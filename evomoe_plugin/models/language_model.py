@@ -12,7 +12,7 @@ from evomoe_plugin.config.hf_config import resolve_hf_config
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
-from evomoe_plugin.models.moe_model import MoEModel, check_rows, log_sizes
+from evomoe_plugin.models.moe_model import MoEModel, check_format, check_rows, log_sizes
 from evomoe_plugin.models.moe_stack import MoEStack
 
 
@@ -85,11 +85,13 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         return cls(decoder, count_flops(args, vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
-        """Refuse a checkpoint of another dictionary; otherwise as in fairseq.
+        """Refuse a checkpoint of another dictionary, or without the number of its format, for which
+        fairseq would leave out the last norm; otherwise as in fairseq.
 
         Raises:
-            OptionError: the sizes of the vocabularies differ.
+            OptionError: the sizes of the vocabularies differ, or the number is missing.
         """
         prefix = f"{name}." if name else ""
+        check_format(state_dict, f"{prefix}decoder")
         check_rows(state_dict, f"{prefix}decoder.embed_tokens.weight", self.decoder.embed_tokens)
         super().upgrade_state_dict_named(state_dict, name)

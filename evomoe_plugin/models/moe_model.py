@@ -110,6 +110,15 @@ def other_model(arch: str, kind: str) -> OptionError:
     )
 
 
+def check_format(weights: Mapping[str, Any], stack: str) -> None:
+    """Raise `OptionError` if the number of the format of a stack's weights is missing: fairseq
+    would take it for its first, and leave out the last norm."""
+    if f"{stack}.version" not in weights:
+        raise OptionError(
+            "checkpoint", f"has no {stack}.version", "is not of this kind of model: take another"
+        )
+
+
 def check_rows(state: Mapping[str, Any], name: str, embedding: nn.Embedding) -> None:
     """Refuse the weights of another dictionary.
 

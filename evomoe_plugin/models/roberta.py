@@ -17,7 +17,13 @@ from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.encoder import MoEEncoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
-from evomoe_plugin.models.moe_model import MoEModel, check_rows, log_sizes, other_model
+from evomoe_plugin.models.moe_model import (
+    MoEModel,
+    check_format,
+    check_rows,
+    log_sizes,
+    other_model,
+)
 from evomoe_plugin.models.moe_stack import MoEStack
 
 DEFAULT_MAX_POSITIONS = 512
@@ -134,6 +140,7 @@ class RobertaMoE(MoEModel, RobertaModel):
             f"{prefix}encoder.sentence_encoder.embed_tokens.weight",
             self.encoder.sentence_encoder.embed_tokens,
         )
+        check_format(state_dict, f"{prefix}encoder.sentence_encoder")
         super().upgrade_state_dict_named(state_dict, name)
 
 

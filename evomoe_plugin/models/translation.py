@@ -16,7 +16,13 @@ from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.encoder import MoEEncoder
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
-from evomoe_plugin.models.moe_model import MoEModel, check_rows, log_sizes, other_model
+from evomoe_plugin.models.moe_model import (
+    MoEModel,
+    check_format,
+    check_rows,
+    log_sizes,
+    other_model,
+)
 from evomoe_plugin.models.moe_stack import MoEStack
 
 
@@ -131,6 +137,7 @@ class TransformerMoE(MoEModel, TransformerModelBase):
                 f"{prefix}{stack}.embed_tokens.weight",
                 getattr(self, stack).embed_tokens,
             )
+            check_format(state_dict, f"{prefix}{stack}")
         super().upgrade_state_dict_named(state_dict, name)
 
 

@@ -85,9 +85,12 @@ class MoETrainer(Trainer):
     _amp_retries: int  # set by fairseq with --amp
     _routing_sample: RoutingSample | None = None  # of the validation in progress
     _has_begun = False
+    has_stepped = False
+    """Whether a trainer of this process has begun a step; set on the class, by the last one."""
     is_fsdp2 = False  # --ddp-backend fsdp2; fairseq's `is_fsdp` is fairscale's
 
     def __init__(self, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any):
+        MoETrainer.has_stepped = False
         self.is_fsdp2 = cfg.distributed_training.ddp_backend == "fsdp2"
         if self.is_fsdp2:
             on_gpu = torch.cuda.is_available() and not cfg.common.cpu
@@ -131,6 +134,7 @@ class MoETrainer(Trainer):
         Returns:
             What was logged; None where no update was made (overflow, out of memory).
         """
+        MoETrainer.has_stepped = True
         self._set_seed()
         self.model.train()
         self.criterion.train()
@@ -604,6 +608,7 @@ class MoETrainer(Trainer):
         path = resume.file_to_read(self, filename)
         state = self._read_checkpoint(path, reset_optimizer)
         if state is None:
+            resume.check_begins(checkpoint, path)
             logger.info("No existing checkpoint found %s", path)
             self._set_model_updates()
             for callback in hooks.TRAIN_START:
@@ -775,6 +780,13 @@ class MoETrainer(Trainer):
             self._previous_training_time = extra_state["previous_training_time"]
             self._start_time = time.time()
         iterator = extra_state["train_iterator"]
+        if iterator.get("epoch", 1) < 1:
+            raise OptionError(
+                "restore_file",
+                self.cfg.checkpoint.restore_file,
+                "does not say how far the run was: take an earlier one, or give "
+                "--finetune-from-model to start from its weights",
+            )
         self.lr_step(iterator["epoch"])
         starts_epoch = iterator.get("version", 1) >= 2 and iterator["iterations_in_epoch"] == 0
         if "metrics" in extra_state and not reset_meters and not starts_epoch:

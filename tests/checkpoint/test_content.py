@@ -25,11 +25,17 @@ NAN = float("nan")
         ({"optimizer_history": [{"num_updates": 2.5}]}, "its number of updates is 2.5|KeyError"),
         ({"optimizer_history": "text"}, "its optimizer_history is no list|Error"),
         ({"cfg": None}, "it has no options"),
+        ({"cfg": 3}, "AttributeError|it has no options"),
+        ({"cfg": "model: {}"}, "AttributeError|it has no options"),
+        ({"cfg": {"a": torch.zeros(2)}}, "ConfigValueError|its options .* name no model"),
+        ({"cfg": {"task": {}, "model": [1]}}, "its options .* name no model"),
         (
-            {"cfg": {"task": {"data": "${oc.env:HOME}"}}},
+            {"cfg": {"model": {}, "task": {"data": "${oc.env:HOME}"}}},
             r"its option task.data is computed by a res",
         ),
         ({"last_optimizer_state": [3]}, "its optimizer state is none"),
+        ({"last_optimizer_state": {"a": torch.zeros(2)}}, "its optimizer state is none"),
+        ({"last_optimizer_state": {"state": []}}, "its optimizer state is none"),
     ],
 )
 def test_content_that_no_run_wrote(tmp_path, changed, message):

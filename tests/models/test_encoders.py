@@ -314,3 +314,14 @@ def test_checkpoints_of_other_models_and_dictionaries(make, make_model, family):
     state[name] = state[name][:-1]
     with pytest.raises(OptionError, match="has 40 token ids, the checkpoint has 39"):
         model.load_state_dict(state, model_cfg=OmegaConf.create({}))
+
+
+@BOTH
+def test_checkpoints_without_the_number_of_their_format(make, make_model, family):
+    # fairseq would take them for its first, and leave out the last norm.
+    for model in (make(family), make_model()):
+        for name in [name for name in model.state_dict() if name.endswith(".version")]:
+            state = model.state_dict()
+            del state[name]
+            with pytest.raises(OptionError, match=f"has no {name}"):
+                model.load_state_dict(state, model_cfg=OmegaConf.create({}))

@@ -22,8 +22,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.gates.gate import gate_class, option_fields, own_options
+from evomoe_plugin.trainer.peak_flops import peak_flops
 from tests.end_to_end.conftest import write_text
 from tests.torture import disks, forked, tiny
 from tests.torture.harness import Outcome, folder_of
@@ -239,7 +242,7 @@ def _with_value(action: argparse.Action, dice: random.Random, usual: float) -> l
     elif action.dest == "moe_gate":
         values = (*gate_names(), *["x"] * len(gate_names()))
     elif action.choices:
-        return [flag, dice.choice([*map(str, action.choices)])]
+        return [f"{flag}={dice.choice([*map(str, action.choices)])}"]
     elif action.type is int or isinstance(action.default, int):
         values = _WHOLE[:-1] if _SIZES_OF_MODELS.fullmatch(action.dest) else _WHOLE
     elif action.type is float or isinstance(action.default, float):
@@ -313,6 +316,7 @@ def prepare(work: Path) -> None:
         usual = [word for name, value in _USUAL.items() for word in (_flag(name), value)]
         line = ["--task", "language_modeling", "--arch", arch, *sizes, *usual]
         forked.configuration("train", arguments(line, _text(work), work))
+    peak_flops(torch.device("cpu"), torch.float32)  # which each run would measure
 
 
 def arguments(line: Sequence[str], text: Path, folder: Path) -> list[str]:
@@ -358,16 +362,15 @@ _OPTION = re.compile(r"--[a-z][\w-]+|DATA")
 
 def _without(line: Sequence[str], message: str) -> list[str]:
     """A command line without the first option that a refusal names, of those that can go."""
+    options = chosen_options(line)
     for flag in _OPTION.findall(message):
-        kept = [word for word in line if word.partition("=")[0] != flag]
-        given = [word for word in line if word == flag or word.startswith(f"{flag}=")]
-        if given and flag not in (word for word in line if word in _PAIRS):
+        kept = [option for option in options if option.partition("=")[0] != flag]
+        if len(kept) < len(options) and flag not in _STAY:
             return kept
     return list(line)
 
 
-_PAIRS = ("--task", "--arch", "--optimizer", "--lr-scheduler", "--criterion", *_MOE[::2])
-"""Options of `drawn` that stay, whose values are words of their own."""
+_STAY = ("--task", "--arch", *map(_flag, _CHOSEN))
 
 
 def _three_steps(line: Sequence[str], text: Path, folder: Path) -> tuple[str, str, str]:
@@ -415,6 +418,8 @@ def _resume(cfg: Any, folder: Path) -> str | None:
     given = cfg.checkpoint
     if any(given[name] for name in _RESETS) or given.optimizer_overrides != "{}":
         return None  # asked to go on otherwise
+    if given.no_save_optimizer_state:
+        return None  # which counts updates from 0 again
     saved = sorted((folder / "run").glob("checkpoint_*_2[.-]*"))
     if not saved:
         return None
@@ -441,6 +446,8 @@ def _evaluate(cfg: Any, text: Path, folder: Path, valid: list[dict]) -> str | No
     path = folder / "run" / "checkpoint_last.pt"
     key = "valid_inner_loss" if valid and "valid_inner_loss" in valid[-1] else "valid_loss"
     plain = cfg.criterion._name in ("moe_cross_entropy", "cross_entropy")
+    if getattr(cfg.task, "add_bos_token", False):
+        return None  # whose score evaluation leaves out, and training's loss does not
     if not path.exists() or not plain or not valid or key not in valid[-1]:
         return None
     if int(valid[-1]["valid_num_updates"]) != UPDATES or cfg.dataset.valid_subset != "valid":
