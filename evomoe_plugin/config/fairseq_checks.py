@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def check_fairseq(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
         _of_the_optimizer(cfg, on_gpu),
         _of_the_schedule(cfg),
         _of_the_task(cfg, num_ranks),
-        _of_the_model(cfg, num_ranks),
+        _of_the_model(cfg, num_ranks, on_gpu),
     ):
         for option, value, remedy in faults:
             raise OptionError(option, value, remedy)
@@ -129,6 +130,8 @@ def _of_the_task(cfg: Any, num_ranks: int) -> Iterator[Fault]:
         yield "quantization_config_path", path, "no such file"
     if any(number < 1 for number in cfg.optimization.update_freq):
         yield "update_freq", str(list(cfg.optimization.update_freq)), "give numbers of 1 or more"
+    if cfg.dataset.num_workers < 0:
+        yield "num_workers", cfg.dataset.num_workers, "give 0 or more"
     share, shares = cfg.dataset.shard_id, cfg.dataset.num_shards
     if shares < 1:
         yield "num_shards", shares, "give 1 or more"
@@ -145,7 +148,7 @@ _SHARES = (
 )
 
 
-def _of_the_model(cfg: Any, num_ranks: int) -> Iterator[Fault]:
+def _of_the_model(cfg: Any, num_ranks: int, on_gpu: bool) -> Iterator[Fault]:
     model = cfg.model
 
     def given(name: str) -> Any:
@@ -167,19 +170,40 @@ def _of_the_model(cfg: Any, num_ranks: int) -> Iterator[Fault]:
             model.decoder_xformers_att_config,
             "needs xformers: install it, or leave it out",
         )
+    width, heads = given("decoder_embed_dim"), given("decoder_attention_heads")
+    if width is not None and heads is not None:
+        if heads < 1 or width < 1 or width % heads:
+            yield (
+                "decoder_attention_heads",
+                heads,
+                f"give a divisor of --decoder-embed-dim ({width})",
+            )
+        learned = given("decoder_learned_pos") or given("no_token_positional_embeddings")
+        if not (learned or hasattr(model, "rope_theta")) and width < 4:
+            yield "decoder_embed_dim", width, "give 4 or more, or --decoder-learned-pos"
+    kept = given("decoder_layers_to_keep")
+    if kept is not None and not re.fullmatch(r"\d+(,\d+)*", kept):
+        yield "decoder_layers_to_keep", kept, "give numbers of layers, from 0, as 0,2"
+    elif kept is not None and not _loads_other_weights(cfg.checkpoint):
+        yield (
+            "decoder_layers_to_keep",
+            kept,
+            "is of weights that are loaded: give --finetune-from-model, or leave it out",
+        )
+    if (given("quant_noise_scalar") or 0) > 0 and not on_gpu:
+        yield "quant_noise_scalar", model.quant_noise_scalar, "needs a GPU: leave it out"
     if (_name(model) or "").startswith("transformer_lm") and not hasattr(model, "moe_gate"):
         yield from _of_a_decoder(cfg, num_ranks)
+
+
+def _loads_other_weights(checkpoint: Any) -> bool:
+    named = checkpoint.restore_file != "checkpoint_last.pt"
+    return named or bool(checkpoint.finetune_from_model or checkpoint.continue_once)
 
 
 def _of_a_decoder(cfg: Any, num_ranks: int) -> Iterator[Fault]:
     """Of fairseq's own language model; ours refuse what they do not have."""
     model = cfg.model
-    width, heads = model.decoder_embed_dim, model.decoder_attention_heads
-    if heads < 1 or width < 1 or width % heads:
-        yield "decoder_attention_heads", heads, f"give a divisor of --decoder-embed-dim ({width})"
-    sinusoidal = not (model.decoder_learned_pos or model.no_token_positional_embeddings)
-    if sinusoidal and width < 4:
-        yield "decoder_embed_dim", width, "give 4 or more, or --decoder-learned-pos"
     shared = model.share_decoder_input_output_embed
     if shared and model.decoder_output_dim != model.decoder_input_dim:
         yield (

@@ -69,6 +69,7 @@ BAD = [
     ({"common.model_parallel_size": 2}, "--model-parallel-size 2: needs Megatron's models"),
     ({"common.quantization_config_path": "nowhere"}, "--quantization-config-path nowhere: no such"),
     ({"optimization.update_freq": [1, 0]}, r"--update-freq \[1, 0\]: give numbers of 1 or more"),
+    ({"dataset.num_workers": -1}, "--num-workers -1: give 0 or more"),
     ({"dataset.num_shards": 0}, "--num-shards 0: give 1 or more"),
     ({"dataset.shard_id": 1}, "--shard-id 1: give 0 to 0, less than --num-shards"),
     ({"distributed_training.zero_sharding": "os"}, "--zero-sharding os: there is one rank"),
@@ -80,6 +81,9 @@ BAD = [
         {"model.decoder_embed_dim": 2, "model.decoder_attention_heads": 2},
         "--decoder-embed-dim 2: give 4 or more",
     ),
+    ({"model.decoder_layers_to_keep": "x"}, "--decoder-layers-to-keep x: give numbers of layers"),
+    ({"model.decoder_layers_to_keep": "0"}, "--decoder-layers-to-keep 0: is of weights that are"),
+    ({"model.quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: needs a GPU"),
     ({"model.decoder_output_dim": 4}, "--decoder-output-dim 4: with --share-decoder-input-output"),
     (
         {"model.adaptive_softmax_cutoff": "8,16"},

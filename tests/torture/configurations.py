@@ -385,7 +385,9 @@ def _three_steps(line: Sequence[str], text: Path, folder: Path) -> tuple[str, st
         if updates and not re.search("NaN|Nan|nan|memory|scale", trained.error):
             fault = f"refused after {len(updates)} updates: {trained.error}"
         return ("refused" if not updates else "ended with a message"), fault, trained.error
-    bad = next((name for one in updates for name, v in one.items() if str(v) in _NOT_FINITE), "")
+    # The perplexity of a loss may be too large for a number.
+    numbers = [(name, v) for one in updates for name, v in one.items() if name != "ppl"]
+    bad = next((name for name, v in numbers if str(v) in _NOT_FINITE), "")
     if bad:
         return "training", f"the log says {bad} is NaN/Inf, and nothing else does", ""
     done = ["trained"]
