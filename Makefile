@@ -89,11 +89,14 @@ help:  ## list these targets
 quickstart: venv  ## prepare a text, train a small MoE from dense to sparse on it, evaluate it
 	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
-check: venv  ## check style, formatting, types and the links of the documentation
+check: venv docs  ## check style, formatting, types and the documentation
 	@$(VENV)/bin/python -m ruff check .
 	@$(VENV)/bin/python -m ruff format --check .
 	@$(VENV)/bin/python -m mypy
-	@$(VENV)/bin/python -m pytest -q tests/test_docs.py -k links
+	@$(VENV)/bin/python -m pytest -q tests/test_docs.py tests/test_site.py -k 'links or site'
+
+docs: venv  ## build the documentation as a site, build/site/index.html; no warning is let through
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 unit: venv  ## run the unit tests, in at most 4 minutes on 2 cores
 	@$(PYTEST) -m unit $(ARGS)
@@ -149,7 +152,9 @@ $(PACKAGE): $(ENVIRONMENT) setup.py pyproject.toml $(SOURCES)
 	@echo '$(SOURCES)' >$@
 
 # With hashes of every file of each release, so that one lock serves all Pythons and libcs; without
-# torch, whose build differs by machine, but with what torch's CPU build needs.
+# torch, whose build differs by machine, but with what torch's CPU build needs. setup.py, not
+# pyproject.toml: pip-compile reads extras of the latter without their markers. torch first: the
+# resolver downloads what the first requirement of a name gives.
 lock:  ## resolve the locked packages anew (UPGRADE=1: newest releases); needs torch's CPU wheel
 	@set -e; new=$$(mktemp -d); trap 'rm -rf $$new' EXIT; \
 	echo 'Resolving $(LOCK); hashes not yet known are computed from each file, which takes minutes'; \
@@ -159,13 +164,13 @@ lock:  ## resolve the locked packages anew (UPGRADE=1: newest releases); needs t
 	CUSTOM_COMPILE_COMMAND='make lock' $$new/venv/bin/pip-compile -q --generate-hashes \
 	$(if $(UPGRADE),--upgrade) --strip-extras --unsafe-package torch --unsafe-package torchaudio \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-	$(addprefix --extra ,benchmarks fairseq lint plots tensorboard tests) \
-	-o $$new/lock.txt pyproject.toml $$new/torch.txt; \
-	sed '/^# WARNING: /,$$d' $$new/lock.txt >$(LOCK); rm -rf evomoe_plugin.egg-info
+	$(addprefix --extra ,benchmarks docs fairseq lint plots tensorboard tests) \
+	-o $$new/lock.txt $$new/torch.txt setup.py; \
+	sed "/^# WARNING: /,\$$d; s|$$new|requirements|" $$new/lock.txt >$(LOCK); rm -rf evomoe_plugin.egg-info
 
 clean:  ## remove the environment and caches, never a run
 	rm -rf $(patsubst %/made-by-make,%,$(wildcard $(VENV)/made-by-make .venv-3.12/made-by-make)) build dist evomoe_plugin.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find evomoe_plugin tests -name __pycache__ -prune -exec rm -rf {} +
 
 FORCE:
-.PHONY: help quickstart check unit test test-slow test-python312 bench study torture venv lock clean FORCE
+.PHONY: help quickstart check docs unit test test-slow test-python312 bench study torture venv lock clean FORCE

@@ -18,7 +18,7 @@ from packaging.version import Version
 import evomoe_plugin
 
 ROOT = Path(__file__).parents[1]
-IN_LOCK = ("benchmarks", "fairseq", "lint", "plots", "tensorboard", "tests")
+IN_LOCK = ("benchmarks", "docs", "fairseq", "lint", "plots", "tensorboard", "tests")
 PLUGIN = "evomoe_plugin/launch/hydra_plugins/"
 
 
