@@ -9,25 +9,34 @@ criterions, tasks and optimizers. A program that imports it before fairseq calls
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evomoe_plugin.config.errors import OptionError
+    from evomoe_plugin.routing.noise import sequence_keys
     from evomoe_plugin.standalone import MoELayer, MoEOutput
 
-__all__ = ["MoELayer", "MoEOutput", "register"]
+__all__ = ["MoELayer", "MoEOutput", "OptionError", "register", "sequence_keys"]
 __version__ = "0.1.0"
 
 # Why `register` could not import fairseq, for `evomoe doctor`; None if it could or was not called.
 fairseq_error: Exception | None = None
 
 
-def __getattr__(name: str) -> Any:
-    """Import the layer when it is asked for: `evomoe --help` does without torch."""
-    if name not in ("MoELayer", "MoEOutput"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from evomoe_plugin import standalone
+# Imported when asked for: `evomoe --help` does without torch.
+_LAZY = {
+    "MoELayer": "evomoe_plugin.standalone",
+    "MoEOutput": "evomoe_plugin.standalone",
+    "OptionError": "evomoe_plugin.config.errors",
+    "sequence_keys": "evomoe_plugin.routing.noise",
+}
 
-    return getattr(standalone, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def register() -> None:

@@ -199,7 +199,7 @@ class MoELayer(nn.Module):
             x: tokens, [..., D].
             token_mask: bool [...], False for padding, which is neither routed nor counted.
             token_ids: int64 [...], for gates that use them.
-            token_keys: int64 [...]: noise is a function of them (`routing.noise.sequence_keys`),
+            token_keys: int64 [...]: noise is a function of them (`evomoe_plugin.sequence_keys`),
                 whatever the batch. None: drawn from torch's generator in training; no noise in
                 evaluation.
         Raises:

@@ -20,18 +20,27 @@ class DataCard:
     """The record of a prepared folder. Equal inputs and options give equal cards."""
 
     options: dict[str, Any]
-    tokenizer: dict[str, Any]  # kind, rows of the dictionary, lossless, flags; special token ids
-    splits: dict[str, dict[str, int]]  # documents, items, tokens (eos included), bytes of text, …
+    """Those of `evomoe prepare` that change the result."""
+    tokenizer: dict[str, Any]
+    """Kind, rows of the dictionary, lossless, flags; special token ids."""
+    splits: dict[str, dict[str, int]]
+    """Documents, items, tokens (eos included), bytes of text, …"""
     empty_documents: int
+    """Documents without text, which are left out."""
     inputs: list[dict[str, Any]]
     """Of every file read: name, split, bytes, sha256, and in each split its number of items, which
     are in the order of the files."""
-    files_not_read: int  # because --max-bytes was reached
-    files: dict[str, dict[str, Any]]  # bytes, sha256 of every file written
+    files_not_read: int
+    """Files left out because --max-bytes was reached."""
+    files: dict[str, dict[str, Any]]
+    """Bytes, sha256 of every file written."""
     versions: dict[str, str]
+    """Of the packages that were used."""
     format: int = FORMAT
+    """Of the card."""
 
     def save(self, folder: Path) -> None:
+        """Write the card into a folder, as JSON and as Markdown."""
         write_atomically(folder / CARD_TEXT, self.as_markdown())
         write_atomically(folder / CARD, json.dumps(asdict(self), indent=1, ensure_ascii=False))
 

@@ -27,7 +27,8 @@ _NOT_RECORDED = (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Inputs, output, splitting and tokenization. Sizes are in bytes of UTF-8."""
+    """Inputs, output, splitting and tokenization: the flags of `evomoe prepare`, whose --help
+    describes each. Sizes are in bytes of UTF-8."""
 
     inputs: tuple[str, ...]
     out: str
@@ -55,6 +56,7 @@ class PrepareOptions:
 
     @property
     def trains_tokenizer(self) -> bool:
+        """Whether no tokenizer is given, so that one is trained."""
         return not self._given_tokenizers()
 
     def _given_tokenizers(self) -> dict[str, Any]:

@@ -26,19 +26,30 @@ _GPT2_CACHED_WORDS = 200_000
 
 
 class Tokenizer(Protocol):
-    kind: str
-    flags: str  # of fairseq-interactive and fairseq-generate; DATA is the folder
-    tokens: list[str | None]  # by id; None: an id that no text is encoded to
-    lossless: bool  # decoding the ids of any text gives exactly this text
-    start: int | None = None  # the id that a text starts with, if the tokenizer has one
+    """What encodes text to token ids and back, whatever its kind."""
 
-    def encode(self, text: str) -> list[int]: ...
+    kind: str
+    """sentencepiece, gpt2 or tokenizer_json."""
+    flags: str
+    """Of fairseq-interactive and fairseq-generate; DATA is the folder."""
+    tokens: list[str | None]
+    """By id; None: an id that no text is encoded to."""
+    lossless: bool
+    """Decoding the ids of any text gives exactly this text."""
+    start: int | None = None
+    """The id that a text starts with, if the tokenizer has one."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without those that begin and end it."""
+        ...
 
     def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each of several texts that follow one another."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -31,11 +31,16 @@ from evomoe_plugin.routing.stats import routing_stats
 class LayerInfo:
     """The layer that a gate is for."""
 
-    model_dim: int  # D
-    num_experts: int  # E, routed experts
-    num_null: int = 0  # Null experts: candidates whose output is zero, without computation
-    layer_id: int = 0  # Index of the MoE layer in the model, from 0
-    seed: int = 1  # Of the run
+    model_dim: int
+    """D, width of the tokens."""
+    num_experts: int
+    """E, number of routed experts."""
+    num_null: int = 0
+    """Number of null experts: candidates whose output is zero, without computation."""
+    layer_id: int = 0
+    """Index of the MoE layer in the model, from 0."""
+    seed: int = 1
+    """Seed of the run."""
     token_counts_V: tuple[int, ...] = ()
     """Frequency of each token id in the training data, from the dictionary; empty if there is no
     vocabulary."""
@@ -52,12 +57,16 @@ class LayerInfo:
 class GateContext:
     """Inputs of a gate besides the tokens."""
 
-    num_updates: int = 0  # Completed updates with gates: of the run, or since the spawn
-    token_mask_T: Tensor | None = None  # bool, False for padding; None: no padding
+    num_updates: int = 0
+    """Completed updates with gates: of the run, or since the spawn."""
+    token_mask_T: Tensor | None = None
+    """bool, False for padding; None: no padding."""
     noise_keys_T: Tensor | None = None
     """int64 noise keys of the tokens (`routing.noise`); None: no randomness."""
-    token_ids_T: Tensor | None = None  # int64 token ids
-    token_weights_T: Tensor | None = None  # Weight of each token in the auxiliary losses; None: 1
+    token_ids_T: Tensor | None = None
+    """int64 token ids."""
+    token_weights_T: Tensor | None = None
+    """Weight of each token in the auxiliary losses; None: 1."""
 
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""
@@ -79,13 +88,15 @@ OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 class Gate(nn.Module, Generic[OptionsT]):
     """A gate for one MoE layer.
 
-    A subclass is registered with `@register_gate(name)` and implements `route`. `Options` is a
-    dataclass of its options, which become flags and Hydra fields; their names start with `moe_`. A
-    scorer is built if `Options` inherits from `ScorerOptions`.
+    A subclass is registered with `@register_gate(name)` and implements `route`. The fields of
+    `Options` become flags and Hydra fields; their names start with `moe_`. A scorer is built if
+    `Options` inherits from `ScorerOptions`.
     """
 
     Options: ClassVar[type] = ModelOptions
+    """The dataclass of its options."""
     capabilities: ClassVar[Capabilities] = Capabilities()
+    """What it can be combined with."""
     scorer: Scorer
     """Of gates whose `Options` inherit from `ScorerOptions`; others may set one of their own."""
 

@@ -22,6 +22,7 @@ class Record:
     update: int
     """Completed updates."""
     values: dict[str, float]
+    """The numbers of the log, by the names of docs/options.md."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ExpertRecord:
     """One line of `--moe-log-experts`: the routing of one update's tokens."""
 
     update: int
+    """Completed updates."""
     layers: dict[str, list[Any]]
     """A list over MoE layers each (`trainer.expert_log.by_layer`); with the prefixes `encoder_` and
     `decoder_` where there are both."""
@@ -58,12 +60,14 @@ class TrainingLog:
     """The metrics of one run, in order of updates."""
 
     name: str
+    """Of the file, without its suffix."""
     intervals: list[Record] = field(default_factory=list)
     """One per `--log-interval` updates."""
     summaries: dict[str, list[Record]] = field(default_factory=dict)
     """Summaries by the prefix of their metrics: `train` at the end of an epoch and of the run, once
     its checkpoint is saved; `valid` and other subsets at each validation."""
     experts: list[ExpertRecord] = field(default_factory=list)
+    """Those of `--moe-log-experts`."""
 
     @property
     def stacks(self) -> list[str]:

@@ -20,7 +20,9 @@ class Phase:
     """Consecutive intervals with about the same number of experts per token."""
 
     first_update: int
+    """End of the first interval, in updates."""
     last_update: int
+    """End of the last interval."""
     experts_per_token: float
     """Mean."""
     mflops_per_token: float | None

@@ -11,8 +11,6 @@ from importlib import import_module
 
 from evomoe_plugin.patches.patch import Patch, PatchStatus
 
-__all__ = ["PATCHES", "Patch", "PatchStatus", "apply_all", "report"]
-
 logger = logging.getLogger(__name__)
 
 # The files of this folder, in the order in which they are applied.
