@@ -43,7 +43,8 @@ def weights(gate: str, tokens: int, experts: int, num_updates: int = 0, **option
 
 def gates() -> Figure:
     """The weights of several gates for the same tokens."""
-    figure = Figure((8, 5.4), layout="constrained")
+    figure = Figure((8, 5.8), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     shown = [
         ("dense_to_sparse\nat first", "dense_to_sparse", 0, {"temperature_updates": 50}),
         ("dense_to_sparse\nat last", "dense_to_sparse", 90, {"temperature_updates": 50}),
