@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -30,16 +31,23 @@ def _compose(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
 def _override_attr(upstream: Callable, node: str, kind: Any, args: Any) -> Any:
     try:
         return upstream(node, kind, args)
+    except OptionError:  # of a dataclass in this one
+        raise
     except (ValueError, SyntaxError) as error:  # of a text that is no value of Python
-        trace = error.__traceback__
-        found: dict[str, Any] = {}
-        while trace is not None:
-            if trace.tb_frame.f_code.co_name == upstream.__name__:
-                found = trace.tb_frame.f_locals
-            trace = trace.tb_next
-        if "k" not in found or "val" not in found:
-            raise
-        raise OptionError(found["k"], found["val"], f"is not valid: {error}") from error
+        for name, value in vars(args).items():
+            if name in kind.__dataclass_fields__ and _is_refused(upstream, kind, name, value):
+                reason = str(error).partition(":")[0]  # without the object's address
+                raise OptionError(name, value, f"is not valid: {reason}") from error
+        raise
+
+
+def _is_refused(upstream: Callable, kind: Any, name: str, value: Any) -> bool:
+    """Whether it is this value: the others have their defaults."""
+    try:
+        upstream("", kind, Namespace(**{name: value}))
+    except (ValueError, SyntaxError):
+        return True
+    return False
 
 
 def apply() -> None:
