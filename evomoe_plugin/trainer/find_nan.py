@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomoe_plugin.checkpoint.row_shards import own_rows
+
 
 def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
     """Where NaN/Inf begins when `run()` does forward and backward passes of `model`.
@@ -34,7 +36,7 @@ def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
     if found:
         return f"first in the output of {found[0]}"
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not own_rows(parameter.grad).isfinite().all():
             return f"first in the gradient of {name}"
     return "but not when the same batches are run again"
 

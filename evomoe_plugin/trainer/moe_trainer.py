@@ -89,15 +89,22 @@ class MoETrainer(Trainer):
     """Whether a trainer of this process has begun a step; set on the class, by the last one."""
     is_fsdp2 = False  # --ddp-backend fsdp2; fairseq's `is_fsdp` is fairscale's
 
-    def __init__(self, cfg: Any, task: Any, model: Any, *args: Any, **kwargs: Any):
+    def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any):
         MoETrainer.has_stepped = False
         self.is_fsdp2 = cfg.distributed_training.ddp_backend == "fsdp2"
         if self.is_fsdp2:
+            if utils.has_parameters(criterion):
+                raise OptionError(
+                    "criterion",
+                    cfg.criterion._name,
+                    "has parameters of its own, which --ddp-backend fsdp2 does not shard: give "
+                    "legacy_ddp",
+                )
             on_gpu = torch.cuda.is_available() and not cfg.common.cpu
             fsdp2.shard(model, cfg, "cuda" if on_gpu else "cpu")
         self.cfg = cfg
         with self._weights_in_fp32():
-            super().__init__(cfg, task, model, *args, **kwargs)
+            super().__init__(cfg, task, model, criterion, *args, **kwargs)
         self._routing_samples: dict[str, RoutingSample] = {}
 
     @property
