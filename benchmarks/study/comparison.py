@@ -83,6 +83,10 @@ class Compared:
         """Final, on the test part."""
         return spread(result.test_perplexity for result in self.by_system.get(name, ()))
 
+    def bleu(self, name: str) -> Spread | None:
+        """Final, on the test part."""
+        return spread(result.test_bleu for result in self.by_system.get(name, ()))
+
     def is_complete(self, name: str) -> bool:
         """Whether the system has all its declared seeds, each with a finite perplexity."""
         found = self.perplexity(name)
@@ -164,7 +168,10 @@ class Verdict:
 
 
 def verdicts(compared: Compared, recipe: str = "lexical") -> list[Verdict]:
-    """The declared criteria of a win, by means over the declared seeds."""
+    """The declared criteria, by means over the declared seeds."""
+    if compared.study.expected:
+        margin = compared.study.margin
+        return [_below(compared, a, b, margin) for a, b in compared.study.expected]
     half = f"{recipe}_half"
     rivals = [
         system.name
@@ -180,8 +187,8 @@ def verdicts(compared: Compared, recipe: str = "lexical") -> list[Verdict]:
 
 def _faster(compared: Compared, half: str) -> Verdict:
     criterion = (
-        f"after at most {SHARE_OF_UPDATES:.0%} of the updates and 1/{1 / SHARE_OF_FLOPS:.2f} of "
-        "the training FLOPs at or below Switch's final perplexity"
+        f"{half} ends after at most {SHARE_OF_UPDATES:.0%} of the updates and "
+        f"1/{1 / SHARE_OF_FLOPS:.2f} of the training FLOPs at or below Switch's final perplexity"
     )
     if not (compared.is_complete(half) and compared.is_complete("switch")):
         return Verdict(criterion, "runs are missing", None)
@@ -202,7 +209,7 @@ def _faster(compared: Compared, half: str) -> Verdict:
 
 
 def _below(compared: Compared, recipe: str, rival: str, by: float) -> Verdict:
-    criterion = f"at least {by:.0%} below {rival}" if by else f"below {rival}"
+    criterion = f"{recipe} ends " + f"at least {by:.0%} " * bool(by) + f"below {rival}"
     if not (compared.is_complete(recipe) and compared.is_complete(rival)):
         return Verdict(criterion, "runs are missing", None)
     ours, theirs = compared.perplexity(recipe), compared.perplexity(rival)

@@ -30,26 +30,32 @@ def write(study: Study, folder: Path, out: Path) -> Path:
         raise SystemExit(f"error: no results of the declared runs in {folder}")
     day = max(attempt["start"] for result in found for attempt in result.attempts)[:10]
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Which routing system?", _conditions(study, found, texts[0].processor), _win(texts)]
+    report = f"{day}-study" + f"-{study.name}" * bool(study.name)
+    parts = [f"# {study.title}", _conditions(study, found, texts[0].processor), _win(texts)]
     parts.append(_rates(study, folder))
     for compared in texts:
         pictures = []
         if compared.by_system:
             for kind, draw in (("curves", plots.curves), ("final", plots.final)):
-                path = out / f"{day}-study-{compared.text}-{kind}.svg"
+                path = out / f"{report}-{compared.text}-{kind}.svg"
                 draw(compared, path)
                 pictures.append(f"![{compared.text}, {kind}]({path.name})")
         parts.append(_text(compared, pictures))
-    path = out / f"{day}-study.md"
+    path = out / f"{report}.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path
 
 
 def _win(texts: list[Compared]) -> str:
     """Whether the declared criteria are met, on all texts."""
-    if not _has_recipe(texts[0]):
+    if not _has_criteria(texts[0]):
         return "The recipe under test is not declared yet."
     met = [verdict.met for compared in texts for verdict in verdicts(compared)]
+    if texts[0].study.expected:
+        return (
+            f"Expected before the runs: {met.count(True)} of {len(met)} found, {met.count(False)} "
+            f"not, {met.count(None)} not decided. One seed decides none of them."
+        )
     if False in met:
         won = "not a win by the declared criteria"
     else:
@@ -61,8 +67,9 @@ def _win(texts: list[Compared]) -> str:
     return f"The recipe under test: {won} ({counts}, of {len(met)} on {len(texts)} texts)."
 
 
-def _has_recipe(compared: Compared) -> bool:
-    return any(system.name == "lexical" for system in compared.study.systems)
+def _has_criteria(compared: Compared) -> bool:
+    study = compared.study
+    return bool(study.expected) or any(system.name == "lexical" for system in study.systems)
 
 
 def _conditions(study: Study, found: list[Result], processor: str | None) -> str:
@@ -125,7 +132,7 @@ def _rate_cell(perplexity: float | None) -> str:
 
 def _text(compared: Compared, pictures: list[str]) -> str:
     parts = [f"## {compared.text.capitalize()}"]
-    if _has_recipe(compared):
+    if _has_criteria(compared):
         parts.append(_verdicts(compared))
     if compared.by_system:
         parts += [*pictures, _main_table(compared), _routing_table(compared)]
@@ -138,11 +145,12 @@ def _text(compared: Compared, pictures: list[str]) -> str:
 def _verdicts(compared: Compared) -> str:
     words = {True: "**met**", False: "missed", None: "not decided"}
     rows = [[v.criterion, v.measured, words[v.met]] for v in verdicts(compared)]
-    return "### What was to be shown\n\n" + _table(["the recipe ends", "measured", ""], rows)
+    return "### What was to be shown\n\n" + _table(["criterion", "measured", ""], rows)
 
 
 def _main_table(compared: Compared) -> str:
     target = compared.perplexity("switch") if compared.is_complete("switch") else None
+    has_bleu = any(r.test_bleu is not None for r in _results(compared))
     rows = []
     for name, found in _best_first(compared):
         updates = found[0].updates
@@ -152,6 +160,7 @@ def _main_table(compared: Compared) -> str:
             str(len(found)),
             f"{found[0].lr:g}",
             _shown(compared.perplexity(name), 2),
+            *([_shown(compared.bleu(name), 2)] if has_bleu else []),
             *(
                 NOTHING if base == name else _shown(compared.percent(name, base), 1, "+")
                 for base in ("dense", "switch")
@@ -162,6 +171,7 @@ def _main_table(compared: Compared) -> str:
         ]
         rows.append(cells)
     headings = ["system", "equal active FLOPs", "n", "learning rate", "test perplexity"]
+    headings += ["test BLEU"] * has_bleu
     headings += [
         "to dense, %",
         "to switch, %",
@@ -197,16 +207,25 @@ def _routing_table(compared: Compared) -> str:
     logged = [m for m in results.ROUTING if any(m in r.curve for r in _results(compared))]
     rows = []
     for name, found in _best_first(compared):
-        cells = [name]
-        for measure in trained:
-            cells.append(_shown(spread(_last(r.training.get(measure)) for r in found), 2))
-        for measure in logged:
-            cells.append(_shown(spread(_last(r.curve.get(measure)) for r in found), 3))
-        rows.append(cells)
+        for stack in _stacks(found[0]):
+            cells = [f"{name} {stack.rstrip('_')}".strip()]
+            for measure in trained:
+                last = (_last(r.training.get(stack + measure)) for r in found)
+                cells.append(_shown(spread(last), 2))
+            for measure in logged:
+                cells.append(_shown(spread(_last(r.curve.get(measure)) for r in found), 3))
+            rows.append(cells)
     headings = ["system", "experts per token", "max/mean load", "dead experts", "dropped"]
     text = "### Routing at the end\n\n" + _table([*headings, *logged], rows)
     absent = [measure for measure in results.ROUTING if measure not in logged]
     return text + (f"\n\nNot logged: {', '.join(absent)}." if absent else "")
+
+
+def _stacks(result: Result) -> list[str]:
+    """Prefixes of the measures of routing."""
+    of = "experts_per_token"
+    names = [name for name in result.training if name.endswith(of)]
+    return [name.removesuffix(of) for name in names] or [""]
 
 
 def _ablations(compared: Compared) -> str:

@@ -59,7 +59,7 @@ class Result:
     curve: Columns
     """At each evaluation: update, valid_ppl, test_ppl, tera_flops (training: three forward passes)
     and cpu_seconds (of training alone), both since the first update, without repeated updates;
-    and those of `ROUTING` that are logged."""
+    and those of `ROUTING` and test_bleu, where they are logged."""
     training: Columns
     """update, and the means of the logged metrics since the previous one."""
     wall_seconds: float
@@ -81,6 +81,10 @@ class Result:
     @property
     def test_perplexity(self) -> float:
         return math.inf if self.diverged else self._last("test_ppl")
+
+    @property
+    def test_bleu(self) -> float | None:
+        return self._last("test_bleu") if "test_bleu" in self.curve else None
 
     @property
     def tera_flops(self) -> float:
@@ -162,8 +166,9 @@ def collect(
         return None
     flops, cpu = training_flops(log), _cumulated_cpu(costs)
     evaluated = sorted(valid.keys() & test.keys() & flops.keys())
-    names = [name for name in _TRAINING if log.series(name)[0]]
-    routing = {name: dict(zip(*log.series(name, "valid"), strict=True)) for name in ROUTING}
+    names = [stack + n for stack in log.stacks for n in _TRAINING if log.series(stack + n)[0]]
+    more = {name: dict(zip(*log.series(name, "valid"), strict=True)) for name in ROUTING}
+    more["test_bleu"] = dict(zip(*log.series("bleu", "test"), strict=True))
     last = {cost["attempt"]: cost for cost in costs}
     return Result(
         system=run.system.name,
@@ -179,7 +184,7 @@ def collect(
             "test_ppl": [_finite(test[u]) for u in evaluated],
             "tera_flops": [round(flops[u] / 1e12, 4) for u in evaluated],
             "cpu_seconds": [round(cpu[u], 2) if u in cpu else None for u in evaluated],
-            **{name: [at.get(u) for u in evaluated] for name, at in routing.items() if at},
+            **{name: [at.get(u) for u in evaluated] for name, at in more.items() if at},
         },
         training={
             "update": [record.update for record in log.intervals],

@@ -20,12 +20,14 @@ from processes import ROOT
 
 from study import report, results, texts
 from study.attempt import Attempt, Locked, RunFolder
+from study.miniature import MASKED_LM, TRANSLATION
 from study.runs import Run, families_of, ready, undecided
 from study.systems import SMOKE, STUDY, Study
 
 SECONDS_PER_UPDATE = 0.18
 """One thread, before anything is measured."""
 _POLL_SECONDS = 0.25
+STUDIES = {study.name or "routing": study for study in (STUDY, MASKED_LM, TRANSLATION)}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
@@ -188,6 +190,7 @@ def say(line: str) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    add("--study", choices=STUDIES, default="routing", help="which one (default: routing)")
     add("--only", nargs="+", default=[], metavar="SYSTEM", help="these systems (default: all)")
     add("--text", nargs="+", default=[], help="these texts (default: all)")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
@@ -204,7 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the report (default: benchmarks/results)")
     add("--smoke", action="store_true", help="two systems, four updates: does the harness work?")
     args = parser.parse_args(argv)
-    study = SMOKE if args.smoke else STUDY
+    study = SMOKE if args.smoke else STUDIES[args.study]
     for option, given, known in (
         ("--only", args.only, [system.name for system in study.systems]),
         ("--text", args.text, study.texts),
@@ -214,9 +217,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 parser.error(f"{option} {name}: give some of {', '.join(known)}")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give 1 or more")
-    args.work = args.work.absolute()
+    args.work = args.work.absolute() / study.name
     if args.results is None:
-        args.results = args.work / "smoke-results" if args.smoke else results.RESULTS
+        args.results = args.work / "smoke-results" if args.smoke else results.RESULTS / study.name
     if args.out is None:
         args.out = args.work / "smoke-results" if args.smoke else ROOT / "benchmarks/results"
     args.results, args.out = args.results.absolute(), args.out.absolute()

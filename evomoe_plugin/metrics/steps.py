@@ -42,14 +42,17 @@ def interval_lengths(log: TrainingLog) -> list[int]:
 def training_flops(log: TrainingLog) -> dict[int, float]:
     """Update -> FLOPs of training until then, three forward passes of what was routed.
 
-    From the beginning of the log; empty where an interval has none logged.
+    From the beginning of the log; empty where an interval has none logged. A source sentence counts
+    as if it were as long as its translation, since only the tokens of the latter are logged.
     """
     total, found = 0.0, {}
+    names = [f"{stack}mflops_per_token" for stack in log.stacks]
     for record, length in zip(log.intervals, interval_lengths(log), strict=True):
         values = record.values
-        if "mflops_per_token" not in values or "wpb" not in values:
+        of_stacks = [values[name] for name in names if name in values]
+        if not of_stacks or "wpb" not in values:
             return {}
-        total += 3e6 * values["mflops_per_token"] * values["wpb"] * length
+        total += 3e6 * sum(of_stacks) * values["wpb"] * length
         found[record.update] = total
     return found
 
