@@ -37,13 +37,14 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "hydra_configs"
 PLUGIN = ROOT / "evomoe_plugin" / "launch" / "hydra_plugins" / "evomoe_searchpath"
 
-# Those of other decoders: tests/test_hydra_causal_lm.py.
+# Those of other decoders and of other tasks: tests/test_hydra_causal_lm.py, test_hydra_tasks.py.
 CAUSAL_LM = ("llama", "phi", "qwen")
+ENCODERS = ("roberta", "wmt", "iwslt", "glue")
 PAPER = sorted(f"paper/{path.stem}" for path in (CONFIGS / "paper").glob("gpt_*.yaml"))
 SMALL = sorted(
     f"small/{path.stem}"
     for path in (CONFIGS / "small").glob("*.yaml")
-    if not path.stem.startswith(CAUSAL_LM)
+    if not path.stem.startswith(CAUSAL_LM + ENCODERS)
 )
 RUNS = PAPER + SMALL
 
