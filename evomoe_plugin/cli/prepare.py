@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokenizer.json",
     )
 
-    from evomoe_plugin.data.pairs import PairOptions
+    from evomoe_plugin.data.pair_options import PairOptions
 
     default = defaults(PairOptions)
     group = parser.add_argument_group("parallel text, for --task translation (docs/encoders.md)")
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.data.glue import GlueOptions
     from evomoe_plugin.data.options import PrepareOptions
-    from evomoe_plugin.data.pairs import PairOptions
+    from evomoe_plugin.data.pair_options import PairOptions
 
     for kind, options in (("pairs", PairOptions), ("glue", GlueOptions)):
         if getattr(args, kind):
@@ -171,7 +171,8 @@ def _run_glue(args: argparse.Namespace) -> int:
 
 
 def _run_pairs(args: argparse.Namespace) -> int:
-    from evomoe_plugin.data.pairs import PairOptions, prepare_pairs
+    from evomoe_plugin.data.pair_options import PairOptions
+    from evomoe_plugin.data.pairs import prepare_pairs
 
     options = parsed(PairOptions, args)
     card = prepare_pairs(options)

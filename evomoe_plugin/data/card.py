@@ -55,7 +55,9 @@ class DataCard:
 
     def damage(self, folder: Path) -> str | None:
         """The first file of the folder whose size differs from the card."""
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")
+        }
         return next(
             (name for name, file in self.files.items() if sizes.get(name) != file["bytes"]), None
         )
@@ -68,6 +70,11 @@ class DataCard:
     fairseq-eval-lm DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT
     fairseq-interactive DATA --task language_modeling --user-dir evomoe_plugin --path CHECKPOINT \\
         {" ".join(self.tokenizer["flags"])}"""
+
+    @property
+    def loader(self) -> str:
+        """The call that loads the tokenizer."""
+        return "load_tokenizer(DATA)"
 
     def as_markdown(self) -> str:
         """The card for readers."""
@@ -120,7 +127,7 @@ DATA is this folder:
 {self.usage}
 
 Tokenizer: {self.tokenizer["kind"]}; the dictionary has {self.tokenizer["rows"]:,} entries. \
-{exact}{ids} `evomoe_plugin.data.load_tokenizer(DATA)` encodes and decodes.
+{exact}{ids} `evomoe_plugin.data.{self.loader}` encodes and decodes.
 
 ## Options
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -61,6 +61,29 @@ class OutputFolder:
             fault = "is not empty, and was not written by evomoe prepare; give another folder"
             raise OptionError("out", self.path, fault)
         return card
+
+    def prepared(
+        self, overwrite: bool, difference: Callable[[DataCard], str | None]
+    ) -> DataCard | None:
+        """The card of the existing data set if it is what would be written; None: write it.
+
+        Args:
+            overwrite: whether another data set may be replaced.
+            difference: names the first input or option in which a card differs.
+        Raises:
+            OptionError: it is another one, or damaged; or as `card`.
+        """
+        card = self.card()
+        if card is None or overwrite:
+            return None
+        if found := difference(card):
+            fault = f"contains a data set with other inputs or options ({found})"
+        elif damaged := card.damage(self.path):
+            fault = f"its {damaged} does not match the data card"
+        else:
+            self.discard()
+            return card
+        raise OptionError("out", self.path, f"{fault}; pass --overwrite to replace it")
 
     def start(self) -> None:
         """Delete all work and start over."""

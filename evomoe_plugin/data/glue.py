@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import evomoe_plugin
-from evomoe_plugin.checkpoint.atomic_files import sha256
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.data.card import DataCard, options_difference
+from evomoe_plugin.data.card import DataCard
+from evomoe_plugin.data.few_files import prepare_files
 from evomoe_plugin.data.folder import OutputFolder
-from evomoe_plugin.data.pipeline import explained, versions
 from evomoe_plugin.data.progress import Progress
 from evomoe_plugin.data.tokenizers import has_tokenizer, load_tokenizer
 
@@ -161,44 +160,14 @@ def prepare_glue(options: GlueOptions, progress: Progress | None = None) -> Data
     """
     options.validate()
     progress = progress or Progress()
-    folder = OutputFolder(options.out)
     files = _files(Path(options.glue[1]))
     if not {"train", "valid"} <= files.keys():
         missing = "train" if "train" not in files else "dev or validation"
         raise OptionError("glue", options.glue[1], f"has no {missing} file (.tsv or .parquet)")
-    data = Path(str(options.tokenizer_of))
-    with explained(options.out):
-        named: list[tuple[str | None, Path]] = [*files.items(), (None, data / "dict.txt")]
-        inputs = [
-            {
-                "name": path.name,
-                "split": split,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-            for split, path in named
-        ]
-        with folder.locked():
-            card = folder.card()
-            if card is not None and not options.overwrite:
-                difference = options_difference(card.options, options.recorded())
-                if difference is None and card.inputs == inputs:
-                    folder.discard()
-                    progress.say(f"already prepared: {options.out}")
-                    return GlueCard(**vars(card))
-                raise OptionError(
-                    "out",
-                    options.out,
-                    f"contains a data set with other inputs or options ({difference or 'its files'}"
-                    "); pass --overwrite to replace it",
-                )
-            try:
-                folder.start()
-                card = _write(options, files, folder, inputs, progress)
-            except BaseException:
-                folder.discard()
-                raise
-    return card
+    named = [*files.items(), (None, Path(str(options.tokenizer_of)) / "dict.txt")]
+    return prepare_files(
+        options, named, GlueCard, lambda folder: _write(options, files, folder, progress), progress
+    )
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -222,9 +191,9 @@ def _write(
     options: GlueOptions,
     files: dict[str, Path],
     folder: OutputFolder,
-    inputs: list[dict[str, Any]],
     progress: Progress,
-) -> DataCard:
+) -> dict[str, Any]:
+    """Write the data set; the fields of the card (`few_files.prepare_files`)."""
     evomoe_plugin.register()
     import torch
     from fairseq.data import indexed_dataset
@@ -287,31 +256,17 @@ def _write(
             splits[split] = counts
         sizes = ", ".join(f"{of['documents']:,} {split}" for split, of in splits.items())
         message.append(f"examples: {sizes}; {skipped:,} incomplete rows skipped")
-    card = GlueCard(
-        options=options.recorded(),
-        tokenizer={
+    return {
+        "tokenizer": {
             "kind": tokenizer.kind,
             "rows": len(dictionary),
             "lossless": tokenizer.lossless,
             "flags": [],
             "special": {"bos": dictionary.bos(), "eos": dictionary.eos()},
         },
-        splits=splits,
-        empty_documents=skipped,
-        inputs=inputs,
-        files_not_read=0,
-        files={
-            file.relative_to(folder.data).as_posix(): {
-                "bytes": file.stat().st_size,
-                "sha256": sha256(file),
-            }
-            for file in sorted(folder.data.rglob("*.*"))
-        },
-        versions=versions(),
-    )
-    card.save(folder.data)
-    folder.publish()
-    return card
+        "splits": splits,
+        "empty_documents": skipped,
+    }
 
 
 def _label_dictionary(task: GlueTask) -> Any:

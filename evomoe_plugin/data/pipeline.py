@@ -50,9 +50,10 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> DataCa
         recorded = options.recorded() | given.recorded()
         with folder.locked():
             try:
-                card = _already_prepared(folder, options, recorded, sources)
+                card = folder.prepared(
+                    options.overwrite, lambda card: _difference(card, recorded, sources)
+                )
                 if card is not None:
-                    folder.discard()
                     progress.say(f"already prepared: {options.out}")
                     return card
                 return _Preparation(options, given, recorded, sources, folder, progress).run()
@@ -193,21 +194,6 @@ class _Preparation:
             },
             versions=versions(),
         )
-
-
-def _already_prepared(
-    folder: OutputFolder, options: PrepareOptions, recorded: dict, sources: list[SourceFile]
-) -> DataCard | None:
-    card = folder.card()
-    if card is None or options.overwrite:
-        return None
-    if difference := _difference(card, recorded, sources):
-        fault = f"contains a data set with other inputs or options ({difference})"
-    elif damaged := card.damage(folder.path):
-        fault = f"its {damaged} does not match the data card"
-    else:
-        return card
-    raise OptionError("out", options.out, f"{fault}; pass --overwrite to replace it")
 
 
 def _difference(before: DataCard | Staged, recorded: dict, sources: list[SourceFile]) -> str | None:

@@ -58,16 +58,29 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def model_name(lang: str | None = None) -> str:
+    """The file of a SentencePiece model, of one language of parallel text if there is one each."""
+    return SENTENCEPIECE_MODEL if lang is None else f"sentencepiece.{lang}.model"
+
+
+def load_tokenizer(folder: str | Path, lang: str | None = None) -> Tokenizer:
     """Load the tokenizer of a prepared folder.
 
+    Args:
+        folder: of `evomoe prepare`.
+        lang: of which language, where each has its own (`--pairs` with `--separate-vocabularies`);
+            elsewhere it is the same.
     Raises:
-        OptionError: its files are invalid.
+        OptionError: its files are invalid, or of two languages and `lang` is none of them.
         FileNotFoundError: one is missing.
     """
     folder = Path(folder)
     if (folder / SENTENCEPIECE_MODEL).exists():
         return SentencePieceTokenizer(folder / SENTENCEPIECE_MODEL)
+    if langs := sorted(path.name.split(".")[1] for path in folder.glob(model_name("*"))):
+        if lang not in langs:
+            raise OptionError("lang", lang, f"{folder} has a tokenizer each of {', '.join(langs)}")
+        return SentencePieceTokenizer(folder / model_name(lang))
     if (folder / TOKENIZER_JSON).exists():
         from evomoe_plugin.data import huggingface_tokenizer as huggingface
 

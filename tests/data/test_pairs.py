@@ -7,8 +7,10 @@ import pytest
 from fairseq.data import Dictionary, data_utils
 
 from evomoe_plugin.cli import main
-from evomoe_plugin.data.pairs import PairOptions, prepare_pairs
-from evomoe_plugin.data.tokenizers import SentencePieceTokenizer
+from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.data.pair_options import PairOptions
+from evomoe_plugin.data.pairs import prepare_pairs
+from evomoe_plugin.data.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -61,6 +63,12 @@ def test_the_text_is_kept_in_parallel(tmp_path, files, separate):
     found = [pair for split in source for pair in zip(source[split], target[split], strict=True)]
     assert len(found) == 299 and set(found) == wanted
     assert card.empty_documents == 1
+    for lang, model in zip(("de", "en"), models, strict=True):
+        wanted = SentencePieceTokenizer(folder / model).encode("c D 1")
+        assert load_tokenizer(folder, lang).encode("c D 1") == wanted
+    if separate:
+        with pytest.raises(OptionError, match="has a tokenizer each of de, en"):
+            load_tokenizer(folder)
     same = (folder / "dict.de.txt").read_text() == (folder / "dict.en.txt").read_text()
     assert same is not separate
     assert ("--share-all-embeddings" in (folder / "DATA_CARD.md").read_text()) is not separate
@@ -133,4 +141,7 @@ def test_the_same_again_is_kept_and_other_options_are_refused(tmp_path, files, c
     assert (tmp_path / "out/train.de-en.de.bin").stat().st_mtime_ns == before
     assert run(*words, "--max-length", "12") == 2
     assert "--max-length was None, and is now 12" in capsys.readouterr().err
+    (tmp_path / "out/train.de-en.de.bin").write_bytes(b"")
+    assert run(*words) == 2
+    assert "its train.de-en.de.bin does not match the data card" in capsys.readouterr().err
     assert run(*words, "--max-length", "12", "--overwrite") == 0
