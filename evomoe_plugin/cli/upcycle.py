@@ -104,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
     from evomoe_plugin.checkpoint.output import check_output
     from evomoe_plugin.config.options import check_number
     from evomoe_plugin.evolve.convert import convert, write
-    from evomoe_plugin.evolve.dense_checkpoint import ENCODER_FAMILIES
     from evomoe_plugin.evolve.perplexity import perplexity
     from evomoe_plugin.evolve.upcycle import Recipe
 
@@ -125,10 +124,8 @@ def run(args: argparse.Namespace) -> int:
         user_dir=args.user_dir,
     )
     measured = args.data, args.subset, args.tokens_per_sample
-    before, evaluates = None, args.data
-    if converted.upcycling.dense.family in ENCODER_FAMILIES:
-        evaluates = None  # fairseq-eval-lm is of language models
-    if evaluates and not os.path.isdir(args.dense):
+    before = None
+    if args.data and not os.path.isdir(args.dense):
         before = perplexity(args.dense, *measured)
     write(converted.state, args.moe, args.overwrite)
 
@@ -147,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
             f"perplexity on {args.subset} of {args.data}: dense {before:.4f}, MoE {after:.4f} "
             f"({100 * (after / before - 1):+.2f} %)"
         )
-    elif evaluates:
+    elif args.data:
         print(f"perplexity on {args.subset} of {args.data}: {perplexity(args.moe, *measured):.4f}")
-    elif not (converted.logits.equal or args.data):
+    elif not converted.logits.equal:
         print("--data DIR evaluates both models, to show the effect on perplexity")
     return 0

@@ -16,16 +16,18 @@ from evomoe_plugin.checkpoint.build_model import describe, report_config_faults
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evaluation.eval_lm import install_in
+from evomoe_plugin.evolve.encoder_perplexity import CRITERIONS, encoder_perplexity
 
 # fairseq materialises the logits of a whole batch.
 TOKENS_PER_BATCH = 4096
 
 
 def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None = None) -> float:
-    """The perplexity that `fairseq-eval-lm` reports.
+    """The perplexity that `fairseq-eval-lm` reports; for RoBERTa and translation,
+    `encoder_perplexity`.
 
     Args:
-        path: a checkpoint of a language model.
+        path: a checkpoint.
         data: a folder that fairseq trains on.
         subset: which split.
         tokens_per_sample: the context; None: that of the run that wrote the checkpoint.
@@ -33,9 +35,16 @@ def perplexity(path: str, data: str, subset: str, tokens_per_sample: int | None 
         OptionError: the split is missing, empty or unreadable, or rows of this length exceed the
             model's positions and would be left out.
     """
-    check_split(data, subset)
     state = read_checkpoint("path", path)
     task = state["cfg"].get("task") or {}
+    if task.get("_name") in CRITERIONS:
+        if tokens_per_sample is not None and task["_name"] == "translation":
+            raise OptionError(
+                "tokens_per_sample", tokens_per_sample, "sentences have their own: leave it out"
+            )
+        given = {} if tokens_per_sample is None else {"tokens_per_sample": tokens_per_sample}
+        return encoder_perplexity(path, data, subset, **given)
+    check_split(data, subset)
     saved = task.get("tokens_per_sample") or 512
     length = saved if tokens_per_sample is None else tokens_per_sample
     with_bos = bool(task.get("add_bos_token"))

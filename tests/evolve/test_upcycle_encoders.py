@@ -1,9 +1,13 @@
 """Experts from dense RoBERTas and Transformers of stock fairseq."""
 
+import math
+import re
+
 import pytest
 import torch
 from fairseq import models, options
 from fairseq.data import Dictionary
+from fairseq.data.data_utils import load_indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
@@ -14,6 +18,7 @@ from evomoe_plugin.evolve.start import init_from_dense
 from evomoe_plugin.evolve.upcycle import Recipe
 from tests.evolve.conftest import trainer_of
 from tests.evolve.dense_models import dictionary_of, save_model, task_of
+from tests.tiny_runs import Runs
 
 SIDE = """--{0}-layers 2 --{0}-embed-dim 16 --{0}-ffn-embed-dim 24
 --{0}-attention-heads 2"""
@@ -88,6 +93,39 @@ def test_what_does_not_fit_is_refused(tmp_path, family):
     model = models.build_model(OmegaConf.create(cfg), task_of(dictionary))
     with pytest.raises(OptionError, match="has 4 tokens, the dense checkpoint was trained with 40"):
         init_from_dense(trainer_of(model, num_updates=0))
+
+
+@FAMILIES
+def test_the_verb_evaluates_both_models(tmp_path, family, capsys):
+    (tmp_path / "text").mkdir()
+    words = [" ".join(f"w{(7 * n + i) % 36}" for i in range(3, 9)) for n in range(20)]
+    for lang in ("de", "en"):
+        (tmp_path / f"text/valid.{lang}").write_text("\n".join(words) + "\n")
+    # fairseq's task adds <mask>.
+    dictionary_of(40 - (family == "roberta")).save(str(tmp_path / "dict.txt"))
+    given = ["--srcdict", tmp_path / "dict.txt", "--workers", "1"]
+    if family == "translation":
+        given += ["--source-lang", "de", "--target-lang", "en", "--joined-dictionary"]
+        given += ["--validpref", tmp_path / "text/valid"]
+    else:
+        given += ["--only-source", "--validpref", tmp_path / "text/valid.de"]
+    assert Runs(tmp_path, tmp_path).run("preprocess", *given, "--destdir", tmp_path / "data") == 0
+    path, dense = save(tmp_path / "dense.pt", family)
+    words = ["upcycle", path, tmp_path / "moe.pt", "--moe-gate", "top_p", "--data"]
+    capsys.readouterr()
+    assert main([*map(str, words), str(tmp_path / "data")]) == 0
+    printed = capsys.readouterr().out
+    before, after = map(float, re.search(r"dense ([\d.]+), MoE ([\d.]+) ", printed).groups())
+    assert before == pytest.approx(after, rel=1e-4)  # copies
+    if family == "translation":  # the oracle: every pair by itself
+        loss = count = 0
+        for row in load_indexed_dataset(str(tmp_path / "data/valid.de-en.de"), None):
+            row = row.long()
+            moved = torch.cat([row[-1:], row[:-1]])
+            logits = dense.eval()(row[None], None, moved[None])[0][0]
+            loss += torch.nn.functional.cross_entropy(logits, row, reduction="sum").item()
+            count += len(row)
+        assert before == pytest.approx(math.exp(loss / count), rel=1e-3)
 
 
 def test_the_verb_places_experts_on_each_side(tmp_path, capsys):
