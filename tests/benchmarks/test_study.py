@@ -5,9 +5,11 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "examples/quickstart"))
 
-from study import comparison, learning_rates, report, results, run, runs, texts  # noqa: E402
+from study import comparison, learning_rates, report, results, run, runs, texts, verses  # noqa: E402
 from study.attempt import Attempt, RunFolder  # noqa: E402
+from study.miniature import TRANSLATION  # noqa: E402
 from study.results import Result  # noqa: E402
 from study.systems import SMOKE, STUDY, System  # noqa: E402
 
@@ -139,13 +142,15 @@ def test_a_family_without_its_grid_waits():
     assert ("switch", "prose", 1) not in waiting and ("dense", "code", 1) not in waiting
 
 
-def test_every_declared_name_and_override_is_one_of_the_configurations():
-    names = [system.name for system in STUDY.systems]
+@pytest.mark.parametrize("study", run.STUDIES.values(), ids=run.STUDIES)
+def test_every_declared_name_and_override_is_one_of_the_configurations(study):
+    names = [system.name for system in study.systems]
     assert len(set(names)) == len(names)
-    assert {s.family for s in STUDY.systems} == set(STUDY.representatives)
-    for system in STUDY.systems:
+    assert {s.family for s in study.systems} == set(study.representatives)
+    for system in study.systems:
         assert (ROOT / f"hydra_configs/small/{system.config}.yaml").exists()
-    assert STUDY.save_interval % STUDY.evaluate_interval == 0
+    assert study.save_interval % study.evaluate_interval == 0
+    assert {name for pair in study.expected for name in pair} <= set(names)
 
 
 def test_a_crossing_is_interpolated_in_the_logarithm():
@@ -275,6 +280,47 @@ def test_cpu_times_of_another_processor_do_not_count(tmp_path):
     assert len(compared.by_system["switch"]) == len(compared.cpu_seconds("switch").values) + 1
     assert compared.crossings("switch", 1e9, "cpu_seconds").count(None) == 1
     assert None not in compared.crossings("switch", 1e9, "update")
+
+
+def test_the_miniature_reports_what_was_expected_and_bleu(tmp_path):
+    final = {"dense": 40, "switch": 36, "lexical": 30, "dts": 35, "evomoe": 34.9}
+    for one in runs.ready(TRANSLATION, {}):
+        bleu = {"test_bleu": [None, 1.0, 2.0, 50 - final[one.system.name]]}
+        result = made(one, final[one.system.name], TRANSLATION)
+        columns = {f"{side}_experts_per_token": [1.5] for side in ("encoder", "decoder")}
+        result = dataclasses.replace(
+            result, curve=result.curve | bleu, training={"update": [600], **columns}
+        )
+        result.write(results.path_of(one, tmp_path))
+    page = report.write(TRANSLATION, tmp_path, tmp_path / "out")
+    assert page.name == "2026-11-30-study-translation.md"
+    text = page.read_text()
+    assert "4 of 5 found, 1 not, 0 not decided. One seed decides none" in text
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row[:2] == "| "}
+    assert "missed" in rows["evomoe ends at least 1% below dts"]
+    assert "| 30.00 (n=1) | 20.00 (n=1) |" in rows["lexical"]
+    assert "1.50 (n=1)" in rows["evomoe decoder"]
+
+
+def test_source_sentences_are_counted_with_their_targets_length():
+    log = parse_log([line(1, wpb=10, encoder_mflops_per_token=2, decoder_mflops_per_token=3)])
+    assert results._cumulated_flops(log) == {1: 3 * 10 * 5e6}
+
+
+def test_verses_are_read_from_a_module_of_sword(tmp_path):
+    blocks = [b"In <note>x <w>y</w></note>the <w lemma='a'>beginning</w>,  God", b"<l>And</l>."]
+    packed = [zlib.compress(block) for block in blocks]
+    starts = [0, len(packed[0])]
+    places = [(0, 0, len(blocks[0])), (0, 0, 0), (1, 0, len(blocks[1]))]
+    (tmp_path / "ot.bzz").write_bytes(b"".join(packed))
+    (tmp_path / "ot.bzs").write_bytes(
+        b"".join(
+            struct.pack("<III", start, len(of), len(block))
+            for start, of, block in zip(starts, packed, blocks, strict=True)
+        )
+    )
+    (tmp_path / "ot.bzv").write_bytes(b"".join(struct.pack("<IIH", *place) for place in places))
+    assert list(verses.read_entries(tmp_path / "ot")) == ["In the beginning, God", "", "And."]
 
 
 def test_prose_is_split_at_ends_of_sentences():
