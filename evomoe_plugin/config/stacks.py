@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from evomoe_plugin.config.options import PLACEMENT, ModelOptions, MoEOptions
+from evomoe_plugin.config.options import NO_LAYERS, PLACEMENT, ModelOptions, MoEOptions
 
 
 class StackOptions:
     """The options of one stack of a model, under the names that a GPT's decoder has them.
 
     `decoder_layers` is the number of encoder layers for an encoder, and `moe_freq` what
-    `--encoder-moe-freq` gives, or else `--moe-freq`. All else is read from the model's options.
+    `--encoder-moe-freq` gives (0: no MoE layers), or else `--moe-freq`. All else is read from the
+    model's options.
 
     Args:
         options: of the whole model.
@@ -22,6 +23,8 @@ class StackOptions:
         self._options = options
         self.kind = kind
         own = {name: getattr(options, f"{kind}_{name}", None) for name in PLACEMENT}
+        if own["moe_freq"] == 0 and own["moe_layers"] is None:  # as in the moe branch
+            own |= {"moe_freq": None, "moe_layers": NO_LAYERS}
         self._own = {name for name, value in own.items() if value is not None}
         lists = "moe_layers" in self._own or (self._own and options.moe_layers is not None)
         of_all = MoEOptions if lists else options  # a list and a frequency exclude each other

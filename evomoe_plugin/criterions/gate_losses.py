@@ -5,9 +5,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
@@ -148,6 +149,37 @@ class GateLosses:
         return loss
 
 
+@dataclass
+class VocabChunkOptions(FairseqDataclass):
+    """How losses over the vocabulary are computed."""
+
+    moe_vocab_chunk: Optional[int] = flag(
+        None,
+        "number of tokens whose logits are computed at a time (default: 512 on a CPU, 4096 on a "
+        "GPU); 0: all, as in fairseq",
+    )
+
+
+def check_vocab_chunk(chunk: int | None) -> int | None:
+    """Raise `OptionError` for a negative number."""
+    if chunk is not None and chunk < 0:
+        raise OptionError("moe_vocab_chunk", chunk, "give a number of tokens, or 0 for all at once")
+    return chunk
+
+
+class GateLossesOfFairseq(GateLosses):
+    """Gate losses for a criterion whose forward pass is fairseq's."""
+
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Tensor, Any, dict]:
+        """Loss of one batch: summed over what the sample size counts; the latter; sums to log."""
+        recorded = Recorded(model)
+        inner_loss, size, logging_output = super().forward(  # type: ignore[misc]
+            recorded, sample, reduce
+        )
+        loss = self.add_gate_losses(inner_loss, model, sample, recorded.extra, logging_output)
+        return loss, size, logging_output
+
+
 class Recorded:
     """A model that keeps the second output of its forward pass, for criterions of fairseq that drop
     it."""
@@ -193,6 +225,18 @@ def log_routing(logging_outputs: Sequence[dict[str, Any]]) -> None:
     if flops_of_stacks and "" not in flops_of_stacks:
         mflops = sum(flops_of_stacks.values()) / float(ntokens) / 1e6
         metrics.log_scalar("mflops_per_token", mflops, ntokens, round=3)
+
+
+def log_language_model(logging_outputs: Sequence[dict[str, Any]], size: str) -> None:
+    """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics.
+
+    Args:
+        size: the logging output that counts the predicted tokens.
+    """
+    log_loss(logging_outputs)
+    log_inner_loss(logging_outputs, size)
+    metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg))
+    log_routing(logging_outputs)
 
 
 def log_inner_loss(logging_outputs: Sequence[dict[str, Any]], size: str) -> None:

@@ -7,10 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
-from fairseq.logging import metrics
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
@@ -18,23 +16,20 @@ from evomoe_plugin.config.options import flag
 from evomoe_plugin.criterions.gate_losses import (
     GateLosses,
     GateLossOptions,
-    log_inner_loss,
-    log_loss,
-    log_routing,
+    VocabChunkOptions,
+    check_vocab_chunk,
+    log_language_model,
 )
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class MoECrossEntropyCriterionConfig(GateLossOptions, CrossEntropyCriterionConfig):
+class MoECrossEntropyCriterionConfig(
+    VocabChunkOptions, GateLossOptions, CrossEntropyCriterionConfig
+):
     """Options of the gate losses, and how the cross-entropy is computed."""
 
-    moe_vocab_chunk: Optional[int] = flag(
-        None,
-        "number of tokens whose logits are computed at a time (default: 512 on a CPU, 4096 on a "
-        "GPU); 0: all, as in fairseq",
-    )
     moe_stability_tokens: int = flag(
         4096,
         "first tokens of each validation set whose routing is compared from one validation to the "
@@ -57,17 +52,13 @@ class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
     ):
         super().__init__(task, sentence_avg)
         self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method)
-        if moe_vocab_chunk is not None and moe_vocab_chunk < 0:
-            raise OptionError(
-                "moe_vocab_chunk", moe_vocab_chunk, "give a number of tokens, or 0 for all at once"
-            )
         if moe_stability_tokens < 0:
             raise OptionError(
                 "moe_stability_tokens",
                 moe_stability_tokens,
                 "give a number of tokens, or 0 for none",
             )
-        self.vocab_chunk = moe_vocab_chunk
+        self.vocab_chunk = check_vocab_chunk(moe_vocab_chunk)
         self.stability_tokens = moe_stability_tokens
         source, target = (
             getattr(task, f"{side}_dictionary", None) for side in ("source", "target")
@@ -115,10 +106,7 @@ class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics."""
-        log_loss(logging_outputs)
-        log_inner_loss(logging_outputs, "ntokens")
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg))
-        log_routing(logging_outputs)
+        log_language_model(logging_outputs, "ntokens")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: fairseq reads the types of the dataclass at run time.
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -13,26 +13,30 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from torch import Tensor
 
 from evomoe_plugin.criterions.gate_losses import (
-    GateLosses,
+    GateLossesOfFairseq,
     GateLossOptions,
-    Recorded,
+    VocabChunkOptions,
+    check_vocab_chunk,
     log_inner_loss,
     log_routing,
 )
 
 
 @dataclass
-class MoELabelSmoothedCrossEntropyConfig(GateLossOptions, LabelSmoothedCrossEntropyCriterionConfig):
+class MoELabelSmoothedCrossEntropyConfig(
+    VocabChunkOptions, GateLossOptions, LabelSmoothedCrossEntropyCriterionConfig
+):
     """Options of the gate losses and of label smoothing."""
 
 
 @register_criterion(
     "moe_label_smoothed_cross_entropy", dataclass=MoELabelSmoothedCrossEntropyConfig
 )
-class MoELabelSmoothedCrossEntropy(GateLosses, LabelSmoothedCrossEntropyCriterion):
+class MoELabelSmoothedCrossEntropy(GateLossesOfFairseq, LabelSmoothedCrossEntropyCriterion):
     """fairseq's label-smoothed cross-entropy with gate losses.
 
-    `inner_loss` is without gate losses, `nll_loss` and perplexity without smoothing too.
+    `inner_loss` is without gate losses, `nll_loss` and perplexity without smoothing too. With
+    `report_accuracy` the logits of all tokens are computed at once.
     """
 
     def __init__(
@@ -44,18 +48,37 @@ class MoELabelSmoothedCrossEntropy(GateLosses, LabelSmoothedCrossEntropyCriterio
         report_accuracy: bool = False,
         moe_gate_loss_wt: float = 1.0,
         moe_gate_loss_combine_method: str = "average",
+        moe_vocab_chunk: Optional[int] = None,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method)
+        self.vocab_chunk = check_vocab_chunk(moe_vocab_chunk)
 
     def sample_size(self, sample: dict[str, Any]) -> int:
         return sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
 
     def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss of one batch: summed over tokens, the sample size, and sums to log."""
-        recorded = Recorded(model)
-        inner_loss, size, logging_output = super().forward(recorded, sample, reduce)
-        loss = self.add_gate_losses(inner_loss, model, sample, recorded.extra, logging_output)
+        chunked = getattr(model, "gives_losses", False) and self.vocab_chunk != 0
+        if self.report_accuracy or not chunked:
+            return super().forward(model, sample, reduce)
+        targets = sample["target"].clone()
+        targets[:, : self.ignore_prefix_size] = self.padding_idx
+        (inner_loss, nll_loss), extra = model(
+            **sample["net_input"],
+            targets=targets,
+            vocab_chunk=self.vocab_chunk,
+            reduce=reduce,
+            label_smoothing=self.eps,
+        )
+        size = self.sample_size(sample)
+        logging_output = {
+            "nll_loss": nll_loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": size,
+        }
+        loss = self.add_gate_losses(inner_loss, model, sample, extra, logging_output)
         return loss, size, logging_output
 
     @classmethod

@@ -5,20 +5,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.masked_lm import MaskedLmConfig, MaskedLmLoss
-from fairseq.logging import metrics
 from torch import Tensor
 
 from evomoe_plugin.config.options import flag
 from evomoe_plugin.criterions.gate_losses import (
-    GateLosses,
+    GateLossesOfFairseq,
     GateLossOptions,
-    Recorded,
-    log_inner_loss,
-    log_loss,
-    log_routing,
+    log_language_model,
 )
 
 
@@ -28,7 +23,7 @@ class MoEMaskedLMConfig(GateLossOptions, MaskedLmConfig):
 
 
 @register_criterion("moe_masked_lm", dataclass=MoEMaskedLMConfig)
-class MoEMaskedLM(GateLosses, MaskedLmLoss):
+class MoEMaskedLM(GateLossesOfFairseq, MaskedLmLoss):
     """The cross-entropy of masked tokens, with gate losses; perplexity is always without them."""
 
     def __init__(self, cfg: MoEMaskedLMConfig, task: Any):
@@ -38,20 +33,10 @@ class MoEMaskedLM(GateLosses, MaskedLmLoss):
     def sample_size(self, sample: dict[str, Any]) -> Tensor:
         return sample["target"].ne(self.padding_idx).sum()
 
-    def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Loss of one batch: summed over masked tokens, their number, and sums to log."""
-        recorded = Recorded(model)
-        inner_loss, size, logging_output = super().forward(recorded, sample, reduce)
-        loss = self.add_gate_losses(inner_loss, model, sample, recorded.extra, logging_output)
-        return loss, size, logging_output
-
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log loss, inner_loss (both base 2), ppl, gate losses and routing statistics."""
-        log_loss(logging_outputs)
-        log_inner_loss(logging_outputs, "sample_size")
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["inner_loss"].avg))
-        log_routing(logging_outputs)
+        log_language_model(logging_outputs, "sample_size")
 
 
 @dataclass

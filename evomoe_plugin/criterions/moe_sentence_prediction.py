@@ -10,12 +10,10 @@ from fairseq.criterions.sentence_prediction import (
     SentencePredictionConfig,
     SentencePredictionCriterion,
 )
-from torch import Tensor
 
 from evomoe_plugin.criterions.gate_losses import (
-    GateLosses,
+    GateLossesOfFairseq,
     GateLossOptions,
-    Recorded,
     log_inner_loss,
     log_routing,
 )
@@ -27,7 +25,7 @@ class MoESentencePredictionConfig(GateLossOptions, SentencePredictionConfig):
 
 
 @register_criterion("moe_sentence_prediction", dataclass=MoESentencePredictionConfig)
-class MoESentencePrediction(GateLosses, SentencePredictionCriterion):
+class MoESentencePrediction(GateLossesOfFairseq, SentencePredictionCriterion):
     """fairseq's criterion of GLUE tasks with gate losses."""
 
     computes_targets = False
@@ -38,13 +36,6 @@ class MoESentencePrediction(GateLosses, SentencePredictionCriterion):
 
     def sample_size(self, sample: dict[str, Any]) -> int:
         return sample["target"].numel()
-
-    def forward(self, model, sample, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Loss of one batch: summed over sentences, their number, and what is logged."""
-        recorded = Recorded(model)
-        inner_loss, size, logging_output = super().forward(recorded, sample, reduce)
-        loss = self.add_gate_losses(inner_loss, model, sample, recorded.extra, logging_output)
-        return loss, size, logging_output
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:

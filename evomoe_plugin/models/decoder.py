@@ -17,7 +17,7 @@ from evomoe_plugin.models.decoder_layer import DecoderLayer, MoEDecoderLayer
 from evomoe_plugin.models.mixed_precision import in_matmul_dtype
 from evomoe_plugin.models.moe_stack import MoEStack
 from evomoe_plugin.models.segments import Segments, documents
-from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
+from evomoe_plugin.models.vocabulary_loss import smoothed_vocabulary_loss, vocabulary_loss
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
 
@@ -81,14 +81,16 @@ class MoEDecoder(MoEStack, TransformerDecoder):
         targets: Tensor | None = None,
         vocab_chunk: int | None = None,
         reduce: bool = True,
+        label_smoothing: float | None = None,
         with_token_routing: bool = False,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """As fairseq's decoder; `token_weights`, `segments` and `with_token_routing` as in
         `extract_features`.
 
         With `targets` [batch, length], losses of `models.vocabulary_loss` are returned instead of
-        logits: their sum, or [batch * length] without `reduce`. They are computed here instead of
-        in the criterion, since FSDP gathers the output embeddings only for the forward pass.
+        logits: their sum, or [batch * length] without `reduce`; with `label_smoothing` a pair of
+        them, smoothed and not. They are computed here instead of in the criterion, since FSDP
+        gathers the output embeddings only for the forward pass.
         """
         x, extra = self.extract_features(
             prev_output_tokens,
@@ -102,16 +104,19 @@ class MoEDecoder(MoEStack, TransformerDecoder):
             with_token_routing=with_token_routing,
         )
         if targets is not None:
-            x = vocabulary_loss(
+            given = (
                 x.reshape(-1, x.size(-1)),
                 self.output_projection.weight,
                 targets.reshape(-1),
                 self.padding_idx,
                 vocab_chunk,
                 reduce,
-                bias_V=self.output_projection.bias,
+                self.output_projection.bias,
             )
-        elif not features_only:
+            if label_smoothing is None:
+                return vocabulary_loss(*given), extra
+            return smoothed_vocabulary_loss(*given, label_smoothing), extra
+        if not features_only:
             x = self.output_layer(x)
         return x, extra
 

@@ -9,20 +9,18 @@ from fairseq.modules import MultiheadAttention, gelu_accurate
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from fairseq.utils import relu_squared
 from torch import Tensor
-from torch.nn import Module
 
 from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.experts.activations import name_kernel
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.models.attention import Mask, SelfAttention
-from evomoe_plugin.models.mixed_precision import Linear
-from evomoe_plugin.models.moe_ffn import MoEFeedForward
+from evomoe_plugin.models.moe_ffn import DenseFeedForward, MoEFeedForward
 
 name_kernel(gelu_accurate, "gelu_tanh")
 name_kernel(relu_squared, "relu_squared")
 
 
-class DecoderLayer(TransformerDecoderLayerBase):
+class DecoderLayer(DenseFeedForward, TransformerDecoderLayerBase):
     """fairseq's decoder layer with the attention of `--moe-attention`.
 
     Args:
@@ -54,14 +52,6 @@ class DecoderLayer(TransformerDecoderLayerBase):
             add_zero_attn=add_zero_attn,
             self_attention=True,
         )
-
-    def build_fc1(self, *args, **kwargs) -> Module | None:
-        """Called by fairseq."""
-        return Linear.of(super().build_fc1(*args, **kwargs))
-
-    def build_fc2(self, *args, **kwargs) -> Module | None:
-        """Called by fairseq."""
-        return Linear.of(super().build_fc2(*args, **kwargs))
 
 
 class MoEDecoderLayer(MoEFeedForward, DecoderLayer):

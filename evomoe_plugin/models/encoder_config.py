@@ -102,10 +102,10 @@ class RobertaTinyMoEConfig(RobertaMoEConfig):
 class TransformerMoEConfig(_Common):
     """The Transformer: 6 + 6 layers, width 512, 8 heads (arXiv 1706.03762)."""
 
-    encoder_moe_freq: Optional[int] = flag(None, "--moe-freq of the encoder")
+    encoder_moe_freq: Optional[int] = flag(None, "--moe-freq of the encoder; 0: a dense one")
     encoder_moe_start_layer: Optional[int] = flag(None, "--moe-start-layer of the encoder")
     encoder_moe_layers: Optional[str] = flag(None, "--moe-layers of the encoder; none: a dense one")
-    decoder_moe_freq: Optional[int] = flag(None, "--moe-freq of the decoder")
+    decoder_moe_freq: Optional[int] = flag(None, "--moe-freq of the decoder; 0: a dense one")
     decoder_moe_start_layer: Optional[int] = flag(None, "--moe-start-layer of the decoder")
     decoder_moe_layers: Optional[str] = flag(None, "--moe-layers of the decoder; none: a dense one")
     encoder_embed_path: Optional[str] = flag(None, "file of the encoder's initial embeddings")

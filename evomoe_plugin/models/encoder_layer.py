@@ -8,16 +8,14 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
-from torch.nn import Module
 
 from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.models.attention import SelfAttention
-from evomoe_plugin.models.mixed_precision import Linear
-from evomoe_plugin.models.moe_ffn import MoEFeedForward
+from evomoe_plugin.models.moe_ffn import DenseFeedForward, MoEFeedForward
 
 
-class EncoderLayer(TransformerEncoderLayerBase):
+class EncoderLayer(DenseFeedForward, TransformerEncoderLayerBase):
     """fairseq's encoder layer with the attention of `--moe-attention`.
 
     Args:
@@ -39,14 +37,6 @@ class EncoderLayer(TransformerEncoderLayerBase):
             dropout=cfg.attention_dropout,
             self_attention=True,
         )
-
-    def build_fc1(self, *args, **kwargs) -> Module | None:
-        """Called by fairseq."""
-        return Linear.of(super().build_fc1(*args, **kwargs))
-
-    def build_fc2(self, *args, **kwargs) -> Module | None:
-        """Called by fairseq."""
-        return Linear.of(super().build_fc2(*args, **kwargs))
 
 
 class MoEEncoderLayer(MoEFeedForward, EncoderLayer):

@@ -7,12 +7,16 @@ from typing import Any, ClassVar
 from fairseq.models.transformer_lm import DEFAULT_MAX_TARGET_POSITIONS, TransformerLanguageModel
 from omegaconf import open_dict
 
-from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.hf_config import resolve_hf_config
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.decoder import MoEDecoder
-from evomoe_plugin.models.mixed_precision import warn_if_emulated
-from evomoe_plugin.models.moe_model import MoEModel, check_format, check_rows, log_sizes
+from evomoe_plugin.models.moe_model import (
+    MoEModel,
+    check_format,
+    check_rows,
+    complete_options,
+    log_model,
+)
 from evomoe_plugin.models.moe_stack import MoEStack
 
 
@@ -43,11 +47,6 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         return 0 if self.decoder.in_dense_phase else len(self.decoder.moe_layers)
 
     @classmethod
-    def hub_models(cls) -> dict[str, Any]:
-        """No weights are published."""
-        return {}
-
-    @classmethod
     def complete(cls, args: Any) -> None:
         """Check the options, and set those that follow from others.
 
@@ -55,14 +54,13 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
             OptionError: as `build_model`.
         """
         resolve_hf_config(args)
-        validate(args, warn=False)  # logged before the run, once for all ranks
+        complete_options(args)
         with open_dict(args):
             for dim in ("decoder_input_dim", "decoder_output_dim"):
                 args[dim] = args[dim] or args.decoder_embed_dim
             # Post-norm decoders of this depth do not train from scratch; most of fairseq's own
             # architectures force it too.
             args.decoder_normalize_before = not args.moe_post_norm
-            args.checkpoint_activations |= args.offload_activations
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample or DEFAULT_MAX_TARGET_POSITIONS
 
@@ -80,8 +78,7 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         vocabulary = len(task.source_dictionary)
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
         decoder = cls.decoder_class(args, task.target_dictionary, embed_tokens)
-        log_sizes(args, vocabulary)
-        warn_if_emulated(args.moe_matmul_dtype)
+        log_model(args, vocabulary)
         return cls(decoder, count_flops(args, vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:

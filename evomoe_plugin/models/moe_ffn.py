@@ -1,8 +1,9 @@
-"""The half of fairseq's layers after attention, with an MoE layer in place of the FFN."""
+"""The half of fairseq's layers after attention: its FFN, or an MoE layer in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -11,6 +12,19 @@ from torch.nn.functional import gelu
 from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import MoELayer, build_layer
+from evomoe_plugin.models.mixed_precision import Linear
+
+
+class DenseFeedForward:
+    """Layers of encoders and decoders inherit this before fairseq's class."""
+
+    def build_fc1(self, *args: Any, **kwargs: Any) -> Module | None:
+        """Called by fairseq."""
+        return Linear.of(super().build_fc1(*args, **kwargs))  # type: ignore[misc]
+
+    def build_fc2(self, *args: Any, **kwargs: Any) -> Module | None:
+        """Called by fairseq."""
+        return Linear.of(super().build_fc2(*args, **kwargs))  # type: ignore[misc]
 
 
 class MoEFeedForward:

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fairseq.models import BaseFairseqModel
+from omegaconf import open_dict
 from torch import nn
 
+from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots, stack_kind
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_parameters
+from evomoe_plugin.models.mixed_precision import warn_if_emulated
 from evomoe_plugin.models.moe_stack import MoEStack
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,16 @@ class MoEModel:
 
     gives_losses = False
     forward_flops_by_stack: dict[str, ForwardFlops]
+
+    @classmethod
+    def hub_models(cls) -> dict[str, Any]:
+        """No weights are published."""
+        return {}
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """The options of the dataclass, in place of the model's own."""
+        BaseFairseqModel.add_args.__func__(cls, parser)
 
     @property
     def moe_stacks(self) -> dict[str, MoEStack]:
@@ -77,8 +91,21 @@ class MoEModel:
             stack.end_record_routing()
 
 
-def log_sizes(options: ModelOptions, vocabulary: int, target_vocabulary: int | None = None) -> None:
-    """Log the MoE layers of each stack and the number of parameters (`count_parameters`)."""
+def complete_options(args: Any) -> None:
+    """Check the options of a model, and set those that follow from others in every model.
+
+    Raises:
+        OptionError: an option is invalid, or not supported with MoE layers.
+    """
+    validate(args, warn=False)  # logged before the run, once for all ranks
+    with open_dict(args):
+        args.checkpoint_activations |= args.offload_activations
+
+
+def log_model(options: ModelOptions, vocabulary: int, target_vocabulary: int | None = None) -> None:
+    """Log the MoE layers of each stack, the number of parameters (`count_parameters`), and whether
+    the matmul dtype is emulated."""
+    warn_if_emulated(options.moe_matmul_dtype)
     sizes = count_parameters(options, vocabulary, target_vocabulary)
     parts = stacks(options)
     for part in parts:

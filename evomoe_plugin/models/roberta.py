@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairseq.models import BaseFairseqModel, FairseqEncoder
+from fairseq.models import FairseqEncoder
 from fairseq.models.roberta.model import RobertaEncoder, RobertaLMHead, RobertaModel
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from omegaconf import open_dict
 from torch import Tensor, nn
 
-from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.options import parse_bool
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.encoder import MoEEncoder
-from evomoe_plugin.models.mixed_precision import warn_if_emulated
 from evomoe_plugin.models.moe_model import (
     MoEModel,
     check_format,
     check_rows,
-    log_sizes,
+    complete_options,
+    log_model,
     other_model,
 )
 from evomoe_plugin.models.moe_stack import MoEStack
@@ -96,16 +95,6 @@ class RobertaMoE(MoEModel, RobertaModel):
         return {"": self.encoder.sentence_encoder}
 
     @classmethod
-    def hub_models(cls) -> dict[str, Any]:
-        """No weights are published."""
-        return {}
-
-    @classmethod
-    def add_args(cls, parser: Any) -> None:
-        """The options of the dataclass, in place of RoBERTa's own."""
-        BaseFairseqModel.add_args.__func__(cls, parser)
-
-    @classmethod
     def build_model(cls, args: Any, task: Any) -> RobertaMoE:
         """Build the model that the options describe.
 
@@ -115,15 +104,13 @@ class RobertaMoE(MoEModel, RobertaModel):
         Raises:
             OptionError: an option is invalid, or not supported with MoE layers.
         """
-        validate(args, warn=False)  # logged before the run, once for all ranks
+        complete_options(args)
         with open_dict(args):
-            args.checkpoint_activations |= args.offload_activations
             args.max_positions = args.max_positions or _max_positions(task)
             args.max_source_positions = args.max_positions
         encoder = RobertaMoEEncoder(args, task.source_dictionary)
         vocabulary = len(task.source_dictionary)
-        log_sizes(args, vocabulary)
-        warn_if_emulated(args.moe_matmul_dtype)
+        log_model(args, vocabulary)
         return cls(args, encoder, count_flops(stacks(args)[0], vocabulary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:

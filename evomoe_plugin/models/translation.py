@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairseq.models import BaseFairseqModel
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from omegaconf import open_dict
 from torch import Tensor
 
-from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.decoder import MoEDecoder
 from evomoe_plugin.models.encoder import MoEEncoder
-from evomoe_plugin.models.mixed_precision import warn_if_emulated
 from evomoe_plugin.models.moe_model import (
     MoEModel,
     check_format,
     check_rows,
-    log_sizes,
+    complete_options,
+    log_model,
     other_model,
 )
 from evomoe_plugin.models.moe_stack import MoEStack
@@ -49,16 +47,6 @@ class TransformerMoE(MoEModel, TransformerModelBase):
         return {"encoder_": self.encoder, "decoder_": self.decoder}
 
     @classmethod
-    def hub_models(cls) -> dict[str, Any]:
-        """No weights are published."""
-        return {}
-
-    @classmethod
-    def add_args(cls, parser: Any) -> None:
-        """The options of the dataclass, in place of the Transformer's own."""
-        BaseFairseqModel.add_args.__func__(cls, parser)
-
-    @classmethod
     def build_model(cls, args: Any, task: Any) -> TransformerMoE:
         """Build the model that the options describe.
 
@@ -68,10 +56,9 @@ class TransformerMoE(MoEModel, TransformerModelBase):
         Raises:
             OptionError: an option is invalid, or not supported with MoE layers.
         """
-        validate(args, warn=False)  # logged before the run, once for all ranks
+        complete_options(args)
         source, target = task.source_dictionary, task.target_dictionary
         with open_dict(args):
-            args.checkpoint_activations |= args.offload_activations
             args.share_decoder_input_output_embed |= args.share_all_embeddings
             for dim in ("decoder_input_dim", "decoder_output_dim"):
                 args[dim] = args[dim] or args.decoder_embed_dim
@@ -86,8 +73,7 @@ class TransformerMoE(MoEModel, TransformerModelBase):
                 cfg, target, args.decoder_input_dim, args.decoder_embed_path
             )
         decoder = MoEDecoder(args, target, written, of_decoder, len(encoder.moe_layers))
-        log_sizes(args, len(source), len(target))
-        warn_if_emulated(args.moe_matmul_dtype)
+        log_model(args, len(source), len(target))
         flops = {
             "encoder_": count_flops(of_encoder, len(source)),
             "decoder_": count_flops(of_decoder, len(target)),

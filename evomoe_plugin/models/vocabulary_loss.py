@@ -47,24 +47,48 @@ def vocabulary_loss(
     Returns:
         A scalar, or [T] without `reduce`.
     """
+    return smoothed_vocabulary_loss(
+        x_TD, weight_VD, targets_T, padding_idx, chunk, reduce, bias_V, 0.0
+    )[0]
+
+
+def smoothed_vocabulary_loss(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    padding_idx: int,
+    chunk: int | None,
+    reduce: bool,
+    bias_V: Tensor | None,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """As `vocabulary_loss`, with label smoothing as in fairseq: the cross-entropy with
+    1 - smoothing at the target, and the rest in equal parts at all other entries.
+
+    Returns:
+        The smoothed loss; and the one without smoothing, which has no gradient.
+    """
     device = x_TD.device.type
     dtype = operand_dtype(x_TD)
     kept_N = targets_T.ne(padding_idx).nonzero().squeeze(1)
     whole = len(kept_N) == len(targets_T)
     x_ND, targets_N = (x_TD, targets_T) if whole else (x_TD[kept_N], targets_T[kept_N])
     size = chunk or CHUNKS.get(device, CHUNKS["cuda"])
-    given = x_ND, weight_VD, bias_V, targets_N, size, dtype
+    given = x_ND, weight_VD, bias_V, targets_N, size, dtype, smoothing
     learned = [value for value in given[:3] if value is not None]
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in learned)
     with torch.autocast(device, enabled=False):
         if reduce and needs_grad and dtype != torch.float16:
             return _SummedLoss.apply(*given)
-        losses_N = _TokenLosses.apply(*given) if needs_grad else _Chunks(*given).losses()
+        losses = _TokenLosses.apply(*given) if needs_grad else _Chunks(*given).losses()
     if reduce:
-        return losses_N.sum()
+        return losses[0].sum(), losses[1].sum()
     if whole:
-        return losses_N
-    return losses_N.new_zeros(len(targets_T)).index_copy(0, kept_N, losses_N)
+        return losses
+    smoothed_T, plain_T = (
+        losses_N.new_zeros(len(targets_T)).index_copy(0, kept_N, losses_N) for losses_N in losses
+    )
+    return smoothed_T, plain_T
 
 
 class _Chunks:
@@ -74,6 +98,7 @@ class _Chunks:
         x_ND, weight_VD, bias_V, targets_N: as in `vocabulary_loss`, without padding.
         size: tokens of a chunk.
         dtype: of matmul operands.
+        smoothing: as in `smoothed_vocabulary_loss`.
     """
 
     def __init__(
@@ -84,6 +109,7 @@ class _Chunks:
         targets_N: Tensor,
         size: int,
         dtype: torch.dtype,
+        smoothing: float,
     ):
         computed = native_matmul_dtype(dtype, x_ND.device.type)
         self.x_ND, self.weight_VD = (given.to(dtype).to(computed) for given in (x_ND, weight_VD))
@@ -93,6 +119,8 @@ class _Chunks:
         self.wide = torch.promote_types(x_ND.dtype, torch.float32)
         self._out_dtypes = x_ND.dtype, weight_VD.dtype
         self._size = size
+        self._smoothing = smoothing
+        self._of_others = smoothing / max(len(weight_VD) - 1, 1)
 
     def log_probs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their log-probabilities [rows, V], and the buffer of the logits, to overwrite; the
@@ -111,35 +139,47 @@ class _Chunks:
             else:
                 yield rows, torch.log_softmax(logits, 1, dtype=self.wide), logits
 
-    def losses(self) -> Tensor:
-        """[N]."""
-        losses_N = self.x_ND.new_empty(len(self.x_ND), dtype=self.wide)
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Smoothed and not, [N] each."""
+        plain_N = self.x_ND.new_empty(len(self.x_ND), dtype=self.wide)
+        smoothed_N = torch.empty_like(plain_N)
         for rows, log_probs, _ in self.log_probs():
-            losses_N[rows] = -log_probs.gather(1, self.targets_N1[rows]).squeeze(1)
-        return losses_N
+            plain_N[rows] = -log_probs.gather(1, self.targets_N1[rows]).squeeze(1)
+            smoothed_N[rows] = self._smoothed(plain_N[rows], log_probs)
+        return smoothed_N, plain_N
+
+    def _smoothed(self, plain_n: Tensor, log_probs: Tensor) -> Tensor:
+        if not self._smoothing:
+            return plain_n
+        of_target = 1 - self._smoothing - self._of_others
+        return of_target * plain_n - self._of_others * log_probs.sum(1)
 
     def gradients(
         self, of_x: bool, of_weight: bool, of_bias: bool, grad_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The sum of the losses, and gradients of x, weight and bias: of the sum, or with `grad_N`,
-        the gradient of each loss, of them."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The sums of the losses, smoothed and not, and gradients of x, weight and bias: of the
+        smoothed sum, or with `grad_N`, the gradient of each smoothed loss, of them."""
         dx_ND = torch.empty_like(self.x_ND, dtype=self._out_dtypes[0]) if of_x else None
         dweight_VD = torch.zeros_like(self.weight_VD, dtype=self.wide) if of_weight else None
         dbias_V = (
             self.weight_VD.new_zeros(len(self.weight_VD), dtype=self.wide) if of_bias else None
         )
         loss = self.x_ND.new_zeros((), dtype=self.wide)
+        plain = torch.zeros_like(loss)
         for rows, log_probs, dlogits in self.log_probs():
             targets_N1 = self.targets_N1[rows]
             at_targets = log_probs.gather(1, targets_N1)
-            loss -= at_targets.sum()
+            plain -= at_targets.sum()
+            loss += self._smoothed(-at_targets.squeeze(1), log_probs).sum()
             # expm1, not dlogits - 1: half precision cannot represent the difference near 1.
-            if grad_N is None:
+            of_targets = at_targets.expm1() + self._smoothing
+            if grad_N is None and not self._smoothing:
                 torch.exp(log_probs, out=dlogits)
-                dlogits.scatter_(1, targets_N1, at_targets.expm1().to(dlogits.dtype))
+                dlogits.scatter_(1, targets_N1, of_targets.to(dlogits.dtype))
             else:
-                wide = log_probs.exp_().scatter_(1, targets_N1, at_targets.expm1())
-                torch.mul(wide, grad_N[rows].unsqueeze(1), out=dlogits)
+                wide = log_probs.exp_().sub_(self._of_others).scatter_(1, targets_N1, of_targets)
+                scale = 1 if grad_N is None else grad_N[rows].unsqueeze(1)
+                torch.mul(wide, scale, out=dlogits)
             if dx_ND is not None:
                 dx_ND[rows] = dlogits @ self.weight_VD
             if dbias_V is not None:
@@ -153,6 +193,7 @@ class _Chunks:
         dtype = self._out_dtypes[1]
         return (
             loss,
+            plain,
             dx_ND,
             None if dweight_VD is None else dweight_VD.to(dtype),
             None if dbias_V is None else dbias_V.to(dtype),
@@ -160,21 +201,22 @@ class _Chunks:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum; the backward pass scales gradients computed in the forward pass."""
+    """The sums; the backward pass scales gradients computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        loss, *gradients = _Chunks(*given).gradients(*ctx.needs_input_grad[:3])
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        loss, plain, *gradients = _Chunks(*given).gradients(*ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
-        return loss
+        ctx.mark_non_differentiable(plain)
+        return loss, plain
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         known = ctx.saved_tensors
         if grad.device.type != "cpu" or grad != 1:  # comparing on a GPU would synchronize
             known = [None if of is None else (of * grad).to(of.dtype) for of in known]
-        return *known, None, None, None
+        return *known, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -188,15 +230,17 @@ class _TokenLosses(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         *given: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
         ctx.given = given
-        return _Chunks(x_ND, weight_VD, bias_V, targets_N, *given).losses()
+        smoothed_N, plain_N = _Chunks(x_ND, weight_VD, bias_V, targets_N, *given).losses()
+        ctx.mark_non_differentiable(plain_N)
+        return smoothed_N, plain_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors, *ctx.given)
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
-        _, *gradients = chunks.gradients(of_x, of_weight, of_bias, grad_N)
-        return *gradients, None, None, None
+        _, _, *gradients = chunks.gradients(of_x, of_weight, of_bias, grad_N)
+        return *gradients, None, None, None, None

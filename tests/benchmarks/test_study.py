@@ -302,11 +302,6 @@ def test_the_miniature_reports_what_was_expected_and_bleu(tmp_path):
     assert "1.50 (n=1)" in rows["evomoe decoder"]
 
 
-def test_source_sentences_are_counted_with_their_targets_length():
-    log = parse_log([line(1, wpb=10, encoder_mflops_per_token=2, decoder_mflops_per_token=3)])
-    assert results._cumulated_flops(log) == {1: 3 * 10 * 5e6}
-
-
 def test_verses_are_read_from_a_module_of_sword(tmp_path):
     blocks = [b"In <note>x <w>y</w></note>the <w lemma='a'>beginning</w>,  God", b"<l>And</l>."]
     packed = [zlib.compress(block) for block in blocks]

@@ -15,10 +15,12 @@ from tests.tiny_runs import ROOT, Runs
 SIZES = """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
 --encoder-attention-heads 2 --moe-expert-count 4 --moe-gating-use-fp32
 --moe-gate-loss-wt 0.01 --moe-gate-loss-combine-method sum --dropout 0 --attention-dropout 0
---moe-spawn-updates 2 --moe-spawn-method mask --moe-temperature-updates 3
 --optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.01 --lr 0.003 --clip-norm 0.5
 --log-format json --log-interval 1 --num-workers 0 --no-epoch-checkpoints
 --save-interval-updates 4 --seed 3 --max-update 6""".split()
+EVOMOE = "--moe-spawn-updates 2 --moe-spawn-method mask --moe-temperature-updates 3".split()
+ADAPTIVE = """--moe-gate top_any --moe-max-experts 6 --moe-adapt-record-interval 3
+--moe-adapt-window 2""".split()
 TASKS = {
     "roberta": """--task masked_lm --arch roberta_large_moe --moe-freq 2 --criterion moe_masked_lm
         --sample-break-mode complete --tokens-per-sample 32 --batch-size 4""".split(),
@@ -74,8 +76,8 @@ class Trained:
             folder.mkdir()
             status = self.runs.run(
                 "train", self.runs.data, "--user-dir", ROOT / "evomoe_plugin", *TASKS[self.task],
-                *SIZES, *LAYOUTS.get(name, ()), "--save-dir", folder, "--log-file", folder / "log",
-                *given,
+                *SIZES, *(EVOMOE if "--moe-gate" not in given else ()), *LAYOUTS.get(name, ()),
+                "--save-dir", folder, "--log-file", folder / "log", *given,
             )  # fmt: skip
             assert status == 0
             self._done[name] = folder
@@ -93,10 +95,12 @@ def trained(request, data, tmp_path_factory):
     return Trained(request.param, data[request.param], folder)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "ep"])
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [("roberta", "ep"), ("translation", "fsdp"), ("translation", "ep")],
+    indirect=["trained"],
+)
 def test_every_layout_gives_the_same_model(trained, layout):
-    if (trained.task, layout) == ("roberta", "fsdp"):
-        pytest.skip("a part of what translation does")
     one, other = trained.logged("one"), trained.logged(layout)
     assert len(one) == len(other) == 6
     numbers = list(NUMBERS)
@@ -136,9 +140,23 @@ def test_fairseq_validate_reports_what_training_did(trained, caplog):
     assert float(found) == pytest.approx(wanted, abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-fp16"])
+def test_experts_adapt_in_half_precision(trained, precision, caplog):
+    """At update 3, on the experts that tokens of updates 2 and 3 chose (DynMoE)."""
+    given = (*ADAPTIVE, precision, *(("--fp16-init-scale", "4") if "fp16" in precision else ()))
+    name = precision.strip("-")
+    trained(name, *given)
+    logged = trained.logged(name)
+    assert len(logged) == 6 and all(float(line["loss"]) < 20 for line in logged)
+    for prefix in PREFIXES[trained.task]:
+        assert all(1 <= float(line[f"{prefix}experts_per_token"]) <= 6 for line in logged)
+        stack = prefix.replace("_", ".") or "encoder."
+        assert re.search(rf"{re.escape(stack)}\S*\.moe, update 3: (added|removed) ", caplog.text)
+
+
+@pytest.mark.parametrize("trained", ["translation"], indirect=True)
 def test_fairseq_generate_translates(trained, tmp_path):
-    if trained.task != "translation":
-        pytest.skip("only translation generates")
     results = []
     for batch in ("1", "8"):
         folder = tmp_path / batch

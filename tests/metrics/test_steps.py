@@ -47,3 +47,9 @@ def test_flops_and_seconds_add_up_from_the_beginning_of_the_log():
     assert training_flops(log) == {30: 9e9, 40: 18e9, 50: 27e9}
     assert training_seconds(log) == {30: 20.0, 40: 40.0, 50: 60.0}
     assert training_flops(parse_log([interval(10, wpb=100)])) == {}
+    stacks = {
+        f"{stack}_{name}": value
+        for stack, value in (("encoder", 1), ("decoder", 2))
+        for name in ("experts_per_token", "mflops_per_token")
+    }
+    assert training_flops(parse_log([interval(10, wpb=100, **stacks)])) == {10: 9e9}

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.criterions.moe_label_smoothed_cross_entropy import MoELabelSmoothedCrossEntropy
 from evomoe_plugin.gates import gate_names
 from evomoe_plugin.models.accounting import count_parameters
 from evomoe_plugin.routing import stats as st
@@ -215,6 +216,23 @@ def test_incremental_decoding_equals_full(make, gate):
         assert torch.allclose(step[here, 0], full[order, t][here], atol=1e-5)
 
 
+def test_label_smoothing_in_chunks_changes_nothing(make, task):
+    model, given = make("transformer"), batch("transformer")
+    target = sentences([7, 3, 5])
+    sample = {"net_input": given, "target": target, "ntokens": int((target != PAD).sum())}
+    results = []
+    for chunk in (4, 0):
+        model.train().zero_grad()
+        criterion = MoELabelSmoothedCrossEntropy(task, False, 0.1, 1, moe_vocab_chunk=chunk)
+        loss, size, log = criterion.train()(model, sample)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), log["inner_loss"], log["nll_loss"], *gradients))
+        assert size == log["sample_size"] == sample["ntokens"]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_the_decoder_is_causal_and_the_encoder_is_not(make):
     model = make("transformer").eval()
     inputs = batch("transformer", (6, 6, 6))
@@ -250,8 +268,9 @@ def test_encoder_and_decoder_place_their_own_layers(make):
     assert names == ["decoder.layers.0.moe", "decoder.layers.2.moe"]
     ids = [layer.gate.info.layer_id for s in model.moe_stacks.values() for layer in s.moe_layers]
     assert ids == [0, 1, 2]
-    dense = make("transformer", encoder_moe_layers="none", moe_layers="1")
-    assert not dense.encoder.moe_layers and len(dense.decoder.moe_layers) == 1
+    for given in ({"encoder_moe_layers": "none", "moe_layers": "1"}, {"encoder_moe_freq": 0}):
+        dense = make("transformer", **given)
+        assert not dense.encoder.moe_layers and len(dense.decoder.moe_layers) == 1
     assert all(
         name.startswith("decoder_") for name in dense(**batch("transformer"))[1]["moe_stats"]
     )
@@ -263,11 +282,7 @@ BAD = [
         {"encoder_moe_freq": 3},
         "--encoder-moe-freq 3: gives no MoE layer in 2 encoder",
     ),
-    (
-        "transformer",
-        {"decoder_moe_freq": 0},
-        "a decoder without MoE layers, --decoder-moe-layers no",
-    ),
+    ("roberta", {"moe_freq": 0}, "--moe-freq 0: give 1 or more; for a model without MoE layers"),
     (
         "transformer",
         {"decoder_moe_layers": "2"},

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from torch.nn import functional as F
 
-from evomoe_plugin.models.vocabulary_loss import vocabulary_loss
+from evomoe_plugin.models.vocabulary_loss import smoothed_vocabulary_loss, vocabulary_loss
 
 PAD = 1
 # Of the largest value; half precision rounds logits and their gradients as the oracle does.
@@ -67,6 +68,25 @@ def test_a_bias_of_the_logits(dtype, reduce):
         results.append((loss.detach(), *torch.autograd.grad(loss, (x, weight, bias), each)))
     for ours, stock in zip(*results, strict=True):
         assert_close(ours, stock, dtype)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_label_smoothing_is_that_of_fairseq(dtype, reduce):
+    x, weight, targets = case(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    log_probs = F.log_softmax(F.linear(x, weight), -1, dtype=wide)
+    stock = label_smoothed_nll_loss(log_probs, targets, 0.1, PAD, reduce)
+    ours = smoothed_vocabulary_loss(x, weight, targets, PAD, 4, reduce, None, 0.1)
+    results = []
+    for smoothed, plain in (ours, stock):
+        smoothed, plain = (loss.reshape(-1) for loss in (smoothed, plain))
+        each = torch.linspace(0.5, 2, smoothed.numel(), dtype=smoothed.dtype)
+        gradients = torch.autograd.grad(smoothed, (x, weight), each, retain_graph=True)
+        results.append((smoothed.detach(), plain.detach(), *gradients))
+    assert not ours[1].requires_grad
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, dtype)
 
 
 def test_gradients_by_finite_differences():
