@@ -150,7 +150,7 @@ def test_experts_adapt_in_half_precision(trained, precision, caplog):
     logged = trained.logged(name)
     assert len(logged) == 6 and all(float(line["loss"]) < 20 for line in logged)
     for prefix in PREFIXES[trained.task]:
-        assert all(1 <= float(line[f"{prefix}experts_per_token"]) <= 6 for line in logged)
+        assert all(0 < float(line[f"{prefix}experts_per_token"]) <= 6 for line in logged)
         stack = prefix.replace("_", ".") or "encoder."
         assert re.search(rf"{re.escape(stack)}\S*\.moe, update 3: (added|removed) ", caplog.text)
 
