@@ -57,6 +57,13 @@ def _of_the_optimizer(cfg: Any, on_gpu: bool) -> Iterator[Fault]:
         value = getattr(options, option, None)
         if value is not None and not _are_betas(value):
             yield option, value, "give two numbers from 0 to below 1, as (0.9,0.98)"
+    if cfg.optimization.use_bmuf:
+        yield (
+            "use_bmuf",
+            True,
+            "no checkpoint has its copy of the weights, so that a resumed run would be another: "
+            "leave it out",
+        )
     overrides = cfg.checkpoint.optimizer_overrides
     if not isinstance(_literal(overrides), dict):
         yield "optimizer_overrides", overrides, "give a dictionary, as {'lr': 0.1}"

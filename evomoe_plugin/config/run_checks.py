@@ -148,12 +148,6 @@ def _check_copies_of_weights(cfg: Any, change: str) -> None:
             parallel.zero_sharding,
             f"keeps optimizer state that {change} cannot edit: give --ddp-backend fully_sharded",
         )
-    if cfg.optimization.use_bmuf:
-        raise OptionError(
-            "use_bmuf",
-            f"with {change}",
-            "keeps a copy of the weights, which would undo the change: leave it out",
-        )
     if parallel.ddp_backend == "slowmo":
         raise OptionError(
             "ddp_backend",
@@ -342,8 +336,6 @@ def _check_fully_sharded(cfg: Any, on_gpu: bool) -> None:
         raise OptionError(
             "store_ema", combined, "it averages whole models: leave it out, or give legacy_ddp"
         )
-    if cfg.optimization.use_bmuf:
-        raise OptionError("use_bmuf", combined, "leave it out")
     if _optimizer(cfg) in _NOT_SHARDED:
         raise OptionError(
             "optimizer",
@@ -453,8 +445,6 @@ def _check_expert_parallel(cfg: Any, num_ranks: int) -> None:
         raise OptionError(
             "store_ema", combined, "it does not include experts on other ranks: leave it out"
         )
-    if cfg.optimization.use_bmuf:
-        raise OptionError("use_bmuf", combined, "leave it out")
     remedy = "give adam, fused_adamw, adamax, adadelta, nag or sgd"
     if _optimizer(cfg) in _OF_WHOLE_PARAMETERS:
         raise OptionError(

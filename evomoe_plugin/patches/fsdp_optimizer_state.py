@@ -41,6 +41,12 @@ def _gather_optim_state(self: Any, states: dict[int, dict[str, Any]]) -> tuple[d
     return gathered, scalars
 
 
+def _remove_uncollectable(upstream: Callable, self: Any, given: dict[str, Any]) -> Any:
+    # Upstream makes each `step` a number in place: a state dict's entries are the optimizer's own.
+    given["state"] = {i: dict(state) for i, state in given["state"].items()}
+    return upstream(self, given)
+
+
 def _get_shard_from_optim_state_dict(self: Any, full: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of a gathered state, sharded as each module is."""
     instances = fsdp.get_fsdp_instances(self, skip_empty=True)
@@ -67,6 +73,7 @@ def _load_local_state_dict(upstream: Callable, self: Any, *args: Any, **kwargs: 
 def apply() -> None:
     wrapped = fsdp.FullyShardedDataParallel
     wrapped._gather_optim_state = _gather_optim_state
+    wrap(wrapped, "_remove_uncollectable_params_from_optim_state_dict", _remove_uncollectable)
     wrapped.get_shard_from_optim_state_dict = _get_shard_from_optim_state_dict
     wrap(wrapped, "load_local_state_dict", _load_local_state_dict)
 
@@ -76,9 +83,11 @@ PATCH = Patch(
     broken="on a CPU Adam's second moment is saved in place of the first, and a resumed run is "
     "silently wrong; with one rank saving ends in AttributeError: _full_param_padded, "
     "as does loading shards into nested FSDP, on any device; modules over fewer ranks "
-    "than the whole get parts of another size",
+    "than the whole get parts of another size; Adadelta ends in RuntimeError: API has changed after "
+    "a save",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
-    "get_shard_from_optim_state_dict, load_local_state_dict",
+    "_remove_uncollectable_params_from_optim_state_dict, get_shard_from_optim_state_dict, "
+    "load_local_state_dict",
     remove_when="training moves to torch's own fully_shard",
     needed=always(f"fairscale {fairscale.__version__}"),
     apply=apply,

@@ -627,6 +627,12 @@ class MoETrainer(Trainer):
         optimizer_state = state.pop("last_optimizer_state", None)
         if optimizer_state is not None and not reset_optimizer:
             self._load_optimizer(path, optimizer_state, reset_lr_scheduler, optimizer_overrides)
+        elif not reset_optimizer:
+            logger.warning(
+                "%s has no optimizer state (--no-save-optimizer-state): its moments, the number of "
+                "updates and the schedules that follow it begin anew",
+                path,
+            )
         if exact:
             for name, master in fp32_masters(self).items():
                 if name in exact:

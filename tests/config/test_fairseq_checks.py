@@ -49,6 +49,7 @@ BAD = [
     ({"optimizer.fp16_adam_stats": True}, "--fp16-adam-stats without a GPU"),
     ({"optimizer.adam_betas": "(0.9, 1.0)"}, r"--adam-betas \(0.9, 1.0\): give two numbers"),
     ({"optimizer.adam_betas": "0.9"}, "--adam-betas 0.9: give two numbers"),
+    ({"optimization.use_bmuf": True}, "--use-bmuf True: no checkpoint has its copy of the weights"),
     ({"checkpoint.optimizer_overrides": "x"}, "--optimizer-overrides x: give a dictionary"),
     ({"lr_scheduler": {"_name": "pass_through"}}, "--lr-scheduler pass_through: is of --opt"),
     (

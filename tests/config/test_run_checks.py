@@ -72,7 +72,6 @@ BAD = [
         {"distributed_training.ddp_backend": "fully_sharded", "ema.store_ema": True},
         "--store-ema with --ddp-backend fully_sharded: it averages whole models",
     ),
-    ({"optimization.use_bmuf": True}, "--use-bmuf with --moe-expert-parallel-size: leave it out"),
     (
         {"optimizer._name": "adafactor"},
         "--optimizer adafactor with --moe-expert-parallel-size: its steps depend on means",
@@ -124,7 +123,6 @@ FSDP2 = [
     ("common.memory_efficient_bf16", True, "it keeps weights in fp32: give --bf16"),
     ("common.memory_efficient_fp16", True, "it keeps weights in fp32: give --fp16"),
     ("ema.store_ema", True, "it averages whole models"),
-    ("optimization.use_bmuf", True, "leave it out"),
     ("distributed_training.zero_sharding", "os", "leave it out: fsdp2 includes it"),
     ("distributed_training.cpu_offload", True, "give fully_sharded"),
     ("distributed_training.not_fsdp_flatten_parameters", True, "leave it out"),

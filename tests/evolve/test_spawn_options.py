@@ -157,10 +157,6 @@ CHANGES = [
             "--zero-sharding os: keeps optimizer state that --moe-.* cannot edit: give",
         ),
         (
-            {"optimization": {"use_bmuf": True}},
-            "--use-bmuf with --moe-.*: keeps a copy of the weights",
-        ),
-        (
             {"distributed_training": {"zero_sharding": "none", "ddp_backend": "slowmo"}},
             "--ddp-backend slowmo with --moe-.*: keeps a copy of the weights",
         ),

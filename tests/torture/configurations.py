@@ -450,6 +450,8 @@ def _evaluate(cfg: Any, text: Path, folder: Path, valid: list[dict]) -> str | No
     plain = cfg.criterion._name in ("moe_cross_entropy", "cross_entropy")
     if getattr(cfg.task, "add_bos_token", False):
         return None  # whose score evaluation leaves out, and training's loss does not
+    if getattr(cfg.model, "moe_eval_capacity_factor", None):
+        return None  # the tokens that compete for places are those of a batch
     if not path.exists() or not plain or not valid or key not in valid[-1]:
         return None
     if int(valid[-1]["valid_num_updates"]) != UPDATES or cfg.dataset.valid_subset != "valid":
