@@ -83,8 +83,8 @@ PATCH = Patch(
     broken="on a CPU Adam's second moment is saved in place of the first, and a resumed run is "
     "silently wrong; with one rank saving ends in AttributeError: _full_param_padded, "
     "as does loading shards into nested FSDP, on any device; modules over fewer ranks "
-    "than the whole get parts of another size; Adadelta ends in RuntimeError: API has changed after "
-    "a save",
+    "than the whole get parts of another size; after a save Adadelta ends in RuntimeError: API "
+    "has changed",
     upstream="fairscale/nn/data_parallel/fully_sharded_data_parallel.py: _gather_optim_state, "
     "_remove_uncollectable_params_from_optim_state_dict, get_shard_from_optim_state_dict, "
     "load_local_state_dict",
