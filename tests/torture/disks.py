@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.torture import faults, forked, kills, tiny
 from tests.torture.harness import Outcome, folder_of
 
-NAME, TITLE, CASES, DRAW = "disks", "Faulty disks", 200, 1
+NAME, TITLE, CASES, DRAW = "disks", "Faulty disks", 200, 2
 
 _ALL: tuple[str, ...] = ()
 _BROKEN = {
@@ -59,13 +59,19 @@ def case(seed: int, work: Path) -> Outcome:
         faults.watch_disk(folder, fault, faults.Counters())
         forked.command("train", arguments)
 
-    ended = forked.call(run, timeout=120)
-    label = f"{kind}, {layout}"
+    ended = forked.call(run, kills.LIMIT_SECONDS)
+    label = f"{kind}, {layout}: {_came_of(fault, ended)}"
     problem = verdict(ended)
     if not problem:
         wanted = tiny.unbroken(work, layout)
         problem = kills.broken_file(folder, wanted) or kills.too_much(folder, wanted)
     return Outcome(label, problem or kills.resumed(work, layout, folder))
+
+
+def _came_of(fault: faults.Slow | faults.Error, ended: forked.Ended) -> str:
+    if isinstance(fault, faults.Error) and not any(fault.struck.values()):
+        return "not struck"
+    return "went on" if ended.status == 0 else "ended in one line"
 
 
 def verdict(ended: forked.Ended) -> str:

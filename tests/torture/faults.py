@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ class Error:
         at, rank: as of `Kill`.
         number: of the error, as `errno.ENOSPC`.
         operations: names of those that fail; empty: all but removals.
-        lasting: fail from then on; else once.
+        lasting: fail from then on; else once, at the first of those from then on.
+        struck: how often it did, by rank.
     """
 
     at: int
@@ -94,14 +95,16 @@ class Error:
     number: int
     operations: tuple[str, ...] = ()
     lasting: bool = True
+    struck: Counters = field(default_factory=Counters)
 
     def strike(self, name: str, perform: Callable[[], Any], half: Callable[[], Any] | None) -> Any:
+        self.struck.add(self.rank)
         if half is not None:
             half()
         raise OSError(self.number, os.strerror(self.number))
 
     def is_struck(self, number: int, name: str) -> bool:
-        if number < self.at or (number > self.at and not self.lasting):
+        if number < self.at or (not self.lasting and self.struck.values()[self.rank]):
             return False
         if self.operations:
             return name in self.operations

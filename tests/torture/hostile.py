@@ -1,7 +1,7 @@
 """Files made to harm whoever reads them: none executes, none fills memory or disk.
 
-Each is given to the command that reads such files, with a gibibyte of memory to spare and a minute;
-it ends in one line, leaves no trace of a program, and no large file.
+Each is given to the command that reads such files, with a gibibyte of memory and ten minutes to
+spare; it ends in one line, leaves no trace of a program, and no large file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.torture.harness import Outcome, folder_of
 
 NAME, TITLE, DRAW = "hostile", "Hostile files", 1
 
-_MEMORY, _LIMIT_SECONDS, _MOST_DISK = 2**30, 60, 2**26
+_MEMORY, _LIMIT_SECONDS, _MOST_DISK = 2**30, 600, 2**26
 
 # Makes a file in a folder, for a program that would leave `trace`; returns the command to run.
 Make = Callable[[Path, Path, Path], Callable[[], Any]]

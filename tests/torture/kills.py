@@ -12,10 +12,15 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from evomoe_plugin.checkpoint import fsdp_shards, verify
+from evomoe_plugin.checkpoint.checkpoint_file import read_main_file
 from tests.torture import faults, forked, tiny
 from tests.torture.harness import Outcome, folder_of
 
 NAME, TITLE, CASES, DRAW = "kills", "Kills", 200, 1
+
+LIMIT_SECONDS = 900
+"""Of a run that takes two on a quiet machine: it hangs."""
 
 LAYOUTS = tuple(tiny.LAYOUTS)
 
@@ -40,7 +45,7 @@ def moments(work: Path, layout: str) -> dict[str, list[int]]:
         for kind in ("disk", "calls"):
             folder = work / "moments" / f"{layout}-{kind}"
             counters = faults.Counters()
-            ended = forked.call(_run(work, layout, folder, kind, None, counters), timeout=600)
+            ended = forked.call(_run(work, layout, folder, kind, None, counters), LIMIT_SECONDS)
             assert ended.status == 0, ended.output[-2000:]
             found[kind] = counters.values()[: tiny.ranks_of(layout)]
         file.write_text(json.dumps(found))
@@ -77,7 +82,8 @@ def case(seed: int, work: Path) -> Outcome:
     rank = dice.choice([rank for rank, count in enumerate(counts) if count])
     kill = faults.Kill(1 + dice.randrange(counts[rank]), rank, dice.random() < 0.5)
     folder = folder_of(NAME, seed, work) / "run"
-    killed = forked.call(_run(work, layout, folder, kind, kill, faults.Counters()), timeout=120)
+    run = _run(work, layout, folder, kind, kill, faults.Counters())
+    killed = forked.call(run, LIMIT_SECONDS)
     label = f"{layout}, {'inside a save' if kind == 'disk' else 'anywhere'}"
     if killed.timed_out:
         return Outcome(label, f"rank {kill.rank} was killed, and the others hang")
@@ -93,7 +99,7 @@ def case(seed: int, work: Path) -> Outcome:
 def resumed(work: Path, layout: str, folder: Path) -> str:
     """Run the command again, to its end: how it differs from the unbroken run; empty: nowhere."""
     arguments = tiny.train_arguments(tiny.data(work), folder, *tiny.SAVING, *tiny.LAYOUTS[layout])
-    ended = forked.call(lambda: forked.command("train", arguments), timeout=120)
+    ended = forked.call(lambda: forked.command("train", arguments), LIMIT_SECONDS)
     if ended.status != 0:
         return f"the next run ended with {ended.status}: {ended.error or ended.tail}"
     left = sorted(p.name for p in folder.rglob("*") if p.name.endswith((".tmp", ".part")))
@@ -123,10 +129,14 @@ def broken_file(folder: Path, wanted: Path) -> str:
 
 
 def unreadable(folder: Path) -> str:
-    """The first checkpoint that cannot be read; empty: none."""
+    """The first checkpoint that cannot be read, or whose experts' files are not what was written;
+    empty: none. Where each rank has a file, the others' may be of the save before."""
     for path in sorted(folder.glob("*.pt")):
         try:
             tiny.values(path)
+            if fsdp_shards.SHARD.search(path.name) is None:
+                for found in verify.faults(read_main_file("CKPT", str(path))):
+                    return f"{path.name}: {found}"
         except Exception as error:
             return f"{path.name} cannot be read: {error}"
     return ""

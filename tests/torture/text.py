@@ -27,7 +27,7 @@ NAME, TITLE, CASES, DRAW = "text", "Text", 400, 1
 EXAMPLES = 20
 """Of each case."""
 
-_MEMORY, _LIMIT_SECONDS = 2 * 2**30, 120
+_MEMORY, _LIMIT_SECONDS = 2 * 2**30, 1200
 
 _odd = st.sampled_from(
     [
