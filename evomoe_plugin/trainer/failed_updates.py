@@ -38,12 +38,22 @@ def others_wait(trainer: Any) -> bool:
     return trainer.cfg.distributed_training.distributed_world_size > 1
 
 
-def out_of_memory(trainer: Any, where: str = "on a batch") -> RunFailed:
-    """The end of a run whose rank has no memory left."""
+_SMALLER_BATCHES = "--batch-size or --max-tokens, with a larger --update-freq"
+SMALLER_VALID_BATCHES = "--batch-size-valid or --max-tokens-valid"
+
+
+def out_of_memory(
+    trainer: Any, where: str = "on a batch", smaller: str = _SMALLER_BATCHES
+) -> RunFailed:
+    """The end of a run whose rank has no memory left.
+
+    Args:
+        smaller: the options whose values are too large.
+    """
     rank = f"rank {distributed_utils.get_global_rank()} " if others_wait(trainer) else ""
     return RunFailed(
         f"{rank}ran out of memory {where} after update {trainer.get_num_updates()}: give a smaller "
-        "--batch-size or --max-tokens, with a larger --update-freq; the last checkpoint is intact"
+        f"{smaller}; the last checkpoint is intact"
     )
 
 
@@ -64,12 +74,23 @@ def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) 
             )
 
     trainer.zero_grad()
-    where = first_not_finite(trainer.get_model(), run)
+    where = _of_ranks(trainer, first_not_finite(trainer.get_model(), run))
     message = str(error).split("\n")[0]
     return RunFailed(
         f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint is "
         "intact: go on with a smaller --lr, or with --clip-norm"
     )
+
+
+def _of_ranks(trainer: Any, where: str | None) -> str:
+    """In words, where NaN/Inf begins; after the exchange of gradients all ranks have it."""
+    found = [where]
+    if trainer.data_parallel_world_size > 1:
+        found = distributed_utils.all_gather_list(where, trainer.data_parallel_process_group)
+    for rank, place in enumerate(found):
+        if place is not None:
+            return f"first in {place}" + (f" on rank {rank}" if len(found) > 1 else "")
+    return "but not when the same batches are run again"
 
 
 def save_crash_checkpoint(trainer: Any) -> None:

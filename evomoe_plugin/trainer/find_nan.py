@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from evomoe_plugin.checkpoint.row_shards import own_rows
 
 
-def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
+def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """Where NaN/Inf begins when `run()` does forward and backward passes of `model`.
 
     Returns:
         The first module with it in an output, or else the first parameter with it in its gradient;
-        or that there is none, if what it came from is not in the batches.
+        None if there is none, since what it came from is not in the batches.
     """
     found: list[str] = []
     hooks = [
@@ -34,11 +34,11 @@ def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
         for hook in hooks:
             hook.remove()
     if found:
-        return f"first in the output of {found[0]}"
+        return f"the output of {found[0]}"
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not own_rows(parameter.grad).isfinite().all():
-            return f"first in the gradient of {name}"
-    return "but not when the same batches are run again"
+            return f"the gradient of {name}"
+    return None
 
 
 def _look_at(name: str, found: list[str], _module: Any, _inputs: Any, outputs: Any) -> None:

@@ -98,10 +98,10 @@ def _evaluate(trainer: Any, sample: Any, raise_oom: bool) -> tuple[Any, dict[str
         if not failed_updates.is_out_of_memory(error):
             raise
         trainer._log_oom(error)
-        if raise_oom:
-            raise
-        if failed_updates.others_wait(trainer):
-            raise failed_updates.out_of_memory(trainer) from error
+        if raise_oom or failed_updates.others_wait(trainer):
+            raise failed_updates.out_of_memory(
+                trainer, "in validation", failed_updates.SMALLER_VALID_BATCHES
+            ) from error
     logger.warning("ran out of memory in validation step, retrying batch")
     for parameter in trainer.model.parameters():
         parameter.grad = None

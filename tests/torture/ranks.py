@@ -89,16 +89,25 @@ def _out_of_memory_in_validation(dice: random.Random, rank: int, update: int, fo
 
 
 def _nan(dice: random.Random, rank: int, update: int, folder: Path) -> None:
+    """In a gradient, once, as a broken chip has it; or wherever experts compute, each time."""
+    from evomoe_plugin.experts.ffn import ExpertFFN
     from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
-    step = MoETrainer._reduce_and_clip_grads
+    forward, step = ExpertFFN.forward, MoETrainer._reduce_and_clip_grads
+    struck = [dice.random() < 0.5, False]
+
+    def broken(experts: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(experts, *args, **kwargs)
+        return output * float("nan") if struck[1] else output
 
     def reduce(trainer: Any, size: Any) -> Any:
         if trainer.get_num_updates() == update and faults.rank() == rank:
             own = [p for p in trainer.model.parameters() if p.grad is not None]
             dice.choice(own).grad.view(-1)[0] = float("nan")
+            struck[1] = struck[0]
         return step(trainer, size)
 
+    ExpertFFN.forward = broken
     MoETrainer._reduce_and_clip_grads = reduce
 
 
@@ -164,7 +173,7 @@ BREAKS: dict[str, tuple[Break, str]] = {
         _out_of_memory_in_validation,
         "rank {rank} ran out of memory in validation",
     ),
-    "NaN": (_nan, "NaN"),
+    "NaN": (_nan, "Nan/Inf, (but not when the same|first in .* on rank)"),
     "full disk": (_full_disk, "No space left on device"),
     "killed": (_killed, "rank {rank} was ended by SIGKILL"),
     "other code": (_other_code, "rank 1 has other code than rank 0"),

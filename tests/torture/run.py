@@ -23,11 +23,13 @@ from tests.torture import (
     report,
     text,
     tiny,
+    writers,
 )
 
 PARTS: tuple[ModuleType, ...] = (
     kills,
     disks,
+    writers,
     damage,
     hostile,
     configurations,
