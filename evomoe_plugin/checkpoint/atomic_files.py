@@ -36,6 +36,7 @@ def write_files(
                 os.fsync(file.fileno())
         for path in files:
             os.replace(path + TEMPORARY, path)
+        remark = "the new file is whole, but a crash of the machine may undo it"
         for folder in {os.path.dirname(os.path.abspath(path)) for path in files}:
             sync(folder)
     except (OSError, RuntimeError) as error:
@@ -87,11 +88,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write one small file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; its `filename` is the path.
     """
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    rename(part, path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        rename(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def rename(part: Path, path: Path) -> None:

@@ -230,6 +230,7 @@ def explained(out: str) -> Iterator[None]:
         if _is_full(error):
             fault = "no space left on the disk; the partial output has been removed"
             raise RunFailed(f"--out {out}: {fault}") from error
-        if error.filename is None:
+        if isinstance(error, BrokenPipeError):  # of the terminal
             raise
-        raise RunFailed(f"{error.filename}: {error.strerror}") from error
+        where = error.filename or f"--out {out}"  # a failed write does not say of what
+        raise RunFailed(f"{where}: {error.strerror or error}") from error

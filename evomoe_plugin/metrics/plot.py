@@ -108,6 +108,6 @@ def save(figure: Any, out: Path) -> None:
         figure.savefig(part, format=out.suffix[1:].lower(), dpi=150)
         part.replace(out)
     except OSError as error:
-        raise OptionError("out", out, f"cannot be written ({error.strerror})") from None
+        raise OptionError("out", out, f"cannot be written ({error.strerror or error})") from None
     finally:
         part.unlink(missing_ok=True)

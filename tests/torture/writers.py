@@ -1,5 +1,5 @@
-"""Commands that write, on a disk that is full, read-only or broken: nothing half-written lies under
-a final name, what was there before stays, and the same command succeeds once the disk is well."""
+"""Commands that write, on a disk that is full, read-only or broken: one line names the path, nothing
+half-written lies under a final name, what was there stays, and the command succeeds later."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def _make_inputs(work: Path, folder: Path) -> None:
     (folder / "train.log").write_text(ended.output)
 
 
-def moments(work: Path, name: str) -> tuple[int, int]:
-    """How often a command changes files, and the bytes that it writes."""
+def moments(work: Path, name: str) -> tuple[int, int, list]:
+    """How often a command changes files, the bytes that it writes, and its files by `_sizes`."""
     file = work / "moments" / f"{name}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,14 @@ def moments(work: Path, name: str) -> tuple[int, int]:
 
         ended = forked.call(run, LIMIT_SECONDS)
         assert ended.status == 0, ended.output[-2000:]
-        file.write_text(json.dumps([counters.values()[0], tiny.size(out)]))
-    count, size = json.loads(file.read_text())
-    return count, size
+        file.write_text(json.dumps([counters.values()[0], tiny.size(out), _sizes(out)]))
+    count, size, files = json.loads(file.read_text())
+    return count, size, files
+
+
+def _sizes(folder: Path) -> list[list]:
+    """Names, without tags of folders, and sizes."""
+    return sorted([p.name, p.stat().st_size] for p in folder.rglob("*") if p.is_file())
 
 
 def case(seed: int, work: Path) -> Outcome:
@@ -165,7 +170,7 @@ def _struck(
 ) -> tuple[str, str]:
     """What came of the command, and what should not have."""
     writer = WRITERS[name]
-    count, size = moments(work, name)
+    count, size, files = moments(work, name)
     if kind in ("full", "read-only"):
         _mount(out, f"size={_ROOM}")
     if replaces:
@@ -199,14 +204,16 @@ def _struck(
     if ended.status != 0:
         if str(out) not in ended.error:
             return came, f"it does not name what could not be written: {ended.error}"
-        if _content(out, writer) != before:
+        # A folder that cannot be flushed after the rename has the new file, which is whole.
+        if _content(out, writer) != before and not (kind == "fsync" and _sizes(out) == files):
             changed = set(before.items()) ^ set(_content(out, writer).items())
             return came, f"it left {', '.join(sorted({path for path, _ in changed}))}"
     if kind in ("full", "read-only"):
         _mount(out, f"size={_ROOM}", _MS_REMOUNT)
-    again = writer.command(inputs(work), out, (replaces or ended.status == 0))
-    if ended.status == 0 and writer.flag is None:
+    written = bool(_content(out, writer))
+    if written and writer.flag is None:
         return came, ""
+    again = writer.command(inputs(work), out, written)
     last = forked.call(again, LIMIT_SECONDS)
     return came, "" if last.status == 0 else f"the next run ended with: {last.error or last.tail}"
 
