@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,36 @@ def _other_world_size(count: int, trainer: Any) -> OptionError:
     )
 
 
+class TornCheckpoint(OptionError):
+    """The ranks' shards are of different updates, as an interrupted save leaves them."""
+
+
+def earlier_whole(trainer: Any, filename: str) -> str | None:
+    """The newest checkpoint of an update or epoch of which every rank has its shard.
+
+    Returns:
+        This rank's file; None if there is none, or if the user chose the one that cannot be read.
+    """
+    if trainer.cfg.checkpoint.restore_file != "checkpoint_last.pt":
+        return None
+    folder, suffix = os.path.dirname(filename), trainer.checkpoint_suffix
+    found = re.compile(rf"checkpoint(_?)(\d+)(?:_(\d+))?{re.escape(suffix)}\.pt")
+    # The last of an epoch is written at its end.
+    own = {
+        (int(name[2]), int(name[3] or sys.maxsize))
+        for name in map(found.fullmatch, os.listdir(folder))
+        if name and bool(name[1]) == bool(name[3])
+    }
+    of_ranks = [own] * trainer.data_parallel_world_size
+    dist.all_gather_object(of_ranks, own, group=trainer.data_parallel_process_group)
+    whole = set.intersection(*of_ranks)
+    if not whole:
+        return None
+    epoch, update = max(whole)
+    name = f"checkpoint{epoch}" if update == sys.maxsize else f"checkpoint_{epoch}_{update}"
+    return os.path.join(folder, f"{name}{suffix}.pt")
+
+
 def check_all_have_shards(trainer: Any, filename: str, exists: bool) -> None:
     """Raise `OptionError` on all ranks if some have a file of their own, and others have none."""
     found = [exists] * trainer.data_parallel_world_size
@@ -135,11 +166,11 @@ def check_all_have_shards(trainer: Any, filename: str, exists: bool) -> None:
 
 
 def check_same_update(trainer: Any, filename: str, num_updates: int) -> None:
-    """Raise `OptionError` if the ranks' shards, left by a killed run, are of different updates."""
+    """Raise `TornCheckpoint` if the ranks' shards are of different updates."""
     updates = [num_updates] * trainer.data_parallel_world_size
     dist.all_gather_object(updates, num_updates, group=trainer.data_parallel_process_group)
     if len(set(updates)) > 1:
-        raise OptionError(
+        raise TornCheckpoint(
             "checkpoint",
             fsdp_shards.SHARD.sub(".pt", filename),
             f"its shards are of different updates ({', '.join(map(str, updates))}):"

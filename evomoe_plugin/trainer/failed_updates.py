@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,15 +51,32 @@ def out_of_memory(
     Args:
         smaller: the options whose values are too large.
     """
-    rank = f"rank {distributed_utils.get_global_rank()} " if others_wait(trainer) else ""
+    rank = f"{_rank()} " if others_wait(trainer) else ""
     return RunFailed(
         f"{rank}ran out of memory {where} after update {trainer.get_num_updates()}: give a smaller "
         f"{smaller}; the last checkpoint is intact"
     )
 
 
+def on_rank(trainer: Any, error: RunFailed) -> RunFailed:
+    """`error`, with the rank where there are others."""
+    return RunFailed(f"{_rank()}: {error}") if others_wait(trainer) else error
+
+
+def _rank() -> str:
+    return f"rank {distributed_utils.get_global_rank()}"
+
+
+# Seconds for which a rank with nothing to tell lets another one end first, and say why.
+_PATIENCE = 5.0
+
+
 def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) -> RunFailed:
-    """The end of a run with NaN/Inf; its batches are run again, to name where it begins."""
+    """The end of a run with NaN/Inf; its batches are run again, to name where it begins.
+
+    After the exchange of gradients all ranks have it: one whose batches do not waits for the
+    others to end.
+    """
 
     def run() -> None:
         for sample in samples:
@@ -74,23 +92,21 @@ def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) 
             )
 
     trainer.zero_grad()
-    where = _of_ranks(trainer, first_not_finite(trainer.get_model(), run))
+    try:
+        first = first_not_finite(trainer.get_model(), run)
+    except RunFailed as found:  # the model's own check
+        return on_rank(trainer, found)
+    if first is None and others_wait(trainer):
+        time.sleep(_PATIENCE)
+    where = f"first in {first}" if first else "but not when the same batches are run again"
     message = str(error).split("\n")[0]
-    return RunFailed(
-        f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint is "
-        "intact: go on with a smaller --lr, or with --clip-norm"
+    return on_rank(
+        trainer,
+        RunFailed(
+            f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint is "
+            "intact: go on with a smaller --lr, or with --clip-norm"
+        ),
     )
-
-
-def _of_ranks(trainer: Any, where: str | None) -> str:
-    """In words, where NaN/Inf begins; after the exchange of gradients all ranks have it."""
-    found = [where]
-    if trainer.data_parallel_world_size > 1:
-        found = distributed_utils.all_gather_list(where, trainer.data_parallel_process_group)
-    for rank, place in enumerate(found):
-        if place is not None:
-            return f"first in {place}" + (f" on rank {rank}" if len(found) > 1 else "")
-    return "but not when the same batches are run again"
 
 
 def save_crash_checkpoint(trainer: Any) -> None:

@@ -248,8 +248,10 @@ class MoETrainer(Trainer):
                     torch.cuda.empty_cache()
                 self._discard_update()
                 return None
-            except Exception:
+            except Exception as error:
                 failed_updates.save_crash_checkpoint(self)
+                if isinstance(error, RunFailed):
+                    raise failed_updates.on_rank(self, error) from error
                 raise
         size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)
@@ -584,7 +586,14 @@ class MoETrainer(Trainer):
             OptionError: the checkpoint cannot be read or does not fit the run.
         """
         try:
-            return self._load_checkpoint(filename, *args, **kwargs)
+            try:
+                return self._load_checkpoint(filename, *args, **kwargs)
+            except resume.TornCheckpoint as error:
+                earlier = resume.earlier_whole(self, filename)
+                if earlier is None:
+                    raise
+                logger.warning("%s; this run resumes from %s", error, earlier)
+                return self._load_checkpoint(earlier, *args, **kwargs)
         except OptionError as error:
             option, value, remedy = error.arguments
             given = self.cfg.checkpoint

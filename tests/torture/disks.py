@@ -53,11 +53,11 @@ def case(seed: int, work: Path) -> Outcome:
         number, operations, lasting = _BROKEN[kind]
         at = 1 + dice.randrange(counts[rank])
         fault = faults.Error(at, rank, number, operations, lasting)
-    arguments = tiny.train_arguments(tiny.data(work), folder, *tiny.SAVING, *tiny.LAYOUTS[layout])
+    trained = kills.train(work, layout, folder)
 
     def run() -> None:
         faults.watch_disk(folder, fault, faults.Counters())
-        forked.command("train", arguments)
+        trained()
 
     ended = forked.call(run, kills.LIMIT_SECONDS)
     label = f"{kind}, {layout}: {_came_of(fault, ended)}"

@@ -173,7 +173,7 @@ BREAKS: dict[str, tuple[Break, str]] = {
         _out_of_memory_in_validation,
         "rank {rank} ran out of memory in validation",
     ),
-    "NaN": (_nan, "Nan/Inf, (but not when the same|first in .* on rank)"),
+    "NaN": (_nan, "Nan/Inf, but not when the same|rank {rank}: .*(NaN/Inf; stop|first in)"),
     "full disk": (_full_disk, "No space left on device"),
     "killed": (_killed, "rank {rank} was ended by SIGKILL"),
     "other code": (_other_code, "rank 1 has other code than rank 0"),

@@ -1,5 +1,5 @@
-"""Commands that write, on a disk that is full, read-only or broken: one line names the path, nothing
-half-written lies under a final name, what was there stays, and the command succeeds later."""
+"""Commands that write, on a disk that is full, read-only or broken: one line names the path, no
+final name has half of a file, what was there stays, and the command succeeds later."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ WRITERS = {
     "consolidate": Writer(lambda i, o: ["checkpoint", "consolidate", i / "two.pt", o / "a.pt"]),
     "import": Writer(lambda i, o: ["checkpoint", "import", i / "model-shared.pt", o / "a.pt"]),
     "import-hf": Writer(lambda i, o: ["import-hf", i / "llama", o / "a.pt"]),
-    "upcycle": Writer(lambda i, o: ["upcycle", i / "llama", o / "a.pt", "--moe-expert-count", 2]),
+    "upcycle": Writer(lambda i, o: ["upcycle", i / "llama", o / "a.pt", "--max-update", 100]),
     "report": Writer(lambda i, o: ["report", i / "train.log", "--out", o / "a.html"], ""),
     "plot": Writer(lambda i, o: ["plot", i / "train.log", "--out", o / "a.png"], ""),
 }

@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+from evomoe_plugin.config.errors import RunFailed
 from evomoe_plugin.trainer import failed_updates
 from evomoe_plugin.trainer.failed_updates import log_overflowed_parameters
 
@@ -23,18 +24,33 @@ def test_overflowed_parameters_are_named_on_request(caplog):
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("first", "ranks", "message", "waits"),
     [
-        ([None], "but not when the same batches are run again"),
-        (["the output of a"], "first in the output of a"),
-        ([None, "the output of a"], "first in the output of a on rank 1"),
-        ([None, None], "but not when the same batches are run again"),
+        ("the output of a", 1, "update 8: NaN, first in the output of a; ", 0),
+        ("the output of a", 2, "rank 1: update 8: NaN, first in the output of a; ", 0),
+        (None, 2, "rank 1: update 8: NaN, but not when the same batches are run again; ", 1),
+        (None, 1, "update 8: NaN, but not when the same batches are run again; ", 0),
+        (RunFailed("a is NaN"), 2, "rank 1: a is NaN", 0),
     ],
 )
-def test_the_rank_on_which_nan_begins_is_named(monkeypatch, found, message):
+def test_the_rank_on_which_nan_begins_is_the_one_to_say_so(
+    monkeypatch, first, ranks, message, waits
+):
+    def find(_model, _run):
+        if isinstance(first, Exception):
+            raise first
+        return first
+
+    waited = []
+    monkeypatch.setattr(failed_updates, "first_not_finite", find)
+    monkeypatch.setattr(failed_updates.time, "sleep", waited.append)
+    monkeypatch.setattr(failed_updates.distributed_utils, "get_global_rank", lambda: 1)
+    distributed = types.SimpleNamespace(distributed_world_size=ranks)
     trainer = types.SimpleNamespace(
-        data_parallel_world_size=len(found), data_parallel_process_group=None
+        cfg=types.SimpleNamespace(distributed_training=distributed),
+        zero_grad=lambda: None,
+        get_model=lambda: None,
+        get_num_updates=lambda: 7,
     )
-    gathered = lambda own, _group: found  # noqa: E731
-    monkeypatch.setattr(failed_updates.distributed_utils, "all_gather_list", gathered)
-    assert failed_updates._of_ranks(trainer, found[0]) == message
+    error = failed_updates.not_finite(trainer, FloatingPointError("NaN"), [])
+    assert str(error).startswith(message) and len(waited) == waits

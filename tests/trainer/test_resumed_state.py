@@ -1,7 +1,11 @@
 """State that is neither weights nor the optimizer's resumes too."""
 
+import shutil
+
 import pytest
 import torch
+
+from tests.end_to_end.runs import assert_same_weights
 
 MOE = """--arch transformer_lm_gpttiny_moe --moe-expert-count 4 --moe-gate top_k
 --moe-bias-update-rate 0.01 --criterion moe_cross_entropy""".split()
@@ -134,3 +138,28 @@ def test_one_missing_shard_ends_every_rank(runs, rank, capsys):
     again = runs.train("run", *options, world=2, updates=3)
     assert again.status == 2
     assert f"checkpoint_last.pt: shard {rank} of 2 is missing" in capsys.readouterr().err
+
+
+def test_an_interrupted_save_of_shards_goes_on_from_the_one_before(runs, caplog):
+    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--save-interval-updates")
+    whole = runs.train("whole", *options, 1, world=2, updates=4)
+    torn = runs.train("torn", *options, 1, world=2, updates=3)
+    for name in ("checkpoint_last", "checkpoint_1_3"):  # as rank 1 had them before the third
+        (torn.folder / f"{name}-shard1.pt").unlink()
+    shutil.copy(torn.folder / "checkpoint_1_2-shard1.pt", torn.folder / "checkpoint_last-shard1.pt")
+    again = runs.train("torn", *options, 1, world=2, updates=4)
+    assert again.status == 0 and sorted(again.losses()) == [3, 4]
+    for rank in range(2):
+        name = f"checkpoint_last-shard{rank}.pt"
+        assert_same_weights(again.folder / name, whole.folder / name)
+
+
+def test_an_interrupted_save_without_one_before_is_refused(runs, capsys):
+    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--save-interval-updates")
+    one = runs.train("one", *options, 1, world=2, updates=1)
+    two = runs.train("two", *options, 1, world=2, updates=2)
+    shutil.copy(one.folder / "checkpoint_last-shard1.pt", two.folder)
+    for path in two.folder.glob("checkpoint_1_*"):
+        path.unlink()
+    assert runs.train("two", *options, 1, world=2, updates=3).status == 2
+    assert "its shards are of different updates (2, 1)" in capsys.readouterr().err
