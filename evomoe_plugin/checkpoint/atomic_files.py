@@ -85,14 +85,16 @@ def _remove_temporary(path: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write one small file.
+    """Write one small file; text in UTF-8, with bytes of file names that are no text as escapes.
 
     Raises:
         OSError: it cannot be written; its `filename` is the path.
     """
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            content = content.encode(errors="backslashreplace")
+        part.write_bytes(content)
         rename(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -102,4 +102,5 @@ def existing_file(option: str, path: str) -> str:
     for file in (path, fsdp_shards.shard_path(path, 0)):
         if os.path.isfile(file):
             return file
-    raise OptionError(option, path, "there is no such file")
+    fault = "is no file" if os.path.exists(path) else "there is no such file"
+    raise OptionError(option, path, fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
+
+_CHECKPOINT = re.compile(r"checkpoint.*\.pt$")
 
 # Optimizers whose state is the same, by what `--optimizer` calls them.
 SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
@@ -88,8 +91,10 @@ def file_to_read(trainer: Any, filename: str) -> str:
     Raises:
         OptionError: it exists in a form that this run cannot read, or was named and is missing.
     """
-    if os.path.exists(filename):
+    if os.path.isfile(filename):
         return filename
+    if os.path.lexists(filename):
+        raise OptionError("checkpoint", filename, "is no file, or a link to one that is missing")
     first_shard = fsdp_shards.shard_path(filename, 0)
     whole = fsdp_shards.SHARD.sub(".pt", filename)
     if reads_own_shard(trainer):
@@ -109,7 +114,22 @@ def file_to_read(trainer: Any, filename: str) -> str:
     given = trainer.cfg.checkpoint.restore_file
     if given != "checkpoint_last.pt":
         raise OptionError("restore_file", given, f"there is no {filename}")
+    if others := _checkpoints_beside(filename):
+        logger.warning(
+            "there is no %s: this run begins anew, and will replace the checkpoints of its folder; "
+            "--restore-file %s goes on from one",
+            filename,
+            others[-1],
+        )
     return filename
+
+
+def _checkpoints_beside(filename: str) -> list[str]:
+    """The other checkpoints in the folder of a file, from the oldest on."""
+    with contextlib.suppress(FileNotFoundError):
+        found = [e for e in os.scandir(os.path.dirname(filename)) if _CHECKPOINT.match(e.name)]
+        return [entry.path for entry in sorted(found, key=lambda e: e.stat().st_mtime)]
+    return []
 
 
 def _other_world_size(count: int, trainer: Any) -> OptionError:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import evomoe_plugin
+from evomoe_plugin.config.terminal import show_any_text
 
 # Verb to its line of help.
 VERBS = {
@@ -40,6 +41,7 @@ _OF_EXTRA = set(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors that users can fix take one line."""
     argv = sys.argv[1:] if argv is None else argv
+    show_any_text()
     try:
         status = _run(argv)
         sys.stdout.flush()  # notice a closed pipe here, not at the interpreter's exit

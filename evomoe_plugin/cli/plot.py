@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 def names(paths: Sequence[str]) -> list[str]:
     """Label each run: the file's name, with as many of its folders as make it unique."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [Path(os.path.splitext(path)[0]).parts for path in paths]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         short = ["/".join(p[-depth:]) for p in parts]
         if len(set(short)) == len(short):

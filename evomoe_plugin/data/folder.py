@@ -27,6 +27,8 @@ class OutputFolder:
 
     def __init__(self, path: str):
         self.path = Path(os.path.realpath(path))
+        if not self.path.name:
+            raise OptionError("out", path, "is the root of the disk; name a folder in it")
         self.work = self.path.with_name(f".{self.path.name}.preparing")
         self.data = self.work / "data"
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")

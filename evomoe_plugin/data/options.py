@@ -15,6 +15,7 @@ ENCODING_ERRORS = ("strict", "replace")
 ROWS = ("text", "chat")
 TOKENIZER_OPTIONS = ("sentencepiece_model", "gpt2_bpe", "tokenizer")
 DEFAULT_VOCAB_SIZE = 8192
+MOST_WORKERS = 1024
 _FIXED_ROWS = 260
 _TOO_SMALL = f"choose more than {_FIXED_ROWS}: 256 bytes and fairseq's 4 special tokens"
 _CHOICES = {"documents_by": DOCUMENTS_BY, "encoding_errors": ENCODING_ERRORS, "rows": ROWS}
@@ -122,6 +123,8 @@ class PrepareOptions:
         for option in ("max_bytes", "sample_bytes", "vocab_size", "workers"):
             if (value := getattr(self, option)) is not None and value < 1:
                 yield option, value, "a positive number"
+        if self.processes > MOST_WORKERS:  # all of which are started at once
+            yield "workers", self.workers, f"at most {MOST_WORKERS:,}"
         if len(given := self._given_tokenizers()) > 1:
             option, value = next(iter(given.items()))
             others = " or ".join(f"--{o.replace('_', '-')}" for o in given if o != option)

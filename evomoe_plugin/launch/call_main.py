@@ -27,6 +27,7 @@ from evomoe_plugin.config.errors import (
 )
 from evomoe_plugin.config.evaluation_checks import model_overrides
 from evomoe_plugin.config.run_checks import FULLY_SHARDED, check_batch_size, check_run
+from evomoe_plugin.config.terminal import show_any_text
 from evomoe_plugin.evaluation import eval_lm
 from evomoe_plugin.launch.environment import is_slurm_task, process_count, started_by_torchrun
 from evomoe_plugin.launch.explained import explained
@@ -45,6 +46,7 @@ def run_main(main: Callable, cfg: Any, **kwargs: Any) -> None:
     Raises:
         RunFailed: another rank has ended, or fairseq refuses the options.
     """
+    show_any_text()
     install_in(main, cfg)
     eval_lm.install_in(main)
     with async_writer.finished_on_exit():

@@ -10,6 +10,7 @@ from typing import Any
 
 from fairseq import utils
 
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.patches.patch import Patch, always, wrapping
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,14 @@ def _import_user_module(upstream: Callable, args: Any) -> None:
     if os.path.basename(os.path.normpath(given)) != PACKAGE:
         typed = os.path.join(_STARTED_IN, given)
         found = given if os.path.exists(given) or not os.path.exists(typed) else typed
-        return upstream(argparse.Namespace(user_dir=found))
+        if os.path.isfile(found):
+            raise OptionError("user_dir", given, "is a file: give the folder of a Python package")
+        try:
+            return upstream(argparse.Namespace(user_dir=found))
+        except FileNotFoundError as error:
+            if error.errno is not None:  # of the package itself
+                raise
+            raise OptionError("user_dir", given, "there is no such folder") from error
     folder = os.path.abspath(given)
     imported = os.path.dirname(os.path.dirname(__file__))
     if os.path.exists(folder) and not os.path.samefile(folder, imported):

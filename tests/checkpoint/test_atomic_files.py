@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 
-from evomoe_plugin.checkpoint import checkpoint_files
-from evomoe_plugin.checkpoint.atomic_files import write_files
+from evomoe_plugin.checkpoint import atomic_files, checkpoint_files
+from evomoe_plugin.checkpoint.atomic_files import write_atomically, write_files
 from evomoe_plugin.config.errors import RunFailed
 
 
@@ -40,6 +41,35 @@ def test_a_limit_of_the_system_is_named(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
     assert torch.load(path)["weights"].numel() == 10
+
+
+def test_a_small_file_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.html"
+    path.write_text("good")
+
+    def fail(_path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(atomic_files, "sync", fail)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        write_atomically(path, "new")
+    assert error.value.filename == str(path)
+    assert path.read_text() == "good" and os.listdir(tmp_path) == ["a.html"]
+
+
+def test_a_file_that_is_there_is_not_called_unchanged(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    monkeypatch.setattr(atomic_files, "sync", lambda _path: (_ for _ in ()).throw(OSError(5, "x")))
+    with pytest.raises(RunFailed, match="the new file is whole"):
+        write_files({str(path): lambda file: file.write(b"new")})
+    assert path.read_bytes() == b"new"
+
+
+def test_bytes_of_file_names_that_are_no_text_are_written_as_escapes(tmp_path):
+    path = tmp_path / "card.json"
+    name = os.fsdecode(b"caf\xe9")
+    write_atomically(path, json.dumps({"name": name}, ensure_ascii=False))
+    assert json.loads(path.read_text()) == {"name": name}
 
 
 def test_copies_do_not_share_their_content(tmp_path):

@@ -4,12 +4,15 @@ import argparse
 import math
 import os
 import pickle
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.checkpoint.reading import read_checkpoint
+from evomoe_plugin.checkpoint.resume import file_to_read
 from evomoe_plugin.config.errors import OptionError
 from tests.evolve.dense_models import SIZES, save_dense
 
@@ -124,8 +127,11 @@ def test_text_and_nothing(tmp_path):
     (tmp_path / "text.pt").write_text("once upon a time")
     with pytest.raises(OptionError, match="cannot be read"):
         read_checkpoint("DENSE", str(tmp_path / "text.pt"))
-    for missing in (tmp_path / "gone.pt", tmp_path):
-        with pytest.raises(OptionError, match="there is no such file"):
+    for missing, fault in (
+        (tmp_path / "gone.pt", "there is no such file"),
+        (tmp_path, "is no file"),
+    ):
+        with pytest.raises(OptionError, match=fault):
             read_checkpoint("DENSE", str(missing))
 
 
@@ -139,3 +145,29 @@ def test_nan_and_inf_are_found_in_every_dtype(dtype, value):
         "broken": torch.tensor([[1.0, value, 2.0, value]], dtype=dtype),
     }
     assert list(nan_or_inf(tensors)) == ["broken has 2 NaN/Inf values"]
+
+
+def trainer_of(restore_file="checkpoint_last.pt"):
+    return types.SimpleNamespace(
+        is_fsdp=False,
+        cfg=types.SimpleNamespace(checkpoint=types.SimpleNamespace(restore_file=restore_file)),
+    )
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("missing.pt")])
+def test_a_run_does_not_begin_anew_where_its_checkpoint_is_no_file(tmp_path, make):
+    path = tmp_path / "checkpoint_last.pt"
+    make(path)
+    with pytest.raises(OptionError, match="is no file, or a link to one that is missing"):
+        file_to_read(trainer_of(), str(path))
+
+
+def test_a_run_that_begins_anew_beside_checkpoints_says_so(tmp_path, caplog):
+    path = str(tmp_path / "checkpoint_last.pt")
+    assert file_to_read(trainer_of(), path) == path and not caplog.messages
+    assert file_to_read(trainer_of(), str(tmp_path / "new" / "checkpoint_last.pt"))
+    for seconds, name in enumerate(["checkpoint_2_8.pt", "checkpoint_1_4.pt", "notes.pt"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert file_to_read(trainer_of(), path) == path
+    assert f"--restore-file {tmp_path}/checkpoint_1_4.pt goes on" in caplog.text

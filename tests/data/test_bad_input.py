@@ -21,6 +21,8 @@ OPTIONS = {
     "sum": ({"valid_fraction": 0.5, "test_fraction": 0.5}, "their sum must be below 1"),
     "max_bytes": ({"max_bytes": 0}, "--max-bytes 0: a positive number"),
     "workers": ({"workers": 0}, "--workers 0: a positive number"),
+    "many workers": ({"workers": 10**6}, "--workers 1000000: at most 1,024"),
+    "root": ({"out": "/"}, "--out /: is the root of the disk"),
     "vocab_size": ({"vocab_size": -5}, "--vocab-size -5: a positive number"),
     "sample": ({"sample_bytes": 0}, "--sample-bytes 0: a positive number"),
     "out": ({"out": ""}, "--out '': name the folder"),

@@ -168,3 +168,4 @@ def test_names_have_as_many_folders_as_it_takes():
     assert command.names(["x/train.log", "y/other.log"]) == ["train", "other"]
     assert command.names(["runs/a/train.log", "runs/b/train.log"]) == ["a/train", "b/train"]
     assert command.names(["train.log", "train.log"]) == ["train.log", "train.log"]
+    assert command.names(["", ".", ".."]) == ["", ".", ".."]
