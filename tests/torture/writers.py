@@ -39,11 +39,13 @@ class Writer:
     """A command of `evomoe`.
 
     Attributes:
+        reads: the inputs that are made for it.
         arguments: with the folder of inputs and the folder to write to.
         flag: to replace what is there; None: there is none; empty: it does anyway.
         continues: whether a hidden folder may stay, from which the next run goes on.
     """
 
+    reads: str
     arguments: Callable[[Path, Path], list[object]]
     flag: str | None = "--overwrite"
     continues: bool = False
@@ -57,6 +59,7 @@ class Writer:
 
 WRITERS = {
     "prepare": Writer(
+        "text.txt",
         lambda i, o: [
             *("prepare", i / "text.txt", "--out", o / "data", "--vocab-size", 300),
             *("--documents-by", "blank-line", "--workers", 1),
@@ -64,64 +67,102 @@ WRITERS = {
         continues=True,
     ),
     "prepare --pairs": Writer(
+        "pairs.en",
         lambda i, o: [
             *("prepare", "--pairs", i / "pairs.en", i / "pairs.de", "--out", o / "data"),
             *("--vocab-size", 300, "--workers", 1),
         ],
         continues=True,
     ),
-    "export": Writer(lambda i, o: ["export", i / "one.pt", o / "model"], None),
+    "export": Writer("one.pt", lambda i, o: ["export", i / "one.pt", o / "model"], None),
     "reshard": Writer(
-        lambda i, o: ["checkpoint", "reshard", i / "one.pt", o / "a.pt", "--size", 2]
+        "one.pt", lambda i, o: ["checkpoint", "reshard", i / "one.pt", o / "a.pt", "--size", 2]
     ),
-    "consolidate": Writer(lambda i, o: ["checkpoint", "consolidate", i / "two.pt", o / "a.pt"]),
-    "import": Writer(lambda i, o: ["checkpoint", "import", i / "model-shared.pt", o / "a.pt"]),
-    "import-hf": Writer(lambda i, o: ["import-hf", i / "llama", o / "a.pt"]),
-    "upcycle": Writer(lambda i, o: ["upcycle", i / "llama", o / "a.pt", "--max-update", 100]),
-    "report": Writer(lambda i, o: ["report", i / "train.log", "--out", o / "a.html"], ""),
-    "plot": Writer(lambda i, o: ["plot", i / "train.log", "--out", o / "a.png"], ""),
+    "consolidate": Writer(
+        "two.pt", lambda i, o: ["checkpoint", "consolidate", i / "two.pt", o / "a.pt"]
+    ),
+    "import": Writer(
+        "model-shared.pt", lambda i, o: ["checkpoint", "import", i / "model-shared.pt", o / "a.pt"]
+    ),
+    "import-hf": Writer("llama", lambda i, o: ["import-hf", i / "llama", o / "a.pt"]),
+    "upcycle": Writer(
+        "llama", lambda i, o: ["upcycle", i / "llama", o / "a.pt", "--max-update", 100]
+    ),
+    "report": Writer(
+        "train.log", lambda i, o: ["report", i / "train.log", "--out", o / "a.html"], ""
+    ),
+    "plot": Writer("train.log", lambda i, o: ["plot", i / "train.log", "--out", o / "a.png"], ""),
 }
 
 
 def smoke() -> Iterable[int]:
-    """A failing rename, of `evomoe report`."""
-    return (list(WRITERS).index("report") + len(WRITERS) * KINDS.index("rename"),)
+    """A failing rename, of `evomoe import`."""
+    return (list(WRITERS).index("import") + len(WRITERS) * KINDS.index("rename"),)
 
 
 def prepare(work: Path) -> None:
-    inputs(work)
+    tiny.data(work)
 
 
-@functools.cache
-def inputs(work: Path) -> Path:
-    """The folder with what the commands read, made where it is missing."""
+def inputs(work: Path, name: str) -> Path:
+    """The folder with what a command reads, made where it is missing."""
     folder = work / "inputs"
-    if not folder.is_dir():
-        part = work / "inputs.part"
-        part.mkdir(parents=True, exist_ok=True)
-        ended = forked.call(lambda: _make_inputs(work, part), LIMIT_SECONDS)
-        assert ended.status == 0, ended.output[-2000:]
-        part.rename(folder)
+    for needed, make in _INPUTS.items():
+        if needed == WRITERS[name].reads and not (folder / needed).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            ended = forked.call(functools.partial(make, work, folder), LIMIT_SECONDS)
+            assert ended.status == 0, ended.output[-2000:]
     return folder
 
 
-def _make_inputs(work: Path, folder: Path) -> None:
+def _text(work: Path, folder: Path) -> None:
     from tests.data.texts import words
-    from tests.evolve.test_import_moe_branch import theirs
-    from tests.models.hf_models import save_hf
 
     (folder / "text.txt").write_text("\n\n".join(words(n) for n in range(20)))
-    for language in ("en", "de"):
+
+
+def _pairs(work: Path, folder: Path) -> None:
+    from tests.data.texts import words
+
+    for language in ("de", "en"):
         lines = (words(n, 10).replace("\n", " ") for n in range(100))
         (folder / f"pairs.{language}").write_text("\n".join(lines))
+
+
+def _branch(work: Path, folder: Path) -> None:
+    from tests.evolve.test_import_moe_branch import theirs
+
     theirs(folder)
+
+
+def _llama(work: Path, folder: Path) -> None:
+    from tests.models.hf_models import save_hf
+
     save_hf(folder / "llama", "llama 2")
-    for name, layout in (("one", "one process"), ("two", "sharded experts")):
-        source = tiny.unbroken(work, layout)
-        (folder / f"{name}.pt").symlink_to(source / "checkpoint_last.pt")
+
+
+def _log(work: Path, folder: Path) -> None:
     arguments = tiny.train_arguments(tiny.data(work), folder / "run", *tiny.SAVING)
     ended = forked.call(lambda: forked.command("train", arguments), LIMIT_SECONDS)
     (folder / "train.log").write_text(ended.output)
+
+
+def _checkpoint(name: str, layout: str) -> Callable[[Path, Path], None]:
+    def make(work: Path, folder: Path) -> None:
+        (folder / name).symlink_to(tiny.unbroken(work, layout) / "checkpoint_last.pt")
+
+    return make
+
+
+_INPUTS: dict[str, Callable[[Path, Path], None]] = {
+    "text.txt": _text,
+    "pairs.en": _pairs,
+    "model-shared.pt": _branch,
+    "llama": _llama,
+    "train.log": _log,
+    "one.pt": _checkpoint("one.pt", "one process"),
+    "two.pt": _checkpoint("two.pt", "sharded experts"),
+}
 
 
 def moments(work: Path, name: str) -> tuple[int, int, list]:
@@ -134,7 +175,7 @@ def moments(work: Path, name: str) -> tuple[int, int, list]:
 
         def run() -> None:
             faults.watch_disk(out, None, counters)
-            WRITERS[name].command(inputs(work), out, False)()
+            WRITERS[name].command(inputs(work, name), out, False)()
 
         ended = forked.call(run, LIMIT_SECONDS)
         assert ended.status == 0, ended.output[-2000:]
@@ -174,10 +215,10 @@ def _struck(
     if kind in ("full", "read-only"):
         _mount(out, f"size={_ROOM}")
     if replaces:
-        first = forked.call(writer.command(inputs(work), out, False), LIMIT_SECONDS)
+        first = forked.call(writer.command(inputs(work, name), out, False), LIMIT_SECONDS)
         assert first.status == 0, first.output[-500:]
     before = _content(out, writer)
-    command = writer.command(inputs(work), out, replaces)
+    command = writer.command(inputs(work, name), out, replaces)
     fault = None
     if kind == "full":
         used = os.statvfs(out).f_blocks - os.statvfs(out).f_bfree
@@ -213,7 +254,7 @@ def _struck(
     written = bool(_content(out, writer))
     if written and writer.flag is None:
         return came, ""
-    again = writer.command(inputs(work), out, written)
+    again = writer.command(inputs(work, name), out, written)
     last = forked.call(again, LIMIT_SECONDS)
     return came, "" if last.status == 0 else f"the next run ended with: {last.error or last.tail}"
 
