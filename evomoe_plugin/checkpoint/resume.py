@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -33,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Wrappers of the same optimizer: without FSDP, and with it or --memory-efficient-fp16.
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
-
-_CHECKPOINT = re.compile(r"checkpoint.*\.pt$")
 
 # Optimizers whose state is the same, by what `--optimizer` calls them.
 SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
@@ -114,22 +111,7 @@ def file_to_read(trainer: Any, filename: str) -> str:
     given = trainer.cfg.checkpoint.restore_file
     if given != "checkpoint_last.pt":
         raise OptionError("restore_file", given, f"there is no {filename}")
-    if others := _checkpoints_beside(filename):
-        logger.warning(
-            "there is no %s: this run begins anew, and will replace the checkpoints of its folder; "
-            "--restore-file %s goes on from one",
-            filename,
-            others[-1],
-        )
     return filename
-
-
-def _checkpoints_beside(filename: str) -> list[str]:
-    """The other checkpoints in the folder of a file, from the oldest on."""
-    with contextlib.suppress(FileNotFoundError):
-        found = [e for e in os.scandir(os.path.dirname(filename)) if _CHECKPOINT.match(e.name)]
-        return [entry.path for entry in sorted(found, key=lambda e: e.stat().st_mtime)]
-    return []
 
 
 def _other_world_size(count: int, trainer: Any) -> OptionError:

@@ -160,14 +160,3 @@ def test_a_run_does_not_begin_anew_where_its_checkpoint_is_no_file(tmp_path, mak
     make(path)
     with pytest.raises(OptionError, match="is no file, or a link to one that is missing"):
         file_to_read(trainer_of(), str(path))
-
-
-def test_a_run_that_begins_anew_beside_checkpoints_says_so(tmp_path, caplog):
-    path = str(tmp_path / "checkpoint_last.pt")
-    assert file_to_read(trainer_of(), path) == path and not caplog.messages
-    assert file_to_read(trainer_of(), str(tmp_path / "new" / "checkpoint_last.pt"))
-    for seconds, name in enumerate(["checkpoint_2_8.pt", "checkpoint_1_4.pt", "notes.pt"]):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (seconds, seconds))
-    assert file_to_read(trainer_of(), path) == path
-    assert f"--restore-file {tmp_path}/checkpoint_1_4.pt goes on" in caplog.text
