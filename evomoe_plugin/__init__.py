@@ -60,11 +60,12 @@ def register() -> None:
 
     from evomoe_plugin.config.dataclass_fields import add_fields
     from evomoe_plugin.evaluation import eval_lm
-    from evomoe_plugin.launch import call_main
+    from evomoe_plugin.launch import call_main, command_line
     from evomoe_plugin.trainer import install
 
     add_fields()
     call_main.install()
+    command_line.install()
     install.install()
     eval_lm.install()
 

@@ -28,6 +28,7 @@ ALLOWED = {
     "config.checks": BASE | {"gates", "dispatch"},
     "config.evaluation_checks": BASE,
     "config.fairseq_checks": {"config.errors"},
+    "config.published_flags": {"config.errors"},
     "config.run_checks": BASE
     | {"gates", "config.checks", "config.evaluation_checks", "config.fairseq_checks"},
     "routing": set(),
@@ -56,6 +57,7 @@ ALLOWED = {
     | {
         "checkpoint",
         "config.evaluation_checks",
+        "config.published_flags",
         "config.run_checks",
         "config.terminal",
         "evaluation",
@@ -71,6 +73,7 @@ KNOW_NOTHING_OF_FAIRSEQ = {
     "config.checks",
     "config.evaluation_checks",
     "config.fairseq_checks",
+    "config.published_flags",
     "config.run_checks",
     "routing",
     "gates",

@@ -40,6 +40,43 @@ LAYOUTS = {
 NUMBERS = ("loss", "inner_loss", "gnorm")
 PREFIXES = {"roberta": ("",), "translation": ("encoder_", "decoder_")}
 
+# The authors' scripts/pretrain_roberta_xl_gumbel_MoE.sh and kdd_scripts/wmt17_en_de_gumbel.sh, with
+# small values of their variables; below, what makes model and data small.
+PUBLISHED = {
+    "roberta": """--task masked_lm --sample-break-mode complete --arch roberta_large_moe
+        --criterion masked_lm --tokens-per-sample 32 --batch-size 4 --update-freq 1
+        --lr 0.003 --lr-scheduler polynomial_decay --warmup-updates 1
+        --optimizer adam --adam-betas (0.9,0.98) --adam-eps 1e-08
+        --clip-norm 0.0 --weight-decay 0.01 --dropout 0.1
+        --moe-expert-count 4 --moe-freq 2 --moe-gating-use-fp32 --moe-topk-expert
+        --moe-normalize-expert-grad sqrt_world_size --moe-eval-capacity-token-fraction -1.0
+        --write-checkpoints-asynchronously --save-interval-updates 1 --num-workers 0
+        --ddp-backend fully_sharded --max-update 2 --total-num-update 2
+        --validate-interval-updates 1 --use-gumbel-softmax --gumbel-decay-scheduler Linear
+        --gumbel-decay-factor 5 --max-temperature 2.0 --min-temperature 0.5
+        --switch-to-hard-gumbel-softmax 6 --log-format json --log-interval 100 --symlink
+        --seed 1234""",
+    "translation": """--arch transformer_vaswani_wmt_en_de_big --share-all-embeddings
+        --optimizer adam --adam-betas (0.9,0.98) --clip-norm 0.0
+        --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000
+        --dropout 0.3 --weight-decay 0.0001
+        --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1
+        --moe-gate-loss-wt 0 --moe-gate-loss-combine-method sum
+        --moe-expert-count 4 --moe-freq 2 --moe-gating-use-fp32 --moe-top1-expert
+        --moe-normalize-expert-grad world_size --moe-eval-capacity-token-fraction -1.0
+        --use-gumbel-softmax --gumbel-decay-scheduler Linear --gumbel-decay-factor 5000
+        --max-temperature 2.0 --min-temperature 0.5 --switch-to-hard-gumbel-softmax 6000
+        --ddp-backend fully_sharded --save-interval-updates 1 --validate-interval-updates 1
+        --max-tokens 4096""",
+}
+SMALL = {
+    "roberta": """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
+        --encoder-attention-heads 2""",
+    "translation": """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
+        --encoder-attention-heads 2 --decoder-layers 2 --decoder-embed-dim 32
+        --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 --max-tokens 64 --max-update 2""",
+}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -171,3 +208,25 @@ def test_fairseq_generate_translates(trained, tmp_path):
         assert "BLEU" in lines[-1]
         results.append(sorted(line.split("\t")[2] for line in lines if line.startswith("H-")))
     assert results[0] == results[1] and len(results[0]) == 24
+
+
+@pytest.mark.parametrize("task", [pytest.param("roberta", marks=pytest.mark.slow), "translation"])
+def test_published_command_lines(task, data, tmp_path):
+    """On two ranks they train, resume exactly, and the result is evaluated."""
+    runs = Runs(data[task], tmp_path)
+    plugin = ("--user-dir", ROOT / "evomoe_plugin")
+    command = [runs.data, *PUBLISHED[task].split(), *plugin, *SMALL[task].split(), *TWO[:2]]
+    assert runs.run("train", *command, "--save-dir", tmp_path / "whole") == 0
+    (first,) = (tmp_path / "whole").glob("checkpoint_*_1.pt")
+    resumed = ("--restore-file", first, "--save-dir", tmp_path / "resumed")
+    assert runs.run("train", *command, *resumed) == 0
+    last = tmp_path / "whole/checkpoint_last.pt"
+    assert_same_weights(last, tmp_path / "resumed/checkpoint_last.pt")
+    model = load(last)["cfg"]["model"]
+    assert (model["moe_gate"], model["moe_combine_weights"]) == ("dense_to_sparse", "softmax")
+    assert (model["moe_temperature_start"], model["moe_temperature_end"]) == (2.0, 0.5)
+    evaluate, given = {
+        "roberta": ("validate", ("--task", "masked_lm", "--batch-size", "4")),
+        "translation": ("generate", ("--batch-size", "128", "--beam", "5", "--remove-bpe")),
+    }[task]
+    assert runs.run(evaluate, runs.data, *plugin, "--path", last, *given) == 0
