@@ -33,7 +33,7 @@ class TokenSources:
         self.names = list(dict.fromkeys(groups))
         of_file = torch.tensor([self.names.index(group) for group in groups])
         self._of_item = of_file.repeat_interleave(torch.tensor(items))
-        self._ends = torch.as_tensor(sizes, dtype=torch.int64).cumsum(0)
+        self._ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
 
     @classmethod
     def of(cls, folder: Path, subset: str, sizes: Any) -> TokenSources | None:
