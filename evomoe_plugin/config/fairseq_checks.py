@@ -94,6 +94,11 @@ def _of_the_schedule(cfg: Any) -> Iterator[Fault]:
         yield "total_num_update", options.total_num_update, "give a number of updates above 0"
     elif name == "triangular" and not options.max_lr > cfg.optimization.lr[0]:
         yield "max_lr", options.max_lr, f"give more than --lr ({cfg.optimization.lr[0]})"
+    elif name == "manual":
+        for option in ("epoch2lr", "update2lr"):
+            given = _literal(getattr(options, option))
+            if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+                yield option, getattr(options, option), "give text keys, as {'1,3-5': 0.1}"
     elif name == "step":
         rates = cfg.optimization.lr
         if options.lr_deacy_period <= 0:
@@ -188,6 +193,9 @@ def _of_the_model(cfg: Any, num_ranks: int, on_gpu: bool) -> Iterator[Fault]:
         learned = given("decoder_learned_pos") or given("no_token_positional_embeddings")
         if not (learned or hasattr(model, "rope_theta")) and width < 4:
             yield "decoder_embed_dim", width, "give 4 or more, or --decoder-learned-pos"
+    for option in ("encoder_ffn_embed_dim", "decoder_ffn_embed_dim"):
+        if given(option) is not None and given(option) < 1:
+            yield option, given(option), "give 1 or more"
     kept = given("decoder_layers_to_keep")
     if kept is not None and not re.fullmatch(r"\d+(,\d+)*", kept):
         yield "decoder_layers_to_keep", kept, "give numbers of layers, from 0, as 0,2"

@@ -82,6 +82,11 @@ BAD = [
         {"model.decoder_embed_dim": 2, "model.decoder_attention_heads": 2},
         "--decoder-embed-dim 2: give 4 or more",
     ),
+    ({"model.decoder_ffn_embed_dim": 0}, "--decoder-ffn-embed-dim 0: give 1 or more"),
+    (
+        {"lr_scheduler": {"_name": "manual", "epoch2lr": "{}", "update2lr": "{2: 0.1}"}},
+        r"--update2lr \{2: 0.1\}: give text keys, as",
+    ),
     ({"model.decoder_layers_to_keep": "x"}, "--decoder-layers-to-keep x: give numbers of layers"),
     ({"model.decoder_layers_to_keep": "0"}, "--decoder-layers-to-keep 0: is of weights that are"),
     ({"model.quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: needs a GPU"),

@@ -447,7 +447,9 @@ def _evaluate(cfg: Any, text: Path, folder: Path, valid: list[dict]) -> str | No
     """What is wrong with the evaluation of the last checkpoint; None: no loss was logged."""
     path = folder / "run" / "checkpoint_last.pt"
     key = "valid_inner_loss" if valid and "valid_inner_loss" in valid[-1] else "valid_loss"
-    plain = cfg.criterion._name in ("moe_cross_entropy", "cross_entropy")
+    plain = cfg.criterion._name == "moe_cross_entropy" or (
+        cfg.criterion._name == "cross_entropy" and not cfg.criterion.sentence_avg
+    )  # fairseq's logs a loss per sample with --sentence-avg
     if getattr(cfg.task, "add_bos_token", False):
         return None  # whose score evaluation leaves out, and training's loss does not
     if getattr(cfg.model, "moe_eval_capacity_factor", None):

@@ -74,7 +74,6 @@ def test_trains_on_two_processes(runs, options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ((*FSDP, "--bf16"), "--bf16 with --ddp-backend fully_sharded: give --fp16"),
         ((*FSDP, "--memory-efficient-bf16"), "--memory-efficient-bf16 with --ddp-backend fully_s"),
         ((*FSDP, "--amp"), "--amp without a GPU: give --bf16"),
         ((*FSDP, "--cpu-offload"), "--cpu-offload without a GPU: leave it out"),
