@@ -24,7 +24,7 @@ from speed.cases import Case, chosen
 from speed.forks import forked
 from speed.machine import machine
 from speed.measure import CONTENDERS, DTYPES, Setting, in_own_process, nulls
-from speed.results import Results, add_options
+from speed.results import Results, add_options, add_unattended
 
 OURS = "Ours"
 
@@ -155,7 +155,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     add_options(parser, "layer.json")
-    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    add_unattended(parser)
     parser.add_argument("--plot", type=Path, help="also plot the ratios here (.svg, .png)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -180,7 +180,7 @@ def main() -> None:
             setting = Setting(dtype, threads, args.device, args.rounds)
             key = {"dtype": dtype, "threads": threads, "device": args.device}
             for case in cases:
-                if found.has(name=case.name, **key):
+                if found.is_late() or found.has(name=case.name, **key):
                     continue
                 # Memory does not depend on the number of threads.
                 memory = case.memory and not args.no_memory and threads == args.threads[0]
@@ -188,7 +188,7 @@ def main() -> None:
                 print(progress(result), flush=True)
                 found.add(result)
             shares = [case for case in cases if case.null_share is not None]
-            if len(shares) > 1 and not found.has("nulls", **key):
+            if len(shares) > 1 and not found.is_late() and not found.has("nulls", **key):
                 found.add(measure_nulls(shares, setting), "nulls")
     results = found.part()
     text = "\n\n".join(

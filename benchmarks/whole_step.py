@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch._dynamo  # noqa: F401  imported once, before forking; torch's optimizers import it
+import torch
+import torch._dynamo  # imported once, before forking; torch's optimizers import it
 from speed import clock, peers
 from speed.forks import forked
 from speed.machine import machine
 from speed.measure import DTYPES, Setting, start, why
 from speed.models import BareMatmuls, models
 from speed.report import heading, table
-from speed.results import Results, add_options
+from speed.results import Results, add_options, add_unattended
 from speed.training import Sizes
 
+LARGE = (Sizes(4, 1024, 16, batch=16, length=1024),)
+"""On a GPU, which smaller ones do not keep busy."""
 CASES = (Sizes(4, 256, 8), Sizes(4, 256, 8, batch=4, length=512), Sizes(2, 512, 16))
 QUICK = (Sizes(2, 128, 8, batch=4, length=128, vocabulary=2048),)
 
@@ -132,32 +135,41 @@ def main() -> None:
         help="cases whose names contain one of these, such as 'D 512'",
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 2; with cuda 1")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     add_options(parser, "whole_step.json")
+    add_unattended(parser)
     args = parser.parse_args()
+    args.threads = args.threads or ([1, 2] if args.device == "cpu" else [1])
+    if args.device == "cuda" and not forked(torch.cuda.is_available):
+        raise SystemExit("error: --device cuda: torch finds no GPU here; leave it out")
+    known = CASES if args.device == "cpu" else (*LARGE, *CASES)
+    if args.quick:
+        known = QUICK
     cases = [
-        sizes
-        for sizes in (QUICK if args.quick else CASES)
-        if not args.cases or any(name in sizes.name for name in args.cases)
+        sizes for sizes in known if not args.cases or any(name in sizes.name for name in args.cases)
     ]
     if not cases:
         parser.error(
             f"--cases {' '.join(args.cases)}: matches none of "
-            f"{'; '.join(sizes.name for sizes in CASES)}"
+            f"{'; '.join(sizes.name for sizes in known)}"
         )
     peers.load()
     found = Results(args, {"machine": forked(lambda: machine(args.device)), "rounds": args.rounds})
     for threads in args.threads:
         for dtype in args.dtype:
             for sizes in cases:
-                if found.has(name=sizes.name, dtype=dtype, threads=threads, device=args.device):
+                key = dict(name=sizes.name, dtype=dtype, threads=threads, device=args.device)
+                if found.is_late() or found.has(**key):
                     continue
                 result = measure(sizes, Setting(dtype, threads, args.device, args.rounds))
                 print(progress(result), flush=True)
                 found.add(result)
-    print(f"\n{heading(found.numbers['machine'])}\n\n{text(found.part())}")
+    tables = f"{heading(found.numbers['machine'])}\n\n{text(found.part())}"
+    print(f"\n{tables}")
+    if args.markdown:
+        args.markdown.write_text(tables + "\n")
 
 
 if __name__ == "__main__":

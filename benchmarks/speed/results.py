@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ def add_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--resume", action="store_true", help="skip the cases in the file")
 
 
+def add_unattended(parser: argparse.ArgumentParser) -> None:
+    """`--minutes` and `--markdown`."""
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="start no case after this many, and write the tables of those that are done",
+    )
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+
+
 class Results:
     """Results by part, in a new or continued file.
 
@@ -31,6 +44,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace, about: dict[str, Any]):
         self._path: Path = args.json
+        self._end = time.monotonic() + 60 * getattr(args, "minutes", math.inf)
         self.numbers: dict[str, Any] = {**about, "results": []}
         if self._path.exists():
             if not args.resume:
@@ -39,6 +53,10 @@ class Results:
                     "continue it, or another file"
                 )
             self.numbers = json.loads(self._path.read_text())
+
+    def is_late(self) -> bool:
+        """Whether no further case is to be started."""
+        return time.monotonic() > self._end
 
     def part(self, part: str = "results") -> list[dict[str, Any]]:
         """All results of a part."""
