@@ -23,7 +23,6 @@ from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, gate_class
 from evomoe_plugin.gates.gradients import attach_zero_grads
-from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.plan import RoutingPlan, first_expert_plan
@@ -118,13 +117,14 @@ class MoELayer(nn.Module):
         token_ids_T: Tensor | None = None,
         token_weights_T: Tensor | None = None,
     ) -> GateContext:
-        """The inputs of the gate; noise keys are combined with seed, update and layer."""
-        keys_T = token_keys_T
-        if keys_T is not None:
-            for part in (self.gate.info.seed, self._num_updates, self.gate.info.layer_id):
-                keys_T = noise.fold(keys_T, part)
+        """The inputs of the gate."""
         return GateContext(
-            self.gate_updates(self._num_updates), token_mask_T, keys_T, token_ids_T, token_weights_T
+            self.gate_updates(self._num_updates),
+            token_mask_T,
+            token_keys_T,
+            token_ids_T,
+            token_weights_T,
+            noise_key=(self.gate.info.seed, self._num_updates, self.gate.info.layer_id),
         )
 
     def forward(
@@ -221,9 +221,9 @@ class MoELayer(nn.Module):
         if rule:
             active_C, experts = self.gate.active(), self.num_experts
             capacity = rule.capacity(
-                num_pairs=plan.num_pairs,
-                num_tokens=0 if rule.factor else int(plan.stats[st.TOKENS]),
-                num_experts=experts if active_C is None else int(active_C[:experts].sum()),
+                num_pairs=plan.tokens_per_expert_E.sum(),
+                num_tokens=plan.stats[st.TOKENS],
+                num_experts=experts if active_C is None else active_C[:experts].sum().clamp(min=1),
             )
             plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import fairseq
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import evomoe_plugin
-from evomoe_plugin.routing import capacity, plan
+from evomoe_plugin.routing import waits
 
 aten = torch.ops.aten
 PACKAGES = tuple(f"{Path(package.__file__).parent}/" for package in (evomoe_plugin, fairseq))
@@ -32,29 +34,59 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class HostWaits(TorchDispatchMode):
-    """Refuses what waits: values read, shapes that depend on values, indexing by a mask, and
-    numbers copied to the device (`torch.tensor` with a device).
+    """Refuses what waits: values read, shapes that depend on values, indexing by a mask, copies to
+    the host, and numbers copied to the device (`torch.tensor` with a device).
 
     Args:
         allowed: what is not refused, "operator at file", or "file" for all in it; files are
-            relative to the package, others begin with `fairseq/`.
+            relative to the package, others begin with `fairseq/`. None: everything.
     """
 
-    def __init__(self, allowed: Collection[str] = ()):
+    def __init__(self, allowed: Collection[str] | None = ()):
         super().__init__()
         self.allowed = allowed
         self.found: list[str] = []
+        self._copies = _Copies(self._find)
+
+    def __enter__(self):
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if _waits(function._overloadpacket, args, kwargs):
-            lines = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGES)]
-            file = _short(lines[-1].filename) if lines else "a backward pass"
-            found = f"{function._overloadpacket.__name__} at {file}"
-            self.found.append(found)
-            if found not in self.allowed and file not in self.allowed:
-                line = f":{lines[-1].lineno}" if lines else ""
-                raise AssertionError(f"the host waits: {found}{line}")
+            self._find(function._overloadpacket.__name__)
+        return function(*args, **kwargs)
+
+    def _find(self, name: str) -> None:
+        lines = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGES)]
+        file = _short(lines[-1].filename) if lines else "a backward pass"
+        found = f"{name} at {file}"
+        self.found.append(found)
+        if self.allowed is not None and not {found, file} & set(self.allowed):
+            line = f":{lines[-1].lineno}" if lines else ""
+            raise AssertionError(f"the host waits: {found}{line}")
+
+
+class _Copies(TorchFunctionMode):
+    """Calls `find` for copies to the host, which are no operators on a CPU."""
+
+    def __init__(self, find: Callable[[str], None]):
+        super().__init__()
+        self._find = find
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        is_copy = function in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist)
+        if is_copy or (
+            function is torch.Tensor.to and "cpu" in map(str, [*args[1:], *kwargs.values()])
+        ):
+            self._find(name)
         return function(*args, **kwargs)
 
 
@@ -71,35 +103,56 @@ def _waits(operator, args, kwargs) -> bool:
     return operator in WAITING
 
 
-class _Launch:
-    """A kernel that is not launched."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-class _Combine:
-    """The kernel of `combine`, for rows of zeros: a model stops at NaN."""
-
-    def __getitem__(self, grid):
-        return lambda rows, weights, order, starts, out, *others: out.zero_()
-
-
 class _Kernels:
+    """Kernels that are counted and not launched."""
+
     GROUP, BACKWARD_COLUMNS = 8, 64
 
+    def __init__(self):
+        self.launched: Counter[str] = Counter()
+
     def __getattr__(self, name):
-        return _Launch()
+        return _Grid(lambda *args, **kwargs: self.launched.update([name]))
 
 
-def pretend_a_gpu(monkeypatch) -> None:
+class _Grid:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
+class _Zeros:
+    """torch, whose memory holds zeros at first and not anything: a run stops at NaN."""
+
+    def __getattr__(self, name):
+        function = getattr(torch, name)
+        if not name.startswith("empty"):
+            return function
+
+        def zeros(*args, **kwargs):
+            with _disable_current_modes():
+                return function(*args, **kwargs).zero_()
+
+        return zeros
+
+
+def pretend_a_gpu(monkeypatch) -> Counter[str]:
     """Take the code path of GPUs on a CPU, without running the experts' kernels: what the host does
-    before and after them does not depend on values."""
+    before and after them does not depend on values.
+
+    Returns:
+        How often each kernel would have been launched.
+    """
     from evomoe_plugin.experts.kernels import cuda
     from evomoe_plugin.experts.kernels.cuda import combine, fused
 
+    kernels = _Kernels()
     monkeypatch.setattr(cuda, "function_for", lambda *_: fused.FusedFFN)
-    monkeypatch.setattr(fused, "kernels", _Kernels())
-    monkeypatch.setattr(combine, "_kernel", _Combine())
-    for module in (plan, capacity):
-        monkeypatch.setattr(module, "waiting_costs", lambda _: True)
+    monkeypatch.setattr(fused, "kernels", kernels)
+    monkeypatch.setattr(combine, "_kernel", kernels.combine)
+    for module in (fused, combine):
+        monkeypatch.setattr(module, "torch", _Zeros())
+    monkeypatch.setattr(waits, "waiting_costs", lambda _: True)
+    return kernels.launched

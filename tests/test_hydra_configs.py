@@ -391,7 +391,7 @@ def test_experts_per_token_are_those_of_the_method(run):
 
     def experts_per_token(num_updates: int) -> float:
         gate = model.decoder.moe_layers[0].gate
-        plan = gate(x_TD, GateContext(num_updates, noise_keys_T=keys_T, token_ids_T=keys_T))
+        plan = gate(x_TD, GateContext(num_updates, token_keys_T=keys_T, token_ids_T=keys_T))
         return plan.num_pairs / 64
 
     for updates, wanted in zip(

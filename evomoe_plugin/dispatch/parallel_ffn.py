@@ -77,6 +77,7 @@ class ParallelExpertFFN(ExpertStack):
             [T, D]; with `overlap_fn`, a pair of that and its result.
         """
         counts = plan.tokens_per_expert_E.tolist()
+        plan = plan.first(sum(counts))
         incoming = exchange_counts(counts, self.groups, x_TD.device)
         outgoing = [counts[i : i + self._held] for i in range(0, len(counts), self._held)]
         rows_ND = _reorder(x_TD.index_select(0, plan.token_ids_N), counts, self._order)

@@ -71,7 +71,7 @@ class BASELayersGate(Gate[ModelOptions]):
             expert_T = logits_TE.argmax(1)
         mask_TE = selection_mask(expert_T.unsqueeze(1), self.num_experts)
         probs_TE = logits_TE.softmax(dim=1)
-        return Choice(mask_TE, logits_TE.sigmoid(), probs_TE, logits_TE, num_pairs=len(x_TD))
+        return Choice(mask_TE, logits_TE.sigmoid(), probs_TE, logits_TE, most_pairs=len(x_TD))
 
     def _balanced(self, logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         if token_mask_T is None:

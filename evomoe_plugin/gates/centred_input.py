@@ -41,6 +41,7 @@ class CentredInput(nn.Module):
             sum_D: of the inputs.
             num_tokens: their number, a scalar; 0: no change.
         """
-        if num_tokens > 0:
-            decay = self.decay if self.mean_D.any() else 0.0
-            self.mean_D.mul_(decay).add_(sum_D / num_tokens, alpha=1 - decay)
+        mean_D = self.mean_D
+        share = torch.where(mean_D.any(), mean_D.new_full((), 1 - self.decay), 1.0)
+        share = torch.where(num_tokens > 0, share, 0.0)
+        mean_D.lerp_((sum_D / num_tokens.clamp(min=1)).to(mean_D.dtype), share)

@@ -36,4 +36,4 @@ class DenseGate(Gate[ScorerOptions]):
         logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
         mask_TC = torch.ones_like(probs_TC, dtype=torch.bool)
-        return Choice(mask_TC, probs_TC, probs_TC, logits_TC, num_pairs=mask_TC.numel())
+        return Choice(mask_TC, probs_TC, probs_TC, logits_TC, most_pairs=mask_TC.numel())

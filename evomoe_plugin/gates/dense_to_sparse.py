@@ -128,11 +128,11 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
             gates_TC,
             logits_TC,
             balance_probs_TC=gates_TC * mask_TC,  # as in the authors' implementation
-            num_pairs=self._num_pairs(mask_TC, hard),
+            most_pairs=self._most_pairs(mask_TC, hard),
             stats=stats,
         )
 
-    def _num_pairs(self, mask_TC: Tensor, hard: bool) -> int | None:
+    def _most_pairs(self, mask_TC: Tensor, hard: bool) -> int | None:
         if not self.training and self.eval_gate == "dense":
             return mask_TC.numel()
         return mask_TC.size(0) * self._hard_k if hard else None

@@ -91,11 +91,11 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
         T, E = probs_TE.shape
         if self.training:
             mask_TE = self._selected(probs_TE.detach(), context)
-            num_pairs = E * min(math.ceil(self.factor * T / E), T)
+            most_pairs = E * min(math.ceil(self.factor * T / E), T)
         else:
             mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, E)
-            num_pairs = T * self.top_k
-        return Choice(mask_TE, probs_TE, probs_TE, logits_TE, num_pairs=num_pairs)
+            most_pairs = T * self.top_k
+        return Choice(mask_TE, probs_TE, probs_TE, logits_TE, most_pairs=most_pairs)
 
     def _selected(self, probs_TE: Tensor, context: GateContext) -> Tensor:
         """bool [T, E]: the tokens that each expert selects; earlier ones on ties."""

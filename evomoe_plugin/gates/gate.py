@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -61,12 +62,24 @@ class GateContext:
     """Completed updates with gates: of the run, or since the spawn."""
     token_mask_T: Tensor | None = None
     """bool, False for padding; None: no padding."""
-    noise_keys_T: Tensor | None = None
-    """int64 noise keys of the tokens (`routing.noise`); None: no randomness."""
+    token_keys_T: Tensor | None = None
+    """int64 keys of the tokens, from which noise is made; None: no randomness."""
     token_ids_T: Tensor | None = None
     """int64 token ids."""
     token_weights_T: Tensor | None = None
     """Weight of each token in the auxiliary losses; None: 1."""
+    noise_key: tuple[int, ...] = ()
+    """What noise depends on beside the tokens: seed, update, layer."""
+
+    @functools.cached_property
+    def noise_keys_T(self) -> Tensor | None:
+        """int64 noise keys of the tokens (`routing.noise`), made for gates that ask; None: no
+        randomness."""
+        keys_T = self.token_keys_T
+        if keys_T is not None:
+            for part in self.noise_key:
+                keys_T = noise.fold(keys_T, part)
+        return keys_T
 
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""
@@ -301,7 +314,7 @@ class Gate(nn.Module, Generic[OptionsT]):
             choice = self.route(x_TD, context)
             if context.token_mask_T is not None:
                 mask_TC = choice.mask_TC & context.token_mask_T.unsqueeze(1)
-                choice = dataclasses.replace(choice, mask_TC=mask_TC, num_pairs=None)
+                choice = dataclasses.replace(choice, mask_TC=mask_TC)
             aux = self._aux(choice, context)
             weights_TC, shared_weights_TS = choice.weights_TC, None
             if self.weight_scale is not None:
@@ -355,8 +368,7 @@ class Gate(nn.Module, Generic[OptionsT]):
             null_mass_T = null_TC.sum(1)
             fields["null_mass_T"] = null_mass_T
             fields["stats"][st.NULL_MASS] = null_mass_T.sum(dtype=torch.float64)
-        num_pairs = None if self.info.num_null else choice.num_pairs
-        plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], num_pairs, **fields)
+        plan = plan_from_mask(mask_TC[:, :E], weights_TC[:, :E], choice.most_pairs, **fields)
         priority_TC = self._priority(choice, context)
         if priority_TC is None:
             return plan

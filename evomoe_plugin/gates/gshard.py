@@ -109,19 +109,18 @@ class GShardGate(Gate[GShardOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
-        keys_T = context.noise_keys_T if self.training else None
+        draws = self.training and self.policy in ("sampling", "random")
+        keys_T = context.noise_keys_T if draws else None
         ranked_TC = logits_TC.detach()
         first_TC = best(ranked_TC)
         if self.policy == "sampling" and keys_T is not None:
             ranked_TC = ranked_TC + gumbel(keys_T, ranked_TC.size(1)).to(ranked_TC.dtype)
         second_TC = best(ranked_TC.masked_fill(first_TC, float("-inf")))
-        num_pairs: int | None = 2 * len(x_TD)
         weights_TC = normalized(probs_TC, first_TC | second_TC)
         if self.policy == "random" and keys_T is not None:
             share_TC = weights_TC if self.normalize_first else probs_TC
             chance_TC = uniform(fold(keys_T, _SECOND_STREAM), 1).to(probs_TC.dtype)
             second_TC = second_TC & (chance_TC < 2 * share_TC.detach())
-            num_pairs = None
         mask_TC = first_TC | second_TC
         if not self.normalize_first:
             weights_TC = normalized(probs_TC, mask_TC)
@@ -136,7 +135,7 @@ class GShardGate(Gate[GShardOptions]):
             logits_TC,
             priority_TC=priority_TC,
             balance_mask_TC=first_TC,
-            num_pairs=num_pairs,
+            most_pairs=2 * len(x_TD),
         )
 
 

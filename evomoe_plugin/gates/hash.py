@@ -75,4 +75,4 @@ class HashGate(Gate[HashOptions]):
         ids_T1 = self.table_V[context.token_ids_T].unsqueeze(1)
         mask_TE = selection_mask(ids_T1, self.num_experts)
         probs_TE = mask_TE.to(x_TD.dtype)
-        return Choice(mask_TE, probs_TE, probs_TE, num_pairs=len(x_TD))
+        return Choice(mask_TE, probs_TE, probs_TE, most_pairs=len(x_TD))

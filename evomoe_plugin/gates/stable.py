@@ -170,7 +170,7 @@ class StableGate(Gate[StableOptions]):
             scores_TE,
             torch.softmax(logits_TE, dim=1),
             logits_TE,
-            num_pairs=len(x_TD),
+            most_pairs=len(x_TD),
             aux={
                 "greedy_balance": greedy_balance_loss(
                     scores_TE=scores_TE, mask_TE=mask_TE, weight_T=weight_T
@@ -188,7 +188,7 @@ class StableGate(Gate[StableOptions]):
             torch.sigmoid(logits_TE),
             mask_TE.to(logits_TE.dtype),
             logits_TE,
-            num_pairs=len(x_TD),
+            most_pairs=len(x_TD),
             aux=dict.fromkeys(self.capabilities.losses, logits_TE.new_zeros(())),
         )
 

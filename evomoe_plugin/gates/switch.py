@@ -34,4 +34,4 @@ class SwitchGate(Gate[ScorerOptions]):
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD, context)
         probs_TC = self.scorer.scores(logits_TC)
-        return Choice(best(logits_TC), probs_TC, probs_TC, logits_TC, num_pairs=len(x_TD))
+        return Choice(best(logits_TC), probs_TC, probs_TC, logits_TC, most_pairs=len(x_TD))

@@ -125,7 +125,7 @@ class TopKGate(Gate[TopKOptions]):
             probs_TC,
             logits_TC,
             priority_TC=priority_TC,
-            num_pairs=ids_TK.numel(),
+            most_pairs=ids_TK.numel(),
         )
 
     def _select(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:

@@ -102,7 +102,8 @@ class TopPGate(Gate[TopPOptions]):
         return warnings
 
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
-        keys_T = context.noise_keys_T if self.training else None
+        draws = self.training and (self.jitter or self.weights == "sparsemixer")
+        keys_T = context.noise_keys_T if draws else None
         if self.jitter and keys_T is not None:
             noise_TD = uniform(fold(keys_T, _JITTER_STREAM), x_TD.size(1)).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.jitter * (2 * noise_TD - 1))

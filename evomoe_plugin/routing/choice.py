@@ -31,9 +31,9 @@ class Choice:
     """bool: the load in the balance loss; None: `mask_TC`."""
     balance_probs_TC: Tensor | None = None
     """The importance in the balance loss; None: `probs_TC`."""
-    num_pairs: int | None = None
-    """How many pairs `mask_TC` has, if that is known without a look at it, for which the host would
-    wait for a GPU; None: unknown."""
+    most_pairs: int | None = None
+    """How many pairs `mask_TC` has at most, if that is known without a look at it, for which the
+    host would wait for a GPU; None: unknown."""
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Unweighted losses of this gate (`Capabilities.losses`)."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)

@@ -11,12 +11,13 @@ Shape suffixes, here and everywhere in the package:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from evomoe_plugin.routing import stats as st
+from evomoe_plugin.routing import waits
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class RoutingPlan:
 
     A token has any number of pairs from 0 to E. Every field but `weights_N`,
     `shared_weights_TS` and the values of `aux` is detached.
+
+    On a GPU there may be fewer pairs than N: their number, the sum of `tokens_per_expert_E`, is
+    known to the device alone. Those that are none come last, with token and expert -1 and weight 0.
     """
 
     token_ids_N: Tensor
@@ -46,34 +50,44 @@ class RoutingPlan:
         """N."""
         return self.token_ids_N.numel()
 
-
-def waiting_costs(device: torch.device) -> bool:
-    """Whether the host waits for `device` when it reads a value or needs a shape from it."""
-    return device.type != "cpu"
+    def first(self, num_pairs: int) -> RoutingPlan:
+        """The plan with N = `num_pairs`, without those that are none."""
+        if num_pairs == self.num_pairs:
+            return self
+        fields = ("token_ids_N", "expert_ids_N", "weights_N", "priority_N")
+        values = {name: getattr(self, name) for name in fields}
+        cut = {name: value[:num_pairs] for name, value in values.items() if value is not None}
+        return replace(self, **cut)
 
 
 def plan_from_mask(
-    mask_TE: Tensor, weights_TE: Tensor, num_pairs: int | None = None, **fields
+    mask_TE: Tensor, weights_TE: Tensor, most_pairs: int | None = None, **fields
 ) -> RoutingPlan:
     """The plan of the pairs in `mask_TE`, with the weights `weights_TE`.
+
+    On a GPU the host waits for the number of pairs only if neither `most_pairs` is given nor a
+    bound small enough (`waits.MOST_UNCOUNTED`).
 
     Args:
         mask_TE: bool.
         weights_TE: combine weights; values outside the mask are ignored and get no gradient.
-        num_pairs: how many there are, if known: the host need not wait for a GPU then.
+        most_pairs: how many there are at most, if known.
         fields: further fields of the plan.
     """
+    if most_pairs is None and mask_TE.numel() <= waits.MOST_UNCOUNTED:
+        most_pairs = mask_TE.numel()
     # nonzero of the transpose is in the order of the plan: by expert, then by token.
-    if num_pairs is not None and waiting_costs(mask_TE.device):
-        # -1, of fewer pairs than stated, is sorted before all tokens and summed for none.
-        found_N2 = mask_TE.t().nonzero_static(size=num_pairs, fill_value=-1)
-        expert_ids_N, token_ids_N = found_N2.t().contiguous()
-    else:
+    if most_pairs is None or not waits.waiting_costs(mask_TE.device):
         expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)
+        weights_N = weights_TE[token_ids_N, expert_ids_N]
+    else:
+        found_N2 = mask_TE.t().nonzero_static(size=most_pairs, fill_value=-1)
+        expert_ids_N, token_ids_N = found_N2.t().contiguous()
+        weights_N = weights_TE[token_ids_N, expert_ids_N].masked_fill(token_ids_N < 0, 0.0)
     return RoutingPlan(
         token_ids_N=token_ids_N,
         expert_ids_N=expert_ids_N,
-        weights_N=weights_TE[token_ids_N, expert_ids_N],
+        weights_N=weights_N,
         tokens_per_expert_E=mask_TE.sum(0),
         num_tokens=mask_TE.size(0),
         **fields,
@@ -109,7 +123,7 @@ def first_expert_plan(
     return plan_from_mask(
         mask_TE,
         x_TD.new_ones(()).expand(mask_TE.shape),
-        len(x_TD) if token_mask_T is None else None,
+        len(x_TD),
         aux={name: x_TD.new_zeros((), dtype=torch.float32) for name in aux_names},
         stats={
             st.TOKENS: tokens,

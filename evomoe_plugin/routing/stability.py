@@ -26,6 +26,7 @@ def token_routing(plan: RoutingPlan) -> dict[str, Tensor]:
         `first_expert`, int64 [T]: the routed expert with the largest combine weight, the first of
         equals, or `NO_EXPERT`; `combine_weight`, fp64 [T]: the sum of the combine weights.
     """
+    plan = plan.first(int(plan.tokens_per_expert_E.sum()))
     ids_N, experts_N = plan.token_ids_N, plan.expert_ids_N
     weights_N = plan.weights_N.detach().double()
     largest_T = weights_N.new_full((plan.num_tokens,), -torch.inf)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomoe_plugin.routing import waits
 from evomoe_plugin.routing.choice import Choice
 
 # Of every layer; scalars unless the name ends in a shape suffix.
@@ -58,12 +59,15 @@ def routing_stats(
         num_experts: E; candidates beyond them are null experts.
     """
     probs_TC, logits_TC = choice.probs_TC.detach(), choice.logits_TC
-    # Several times faster on a CPU than `special.entr` and `isfinite` of all values.
-    logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
-    entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
-    load_C = choice.mask_TC.sum(0).double()
     checked_TC = probs_TC if logits_TC is None else logits_TC.detach()
-    bad_T = ~torch.isfinite(checked_TC.abs().amax(1))
+    if waits.waiting_costs(probs_TC.device):  # fewer kernels
+        entropy_T = torch.special.entr(probs_TC).sum(1)
+        bad_T = ~(torch.linalg.vector_norm(checked_TC, torch.inf, 1) < torch.inf)
+    else:  # several times faster on a CPU
+        logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
+        entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
+        bad_T = ~torch.isfinite(checked_TC.abs().amax(1))
+    load_C = choice.mask_TC.sum(0).double()
     tokens = load_C.new_full((), probs_TC.size(0))
     if token_mask_T is not None:
         entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)

@@ -141,6 +141,20 @@ def test_rows_and_gradients_with_strides():
     case.check(case.run(), *case.exact(), 1e-6)
 
 
+@pytest.mark.parametrize("kernels", [FusedFFN, grouped_mm.GroupedMMFFN])
+def test_rows_of_no_expert_count_for_nothing(kernels):
+    case = Case(UNEVEN)
+    wanted = case.exact()
+    fill = torch.full((7,), -1, device=DEVICE)
+    case.token_ids = torch.cat([case.token_ids, fill])
+    weights_N = torch.cat([case.row_weights, fill.to(case.row_weights.dtype)])
+    weights_N = weights_N.masked_fill(case.token_ids < 0, 0.0)  # as in a plan
+    call = Call(len(weights_N), find_activation(GELU), 0.0, 1.0, FP32, True)
+    counts = torch.tensor(case.counts, device=DEVICE)
+    given = case.x, weights_N, *map(case.weights.get, NAMES)
+    case.check(kernels.apply(call, counts, case.token_ids, *given), *wanted, 1e-6)
+
+
 def test_unweighted_sum_of_rows():
     case = Case(UNEVEN, weighs=False)
     case.check(case.run(), *case.exact(), 1e-6)

@@ -26,7 +26,7 @@ def dense_weights(plan, tokens=T):
 
 def context(num_updates=0, noise=True, **given):
     keys = sequence_keys(torch.arange(T).unsqueeze(0))[0] if noise else None
-    return GateContext(num_updates, noise_keys_T=keys, **given)
+    return GateContext(num_updates, token_keys_T=keys, **given)
 
 
 def test_the_formula(make_gate):

@@ -214,7 +214,7 @@ def test_pairs_are_conserved(make_layer, given):
     assert plan.num_pairs + int(dropped) == asked.num_pairs
     if layer.capacity:
         most = layer.capacity.capacity(
-            num_pairs=asked.num_pairs, num_tokens=int(mask.sum()), num_experts=E
+            num_pairs=asked.tokens_per_expert_E.sum(), num_tokens=mask.sum().double(), num_experts=E
         )
         assert plan.tokens_per_expert_E.max() <= most
         assert int(dropped) > 0

@@ -83,7 +83,7 @@ def test_it_equals_the_loop(make_layer, monkeypatch, policy, normalize_first, pr
         "evomoe_plugin.gates.gshard.uniform", lambda keys_T, columns: chance.unsqueeze(1)
     )
     x = tokens()
-    plan = layer._within_capacity(layer.gate(x, GateContext(noise_keys_T=keys())))
+    plan = layer._within_capacity(layer.gate(x, GateContext(token_keys_T=keys())))
     got = torch.zeros(T, E, dtype=torch.float64)
     got[plan.token_ids_N, plan.expert_ids_N] = plan.weights_N.detach()
     wanted = by_hand(
@@ -101,7 +101,7 @@ def test_it_equals_the_loop(make_layer, monkeypatch, policy, normalize_first, pr
 @pytest.mark.parametrize("policy", POLICIES)
 def test_evaluation_takes_the_two_best(make_gate, policy):
     gate, x = make_gate(moe_second_expert_policy=policy).eval(), tokens()
-    choice = gate.route(x, GateContext(noise_keys_T=keys()))
+    choice = gate.route(x, GateContext(token_keys_T=keys()))
     picks = (x @ gate.scorer.weight.T).topk(2, dim=1).indices.sort(1).values
     assert torch.equal(choice.mask_TC.nonzero()[:, 1].view(T, 2), picks)
     sums = (choice.weights_TC * choice.mask_TC).sum(1)
@@ -111,7 +111,7 @@ def test_evaluation_takes_the_two_best(make_gate, policy):
 def test_sampled_seconds_follow_the_probabilities(make_gate):
     count = 6000
     gate, x = make_gate(), tokens(1).expand(count, D)
-    choice = gate.route(x, GateContext(noise_keys_T=keys(count)))
+    choice = gate.route(x, GateContext(token_keys_T=keys(count)))
     probs = choice.probs_TC[0].detach()
     first = int(probs.argmax())
     assert choice.mask_TC[:, first].all()
@@ -134,7 +134,7 @@ def test_random_seconds_are_taken_with_twice_their_weight(make_gate, normalize_f
     )
     gate.scorer.weight.data.mul_(2)
     x = tokens(1).expand(count, D)
-    choice = gate.route(x, GateContext(noise_keys_T=keys(count)))
+    choice = gate.route(x, GateContext(token_keys_T=keys(count)))
     p1, p2 = choice.probs_TC[0].detach().topk(2).values.tolist()
     chance = 2 * (p2 / (p1 + p2) if normalize_first else p2)
     assert 0.1 < chance < 0.9
@@ -149,7 +149,7 @@ def test_random_seconds_are_taken_with_twice_their_weight(make_gate, normalize_f
 def test_the_balance_loss_counts_first_picks(make_gate):
     gate, x = make_gate(), tokens()
     mask = torch.rand(T) < 0.6
-    plan = gate(x, GateContext(noise_keys_T=keys(), token_mask_T=mask))
+    plan = gate(x, GateContext(token_keys_T=keys(), token_mask_T=mask))
     probs = (x @ gate.scorer.weight.T).softmax(1)[mask]
     firsts = torch.nn.functional.one_hot(probs.argmax(1), E).double()
     wanted = E * probs.mean(0) @ firsts.mean(0)

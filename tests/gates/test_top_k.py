@@ -29,7 +29,7 @@ def tokens(count=T):
 
 
 def keyed(count=T, **given):
-    return GateContext(noise_keys_T=sequence_keys(torch.arange(count).unsqueeze(0))[0], **given)
+    return GateContext(token_keys_T=sequence_keys(torch.arange(count).unsqueeze(0))[0], **given)
 
 
 def chosen(gate, x, context=None):
@@ -149,7 +149,7 @@ def test_draws_are_without_replacement_and_by_the_keys(make_gate):
     assert picks.shape == (T, 4)
     assert torch.equal(picks, chosen(gate, x, keyed()))
     gate.scorer.weight.data.mul_(1e-6)
-    other = GateContext(noise_keys_T=sequence_keys(torch.full((1, T), 5))[0])
+    other = GateContext(token_keys_T=sequence_keys(torch.full((1, T), 5))[0])
     assert not torch.equal(chosen(gate, x, keyed()), chosen(gate, x, other))
 
 

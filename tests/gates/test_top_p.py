@@ -53,7 +53,7 @@ def smallest_set(probs, top_p):
 def test_it_equals_the_loop(make_gate, top_p, weights, num_null, training):
     gate = make_gate(num_null, moe_top_p=top_p, moe_top_p_weights=weights).train(training)
     x = tokens()
-    plan = gate(x, GateContext(noise_keys_T=keys()))
+    plan = gate(x, GateContext(token_keys_T=keys()))
     got = torch.zeros(T, E, dtype=torch.float64)
     got[plan.token_ids_N, plan.expert_ids_N] = plan.weights_N.detach()
     sizes = set()
@@ -93,7 +93,7 @@ def test_equal_and_huge_logits(make_gate, weights, top_p, scale, training):
     """No NaN, at least one pick and never more than there are, which as published one may ask."""
     gate = make_gate(1, moe_top_p=top_p, moe_top_p_weights=weights).float().train(training)
     x = torch.full((T, D), scale, requires_grad=True)
-    plan = gate(x, GateContext(noise_keys_T=keys()))
+    plan = gate(x, GateContext(token_keys_T=keys()))
     picks = plan.stats["requested"].sum() / T
     assert 1 <= picks <= E + 1
     if top_p == 1 or (scale == 0 and top_p > 0.9):
@@ -109,7 +109,7 @@ def test_probabilities_that_do_not_sum_to_p(moe_options, weights):
     """All of them rounded may be less than P; there is no candidate beyond the last one."""
     gate = TopPGate(LayerInfo(D, 64), moe_options(moe_top_p=1 - 1e-9, moe_top_p_weights=weights))
     x = 0.1 * torch.randn(300, D)
-    choice = gate.route(x, GateContext(noise_keys_T=keys(300)))
+    choice = gate.route(x, GateContext(token_keys_T=keys(300)))
     short = choice.probs_TC.sort(1, descending=True).values.cumsum(1)[:, -1] < gate.top_p
     assert short.any()
     assert choice.mask_TC[short].all()
@@ -231,7 +231,7 @@ def test_jitter_stays_within_its_bounds_and_out_of_evaluation(make_gate):
     gate = make_gate(moe_jitter=0.1)
     gate.scorer.weight.data = torch.eye(E, D).double()
     x = torch.ones(2000, D, dtype=torch.float64)
-    context = GateContext(noise_keys_T=keys(2000))
+    context = GateContext(token_keys_T=keys(2000))
     logits = gate.route(x, context).logits_TC
     assert 0.9 < logits.min() < 0.901
     assert 1.099 < logits.max() < 1.1
@@ -283,7 +283,7 @@ def test_sparsemixer_forward_and_backward_as_stated(make_gate, monkeypatch, trai
     monkeypatch.setattr(
         top_p_module, "uniform", lambda keys_T, columns: next(turns["chance"]).unsqueeze(1)
     )
-    choice = gate.route(x, GateContext(noise_keys_T=keys()))
+    choice = gate.route(x, GateContext(token_keys_T=keys()))
     seed = torch.randn(T, C, dtype=torch.float64)
     (got,) = torch.autograd.grad(
         (choice.weights_TC * choice.mask_TC * seed).sum(), choice.logits_TC
@@ -320,7 +320,7 @@ def test_sparsemixer_draws_among_near_ties_only(make_gate):
     logits = torch.tensor([2.0, 1.97, 1.5, 1.99, -3.0], dtype=torch.float64)
     gate.scorer.weight.data[:, 0] = logits
     x = torch.ones(count, D, dtype=torch.float64)
-    choice = gate.route(x, GateContext(noise_keys_T=keys(count)))
+    choice = gate.route(x, GateContext(token_keys_T=keys(count)))
     seen = choice.mask_TC.sum(0)
     near = [0, 1, 3]
     expected = count * logits[near].softmax(0)
@@ -349,7 +349,7 @@ def test_the_published_weights_are_uniform_without_near_ties(make_gate):
     gate = make_gate(moe_top_p_weights="sparsemixer")
     gate.scorer.weight.data = torch.eye(E, D).double()
     x = torch.rand(T, D, dtype=torch.float64).argsort(1).double()
-    choice = gate.route(x, GateContext(noise_keys_T=keys()))
+    choice = gate.route(x, GateContext(token_keys_T=keys()))
     uniform = 1 / choice.mask_TC.sum(1, keepdim=True).double()
     assert torch.allclose(choice.weights_TC, uniform * choice.mask_TC)
     (grad,) = torch.autograd.grad(choice.weights_TC.square().sum(), gate.scorer.weight)

@@ -37,7 +37,7 @@ def routed(gate, x, known):
     """Weights [T, C] of selected candidates, unscaled and scaled, with the context's noise."""
     from evomoe_plugin.gates import GateContext
 
-    context = GateContext(noise_keys_T=known["token_keys_T"], token_ids_T=known["token_ids_T"])
+    context = GateContext(token_keys_T=known["token_keys_T"], token_ids_T=known["token_ids_T"])
     choice = gate.route(x, context)
     scaled_TC = choice.weights_TC
     if gate.weight_scale is not None:

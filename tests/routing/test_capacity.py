@@ -102,13 +102,18 @@ def test_nothing_to_drop_is_the_same_plan():
 )
 def test_capacity_of_100_pairs_50_tokens_5_experts(rule, wanted):
     assert rule
-    assert rule.capacity(num_pairs=100, num_tokens=50, num_experts=5) == wanted
+    sizes = dict(num_pairs=torch.tensor(100), num_tokens=torch.tensor(50.0, dtype=torch.float64))
+    assert rule.capacity(**sizes, num_experts=5) == wanted
 
 
 def test_capacity_grows_with_the_picks():
     """A published capacity shrank with k, and ignored the number of experts."""
     rule = CapacityRule(factor=1.2)
-    sizes = [rule.capacity(num_pairs=64 * k, num_tokens=64, num_experts=8) for k in (1, 2, 4)]
+    tokens = torch.tensor(64.0, dtype=torch.float64)
+    sizes = [
+        rule.capacity(num_pairs=torch.tensor(64 * k), num_tokens=tokens, num_experts=8)
+        for k in (1, 2, 4)
+    ]
     assert sizes == [math.ceil(1.2 * 8 * k) for k in (1, 2, 4)]
 
 

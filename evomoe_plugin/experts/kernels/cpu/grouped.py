@@ -10,6 +10,7 @@ rows are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -156,7 +157,8 @@ def grouped_ffn(
         x: tokens [T, D], or without `token_ids_N` rows [N, D] sorted by expert.
         weights: `fc1_weight`, `fc2_weight` and, where gated, `fc3_weight`, all [E, F, D];
             `fc1_bias` [E, F] and `fc2_bias` [E, D], or neither.
-        counts: rows of each expert, in order; they sum to N. A tensor avoids a wait for the GPU.
+        counts: rows of each expert, in order; they sum to N, or to less if there are `token_ids_N`,
+            whose rest is -1. A tensor avoids a wait for the GPU.
         activation: of hidden rows.
         dropout: probability that a hidden value is dropped.
         grad_scale: factor of the gradients of `weights`.
@@ -185,6 +187,9 @@ def grouped_ffn(
         counts = torch.as_tensor(counts, device=x.device)
         return function.apply(call, counts, token_ids_N, *arguments)
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    if (num_rows := sum(counts)) < call.num_rows and token_ids_N is not None:
+        call, token_ids_N = replace(call, num_rows=num_rows), token_ids_N[:num_rows]
+        arguments[1] = None if weights_N is None else weights_N[:num_rows]
     return _GroupedFFN.apply(call, counts, token_ids_N, *arguments)
 
 

@@ -56,7 +56,8 @@ class GroupedMMFFN(torch.autograd.Function):
         )
         experts = None
         if bias1 is not None:
-            experts = torch.repeat_interleave(counts_E, output_size=call.num_rows)
+            row_N = torch.arange(call.num_rows, dtype=torch.int32, device=x.device)
+            experts = torch.searchsorted(ends_E, row_N, right=True).clamp(max=len(ends_E) - 1)
 
         rows = _fetch(x, token_ids, call)
         h = grouped_mm(rows, matrix1.transpose(1, 2), offs=ends_E)
@@ -127,7 +128,7 @@ class GroupedMMFFN(torch.autograd.Function):
 
 
 def _fetch(x: Tensor, token_ids: Tensor | None, call: Call) -> Tensor:
-    rows = x if token_ids is None else x.index_select(0, token_ids)
+    rows = x if token_ids is None else x.index_select(0, token_ids.clamp(min=0))  # -1: unused
     return rows.to(call.dtype).contiguous()
 
 
