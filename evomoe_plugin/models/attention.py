@@ -106,7 +106,7 @@ def _attend_in_runs_at_once(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: 
     return y.view(B, T, H, width).transpose(1, 2)
 
 
-def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
+def causal_mask(padding_mask_BT: Tensor | None, is_first: bool | None = None) -> Mask | Tensor:
     """The causal self-attention mask of a padded batch.
 
     Padding after all tokens of its row is masked by causality already. Elsewhere it attends to
@@ -114,10 +114,15 @@ def causal_mask(padding_mask_BT: Tensor | None) -> Mask | Tensor:
 
     Args:
         padding_mask_BT: bool, True for padding; None: there is none.
+        is_first: whether there is padding before a token; None: look.
     Returns:
         `Mask.CAUSAL`, or bool [B, 1, T, T], True where a query (third) may attend to a key.
     """
-    if padding_mask_BT is None or not (padding_mask_BT[:, :-1] & ~padding_mask_BT[:, 1:]).any():
+    if padding_mask_BT is None:
+        return Mask.CAUSAL
+    if is_first is None:
+        is_first = bool((padding_mask_BT[:, :-1] & ~padding_mask_BT[:, 1:]).any())
+    if not is_first:
         return Mask.CAUSAL
     T = padding_mask_BT.size(1)
     past_TT = torch.ones(T, T, dtype=torch.bool, device=padding_mask_BT.device).tril()

@@ -17,6 +17,7 @@ from evomoe_plugin.models.grouped_attention import build_norm
 from evomoe_plugin.models.language_model import MoELanguageModel
 from evomoe_plugin.models.rotary import Rotary
 from evomoe_plugin.models.segments import Segments
+from evomoe_plugin.routing.padding import Padding
 
 
 class CausalLMDecoder(MoEDecoder):
@@ -43,12 +44,14 @@ class CausalLMDecoder(MoEDecoder):
         self,
         x: Tensor,
         padding_mask_BT: Tensor,
+        padding: Padding,
         incremental_state: Any,
         full_context_alignment: bool,
         packed: Segments | None,
     ) -> dict[str, Any]:
-        known_BT = padding_mask_BT if padding_mask_BT.any() else None
-        mask = self._mask(known_BT, incremental_state, full_context_alignment, packed)
+        known_BT = padding_mask_BT if padding.count else None
+        is_first = padding.is_first
+        mask = self._mask(known_BT, is_first, incremental_state, full_context_alignment, packed)
         if packed is not None:
             positions_BT = packed.positions_BT
         elif known_BT is None:
@@ -66,6 +69,7 @@ class CausalLMDecoder(MoEDecoder):
     @staticmethod
     def _mask(
         padding_mask_BT: Tensor | None,
+        is_first: bool,
         incremental_state: Any,
         full_context_alignment: bool,
         packed: Segments | None,
@@ -73,7 +77,7 @@ class CausalLMDecoder(MoEDecoder):
         if packed is not None:
             return packed.runs()
         if incremental_state is None and not full_context_alignment:
-            return causal_mask(padding_mask_BT)
+            return causal_mask(padding_mask_BT, is_first)
         if padding_mask_BT is None:
             return None
         keys_BT = ~padding_mask_BT

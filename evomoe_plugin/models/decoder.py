@@ -20,6 +20,7 @@ from evomoe_plugin.models.segments import Segments, documents
 from evomoe_plugin.models.vocabulary_loss import smoothed_vocabulary_loss, vocabulary_loss
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
+from evomoe_plugin.routing.padding import Padding, padding_of
 
 
 class MoEDecoder(MoEStack, TransformerDecoder):
@@ -113,9 +114,10 @@ class MoEDecoder(MoEStack, TransformerDecoder):
                 reduce,
                 self.output_projection.bias,
             )
+            num_padding = padding_of(targets, self.padding_idx).count
             if label_smoothing is None:
-                return vocabulary_loss(*given), extra
-            return smoothed_vocabulary_loss(*given, label_smoothing), extra
+                return vocabulary_loss(*given, num_padding), extra
+            return smoothed_vocabulary_loss(*given, label_smoothing, num_padding), extra
         if not features_only:
             x = self.output_layer(x)
         return x, extra
@@ -163,6 +165,7 @@ class MoEDecoder(MoEStack, TransformerDecoder):
                 "bidirectional attention"
             )
         padding_mask = prev_output_tokens.eq(self.padding_idx)
+        padding = padding_of(prev_output_tokens, self.padding_idx)
         if self.args.moe_document_mask and segments is None and not full_context_alignment:
             segments = self._documents(prev_output_tokens, incremental_state is not None)
         packed = None if segments is None else Segments(segments, padding_mask)
@@ -201,7 +204,7 @@ class MoEDecoder(MoEStack, TransformerDecoder):
         x = self.dropout_module(x).transpose(0, 1)  # fairseq's layers are length-first
 
         attention = self._attention_inputs(
-            x, padding_mask, incremental_state, full_context_alignment, packed
+            x, padding_mask, padding, incremental_state, full_context_alignment, packed
         )
         if encoder_out is not None:
             attention["encoder_out"] = encoder_out["encoder_out"][0]
@@ -259,6 +262,7 @@ class MoEDecoder(MoEStack, TransformerDecoder):
         self,
         x: Tensor,
         padding_mask_BT: Tensor,
+        padding: Padding,
         incremental_state: Any,
         full_context_alignment: bool,
         packed: Segments | None,
@@ -268,20 +272,24 @@ class MoEDecoder(MoEStack, TransformerDecoder):
         Args:
             x: the embedded tokens, [length, batch, D]; in incremental decoding only the last.
             padding_mask_BT: bool, True for padding, of all tokens.
+            padding: in them.
         """
         padding_mask_BT = padding_mask_BT[:, -x.size(0) :]
-        known_mask = padding_mask_BT if padding_mask_BT.any() else None
+        is_padded = padding.count > 0
+        if is_padded and incremental_state is not None:
+            is_padded = bool(padding_mask_BT.any())
+        known_mask = padding_mask_BT if is_padded else None
         mask = None
         if incremental_state is None and not full_context_alignment:
-            mask = self._attention_mask(x, known_mask, packed)
+            mask = self._attention_mask(x, known_mask, padding.is_first, packed)
         return {"self_attn_mask": mask, "self_attn_padding_mask": known_mask}
 
     def _attention_mask(
-        self, x: Tensor, padding_mask: Tensor | None, packed: Segments | None
+        self, x: Tensor, padding_mask: Tensor | None, is_first: bool, packed: Segments | None
     ) -> AttentionMask:
         """The attention mask in the form that the layers' attention expects."""
         if self.args.moe_attention == "sdpa":
-            return causal_mask(padding_mask) if packed is None else packed.runs()
+            return packed.runs() if packed is not None else causal_mask(padding_mask, is_first)
         mask = self.buffered_future_mask(x)
         if packed is None:
             return mask

@@ -14,6 +14,7 @@ from evomoe_plugin.models.encoder_layer import EncoderLayer, MoEEncoderLayer
 from evomoe_plugin.models.mixed_precision import in_matmul_dtype
 from evomoe_plugin.models.moe_stack import MoEStack
 from evomoe_plugin.routing.noise import sequence_keys
+from evomoe_plugin.routing.padding import padding_of
 
 
 class MoEEncoder(MoEStack, TransformerEncoderBase):
@@ -78,7 +79,7 @@ class MoEEncoder(MoEStack, TransformerEncoderBase):
             token_embeddings: [batch, length, D], in place of those of the tokens.
         """
         padding_mask = src_tokens.eq(self.padding_idx)
-        known_mask = padding_mask if padding_mask.any() else None
+        known_mask = padding_mask if padding_of(src_tokens, self.padding_idx).count else None
         tokens = {"token_ids": src_tokens.t()}
         if self.training:
             tokens["token_keys"] = sequence_keys(src_tokens, ~padding_mask).t()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.models import BaseFairseqModel
 from omegaconf import open_dict
-from torch import nn
+from torch import Tensor, nn
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
@@ -69,6 +69,15 @@ class MoEModel:
             for stack in self.moe_stacks.values():
                 contexts.enter_context(stack.not_recording())
             yield
+
+    @contextmanager
+    def checking_later(self) -> Iterator[list[Tensor]]:
+        """Inside, NaN does not stop a forward pass; the list gets whether there was none."""
+        are_finite: list[Tensor] = []
+        with ExitStack() as contexts:
+            for stack in self.moe_stacks.values():
+                contexts.enter_context(stack.checking_later(are_finite))
+            yield are_finite
 
     def finish_update(self, num_updates: int, group: Any = None) -> None:
         """Called after each update, on every rank (`MoEStack.finish_update`)."""

@@ -73,6 +73,7 @@ class MoEStack:
         self._token_counts = tuple(getattr(dictionary, "count", ()))
         self._aux_coefficients = gate_class(options.moe_gate).aux_coefficients(options)
         self._recording = True
+        self._are_finite: list[Tensor] | None = None
         self._update_totals: dict[int, dict[str, Tensor]] = {}
 
     def building(self) -> AbstractContextManager[None]:
@@ -285,16 +286,30 @@ class MoEStack:
             )
         return gates
 
+    @contextmanager
+    def checking_later(self, are_finite: list[Tensor]) -> Iterator[None]:
+        """Inside, `check_finite` waits for nothing and adds a bool to the list."""
+        self._are_finite = are_finite
+        try:
+            yield
+        finally:
+            self._are_finite = None
+
     def check_finite(
         self, x: Tensor, inner_states: Sequence[Tensor], moe_stats: Mapping[str, Tensor]
     ) -> None:
-        """Stop before the optimizer spreads NaN through the weights.
+        """Stop before the optimizer spreads NaN through the weights; inside of `checking_later`,
+        leave that to the caller.
 
         Raises:
             NonFiniteError: names the first layer whose output is NaN/Inf.
         """
         bad_gates_L = moe_stats.get(st.NONFINITE, x.new_zeros(1))
-        if torch.isfinite(x).all() & ~bad_gates_L.any():  # one synchronisation with the device
+        is_finite = torch.isfinite(x).all() & ~bad_gates_L.any()
+        if self._are_finite is not None:
+            self._are_finite.append(is_finite)
+            return
+        if is_finite:  # one synchronisation with the device
             return
         advice = "stopped before the optimizer step; lower --lr or --clip-norm, or look at the data"
         if bad_gates_L.any():

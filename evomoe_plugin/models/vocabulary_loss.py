@@ -28,6 +28,7 @@ def vocabulary_loss(
     chunk: int | None = None,
     reduce: bool = True,
     bias_V: Tensor | None = None,
+    num_padding: int | None = None,
 ) -> Tensor:
     """Negative log-likelihood of the targets under softmax(x weight^T + bias).
 
@@ -44,11 +45,12 @@ def vocabulary_loss(
         chunk: tokens of a chunk; None: `CHUNKS` of the device.
         reduce: return the sum.
         bias_V: of the logits.
+        num_padding: how many targets are padding; None: look, for which the host waits for a GPU.
     Returns:
         A scalar, or [T] without `reduce`.
     """
     return smoothed_vocabulary_loss(
-        x_TD, weight_VD, targets_T, padding_idx, chunk, reduce, bias_V, 0.0
+        x_TD, weight_VD, targets_T, padding_idx, chunk, reduce, bias_V, 0.0, num_padding
     )[0]
 
 
@@ -61,6 +63,7 @@ def smoothed_vocabulary_loss(
     reduce: bool,
     bias_V: Tensor | None,
     smoothing: float,
+    num_padding: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `vocabulary_loss`, with label smoothing as in fairseq: the cross-entropy with
     1 - smoothing at the target, and the rest in equal parts at all other entries.
@@ -70,9 +73,14 @@ def smoothed_vocabulary_loss(
     """
     device = x_TD.device.type
     dtype = operand_dtype(x_TD)
-    kept_N = targets_T.ne(padding_idx).nonzero().squeeze(1)
-    whole = len(kept_N) == len(targets_T)
-    x_ND, targets_N = (x_TD, targets_T) if whole else (x_TD[kept_N], targets_T[kept_N])
+    if num_padding is None:
+        num_padding = int(targets_T.eq(padding_idx).sum())
+    whole = num_padding == 0
+    x_ND, targets_N = x_TD, targets_T
+    if not whole:
+        is_kept_T = targets_T.ne(padding_idx)
+        kept_N = is_kept_T.nonzero_static(size=len(targets_T) - num_padding).squeeze(1)
+        x_ND, targets_N = x_TD[kept_N], targets_T[kept_N]
     size = chunk or CHUNKS.get(device, CHUNKS["cuda"])
     given = x_ND, weight_VD, bias_V, targets_N, size, dtype, smoothing
     learned = [value for value in given[:3] if value is not None]

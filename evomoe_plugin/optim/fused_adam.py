@@ -76,7 +76,11 @@ class FusedAdam(Adam):
         eps = group["eps"] / math.sqrt(1 - beta2 ** (done + 1))
         scale = None
         if torch.is_tensor(factor) or factor != 1:
-            scale = 1 / torch.as_tensor(factor, dtype=torch.float32, device=device).reshape(())
+            if not torch.is_tensor(factor):  # without a copy, for which the host would wait
+                factor = torch.full((), factor, dtype=torch.float32, device=device)
+            if factor.device != device:
+                factor = factor.to(device)
+            scale = 1 / factor.float().reshape(())
         adamw(
             weights,
             [_like(p.grad, weight) for p, weight in zip(parameters, weights, strict=True)],

@@ -15,7 +15,7 @@ from fairseq.distributed import fsdp_enable_wrap
 from fairseq.trainer import Trainer
 
 from evomoe_plugin.checkpoint.save import save_checkpoint
-from evomoe_plugin.trainer import early_stopping
+from evomoe_plugin.trainer import early_stopping, later_log
 from evomoe_plugin.trainer.data_wait import TimedGroupedIterator
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
@@ -26,6 +26,7 @@ def install() -> None:
         _use_trainer(vars(sys.modules.get(name, sys)))
     checkpoint_utils.save_checkpoint = save_checkpoint
     iterators.GroupedIterator = TimedGroupedIterator
+    later_log.install()
 
 
 def install_in(main: Callable[..., Any], cfg: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
 from evomoe_plugin.optim.muon import mark_matrices
+from evomoe_plugin.routing import waits
+from evomoe_plugin.routing.padding import Padding
 from evomoe_plugin.trainer import (
     data_wait,
     early_stopping,
@@ -47,6 +50,8 @@ from evomoe_plugin.trainer import (
     failed_updates,
     fsdp2,
     hooks,
+    host_padding,
+    later_log,
     loss_scaler,
     run_end,
     sharded_gradients,
@@ -56,6 +61,7 @@ from evomoe_plugin.trainer import (
 from evomoe_plugin.trainer.routing_sample import RoutingSample
 from evomoe_plugin.trainer.speed_log import SpeedLog
 from evomoe_plugin.trainer.step_times import StepTimes
+from evomoe_plugin.trainer.transfers import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +77,8 @@ class _Accumulated:
     logging_outputs: list[dict[str, Any]]
     sample_size: Any
     is_dummy: bool
+    are_finite: Sequence[Tensor] = ()
+    """Whether forward passes were, where that is not known to the host yet."""
 
 
 class MoETrainer(Trainer):
@@ -80,6 +88,9 @@ class MoETrainer(Trainer):
     precision and the names of the optimizer's entries; they resume under any parallelism; the
     model learns when an update ends and what its number is; gradients of sharded experts are
     reduced over the ranks that hold them; and nothing asks for CUDA on a CPU.
+
+    On a GPU the host waits once in an update, before the optimizer's step, for the norm of the
+    gradients (`_norm_on_host`); what is logged stays there until it is looked at (`later_log`).
     """
 
     _amp_retries: int  # set by fairseq with --amp
@@ -88,6 +99,7 @@ class MoETrainer(Trainer):
     has_stepped = False
     """Whether a trainer of this process has begun a step; set on the class, by the last one."""
     is_fsdp2 = False  # --ddp-backend fsdp2; fairseq's `is_fsdp` is fairscale's
+    _has_logged = False  # an update; its meters are timed from then on
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any):
         MoETrainer.has_stepped = False
@@ -139,7 +151,8 @@ class MoETrainer(Trainer):
         Args:
             raise_oom: raise when a batch does not fit into memory, instead of leaving it out.
         Returns:
-            What was logged; None where no update was made (overflow, out of memory).
+            What was logged, on a GPU an empty dict after the first update; None where no update was
+            made (overflow, out of memory).
         """
         MoETrainer.has_stepped = True
         self._set_seed()
@@ -161,8 +174,8 @@ class MoETrainer(Trainer):
         overflow = False
         self._step_times.begin_optimizer()
         try:
-            grad_norm = self._reduce_and_clip_grads(done.sample_size)
-            if not torch.isfinite(grad_norm).all():
+            grad_norm = self._reduce_and_clip_grads(done)
+            if not math.isfinite(grad_norm):
                 if not self.cfg.common.amp:
                     raise FloatingPointError("gradients are Nan/Inf")
                 overflow = True  # AMP's scaler needs the optimizer step nevertheless
@@ -177,7 +190,7 @@ class MoETrainer(Trainer):
         except OverflowError as error:
             logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", error)
             failed_updates.log_overflowed_parameters(self)
-            overflow, grad_norm = True, torch.zeros((), device=self.device)
+            overflow, grad_norm = True, 0.0
             self.zero_grad()
         except (RuntimeError, MemoryError) as error:
             if not failed_updates.is_out_of_memory(error):
@@ -214,6 +227,19 @@ class MoETrainer(Trainer):
             RunFailed: it did not, and there are other ranks.
         """
         done = _Accumulated([], 0, False)
+        model = self.get_model()
+        checking: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(())
+        # A loss scaler would take NaN of a forward pass for an overflow.
+        waits_later = waits.waiting_costs(self.device) and self._scaler is None
+        if waits_later and hasattr(model, "checking_later"):
+            checking = model.checking_later()
+        with checking as done.are_finite:
+            return self._accumulate(done, samples, raise_oom)
+
+    def _accumulate(
+        self, done: _Accumulated, samples: Sequence[Any], raise_oom: bool
+    ) -> _Accumulated | None:
+        """`_forward_backward`, adding to `done`."""
         for i, sample in enumerate(samples):
             sample, done.is_dummy = self._prepare_sample(sample)
             try:
@@ -257,6 +283,16 @@ class MoETrainer(Trainer):
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)
         return done
 
+    def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+        """fairseq's, which takes a batch to the device."""
+        padding: dict[str, Padding] = {}
+        dictionary = getattr(self.task, "source_dictionary", None)
+        if dictionary is not None and waits.waiting_costs(self.device):
+            padding = host_padding.count(sample, dictionary.pad())
+        prepared, is_dummy = super()._prepare_sample(sample, is_dummy)
+        host_padding.pass_on(padding, prepared)
+        return prepared, is_dummy
+
     @property
     def ema_arguments(self) -> dict[str, Any]:
         """For tasks that look at the moving average of the weights."""
@@ -282,15 +318,15 @@ class MoETrainer(Trainer):
         return contextlib.nullcontext()
 
     def _sum_over_ranks(self, done: _Accumulated) -> None:
+        given = done.logging_outputs, done.sample_size, self._local_cumulative_training_time()
+        if waits.waiting_costs(self.device):
+            given = on_device(given, self.device)
         done.logging_outputs, (done.sample_size, seconds) = self._aggregate_logging_outputs(
-            done.logging_outputs,
-            done.sample_size,
-            self._local_cumulative_training_time(),
-            ignore=done.is_dummy,
+            *given, ignore=done.is_dummy
         )
         self._cumulative_training_time = seconds / self.data_parallel_world_size
 
-    def _reduce_and_clip_grads(self, sample_size: Any) -> Tensor:
+    def _reduce_and_clip_grads(self, done: _Accumulated) -> float:
         """Gradients of the mean loss over all ranks, clipped.
 
         Returns:
@@ -310,14 +346,44 @@ class MoETrainer(Trainer):
             # Gradients are means over ranks, and sums over the samples of each.
             summed = not self.cfg.optimization.use_bmuf or self._sync_stats()
             ranks = self.data_parallel_world_size if summed else 1
-            self.optimizer.multiply_grads(ranks / (sample_size or 1.0))
+            size = done.sample_size
+            size = torch.where(size == 0, 1.0, size) if torch.is_tensor(size) else size or 1.0
+            self.optimizer.multiply_grads(ranks / size)
         with record_function("clip-grads"):
             grad_norm = self.clip_grad_norm(self.cfg.optimization.clip_norm)
-        if not self.cfg.optimization.use_bmuf and (
+        checks = not self.cfg.optimization.use_bmuf and (
             self.cfg.distributed_training.ddp_backend != "slowmo"
+        )
+        compares_ranks = checks and self._grad_norm_buf is not None
+        return self._norm_on_host(grad_norm, done.are_finite, compares_ranks)
+
+    def _norm_on_host(
+        self, grad_norm: Tensor, are_finite: Sequence[Tensor], compares_ranks: bool
+    ) -> float:
+        """The norm; NaN if a forward pass was not finite. On a GPU the host waits here.
+
+        Raises:
+            FloatingPointError: the ranks have different norms.
+        """
+        if grad_norm.device != self.device:  # --cpu-offload
+            grad_norm = grad_norm.to(self.device)
+        known = [grad_norm.double().reshape(1)]
+        if are_finite:
+            known.append(torch.stack(list(are_finite)).all().double().reshape(1))
+        if compares_ranks:
+            norms = known[0].new_zeros(self.data_parallel_world_size)
+            norms[self.data_parallel_rank] = known[0][0]
+            known.append(
+                distributed_utils.all_reduce(norms, group=self.data_parallel_process_group)
+            )
+        norm, *others = torch.cat(known).tolist()
+        if are_finite and not others.pop(0):
+            return math.nan
+        if math.isfinite(norm) and any(
+            not abs(other - others[0]) / (others[0] + 1e-6) < 1e-6 for other in others
         ):
-            self._check_grad_norms(grad_norm)
-        return grad_norm
+            raise FloatingPointError(f"the ranks' gradients differ: their norms are {others}")
+        return norm
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
         """Clip by the norm of the whole model's gradients, of which each rank may hold a part."""
@@ -347,7 +413,7 @@ class MoETrainer(Trainer):
         self._amp_retries += 1
         return True
 
-    def _finish_update(self, done: _Accumulated, grad_norm: Tensor, began: float) -> Any:
+    def _finish_update(self, done: _Accumulated, grad_norm: float, began: float) -> Any:
         """Count and log an update whose optimizer step is done; call the hooks.
 
         Args:
@@ -366,7 +432,14 @@ class MoETrainer(Trainer):
             metrics.log_scalar("peak_gb", used, priority=1491, round=2, weight=0)
         self._log_speed(done, began)
         expert_log.log_experts(self, done.logging_outputs)
-        logged = self._reduce_and_log_stats(done.logging_outputs, done.sample_size, grad_norm)
+        logged = self._log_update(
+            lambda outputs, size: self._reduce_and_log_stats(
+                outputs, size, torch.tensor(grad_norm)
+            ),
+            done.logging_outputs,
+            done.sample_size,
+        )
+        self._has_logged = True
         every = self.cfg.common.empty_cache_freq
         if self.cuda and every > 0 and (self.get_num_updates() - 1) % every == 0:
             torch.cuda.empty_cache()
@@ -380,6 +453,13 @@ class MoETrainer(Trainer):
                 callback(self)
             self._log_exchanges()
         return logged
+
+    def _log_update(self, log: Callable[..., Any], *values: Any) -> Any:
+        """What `log(*values)` returns; on a GPU, after the first update, it is called later."""
+        if not (waits.waiting_costs(self.device) and self._has_logged):
+            return log(*values)
+        later_log.add(log, *values)
+        return {}
 
     def _discard_update(self) -> None:
         model = self.get_model()
@@ -412,7 +492,8 @@ class MoETrainer(Trainer):
         if not self.cuda:
             speed_log.log_memory()
         seconds = time.perf_counter() - began + waited
-        self._speed_log.log(self.get_num_updates(), done.logging_outputs, seconds)
+        self._log_update(self._speed_log.log_rate, done.logging_outputs, seconds)
+        self._speed_log.log_left(self.get_num_updates())
 
     def _log_exchanges(self) -> None:
         """How long this rank waited for exchanges of rows of sharded experts."""

@@ -39,13 +39,10 @@ class SpeedLog:
         self._peak = 1e12 * peak_tflops if peak_tflops else peak_flops(device, dtype)
         self._first: tuple[int, float] | None = None  # update, and when it ended
 
-    def log(
-        self, num_updates: int, logging_outputs: Sequence[Mapping[str, Any]], seconds: float
-    ) -> None:
-        """Log an update.
+    def log_rate(self, logging_outputs: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """Log the speed of an update.
 
         Args:
-            num_updates: completed ones, this one included.
             logging_outputs: of the update, on all ranks.
             seconds: of the update, with waiting for its batches.
         """
@@ -56,12 +53,14 @@ class SpeedLog:
             if name.startswith(st.FLOPS)
         ]
         if forward and seconds:
-            # Stays on the device: a step waits for nothing that is only logged.
             rate = (1 + _BACKWARD) * sum(forward) / self._ranks / seconds
             # Weighed by time, the mean of an interval is its FLOPs by its seconds.
             metrics.log_scalar("tflops", rate / 1e12, seconds, priority=1480, round=4)
             if self._peak:
                 metrics.log_scalar("mfu", rate / self._peak, seconds, priority=1481, round=4)
+
+    def log_left(self, num_updates: int) -> None:
+        """Log the time that is left after `num_updates` completed ones."""
         now = time.perf_counter()
         if self._first is None:
             self._first = num_updates, now

@@ -33,7 +33,8 @@ def logged():
         cuda=False,
         get_num_updates=lambda: 1,
         _step_times=StepTimes(torch.device("cpu"), torch.nn.Identity()),
-        _speed_log=types.SimpleNamespace(log=lambda *_: None),
+        _speed_log=types.SimpleNamespace(log_left=lambda _: None, log_rate=None),
+        _log_update=lambda *_: None,
     )
     with metrics.aggregate(new_root=True) as meters:
         MoETrainer._log_speed(trainer, types.SimpleNamespace(logging_outputs=[]), began=0.0)

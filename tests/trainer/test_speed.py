@@ -77,7 +77,8 @@ def test_events_of_a_gpu_are_read_an_update_later(clock, monkeypatch):
 def logged(log, *updates):
     with metrics.aggregate(new_root=True) as meters:
         for update in updates:
-            log.log(*update)
+            log.log_rate(*update[1:])
+            log.log_left(update[0])
     return {name: meter.smoothed_value for name, meter in meters.items()}
 
 
