@@ -27,6 +27,7 @@ ON_THE_HOST = (
 THE_NORM = "tolist at trainer/moe_trainer.py"
 OF_BASE = "routing/assignment.py"
 OPTIONS = {
+    "expert_choice": ("--moe-gate", "expert_choice", "--moe-allow-noncausal"),
     "lexical": ("--moe-gate", "top_k", "--moe-lexical", "normal:3"),
     "capacity": ("--moe-gate", "top_k", "--moe-capacity-factor", "1"),
     "null": ("--moe-gate", "top_k", "--moe-null-experts", "1"),
@@ -53,10 +54,10 @@ def steps(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", [*gate_names(), *OPTIONS])
+@pytest.mark.parametrize("name", sorted({*gate_names(), *OPTIONS}))
 def test_an_update_waits_once(runs, steps, monkeypatch, name):
     pretend_a_gpu(monkeypatch)
-    options = OPTIONS.get(name, ("--moe-gate", name, "--moe-allow-noncausal"))
+    options = OPTIONS.get(name, ("--moe-gate", name))
     assert runs.train("a", *MODEL, *options, "--log-interval", 100, updates=3).status == 0
     assert len(steps) == 2
     for found in steps:
