@@ -52,7 +52,7 @@ SPOILT = {
     "a string as cfg.model": (
         lambda s: s["cfg"].update(model="transformer_lm"),
         ALL,
-        "is no checkpoint of fairseq",
+        "its options (cfg) name no model",
     ),
     "a list as cfg": (lambda s: s.update(cfg=[1, 2]), ALL, "is no checkpoint of fairseq"),
     "names that are numbers": (rename, ALL, "0 of its 'model' is no tensor"),

@@ -209,7 +209,7 @@ def test_what_is_not_imported_is_named(folder, tmp_path, capsys, option, value, 
 @pytest.mark.parametrize("verb", TAKE_USER_DIR)
 def test_a_package_that_is_not_there(tmp_path, capsys, verb):
     err = refused(capsys, main([verb, "--user-dir", str(tmp_path / "gone")]))
-    assert f"--user-dir {tmp_path}/gone: there is no such package" in err
+    assert f"--user-dir {tmp_path}/gone: there is no such folder" in err
 
 
 def test_other_verbs_build_no_model():

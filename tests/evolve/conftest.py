@@ -38,6 +38,7 @@ def trainer_of(model, num_updates=1, **common):
         cfg=cfg,
         optimizer=optimizer,
         is_fsdp=False,
+        is_fully_sharded=False,
         is_fsdp2=False,
         get_model=lambda: model,
         model=model,
