@@ -36,7 +36,7 @@ def weights(gate: str, tokens: int, experts: int, num_updates: int = 0, **option
     if scorer is not None:
         torch.nn.init.normal_(scorer.weight, std=0.5)
     keys_T = sequence_keys(ids_T.unsqueeze(0)).squeeze(0)
-    context = GateContext(num_updates=num_updates, token_ids_T=ids_T, noise_keys_T=keys_T)
+    context = GateContext(num_updates=num_updates, token_ids_T=ids_T, token_keys_T=keys_T)
     choice = layer.layer.gate.route(x_TD, context)
     return (choice.weights_TC * choice.mask_TC).detach()
 
