@@ -344,17 +344,13 @@ class MoETrainer(Trainer):
                 self.optimizer.all_reduce_grads(self.criterion)
         with record_function("multiply-grads"):
             # Gradients are means over ranks, and sums over the samples of each.
-            summed = not self.cfg.optimization.use_bmuf or self._sync_stats()
-            ranks = self.data_parallel_world_size if summed else 1
             size = done.sample_size
             size = torch.where(size == 0, 1.0, size) if torch.is_tensor(size) else size or 1.0
-            self.optimizer.multiply_grads(ranks / size)
+            self.optimizer.multiply_grads(self.data_parallel_world_size / size)
         with record_function("clip-grads"):
             grad_norm = self.clip_grad_norm(self.cfg.optimization.clip_norm)
-        checks = not self.cfg.optimization.use_bmuf and (
-            self.cfg.distributed_training.ddp_backend != "slowmo"
-        )
-        compares_ranks = checks and self._grad_norm_buf is not None
+        differs_by_design = self.cfg.distributed_training.ddp_backend == "slowmo"
+        compares_ranks = self._grad_norm_buf is not None and not differs_by_design
         return self._norm_on_host(grad_norm, done.are_finite, compares_ranks)
 
     def _norm_on_host(

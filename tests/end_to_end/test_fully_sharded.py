@@ -50,7 +50,9 @@ def assert_same_course(one, other, tolerance=2e-3):
             "gate_entropy",
             "mflops_per_token",
         ):
-            assert a[key] == pytest.approx(b[key], abs=tolerance, rel=tolerance), key
+            assert (key in a) == (key in b), key
+            if key in a:  # gates log nothing in a dense phase
+                assert a[key] == pytest.approx(b[key], abs=tolerance, rel=tolerance), key
 
 
 def test_two_ranks_equal_one_process_with_twice_the_update_frequency(one_process, two_ranks):
@@ -144,21 +146,24 @@ def test_a_checkpoint_resumes_in_another_layout(first, then, one_process, train,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "given",
+    "given, atol",
     [
-        ("--optimizer", "muon"),
-        ("--moe-spawn-updates", "2", "--moe-shared-experts", "1", "--checkpoint-activations"),
-        ("--moe-train-only", "gate", "--optimizer", "fused_adamw"),
+        (("--optimizer", "muon"), 1e-4),  # which orthogonalises in bf16
+        (
+            ("--moe-spawn-updates", "2", "--moe-shared-experts", "1", "--checkpoint-activations"),
+            1e-5,
+        ),
+        (("--moe-train-only", "gate", "--optimizer", "fused_adamw"), 1e-5),
     ],
     ids=["matrices over ranks", "dense phase", "gates alone"],
 )
-def test_fsdp2_does_what_flat_shards_cannot(given, train, tmp_path):
+def test_fsdp2_does_what_flat_shards_cannot(given, atol, train, tmp_path):
     few = (*SAME, *given, "--max-update", "4")
     one = train(tmp_path / "one", *few, *ACCUMULATED)
     two = train(tmp_path / "two", *few, *FSDP2, *TWO)
     assert_same_course(one, two)
     files = [tmp_path / folder / "checkpoint_last.pt" for folder in ("one", "two")]
-    assert_same_weights(*files, atol=1e-4)
+    assert_same_weights(*files, atol=atol)
 
 
 @pytest.mark.parametrize(

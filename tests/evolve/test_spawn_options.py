@@ -134,7 +134,6 @@ def run_of(model, **more):
         "model": model,
         "ema": {"store_ema": False},
         "checkpoint": {"finetune_from_model": None},
-        "optimization": {"use_bmuf": False},
         "distributed_training": {"zero_sharding": "none", "ddp_backend": "legacy_ddp"},
         "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
     }
