@@ -8,13 +8,14 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evomoe_plugin import gates
+from evomoe_plugin import layer_keywords as kw
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates.gate import own_options
@@ -80,7 +81,8 @@ class MoELayer(nn.Module):
 
     The options are those of docs/options.md without their prefix `moe_`: `temperature_end`,
     `capacity_factor`, `shared_experts`, `aux="balance=0.01"`. Those of the trainer (spawning and
-    adapting experts, expert parallelism) are not available.
+    adapting experts, expert parallelism) are not available. Type checkers know those of each gate
+    (`layer_keywords`).
 
     Args:
         model_dim: D, width of the tokens.
@@ -100,6 +102,62 @@ class MoELayer(nn.Module):
         ValueError: a value that cannot work.
     """
 
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.DenseToSparse]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Base]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Dense]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.DSelectK]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.ExpertChoice]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.GShard]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Hash]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Relu]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Stable]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.Switch]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.TopAny]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.TopK]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.TopP]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, model_dim: int, ffn_dim: int, num_experts: int, **options: Unpack[kw.AnyGate]
+    ) -> None: ...
     def __init__(
         self,
         model_dim: int,
@@ -263,16 +321,20 @@ class MoELayer(nn.Module):
         return f"model_dim={self.model_dim}, num_experts={self.layer.num_experts}, gate={gate}"
 
 
+def known_options(cls: type[gates.Gate]) -> dict[str, str]:
+    """Keyword -> name of the option, of those that `MoELayer` takes with a gate."""
+    of_gate = (field.name for field in own_options(cls))
+    names = [*_SHARED_OPTIONS, *(n for n in of_gate if not n.startswith(_OF_TRAINER))]
+    return {name.removeprefix("moe_"): name for name in names}
+
+
 def _parsed(cls: type[gates.Gate], given: dict[str, Any]) -> dict[str, Any]:
     """Options by their full names.
 
     Raises:
         TypeError: see `MoELayer`.
     """
-    hints = typing.get_type_hints(cls.Options)
-    of_gate = (field.name for field in own_options(cls))
-    names = [*_SHARED_OPTIONS, *(n for n in of_gate if not n.startswith(_OF_TRAINER))]
-    known = {name.removeprefix("moe_"): name for name in names}
+    hints, known = typing.get_type_hints(cls.Options), known_options(cls)
     found = {}
     for keyword, value in given.items():
         if keyword not in known:
