@@ -32,8 +32,9 @@ MODEL = """--task language_modeling --arch transformer_lm --decoder-layers 2 --d
 --decoder-attention-heads 2 --share-decoder-input-output-embed --tokens-per-sample 32
 --dropout 0 --criterion cross_entropy""".split()
 TRAINING = """--batch-size 4 --optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.1 --lr 0.005
---lr-scheduler polynomial_decay --warmup-updates 3 --total-num-update 50 --clip-norm 1.0
---log-format json --log-interval 1 --seed 7 --num-workers 0 --no-epoch-checkpoints""".split()
+--clip-norm 1.0 --log-format json --log-interval 1 --seed 7 --num-workers 0
+--no-epoch-checkpoints""".split()
+SCHEDULE = "--lr-scheduler polynomial_decay --warmup-updates 3 --total-num-update 50".split()
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Runs:
             str(ROOT / "evomoe_plugin"),
             *MODEL,
             *TRAINING,
+            *([] if "--lr-scheduler" in extra else SCHEDULE),
             "--save-dir",
             str(folder),
             "--log-file",

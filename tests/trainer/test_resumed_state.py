@@ -1,10 +1,13 @@
 """State that is neither weights nor the optimizer's resumes too."""
 
+import itertools
 import shutil
+import types
 
 import pytest
 import torch
 
+from evomoe_plugin.trainer import speed_log
 from tests.end_to_end.runs import assert_same_weights
 
 MOE = """--arch transformer_lm_gpttiny_moe --moe-expert-count 4 --moe-gate top_k
@@ -93,6 +96,28 @@ def test_the_loss_scaler_goes_on_counting(runs, more):
 
     assert len(set(scales(whole))) > 1
     assert scales(resumed) == scales(whole) and resumed.losses() == whole.losses(3)
+
+
+def test_a_decay_resumes_in_its_middle_and_the_time_left_begins_anew(runs, monkeypatch):
+    hours = itertools.count()  # an update takes one
+    clock = types.SimpleNamespace(perf_counter=lambda: 3600 * next(hours))
+    monkeypatch.setattr(speed_log, "time", clock)
+    options = "--lr-scheduler wsd --warmup-updates 1 --wsd-decay-updates 5".split()
+    whole = runs.train("whole", *options, "--save-interval-updates", 4, updates=8)
+    resumed = runs.train("resumed", *options, *restore(whole, "checkpoint_1_4.pt"), updates=8)
+
+    def logged(run, name):
+        return [line.get(name) for line in run.log if int(line.get("num_updates", 0)) > 4]
+
+    rates = logged(whole, "lr")
+    assert logged(resumed, "lr") == rates and sorted(map(float, rates))[::-1] == [
+        *map(float, rates)
+    ]
+    assert float(rates[0]) < 0.005  # the decay had begun
+    assert resumed.losses() == whole.losses(4) and len(whole.losses(4)) == 4
+    assert_same_weights(*(run.folder / "checkpoint_last.pt" for run in (whole, resumed)))
+    # Of a mean over all updates of the schedule it would be less than an hour an update.
+    assert logged(resumed, "hours_left") == [None, "2", "1", "0"]
 
 
 @pytest.mark.parametrize("size, batches", [(2, 88), (4, 44), (16, 12)])
