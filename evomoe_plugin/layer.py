@@ -157,9 +157,8 @@ class MoELayer(nn.Module):
         y_TD = self._outputs(x_TD, plan)
         # For parameters that the gate does not use in this update or with these losses.
         y_TD = attach_zero_grads(y_TD, self.gate)
-        aux = x_TD.new_zeros(0, dtype=torch.float32)
-        if plan.aux:
-            aux = torch.stack(list(plan.aux.values()))
+        losses = list(plan.aux.values())
+        aux = torch.stack(losses) if losses else x_TD.new_zeros(0, dtype=torch.float32)
         stats = {**plan.stats, **self._weights(plan), **self._exchanged(plan)}
         if with_token_routing:
             stats |= token_routing(plan)
@@ -216,6 +215,8 @@ class MoELayer(nn.Module):
         return experts(x_TD, plan)
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
+        if not self._has_capacity:
+            return plan
         rule = self.capacity if self.training else self.eval_capacity
         dropped = torch.zeros((), dtype=torch.float64, device=plan.token_ids_N.device)
         if rule:
@@ -227,8 +228,6 @@ class MoELayer(nn.Module):
             )
             plan, dropped_E = apply_capacity(plan, capacity, renormalize=rule.renormalize)
             dropped = dropped_E.sum().double()
-        if not self._has_capacity:
-            return plan
         load_E = plan.tokens_per_expert_E.double()
         stats = {**plan.stats, st.LOAD_E: load_E, st.PAIRS: load_E.sum(), st.DROPPED: dropped}
         return dataclasses.replace(plan, stats=stats)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import evomoe_plugin
+from evomoe_plugin.routing import kernels as routing_kernels
 from evomoe_plugin.routing import waits
 
 aten = torch.ops.aten
@@ -139,12 +140,15 @@ class _Zeros:
 
 
 def pretend_a_gpu(monkeypatch) -> Counter[str]:
-    """Take the code path of GPUs on a CPU, without running the experts' kernels: what the host does
-    before and after them does not depend on values.
+    """Take the code path of GPUs on a CPU: kernels of routing in Triton's interpreter, and without
+    running those of experts: what the host does before and after them does not depend on values.
 
     Returns:
         How often each kernel would have been launched.
     """
+    from triton import knobs
+    from triton.runtime.interpreter import InterpretedFunction
+
     from evomoe_plugin.experts.kernels import cuda
     from evomoe_plugin.experts.kernels.cuda import combine, fused
 
@@ -155,4 +159,13 @@ def pretend_a_gpu(monkeypatch) -> Counter[str]:
     for module in (fused, combine):
         monkeypatch.setattr(module, "torch", _Zeros())
     monkeypatch.setattr(waits, "waiting_costs", lambda _: True)
+    run = InterpretedFunction.run
+
+    def counted(function, *args, **kwargs):
+        kernels.launched.update([function.__name__])
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return run(function, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    monkeypatch.setattr(routing_kernels, "usable", lambda _: knobs.runtime.interpret)
     return kernels.launched

@@ -179,6 +179,7 @@ def _compute(
     token_ids_N: Tensor,
     weights_N: Tensor | None,
     counts: Sequence[int] | Tensor,
+    by_token: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`ExpertFFN.forward_tokens`, some hidden units of one expert at a time: the output is their
     sum."""

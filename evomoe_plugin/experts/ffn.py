@@ -136,6 +136,7 @@ class ExpertStack(nn.Module):
         weights: dict[str, Tensor],
         token_ids_N: Tensor | None = None,
         weights_N: Tensor | None = None,
+        by_token: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`grouped_ffn` with the weights of as many experts as there are counts."""
         drops = self.dropout.training or getattr(self.dropout, "apply_during_inference", False)
@@ -148,6 +149,7 @@ class ExpertStack(nn.Module):
             grad_scale=self.grad_scale,
             token_ids_N=token_ids_N,
             weights_N=weights_N,
+            by_token=by_token,
         )
 
     def extra_repr(self) -> str:
@@ -160,7 +162,10 @@ class ExpertFFN(ExpertStack):
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """The weighted sum of each token's expert outputs, [T, D]; zeros without any expert."""
-        return self.forward_tokens(x_TD, plan.token_ids_N, plan.weights_N, plan.tokens_per_expert_E)
+        counts_E = plan.tokens_per_expert_E
+        return self.forward_tokens(
+            x_TD, plan.token_ids_N, plan.weights_N, counts_E, by_token=plan.by_token
+        )
 
     def forward_first(
         self, x_TD: Tensor, plan: RoutingPlan, first_row: Callable[[Tensor], Tensor]
@@ -174,7 +179,7 @@ class ExpertFFN(ExpertStack):
         """
         weights = {name: first_row(getattr(self, name)) for name in self._names}
         counts = plan.tokens_per_expert_E[:1]
-        return self._grouped(x_TD, counts, weights, plan.token_ids_N, plan.weights_N)
+        return self._grouped(x_TD, counts, weights, plan.token_ids_N, plan.weights_N, plan.by_token)
 
     def forward_tokens(
         self,
@@ -182,6 +187,7 @@ class ExpertFFN(ExpertStack):
         token_ids_N: Tensor,
         weights_N: Tensor | None,
         counts: Sequence[int] | Tensor,
+        by_token: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As `forward`.
 
@@ -190,8 +196,9 @@ class ExpertFFN(ExpertStack):
             token_ids_N: the token of each pair; pairs are sorted by expert.
             weights_N: weight of each pair's output; None: 1.
             counts: pairs of each expert, E numbers that sum to N.
+            by_token: as `RoutingPlan.by_token`.
         """
-        return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N)
+        return self._grouped(x_TD, counts, self._weights(), token_ids_N, weights_N, by_token)
 
     def forward_rows(self, rows_ND: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Apply each expert to its segment of rows: [N, D].

@@ -16,7 +16,7 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
 )
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
-from evomoe_plugin.gates.topk_common import balance_, best, selection_mask
+from evomoe_plugin.gates.topk_common import balance_, best
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -110,7 +110,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         if self.bias_update_rate:
             bias_C = self.bias_C.to(noisy_TC.dtype)
             selecting_TC = torch.softmax((noisy_TC.detach() + bias_C) / tau, dim=1)
-        best_TC = self._best(selecting_TC)
+        best_TC = best(selecting_TC, self._hard_k)
         mask_TC = self._selected(selecting_TC, best_TC, hard)
         if self.combine_weights == "gate":
             weights_TC = gates_TC
@@ -141,15 +141,6 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
     def _hard_k(self) -> int:
         """`--moe-hard-top-k`; top-1 evaluation has 1."""
         return 1 if not self.training and self.eval_gate == "top1" else self.hard_top_k
-
-    def _best(self, gates_TC: Tensor) -> Tensor:
-        """bool [T, C]: the k best candidates."""
-        k = self._hard_k
-        return (
-            best(gates_TC)
-            if k == 1
-            else selection_mask(gates_TC.topk(k, dim=1).indices, gates_TC.size(1))
-        )
 
     def _selected(self, gates_TC: Tensor, best_TC: Tensor, hard: bool) -> Tensor:
         """bool [T, C]: the experts each token goes to."""

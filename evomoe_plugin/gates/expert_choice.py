@@ -12,7 +12,7 @@ from evomoe_plugin.config.options import check_number, flag, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.topk_common import selection_mask
+from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing.choice import Choice
 
 
@@ -93,7 +93,7 @@ class ExpertChoiceGate(Gate[ExpertChoiceOptions]):
             mask_TE = self._selected(probs_TE.detach(), context)
             most_pairs = E * min(math.ceil(self.factor * T / E), T)
         else:
-            mask_TE = selection_mask(logits_TE.topk(self.top_k, dim=1).indices, E)
+            mask_TE = best(logits_TE, self.top_k)
             most_pairs = T * self.top_k
         return Choice(mask_TE, probs_TE, probs_TE, logits_TE, most_pairs=most_pairs)
 

@@ -75,11 +75,9 @@ class GateContext:
     def noise_keys_T(self) -> Tensor | None:
         """int64 noise keys of the tokens (`routing.noise`), made for gates that ask; None: no
         randomness."""
-        keys_T = self.token_keys_T
-        if keys_T is not None:
-            for part in self.noise_key:
-                keys_T = noise.fold(keys_T, part)
-        return keys_T
+        if self.token_keys_T is None:
+            return None
+        return noise.fold_all(self.token_keys_T, *self.noise_key)
 
     def num_tokens(self, x_TD: Tensor) -> Tensor:
         """Tokens that are not padding, a scalar in fp64."""

@@ -17,7 +17,7 @@ from evomoe_plugin.gates.topk_common import (
     PriorityOptions,
     TopKCountOptions,
     balance_,
-    selection_mask,
+    best,
     validate_priority,
     validate_top_k,
 )
@@ -109,8 +109,7 @@ class TopKGate(Gate[TopKOptions]):
         scores_TC = self.scorer.scores(logits_TC)
         # In fp64: in fp32, sigmoids of different large logits are equal.
         ranked_TC = self.scorer.scores(logits_TC.detach().double()) + self.bias_C
-        ids_TK = self._select(ranked_TC, self.scorer.log_scores(logits_TC).detach(), context)
-        mask_TC = selection_mask(ids_TK, scores_TC.size(1))
+        mask_TC = self._select(ranked_TC, self.scorer.log_scores(logits_TC).detach(), context)
         weights_TC = scores_TC
         if self.renormalized:  # from logarithms, since very small scores are rounded to 0
             selected_TC = self.scorer.log_scores(logits_TC).masked_fill(~mask_TC, float("-inf"))
@@ -125,17 +124,17 @@ class TopKGate(Gate[TopKOptions]):
             probs_TC,
             logits_TC,
             priority_TC=priority_TC,
-            most_pairs=ids_TK.numel(),
+            most_pairs=len(mask_TC) * self.top_k,
         )
 
     def _select(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:
-        """Selected candidates of each token, int64 [T, K]."""
+        """Selected candidates of each token, bool [T, C]."""
         if not (self.training and self.sampled and context.noise_keys_T is not None):
-            return ranked_TC.topk(self.top_k, dim=1).indices
-        best_TK = ranked_TC.topk(self.top_k - self.sampled, dim=1).indices
+            return best(ranked_TC, self.top_k)
+        best_TC = best(ranked_TC, self.top_k - self.sampled)
         noise_TC = gumbel(context.noise_keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
-        drawn_TC = (log_scores_TC + noise_TC).scatter(1, best_TK, float("-inf"))
-        return torch.cat([best_TK, drawn_TC.topk(self.sampled, dim=1).indices], dim=1)
+        drawn_TC = (log_scores_TC + noise_TC).masked_fill(best_TC, float("-inf"))
+        return best_TC | best(drawn_TC, self.sampled)
 
     @property
     def learns_after_updates(self) -> bool:

@@ -17,7 +17,7 @@ from evomoe_plugin.gates.topk_common import (
     validate_top_k,
 )
 from evomoe_plugin.routing.choice import Choice
-from evomoe_plugin.routing.noise import fold, gumbel, uniform
+from evomoe_plugin.routing.noise import fold, fold_all, gumbel, uniform
 
 WEIGHTS = ("softmax", "uniform", "sparsemixer")
 NEAR_TIE = 0.02  # relative gap to the best logit, as in DCMoE: twice its jitter of 0.01
@@ -161,14 +161,14 @@ def sparsemixer(
         near_TC = left_TC & (largest_T1 - bare_TC <= NEAR_TIE * scale_TC)
         ranked_TC = bare_TC
         if keys_T is not None:
-            noise_TC = gumbel(fold(fold(keys_T, _SELECTION_STREAM), r), columns)
+            noise_TC = gumbel(fold_all(keys_T, _SELECTION_STREAM, r), columns)
             ranked_TC = bare_TC + noise_TC.to(bare_TC.dtype)
         selected_T1 = ranked_TC.masked_fill(~near_TC, float("-inf")).argmax(1, keepdim=True)
         value_T1 = torch.softmax(logits_TC.masked_fill(~near_TC, float("-inf")), dim=1).gather(
             1, selected_T1
         )
         if keys_T is not None:
-            chance_T1 = uniform(fold(fold(keys_T, _SCALE_STREAM), r), 1)
+            chance_T1 = uniform(fold_all(keys_T, _SCALE_STREAM, r), 1)
             whole_T1 = (bare_TC.gather(1, selected_T1) == largest_T1) | (chance_T1 > 0.75)
             scaled_T1 = torch.where(whole_T1, value_T1, value_T1 / 3).detach()
             value_T1 = value_T1 + (scaled_T1 - value_T1.detach())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, check_number, flag, is_causal
+from evomoe_plugin.routing import kernels
 
 
 @dataclass
@@ -89,9 +90,14 @@ def selection_mask(ids_TK: Tensor, num_candidates: int) -> Tensor:
     return mask_TC.scatter_(1, ids_TK, True)
 
 
-def best(scores_TC: Tensor) -> Tensor:
-    """bool [T, C]: the largest score of each row, the first on ties."""
-    return selection_mask(scores_TC.argmax(1, keepdim=True), scores_TC.size(1))
+def best(scores_TC: Tensor, k: int = 1) -> Tensor:
+    """bool [T, C]: the k largest scores of each row; of one, the first on ties."""
+    if kernels.usable(scores_TC.device):
+        from evomoe_plugin.routing.kernels.best import best_mask
+
+        return best_mask(scores_TC, k)
+    ids_TK = scores_TC.argmax(1, keepdim=True) if k == 1 else scores_TC.topk(k, dim=1).indices
+    return selection_mask(ids_TK, scores_TC.size(1))
 
 
 def normalized(values_TC: Tensor, mask_TC: Tensor) -> Tensor:

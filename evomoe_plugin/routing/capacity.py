@@ -98,6 +98,7 @@ def _taken(plan: RoutingPlan, index_N: Tensor, is_none_N: Tensor | None) -> Rout
         expert_ids_N=take(plan.expert_ids_N, -1),
         weights_N=take(plan.weights_N, 0.0),
         priority_N=None if plan.priority_N is None else take(plan.priority_N, 0.0),
+        by_token=None,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 def weighted_mean(x_TC: Tensor, weight_T: Tensor | None) -> Tensor:
     """Weighted mean over tokens, [C]; 0 if all weights are 0."""
     if weight_T is None:
-        return x_TC.sum(0) / max(x_TC.size(0), 1)
+        return x_TC.mean(0) if x_TC.size(0) else x_TC.sum(0)
     weight_T = weight_T.to(x_TC.dtype)
     # Rows of weight 0 may hold NaN/Inf: 0 * Inf is NaN.
     x_TC = x_TC.masked_fill(weight_T.eq(0).unsqueeze(1), 0.0)
@@ -28,7 +28,7 @@ def balance_loss(*, probs_TC: Tensor, mask_TC: Tensor, weight_T: Tensor | None =
     k selections, as in Mixtral. EvoMoE (arXiv 2112.14397) uses the selected gates as `probs_TC`.
     """
     load_C = weighted_mean(mask_TC.to(probs_TC.dtype), weight_T)
-    return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) * load_C).sum()
+    return probs_TC.size(1) * (weighted_mean(probs_TC, weight_T) @ load_C)
 
 
 def switch_loss(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evomoe_plugin.routing import kernels
+
 # Odd 64-bit constants of the splitmix64 generator (Steele, Lea, Flood, "Fast splittable
 # pseudorandom number generators", OOPSLA 2014), as signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -32,10 +34,22 @@ def mix(x: Tensor) -> Tensor:
 
 def fold(key: Tensor, value: Tensor | int) -> Tensor:
     """The key of `value` under `key`; int64 tensors broadcast."""
-    mixed = value * _MIX_1
-    if isinstance(mixed, int):
-        mixed = (mixed + 2**63) % 2**64 - 2**63  # wraps like int64 tensors
-    return mix(key + _GOLDEN + mixed)
+    if isinstance(value, int):
+        return fold_all(key, value)
+    return mix(key + _GOLDEN + value * _MIX_1)
+
+
+def fold_all(key: Tensor, *values: int) -> Tensor:
+    """`fold` with each of the values in turn."""
+    # Wraps like int64 tensors.
+    mixed = tuple((value * _MIX_1 + 2**63) % 2**64 - 2**63 for value in values)
+    if kernels.usable(key.device):
+        from evomoe_plugin.routing.kernels import noise
+
+        return noise.fold(key, mixed)
+    for part in mixed:
+        key = mix(key + _GOLDEN + part)
+    return key
 
 
 def sequence_keys(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -56,6 +70,10 @@ def sequence_keys(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
 
 def uniform(keys_T: Tensor, columns: int) -> Tensor:
     """fp32 numbers in the open interval (0, 1), [T, columns], a row per key."""
+    if kernels.usable(keys_T.device):
+        from evomoe_plugin.routing.kernels import noise
+
+        return noise.draw(keys_T, columns, is_gumbel=False)
     column = torch.arange(columns, dtype=torch.int64, device=keys_T.device)
     bits = _shift_right(fold(keys_T.unsqueeze(1), column), 41)  # 23 bits: adding 0.5 is exact
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
@@ -63,4 +81,8 @@ def uniform(keys_T: Tensor, columns: int) -> Tensor:
 
 def gumbel(keys_T: Tensor, columns: int) -> Tensor:
     """Standard Gumbel noise, fp32 [T, columns]; every value is finite."""
+    if kernels.usable(keys_T.device):
+        from evomoe_plugin.routing.kernels import noise
+
+        return noise.draw(keys_T, columns, is_gumbel=True)
     return -torch.log(-torch.log(uniform(keys_T, columns)))

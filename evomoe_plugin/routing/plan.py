@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from evomoe_plugin.routing import kernels, waits
 from evomoe_plugin.routing import stats as st
-from evomoe_plugin.routing import waits
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class RoutingPlan:
     priority_N: Tensor | None = None  # Priority under a capacity, larger first; None: by position
     shared_weights_TS: Tensor | None = None  # Weights of the shared experts; None: 1
     null_mass_T: Tensor | None = None  # Weight of the null experts of each token
+    by_token: tuple[Tensor, Tensor] | None = None
+    """The pairs of each token, where that is known: the places of pairs sorted by token, int64 [N],
+    and the first of each token's among them, with the end, [T + 1]."""
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     """Auxiliary losses by name: unweighted scalars with gradient."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
@@ -76,6 +79,19 @@ def plan_from_mask(
     """
     if most_pairs is None and mask_TE.numel() <= waits.MOST_UNCOUNTED:
         most_pairs = mask_TE.numel()
+    if kernels.usable(mask_TE.device):
+        from evomoe_plugin.routing.kernels.pairs import sorted_pairs
+
+        pairs = sorted_pairs(mask_TE, weights_TE, most_pairs)
+        return RoutingPlan(
+            token_ids_N=pairs.token_ids_N,
+            expert_ids_N=pairs.expert_ids_N,
+            weights_N=pairs.weights_N,
+            tokens_per_expert_E=pairs.tokens_per_expert_E,
+            num_tokens=mask_TE.size(0),
+            by_token=(pairs.order_N, pairs.starts),
+            **fields,
+        )
     # nonzero of the transpose is in the order of the plan: by expert, then by token.
     if most_pairs is None or not waits.waiting_costs(mask_TE.device):
         expert_ids_N, token_ids_N = mask_TE.t().nonzero(as_tuple=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomoe_plugin.routing import waits
+from evomoe_plugin.routing import kernels, waits
 from evomoe_plugin.routing.choice import Choice
 
 # Of every layer; scalars unless the name ends in a shape suffix.
@@ -60,6 +60,36 @@ def routing_stats(
     """
     probs_TC, logits_TC = choice.probs_TC.detach(), choice.logits_TC
     checked_TC = probs_TC if logits_TC is None else logits_TC.detach()
+    if kernels.usable(probs_TC.device):
+        from evomoe_plugin.routing.kernels.sums import sums
+
+        found = sums(choice.mask_TC, probs_TC, checked_TC, token_mask_T, num_experts)
+    else:
+        found = _sums(choice.mask_TC, probs_TC, checked_TC, token_mask_T, num_experts)
+    load_C, tokens, pairs, null_pairs, experts, entropy, nonfinite = found
+    stats = {
+        TOKENS: tokens,
+        PAIRS: pairs,
+        LOAD_E: load_C[:num_experts],
+        REQUESTED_C: load_C,
+        EXPERTS: experts,
+        ENTROPY: entropy,
+        NONFINITE: nonfinite,
+    }
+    if load_C.size(0) > num_experts:
+        stats[NULL_PAIRS] = null_pairs
+    # A gate may replace some, for example EXPERTS.
+    return stats | {name: value.detach().double() for name, value in choice.stats.items()}
+
+
+def _sums(
+    mask_TC: Tensor,
+    probs_TC: Tensor,
+    checked_TC: Tensor,
+    token_mask_T: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, ...]:
+    """As `kernels.sums.sums`."""
     if waits.waiting_costs(probs_TC.device):  # fewer kernels
         entropy_T = torch.special.entr(probs_TC).sum(1)
         bad_T = ~(torch.linalg.vector_norm(checked_TC, torch.inf, 1) < torch.inf)
@@ -67,25 +97,21 @@ def routing_stats(
         logs_TC = probs_TC.clamp(min=torch.finfo(probs_TC.dtype).tiny).log_()
         entropy_T = -(logs_TC.mul_(probs_TC).sum(1))
         bad_T = ~torch.isfinite(checked_TC.abs().amax(1))
-    load_C = choice.mask_TC.sum(0).double()
+    load_C = mask_TC.sum(0).double()
     tokens = load_C.new_full((), probs_TC.size(0))
     if token_mask_T is not None:
         entropy_T = entropy_T.masked_fill(~token_mask_T, 0.0)
         bad_T = bad_T & token_mask_T
         tokens = token_mask_T.sum().double()
-    stats = {
-        TOKENS: tokens,
-        PAIRS: load_C[:num_experts].sum(),
-        LOAD_E: load_C[:num_experts],
-        REQUESTED_C: load_C,
-        EXPERTS: tokens * num_experts,
-        ENTROPY: entropy_T.sum(dtype=torch.float64),
-        NONFINITE: bad_T.sum().double(),
-    }
-    if load_C.size(0) > num_experts:
-        stats[NULL_PAIRS] = load_C[num_experts:].sum()
-    # A gate may replace some, for example EXPERTS.
-    return stats | {name: value.detach().double() for name, value in choice.stats.items()}
+    return (
+        load_C,
+        tokens,
+        load_C[:num_experts].sum(),
+        load_C[num_experts:].sum(),
+        tokens * num_experts,
+        entropy_T.sum(dtype=torch.float64),
+        bad_T.sum().double(),
+    )
 
 
 def stack_of(name: str) -> str:

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
 from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
+from evomoe_plugin.routing.kernels import best, noise, pairs, sums, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 COUNTS = {"num_tiles", "N", "num_pieces", "most", "width"}
@@ -57,6 +58,51 @@ OTHERS = [
     ("output_bias_backward", {"BN": 64}),
     ("sum_tiles", {"BN": 128, "SKIPS_EMPTY": False}),
 ]
+# Of routing: types of pointers and numbers, where they are not int32; and constants.
+_TILE = {"ROWS": tiles.ELEMENTS // 64, "WIDTH": 64}
+_LONG = dict.fromkeys("token_ids expert_ids tokens_per_expert order starts".split(), "*i64")
+_INT = {"counts": "*i32", "places": "*i32"}
+ROUTING = [
+    (
+        noise._fold_all,
+        {
+            **dict.fromkeys(("keys", "out"), "*i64"),
+            **dict.fromkeys(("first second third".split()), "i64"),
+        },
+        {"PARTS": 3, "BLOCK": 1024},
+    ),
+    (noise._draw, {"keys": "*i64", "out": "*fp32"}, {"IS_GUMBEL": True, "BLOCK": 1024}),
+    (pairs._count, {"mask": "*u8", **_INT}, _TILE),
+    (
+        pairs._write,
+        {"mask": "*u8", "weights": "*fp32", "weights_of_pairs": "*fp32", **_LONG, **_INT},
+        {**_TILE, "BLOCK": 512},
+    ),
+    (pairs._spread, {"grad_of_pairs": "*fp32", "out": "*fp32", **_INT}, {"BLOCK": 512}),
+    (best._best, {"scores": "*fp64", "out": "*i8"}, {**_TILE, "K": 8}),
+    (
+        sums._sum,
+        {
+            **dict.fromkeys(("mask", "token_mask"), "*u8"),
+            **dict.fromkeys(("probs", "checked"), "*fp32"),
+            "out": "*fp64",
+            "tiny": "fp32",
+        },
+        {**_TILE, "SCALARS": sums.SCALARS, "HAS_TOKEN_MASK": True},
+    ),
+]
+
+
+def compiled_routing(function, types: dict, constants: dict, capability: int):
+    names = function.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    return triton.compile(
+        ASTSource(function, signature, {(names.index(a),): v for a, v in constants.items()}, {}),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4},
+    )
 
 
 def compiled(name: str, options: dict, config: triton.Config, dtype: str, capability: int):
@@ -122,4 +168,8 @@ if __name__ == "__main__":
         config = triton.Config({}, num_warps=8 if name == "schedule" else 4)
         kernel = compiled(name, options, config, args.dtype, args.capability)
         case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": False}
+        print(json.dumps({**case, **facts(kernel)}), flush=True)
+    for function, types, constants in ROUTING if args.dtype == "bf16" and not args.first else []:
+        kernel = compiled_routing(function, types, constants, args.capability)
+        case = {"kernel": function.__name__, "config": str(constants), "multiplies": False}
         print(json.dumps({**case, **facts(kernel)}), flush=True)

@@ -65,7 +65,7 @@ class Case:
         )
         counts = torch.tensor(self.counts, device=DEVICE)
         given = self.x, self.row_weights, *map(self.weights.get, NAMES)
-        return kernels.apply(call, counts, self.token_ids, *given)
+        return kernels.apply(call, counts, self.token_ids, None, *given)
 
     def exact(self, function=GELU):
         """The outputs in fp64, and their leaves."""
@@ -152,7 +152,7 @@ def test_rows_of_no_expert_count_for_nothing(kernels):
     call = Call(len(weights_N), find_activation(GELU), 0.0, 1.0, FP32, True)
     counts = torch.tensor(case.counts, device=DEVICE)
     given = case.x, weights_N, *map(case.weights.get, NAMES)
-    case.check(kernels.apply(call, counts, case.token_ids, *given), *wanted, 1e-6)
+    case.check(kernels.apply(call, counts, case.token_ids, None, *given), *wanted, 1e-6)
 
 
 def test_unweighted_sum_of_rows():
@@ -281,10 +281,11 @@ def test_choice_of_kernels(monkeypatch, caplog):
     gpu, capability = torch.device("cuda"), [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "card")
-    caches = cuda.why_not_fused, cuda.say_once, grouped_mm.why_not
+    caches = cuda.why_not, cuda.why_not_fused, cuda.say_once, grouped_mm.why_not
 
     def choose(function, dtype, sm):
         capability[0] = sm
+        cuda.why_not.cache_clear()
         cuda.why_not_fused.cache_clear()
         grouped_mm.why_not.cache_clear()
         return cuda.function_for(

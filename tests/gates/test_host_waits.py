@@ -10,7 +10,7 @@ from evomoe_plugin.routing.stability import token_routing
 from tests.gates.test_every_gate import cases, label, tokens
 from tests.host_waits import HostWaits, pretend_a_gpu
 
-COUNTED = "nonzero at routing/plan.py"
+COUNTED = "_local_scalar_dense at routing/kernels/pairs.py"
 """The number of pairs, which follows from the gate's choices."""
 VARYING = ("dselect_k", "relu", "top_any", "top_p")
 

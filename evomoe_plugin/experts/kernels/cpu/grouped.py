@@ -147,6 +147,7 @@ def grouped_ffn(
     grad_scale: float = 1.0,
     token_ids_N: Tensor | None = None,
     weights_N: Tensor | None = None,
+    by_token: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Apply each expert's network to its rows.
 
@@ -164,6 +165,7 @@ def grouped_ffn(
         grad_scale: factor of the gradients of `weights`.
         token_ids_N: int64, the token of each row.
         weights_N: weight of each pair's output row; None: 1. Only with `token_ids_N`.
+        by_token: as `RoutingPlan.by_token`, for GPUs, which otherwise sort `token_ids_N`.
     Returns:
         The sum of each token's output rows [T, D], or without `token_ids_N` the output rows [N, D],
         in the dtype of x. First derivatives only.
@@ -185,7 +187,7 @@ def grouped_ffn(
     function = cuda.function_for(call, x.device, x.size(1), weights["fc1_weight"].size(1))
     if function is not None:
         counts = torch.as_tensor(counts, device=x.device)
-        return function.apply(call, counts, token_ids_N, *arguments)
+        return function.apply(call, counts, token_ids_N, by_token, *arguments)
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if (num_rows := sum(counts)) < call.num_rows and token_ids_N is not None:
         call, token_ids_N = replace(call, num_rows=num_rows), token_ids_N[:num_rows]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import os
-import shutil
 
 import torch
 
 from evomoe_plugin.experts.kernels import Call
+from evomoe_plugin.routing.kernels import why_not
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +46,9 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, kernel: str | None) 
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"matmuls are in {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-    if kernel is None:
-        return "they do not have this activation"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler (gcc, clang or $CC)"
-    return ""
+    if reason := why_not(device):
+        return reason
+    return "they do not have this activation" if kernel is None else ""
 
 
 @functools.cache

@@ -27,8 +27,13 @@ def _kernel(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-def sort_by_token(token_ids_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Row indices sorted by token, int64 [N], and the start of each token's rows, [T + 1]."""
+def sort_by_token(
+    token_ids_N: Tensor | None, num_tokens: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Row indices sorted by token, int64 [N], and the start of each token's rows, [T + 1]; None
+    without token ids."""
+    if token_ids_N is None:
+        return None, None
     sorted_N, order_N = token_ids_N.sort(stable=True)
     tokens = torch.arange(num_tokens + 1, device=token_ids_N.device)
     return order_N, torch.searchsorted(sorted_N, tokens)
@@ -42,7 +47,7 @@ def combine(
     Args:
         rows_ND: contiguous.
         weights_N: None: 1.
-        order_N, starts: from `sort_by_token`.
+        order_N, starts: from `sort_by_token`, or `RoutingPlan.by_token`.
         dtype: of the result.
     """
     tokens, width = starts.numel() - 1, rows_ND.size(1)

@@ -85,7 +85,7 @@ class FusedFFN(torch.autograd.Function):
     """As `kernels.cpu.grouped.grouped_ffn`, with the row counts as a tensor."""
 
     @staticmethod
-    def forward(ctx, call, counts_E, token_ids, x, row_weights, *stacks):
+    def forward(ctx, call, counts_E, token_ids, by_token, x, row_weights, *stacks):
         counts_E, token_ids, row_weights = (
             None if t is None else t.contiguous() for t in (counts_E, token_ids, row_weights)
         )
@@ -96,7 +96,7 @@ class FusedFFN(torch.autograd.Function):
         h, h3, active = ffn.up(schedule, seed)
         *_, matrix2, bias2 = ffn.operands
         rows = ffn.down(schedule, active, matrix2, bias=bias2, weights=row_weights)
-        order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
+        order, starts = by_token or sort_by_token(token_ids, x.size(0))
         kept = h, h3, seed, order, starts, schedule.table, schedule.tile_starts
         ctx.save_for_backward(token_ids, x, row_weights, counts_E, *stacks, *kept)
         ctx.call, ctx.most = call, schedule.most
@@ -108,7 +108,7 @@ class FusedFFN(torch.autograd.Function):
         token_ids, x, row_weights, counts_E, *others = ctx.saved_tensors
         stacks, (h, h3, seed, order, starts, *tables) = others[:5], others[5:]
         call, schedule = ctx.call, Schedule(ctx.most, *tables)
-        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
+        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[4:]
         ffn = _FFN(call, x, token_ids, stacks)
         matrix1, _, matrix3, _, bias2 = ffn.operands
         grad = _by_rows(grad_out)
@@ -131,7 +131,19 @@ class FusedFFN(torch.autograd.Function):
             rows = ffn.down(schedule, grad_h, matrix1, grad_h3, matrix3)
             grad_x = ffn.combined(rows, order, starts)
         grad_weights = dots.sum(0).to(row_weights.dtype) if need_row_weights else None
-        return None, None, None, grad_x, grad_weights, grad1, grad_bias1, grad3, grad2, grad_bias2
+        return (
+            None,
+            None,
+            None,
+            None,
+            grad_x,
+            grad_weights,
+            grad1,
+            grad_bias1,
+            grad3,
+            grad2,
+            grad_bias2,
+        )
 
 
 class _FFN:

@@ -48,9 +48,9 @@ class GroupedMMFFN(torch.autograd.Function):
     """As `kernels.cpu.grouped.grouped_ffn`, with the row counts as a tensor."""
 
     @staticmethod
-    def forward(ctx, call, counts_E, token_ids, x, row_weights, *stacks):
+    def forward(ctx, call, counts_E, token_ids, by_token, x, row_weights, *stacks):
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        order, starts = (None, None) if token_ids is None else sort_by_token(token_ids, x.size(0))
+        order, starts = by_token or sort_by_token(token_ids, x.size(0))
         matrix1, bias1, matrix3, matrix2, bias2 = (
             None if s is None else s.to(call.dtype) for s in stacks
         )
@@ -83,7 +83,7 @@ class GroupedMMFFN(torch.autograd.Function):
             ctx.saved_tensors
         )
         call, (fc1, fc1_bias, fc3, fc2, fc2_bias) = ctx.call, stacks
-        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[3:]
+        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[4:]
         need1, need_bias1, need3, need2, need_bias2 = need_stacks
         matrix1, bias1, matrix3, matrix2, bias2 = (
             None if s is None else s.to(call.dtype) for s in stacks
@@ -124,7 +124,7 @@ class GroupedMMFFN(torch.autograd.Function):
                 grad_x = combine(grad_x, None, order, starts, x.dtype)
             grad_x = grad_x.to(x.dtype)
         dots = dots.to(row_weights.dtype) if need_row_weights else None
-        return None, None, None, grad_x, dots, grad1, grad_bias1, grad3, grad2, grad_bias2
+        return None, None, None, None, grad_x, dots, grad1, grad_bias1, grad3, grad2, grad_bias2
 
 
 def _fetch(x: Tensor, token_ids: Tensor | None, call: Call) -> Tensor:

@@ -1,0 +1,103 @@
+"""The Triton kernels of routing against torch's operators, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is no Triton for this platform")
+
+from evomoe_plugin.experts.kernels.cuda.combine import sort_by_token
+from evomoe_plugin.gates.topk_common import best
+from evomoe_plugin.routing import kernels, noise, stats, waits
+from evomoe_plugin.routing.choice import Choice
+from evomoe_plugin.routing.kernels import tiles
+from evomoe_plugin.routing.kernels.best import best_mask
+from evomoe_plugin.routing.plan import plan_from_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Call a function with the kernels, and without."""
+
+    def call(function):
+        results = []
+        for usable in (True, False):
+            monkeypatch.setattr(kernels, "usable", lambda _, usable=usable: usable)
+            results.append(function())
+        return results
+
+    return call
+
+
+def test_noise_has_the_same_bits(both):
+    keys = torch.randint(-(2**63), 2**63 - 1, (1030,), device=DEVICE)
+    for values in [(0,), (-1, 2**62), (1, 10**6, 3), (7, 0, 2, 5)]:
+        assert torch.equal(*both(lambda values=values: noise.fold_all(keys, *values)))
+    assert torch.equal(*both(lambda: noise.uniform(keys, 3)))
+    with_kernels, without = both(lambda: noise.gumbel(keys[:400], 5))
+    assert torch.allclose(with_kernels, without, rtol=2e-6, atol=2e-7)
+    assert noise.gumbel(keys[:0], 5).shape == (0, 5)
+
+
+@pytest.fixture(params=["a tile", "many programs", "many tiles"])
+def divided(request, monkeypatch):
+    if request.param != "a tile":
+        monkeypatch.setattr(tiles, "ELEMENTS", 32)
+    if request.param == "many tiles":
+        monkeypatch.setattr(tiles, "MOST_PROGRAMS", 2)
+
+
+@pytest.mark.parametrize("T, E, spare", [(19, 5, 7), (1, 1, 0), (0, 3, 0), (13, 3, None)])
+def test_pairs_are_the_same_plan(both, divided, monkeypatch, T, E, spare):
+    monkeypatch.setattr(waits, "waiting_costs", lambda _: True)
+    monkeypatch.setattr(waits, "MOST_UNCOUNTED", 0)
+    mask = torch.rand(T, E + 1, device=DEVICE)[:, :E] < 0.4
+    weights = torch.rand(E, T, device=DEVICE).t().requires_grad_()
+    most = None if spare is None else int(mask.sum()) + spare
+    with_kernels, plan = both(lambda: plan_from_mask(mask, weights, most))
+    for name in ("token_ids_N", "expert_ids_N", "weights_N", "tokens_per_expert_E"):
+        assert torch.equal(getattr(with_kernels, name), getattr(plan, name))
+    seed = torch.randn(plan.num_pairs, device=DEVICE)
+    gradients = [torch.autograd.grad(p.weights_N, weights, seed)[0] for p in (with_kernels, plan)]
+    assert torch.equal(*gradients)
+    order, starts = with_kernels.by_token
+    wanted, ends = sort_by_token(plan.token_ids_N[: mask.sum()], T)
+    assert torch.equal(order[: mask.sum()], wanted) and torch.equal(starts, ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_best_are_the_same(both, divided, dtype):
+    scores = torch.randn(23, 7, device=DEVICE).to(dtype)
+    scores[0], scores[1] = -torch.inf, torch.nan
+    scores[2] = torch.tensor([1.0, 3, 3, 3, -3, 0, 0])
+    scores[3, 2] = torch.nan
+    got = best_mask(scores, 3)
+    assert got.sum(1).eq(3).all()
+    assert got[0, :3].all() and got[1, :3].all() and got[2, 1:4].all() and got[3, 2]
+    rows = slice(4, None)
+    assert torch.equal(*both(lambda: best(scores[rows], 3)))
+    assert torch.equal(*both(lambda: best(scores, 1)))
+    zeros = torch.tensor([[-0.0, 0.0], [0.0, -0.0]], dtype=dtype, device=DEVICE)
+    assert best_mask(zeros, 1)[:, 0].all() and not best_mask(zeros, 0).any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_statistics_are_the_same_sums(both, divided, padded):
+    probs = torch.rand(5, 21, device=DEVICE).t().requires_grad_()
+    logits = probs.detach().log().clone()
+    logits[3, 2], logits[5, 0], logits[6, 1] = torch.nan, torch.inf, -torch.inf
+    with torch.no_grad():
+        probs[4, 1], probs[7, 0] = 0.0, torch.nan
+    token_mask = torch.rand(21, device=DEVICE) < 0.7
+    token_mask[4:8] = torch.tensor([True, True, False, False])
+    mask = (torch.rand(21, 6, device=DEVICE) < 0.5)[:, :5] & token_mask.unsqueeze(1)
+    choice = Choice(mask, probs, probs, logits)
+    given = choice, token_mask if padded else None, 4
+    with_kernels, without = both(lambda: stats.routing_stats(*given))
+    assert with_kernels.keys() == without.keys()
+    for name, value in without.items():
+        got = with_kernels[name]
+        assert got.dtype == value.dtype and got.shape == value.shape
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=0, equal_nan=True)
+    assert without[stats.ENTROPY].isnan() != padded
