@@ -54,7 +54,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 def ranks_of(layout: str) -> int:
     """The number of processes of a layout."""
-    return 2 if _TWO[0] in LAYOUTS[layout] else 1
+    return 2 if _TWO[0] in LAYOUTS.get(layout, ()) else 1
 
 
 def warm_up() -> None:
