@@ -163,7 +163,7 @@ def check_all_have_shards(trainer: Any, filename: str, exists: bool) -> None:
             "checkpoint",
             fsdp_shards.SHARD.sub(".pt", filename),
             f"shard {found.index(False)} of {len(found)} is missing: {missing}; take another "
-            "checkpoint with --restore-file",
+            "checkpoint with --restore-file, or remove this one's files to begin anew",
         )
 
 

@@ -65,7 +65,9 @@ def case(seed: int, work: Path) -> Outcome:
     if not problem:
         wanted = tiny.unbroken(work, layout)
         problem = kills.broken_file(folder, wanted) or kills.too_much(folder, wanted)
-    return Outcome(label, problem or kills.resumed(work, layout, folder))
+    if problem:
+        return Outcome(label, problem)
+    return kills.after(label, kills.resumed(work, layout, folder), layout)
 
 
 def _came_of(fault: faults.Slow | faults.Error, ended: forked.Ended) -> str:

@@ -112,9 +112,17 @@ def case(seed: int, work: Path) -> Outcome:
     fault = broken_file(folder, wanted) or too_much(folder, wanted)
     if fault:
         return Outcome(label, f"after the kill: {fault}")
-    fault = resumed(work, layout, folder)
-    if layout == "file a rank" and "of 2 is missing" in fault:  # there is nothing to resume from
-        return Outcome(f"{label}, in its first save: the next run asks for another checkpoint")
+    return after(label, resumed(work, layout, folder), layout)
+
+
+def after(label: str, fault: str, layout: str) -> Outcome:
+    """Of a case that was resumed.
+
+    A first save of a file a rank that did not end left nothing to resume from, and the same
+    command may not remove what could be all that is left of a run.
+    """
+    if layout == "file a rank" and "of 2 is missing" in fault:
+        return Outcome(f"{label}, in its first save: the next run says what to do")
     return Outcome(label, fault)
 
 

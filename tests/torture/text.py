@@ -6,6 +6,7 @@ A case is a number of examples of one format; hypothesis shrinks what fails to i
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -23,11 +24,13 @@ from evomoe_plugin.config.errors import OptionError
 from tests.torture import disks, forked
 from tests.torture.harness import Outcome, folder_of
 
-NAME, TITLE, CASES, DRAW = "text", "Text", 400, 1
+NAME, TITLE, DRAW = "text", "Text", 1
+DRAWN = 400
+"""Cases of drawn files; those after them are `EXTREMES`."""
 EXAMPLES = 20
 """Of each case."""
 
-_MEMORY, _LIMIT_SECONDS = 2 * 2**30, 1200
+_MEMORY, _MEMORY_OF_EXTREMES, _LIMIT_SECONDS = 2 * 2**30, 6 * 2**30, 1200
 
 _odd = st.sampled_from(
     [
@@ -134,7 +137,12 @@ def _same(found: list[str] | None, wanted: list[str] | None) -> None:
     assert wanted is not None, f"accepted, but it is not valid: {found!r}"
     assert found is not None, f"refused, but it is valid: {wanted!r}"
     one, other = (Counter(t for t in texts if not _blank(t)) for texts in (found, wanted))
-    assert one == other, f"read {sorted(one)!r}, written {sorted(other)!r}"
+    if one != other:
+        raise AssertionError(f"read {_shown(one)}, written {_shown(other)}")
+
+
+def _shown(texts: Counter) -> str:
+    return repr([text[:100] for text in sorted(texts)])
 
 
 def _decoded(content: bytes) -> str | None:
@@ -274,6 +282,33 @@ FORMATS: dict[str, tuple[Callable[[Prepared, Any], None], Any]] = {
 }
 
 
+def _long_line() -> bytes:
+    """100 MB without a line break."""
+    return b"a b c " * (100_000_000 // 6)
+
+
+def _long_row() -> bytes:
+    return json.dumps({"text": _long_line().decode()}).encode()
+
+
+def _long_chat() -> bytes:
+    return json.dumps({"prompt": "a", "response": _long_line().decode()}).encode()
+
+
+_DEEP_LIST = b"[" * 200_000 + b"]" * 200_000
+_DEEP_ROW = b'{"text": "a", "b": ' + b'{"b": ' * 100_000 + b"1" + b"}" * 100_001
+_DEEP_CHAT = _DEEP_ROW.replace(b'"text": "a"', b'"prompt": "a", "response": "c"', 1)
+EXTREMES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a line of 100 MB": ("lines", _long_line),
+    "a row of 100 MB": ("JSON lines", lambda: [_long_row()]),
+    "an answer of 100 MB": ("fine-tuning", lambda: [_long_chat()]),
+    "a deep list": ("JSON lines", lambda: [_DEEP_LIST]),
+    "a row with a deep field": ("JSON lines", lambda: [_DEEP_ROW]),
+    "a sample with a deep field": ("fine-tuning", lambda: [_DEEP_CHAT]),
+}
+CASES = DRAWN + len(EXTREMES)
+
+
 def smoke() -> Iterable[int]:
     """JSON lines."""
     return (2,)
@@ -306,10 +341,32 @@ def _tokenizer(work: Path) -> Path:
 
 
 def case(seed: int, work: Path) -> Outcome:
-    name = list(FORMATS)[seed % len(FORMATS)]
-    check, strategy = FORMATS[name]
     run = Prepared(folder_of(NAME, seed, work) / "text", _tokenizer(work))
+    if seed < DRAWN:
+        name = list(FORMATS)[seed % len(FORMATS)]
+        examples, memory = _examples(run, *FORMATS[name], seed), _MEMORY
+    else:
+        name = list(EXTREMES)[seed - DRAWN]
+        form, content = EXTREMES[name]
+        examples = functools.partial(_extreme, run, FORMATS[form][0], content)
+        memory = _MEMORY_OF_EXTREMES
 
+    def faults() -> str:
+        try:
+            examples()
+        except Exception as error:
+            shown = next((n for n in getattr(error, "__notes__", ()) if "Falsifying" in n), "")
+            return f"{type(error).__name__}: {str(error)[:300]}; {' '.join(shown.split())}"[:390]
+        return ""
+
+    ended = forked.call(faults, _LIMIT_SECONDS, memory)
+    fault = ended.value if ended.status == 0 else disks.verdict(ended) or ended.tail
+    return Outcome(name, fault or "")
+
+
+def _examples(
+    run: Prepared, check: Callable[[Prepared, Any], None], strategy: Any, seed: int
+) -> Callable[[], None]:
     @seeded(seed)
     @settings(
         max_examples=EXAMPLES,
@@ -322,14 +379,10 @@ def case(seed: int, work: Path) -> Outcome:
     def examples(drawn: Any) -> None:
         check(run, drawn)
 
-    def all_examples() -> str:
-        try:
-            examples()
-        except Exception as error:
-            shown = next((n for n in getattr(error, "__notes__", ()) if "Falsifying" in n), "")
-            return f"{type(error).__name__}: {error}; {' '.join(shown.split())}"[:390]
-        return ""
+    return examples
 
-    ended = forked.call(all_examples, _LIMIT_SECONDS, _MEMORY)
-    fault = ended.value if ended.status == 0 else disks.verdict(ended) or ended.tail
-    return Outcome(name, fault or "")
+
+def _extreme(
+    run: Prepared, check: Callable[[Prepared, Any], None], content: Callable[[], Any]
+) -> None:
+    check(run, content())
