@@ -44,12 +44,10 @@ def load_file(
     Raises:
         OptionError: naming the file, and what is wrong with it.
     """
-    damaged = damaged_part(file, tensors)
-    if damaged is not None:
+    damage = _damage(file, tensors)
+    if damage is not None:
         raise OptionError(
-            "checkpoint",
-            file.name,
-            f"has been altered: the checksum of its part {damaged} is wrong; take an earlier one",
+            "checkpoint", file.name, f"has been altered: {damage}; take an earlier one"
         )
     try:
         with safe_globals(allowed_globals()):
@@ -77,9 +75,9 @@ def load_file(
     return state
 
 
-def damaged_part(file: BinaryIO, tensors: bool = True) -> str | None:
-    """The first record of a file of torch whose CRC-32 is not the one that was written; None if
-    there is none.
+def _damage(file: BinaryIO, tensors: bool) -> str | None:
+    """What is wrong with the first record of a file of torch whose CRC-32 is not the one that was
+    written; None if there is none.
 
     torch writes checksums, but does not read them. Files of torch before 1.6 have none.
 
@@ -100,13 +98,13 @@ def damaged_part(file: BinaryIO, tensors: bool = True) -> str | None:
                     or record.file_size != record.compress_size
                     or record.external_attr & _DIRECTORY
                 ):
-                    return part
+                    return f"its part {part} is compressed or a folder, as torch writes none"
                 if tensors or not part.rpartition("/")[0].endswith("/data"):
                     with records.open(record) as content:
                         while content.read(2**20):
                             pass
     except Exception:  # a flag or length that is wrong leads zipfile anywhere
-        return part
+        return f"the checksum of its part {part} is wrong"
     finally:
         file.seek(0)
     return None

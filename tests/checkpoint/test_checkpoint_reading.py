@@ -223,6 +223,17 @@ def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
     assert refused > 200
 
 
+def test_a_compressed_part_is_refused_before_it_is_inflated(tmp_path):
+    path, bomb = tmp_path / "c.pt", tmp_path / "bomb.pt"
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        target.writestr("c/data/9", bytes(2**26), zipfile.ZIP_DEFLATED)
+    with pytest.raises(OptionError, match=r"bomb\.pt: has been altered: .* c/data/9 is compressed"):
+        read_main_file("CKPT", str(bomb))
+
+
 def test_what_is_no_moving_average_is_named(tmp_path):
     path = tmp_path / "c.pt"
     torch.save(state(), path)

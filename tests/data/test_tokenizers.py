@@ -158,6 +158,7 @@ def test_a_given_model_may_hold_control_tokens_of_fairseq(tmp_path):
 
 UNFIT = {
     "no model": (lambda path: path.write_text("no"), "not a SentencePiece model"),
+    "empty": (lambda path: path.write_text(""), "not a SentencePiece model"),
     "reserved": (
         lambda path: model(path.parent, user_defined_symbols=["<pad>"]).rename(path),
         "its piece '<pad>' encodes text",

@@ -315,10 +315,10 @@ def smoke() -> Iterable[int]:
 
 
 def prepare(work: Path) -> None:
-    _tokenizer(work)
+    tokenizer(work)
 
 
-def _tokenizer(work: Path) -> Path:
+def tokenizer(work: Path) -> Path:
     """A model of SentencePiece for any text, trained where it is missing."""
     path = work / "bytes" / "sentencepiece.model"
     if not path.exists():
@@ -341,7 +341,7 @@ def _tokenizer(work: Path) -> Path:
 
 
 def case(seed: int, work: Path) -> Outcome:
-    run = Prepared(folder_of(NAME, seed, work) / "text", _tokenizer(work))
+    run = Prepared(folder_of(NAME, seed, work) / "text", tokenizer(work))
     if seed < DRAWN:
         name = list(FORMATS)[seed % len(FORMATS)]
         examples, memory = _examples(run, *FORMATS[name], seed), _MEMORY
