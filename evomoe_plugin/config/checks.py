@@ -154,7 +154,6 @@ def validate(options: ModelOptions, warn: bool = True) -> None:
 _OF_LANGUAGE_MODELS = (
     "moe_post_norm",
     "moe_document_mask",
-    "moe_train_only",
 )
 
 

@@ -173,8 +173,8 @@ class MoEOptions:
     moe_train_only: Optional[str] = flag(
         None,
         "train only these parameters and freeze the others: comma-separated words (experts, "
-        "shared, gate, attention, ffn, embeddings, norms) or regular expressions over parameter "
-        "names",
+        "shared, gate, attention, ffn, embeddings, norms, head) or regular expressions over "
+        "parameter names",
     )
     moe_expert_parallel_size: int = flag(
         1,

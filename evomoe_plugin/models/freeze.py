@@ -19,16 +19,20 @@ WORDS = {
     "experts": r"\.moe\.experts\.",
     "shared": r"\.moe\.shared\.",
     "gate": r"\.moe\.gate\.",
-    "attention": r"\.self_attn\.",
+    "attention": r"\.(self|encoder)_attn\.",
     "ffn": r"\.fc[123]\.",
-    "embeddings": r"embed_tokens\.|embed_positions\.|output_projection\.|project_(in|out)_dim\.",
+    "embeddings": r"embed_tokens\.|embed_positions\.|output_projection\.|project_(in|out)_dim\."
+    r"|lm_head\.(weight|bias)",
     "norms": r"layer_?norm",
+    "head": r"lm_head\.dense\.|classification_heads\.",
 }
 
 
-def trained_names(names: Iterable[str], train_only: str) -> set[str]:
+def trained_names(names: Iterable[str], train_only: str, of_part: bool = False) -> set[str]:
     """The parameters among `names` that `train_only` matches.
 
+    Args:
+        of_part: the names are of a part of a model, in which a pattern may match nothing.
     Raises:
         OptionError: a pattern is invalid, or matches nothing.
     """
@@ -45,7 +49,7 @@ def trained_names(names: Iterable[str], train_only: str) -> set[str]:
                 f"expression ({error})",
             ) from error
         matched = {name for name in names if expression.search(name)}
-        if not matched:
+        if not (matched or of_part):
             raise OptionError(
                 "moe_train_only",
                 train_only,
@@ -53,32 +57,46 @@ def trained_names(names: Iterable[str], train_only: str) -> set[str]:
                 f"regular expression over names such as {names[-1]}",
             )
         chosen |= matched
-    if not chosen:
+    if not (chosen or of_part):
         raise OptionError(
             "moe_train_only", train_only, f"matches no parameter: give one of {', '.join(WORDS)}"
         )
     return chosen
 
 
-def freeze(model: nn.Module, options: ModelOptions, prefix: str = "") -> None:
+def freeze(model: nn.Module, options: ModelOptions) -> None:
     """Freeze the parameters of `model` that `--moe-train-only` does not match.
 
     Args:
-        model: a decoder; its `layers` may be wrapped for activation checkpointing.
+        model: whole; its layers may be wrapped for activation checkpointing.
         options: of the model.
-        prefix: of its parameter names in the checkpoint.
     Raises:
         OptionError: as `trained_names`, or if experts that the run changes are frozen.
     """
-    named = {prefix + name: parameter for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
     trained = trained_names(named, options.moe_train_only or "")
     check_frozen(options, trained, named)
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
-    if options.checkpoint_activations:
-        for layer in model.get_submodule("layers").children():
-            if any(p.requires_grad for p in layer.parameters()):
-                layer.register_forward_pre_hook(_with_gradient)
+
+
+def freeze_part(part: nn.Module, train_only: str, prefix: str) -> None:
+    """Freeze the parameters of a part that a model gets later.
+
+    Args:
+        prefix: of its parameter names in the model.
+    """
+    named = {prefix + name: parameter for name, parameter in part.named_parameters()}
+    trained = trained_names(named, train_only, of_part=True)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+
+
+def give_gradients(layers: nn.ModuleList) -> None:
+    """Make activation checkpointing compute the gradients of layers that are trained."""
+    for layer in layers:
+        if any(p.requires_grad for p in layer.parameters()):
+            layer.register_forward_pre_hook(_with_gradient)
 
 
 def _with_gradient(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,7 +161,7 @@ def _cut(module: nn.Module, path: str, train_only: str) -> Iterator[tuple[nn.Mod
             words = ["experts", "gate", *(["shared"] if getattr(module, "shared", None) else [])]
             raise inseparable(f"the gate {inside} apart from its experts: train {','.join(words)}")
         if False not in kinds and not (
-            isinstance(child, nn.ModuleList) or _holds_tied_weights(child)
+            any(isinstance(m, nn.ModuleList) for m in child.modules()) or _holds_tied_weights(child)
         ):
             yield module, name
         else:

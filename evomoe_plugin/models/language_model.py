@@ -79,7 +79,9 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
         decoder = cls.decoder_class(args, task.target_dictionary, embed_tokens)
         log_model(args, vocabulary)
-        return cls(decoder, count_flops(args, vocabulary))
+        model = cls(decoder, count_flops(args, vocabulary))
+        model.freeze()
+        return model
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Refuse a checkpoint of another dictionary, or without the number of its format, for which

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fairseq.distributed import fsdp_wrap
 from fairseq.models import BaseFairseqModel
 from omegaconf import open_dict
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots, stack_kind
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_parameters
+from evomoe_plugin.models.freeze import freeze, give_gradients, wrap_apart
+from evomoe_plugin.models.fsdp import is_wrapping, wrap_experts
 from evomoe_plugin.models.mixed_precision import warn_if_emulated
 from evomoe_plugin.models.moe_stack import MoEStack
 
@@ -61,6 +64,29 @@ class MoEModel:
             prefix: flops.without_gates if self.moe_stacks[prefix].in_dense_phase else flops
             for prefix, flops in self.forward_flops_by_stack.items()
         }
+
+    def freeze(self) -> None:
+        """Apply `--moe-train-only`, and wrap for FSDP what it left unwrapped; `build_model` calls
+        it last.
+
+        Raises:
+            OptionError: the option matches nothing, or what cannot be frozen or wrapped.
+        """
+        train_only = self.options.moe_train_only
+        if train_only is None:
+            return
+        assert isinstance(self, nn.Module)
+        freeze(self, self.options)
+        stacks = self.moe_stacks.values()
+        if self.options.checkpoint_activations:
+            for stack in stacks:
+                give_gradients(stack.layers)
+        if is_wrapping():
+            for layer in [layer for stack in stacks for layer in stack.moe_layers]:
+                wrap_experts(layer)
+            wrap_apart(self, train_only, fsdp_wrap)
+            for stack in stacks:
+                stack.wrap_layers()
 
     @contextmanager
     def not_recording(self) -> Iterator[None]:

@@ -24,8 +24,7 @@ from evomoe_plugin.config.options import (
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer
-from evomoe_plugin.models.freeze import freeze, wrap_apart
-from evomoe_plugin.models.fsdp import built_unwrapped, is_wrapping, wrap_experts
+from evomoe_plugin.models.fsdp import built_unwrapped, wrap_experts
 from evomoe_plugin.models.mixed_precision import matmul_dtype
 from evomoe_plugin.routing import stats as st
 
@@ -81,26 +80,23 @@ class MoEStack:
         return built_unwrapped(self.options.moe_train_only is not None)
 
     def finish_stack(self) -> None:
-        """Freeze parameters, and find the MoE layers."""
-        if self.options.moe_train_only is not None:
-            self._freeze()
+        """Find the MoE layers."""
         # A tuple, so that they are not registered as submodules again.
         self.moe_layers = tuple(
             module for module in self.layers.modules() if isinstance(module, MoELayer)
         )
+        self._find_layers()
+
+    def _find_layers(self) -> None:
         self._moe_ids = {id(self.layers[i]): n for n, i in enumerate(self._expert_count)}
 
-    def _freeze(self) -> None:
+    def wrap_layers(self) -> None:
+        """Wrap layers that were built inside of `building` for FSDP."""
         options: Any = self.options
-        assert isinstance(self, nn.Module)
-        freeze(self, options, prefix=f"{self._path}.")
-        if is_wrapping():
-            for layer in [m for m in self.modules() if isinstance(m, MoELayer)]:
-                wrap_experts(layer)
-            wrap_apart(self, options.moe_train_only or "", fsdp_wrap)
-            least = 0 if options.checkpoint_activations else options.min_params_to_wrap
-            for i, wrapped in enumerate(self.layers):
-                self.layers[i] = fsdp_wrap(wrapped, min_num_params=least)
+        least = 0 if options.checkpoint_activations else options.min_params_to_wrap
+        for i, wrapped in enumerate(self.layers):
+            self.layers[i] = fsdp_wrap(wrapped, min_num_params=least)
+        self._find_layers()
 
     def build_next_layer(
         self, cfg: TransformerConfig, build: Callable[[LayerInfo | None], nn.Module]

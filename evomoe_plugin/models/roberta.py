@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fairseq.distributed import fsdp_wrap
 from fairseq.models import FairseqEncoder
 from fairseq.models.roberta.model import RobertaEncoder, RobertaLMHead, RobertaModel
 from fairseq.models.transformer import TransformerConfig
@@ -15,6 +16,8 @@ from evomoe_plugin.config.options import parse_bool
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.encoder import MoEEncoder
+from evomoe_plugin.models.freeze import freeze_part, wrap_apart
+from evomoe_plugin.models.fsdp import is_wrapping
 from evomoe_plugin.models.moe_model import (
     MoEModel,
     check_format,
@@ -111,7 +114,18 @@ class RobertaMoE(MoEModel, RobertaModel):
         encoder = RobertaMoEEncoder(args, task.source_dictionary)
         vocabulary = len(task.source_dictionary)
         log_model(args, vocabulary)
-        return cls(args, encoder, count_flops(stacks(args)[0], vocabulary))
+        model = cls(args, encoder, count_flops(stacks(args)[0], vocabulary))
+        model.freeze()
+        return model
+
+    def register_classification_head(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As in fairseq; tasks call it after `build_model`, and loading does."""
+        super().register_classification_head(name, *args, **kwargs)
+        if self.args.moe_train_only is not None:
+            head, prefix = self.classification_heads[name], f"classification_heads.{name}."
+            freeze_part(head, self.args.moe_train_only, prefix)
+            if is_wrapping():
+                wrap_apart(self, self.args.moe_train_only, fsdp_wrap)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Refuse a checkpoint of another kind of model or dictionary; otherwise as in fairseq.

@@ -78,7 +78,9 @@ class TransformerMoE(MoEModel, TransformerModelBase):
             "encoder_": count_flops(of_encoder, len(source)),
             "decoder_": count_flops(of_decoder, len(target)),
         }
-        return cls(args, encoder, decoder, flops)
+        model = cls(args, encoder, decoder, flops)
+        model.freeze()
+        return model
 
     def forward(
         self,

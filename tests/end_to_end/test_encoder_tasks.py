@@ -8,7 +8,9 @@ import random
 import re
 
 import pytest
+import torch
 
+from evomoe_plugin.models.freeze import trained_names
 from tests.end_to_end.runs import assert_same_weights, load
 from tests.tiny_runs import ROOT, Runs
 
@@ -161,6 +163,35 @@ def test_resuming_is_exact(trained):
     for a, b in zip(trained.logged(layout)[4:], trained.logged(f"resumed {layout}"), strict=True):
         assert [a[name] for name in NUMBERS] == [b[name] for name in NUMBERS]
     assert_same_weights(trained(layout) / "checkpoint_last.pt", resumed / "checkpoint_last.pt")
+
+
+PARTS = ("--moe-train-only", "experts,gate,attention")
+
+
+def test_chosen_parts_are_trained_and_resumed_exactly(trained):
+    """Others do not change by a bit."""
+    (path,) = trained("parts", *PARTS).glob("checkpoint_*_4.pt")
+    last = load(trained("parts") / "checkpoint_last.pt")
+    before, after = load(path)["model"], last["model"]
+    chosen = trained_names(
+        [name for name in after if not name.endswith(("num_updates", "version"))], PARTS[1]
+    )
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed - {name for name in after if name.endswith("num_updates")} <= chosen
+    for part in ("experts.fc1_weight", "gate.scorer.weight", "attn.v_proj.weight"):
+        parts = {name for name in chosen if name.endswith(part)}
+        assert parts and parts <= changed
+    for prefix in PREFIXES[trained.task]:
+        assert any(name.startswith(prefix.replace("_", ".")) for name in changed)
+    resumed = trained("resumed parts", *PARTS, "--restore-file", path)
+    assert_same_weights(trained("parts") / "checkpoint_last.pt", resumed / "checkpoint_last.pt")
+
+
+@pytest.mark.slow
+def test_chosen_parts_fully_sharded(trained):
+    one = trained("one of parts", *PARTS, *LAYOUTS["one"])
+    other = trained("fully sharded parts", *PARTS, *LAYOUTS["fsdp"])
+    assert_same_weights(one / "checkpoint_last.pt", other / "checkpoint_last.pt", atol=3e-3)
 
 
 def test_fairseq_validate_reports_what_training_did(trained, caplog):
