@@ -23,11 +23,16 @@ _AUX_TOKENS = "moe_tokens_of_aux_"
 
 @dataclass
 class GateLossOptions(FairseqDataclass):
-    """Options with the names and meanings of fairseq's moe branch."""
+    """The first two have the names and meanings of fairseq's moe branch."""
 
     moe_gate_loss_wt: float = flag(1.0, "weight of the gates' auxiliary losses in the loss")
     moe_gate_loss_combine_method: str = flag(
         "average", "how the auxiliary losses of MoE layers are combined: average or sum"
+    )
+    moe_stability_tokens: int = flag(
+        4096,
+        "first tokens of each validation set whose routing is compared from one validation to the "
+        "next; 0: none",
     )
 
 
@@ -53,7 +58,7 @@ class GateLosses:
     computes_targets = True
     """Whether logits over the vocabulary are computed, for as many tokens as the sample size."""
 
-    def set_gate_losses(self, weight: float, combine_method: str) -> None:
+    def set_gate_losses(self, weight: float, combine_method: str, stability_tokens: int) -> None:
         """Set the options; called by constructors.
 
         Raises:
@@ -65,6 +70,11 @@ class GateLosses:
             )
         if not (math.isfinite(weight) and weight >= 0):
             raise OptionError("moe_gate_loss_wt", weight, "give a weight of 0 or more")
+        if stability_tokens < 0:
+            raise OptionError(
+                "moe_stability_tokens", stability_tokens, "give a number of tokens, or 0 for none"
+            )
+        self.stability_tokens = stability_tokens
         self.gate_loss_weight = weight
         self.combine_method = combine_method
         self._size_per_token = dict.fromkeys(st.STACKS, 1.0)  # in the current update
@@ -114,7 +124,9 @@ class GateLosses:
         Args:
             inner_loss: of the task.
             extra: the second output of the model.
-            logging_output: gets `inner_loss`, `loss` and what `log_routing` logs.
+            logging_output: gets `inner_loss`, `loss`, what `log_routing` logs, and
+                `moe_token_routing` if the batch asked the model for it, which the trainer takes
+                out before.
         """
         loss = inner_loss
         size, aux = logging_output["sample_size"], extra.get("moe_aux", {})
@@ -137,6 +149,8 @@ class GateLosses:
             logging_output[_AUX_TOKENS + stack] = tokens[stack]
         logging_output["inner_loss"] = inner_loss.detach()
         logging_output["loss"] = loss.detach()
+        if "moe_token_routing" in extra:
+            logging_output["moe_token_routing"] = extra["moe_token_routing"]
         if "moe_stats" in extra:
             stats = extra["moe_stats"]
             logging_output.update({st.LOGGED + name: value for name, value in stats.items()})

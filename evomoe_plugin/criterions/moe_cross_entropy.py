@@ -11,7 +11,6 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from torch import Tensor
 
-from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import flag
 from evomoe_plugin.criterions.gate_losses import (
     GateLosses,
@@ -30,12 +29,6 @@ class MoECrossEntropyCriterionConfig(
 ):
     """Options of the gate losses, and how the cross-entropy is computed."""
 
-    moe_stability_tokens: int = flag(
-        4096,
-        "first tokens of each validation set whose routing is compared from one validation to the "
-        "next; 0: none",
-    )
-
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
 class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
@@ -51,15 +44,8 @@ class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
         moe_stability_tokens: int = 4096,
     ):
         super().__init__(task, sentence_avg)
-        self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method)
-        if moe_stability_tokens < 0:
-            raise OptionError(
-                "moe_stability_tokens",
-                moe_stability_tokens,
-                "give a number of tokens, or 0 for none",
-            )
+        self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method, moe_stability_tokens)
         self.vocab_chunk = check_vocab_chunk(moe_vocab_chunk)
-        self.stability_tokens = moe_stability_tokens
         source, target = (
             getattr(task, f"{side}_dictionary", None) for side in ("source", "target")
         )
@@ -74,8 +60,7 @@ class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
 
         Returns:
             the loss, summed over tokens; the sample size to divide it by; the logging output: sums
-            that may be added over batches and ranks; and `moe_token_routing` if the batch asks the
-            model for it, which the trainer takes out before.
+            that may be added over batches and ranks, and `moe_token_routing` (`add_gate_losses`).
         """
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
         sample_size = self.sample_size(sample)
@@ -85,8 +70,6 @@ class MoECrossEntropyCriterion(GateLosses, CrossEntropyCriterion):
             "sample_size": sample_size,
         }
         loss = self.add_gate_losses(inner_loss, model, sample, extra, logging_output)
-        if "moe_token_routing" in extra:
-            logging_output["moe_token_routing"] = extra["moe_token_routing"]
         return loss, sample_size, logging_output
 
     def _cross_entropy(self, model, sample, reduce: bool) -> tuple[Tensor, dict[str, Any]]:

@@ -49,9 +49,10 @@ class MoELabelSmoothedCrossEntropy(GateLossesOfFairseq, LabelSmoothedCrossEntrop
         moe_gate_loss_wt: float = 1.0,
         moe_gate_loss_combine_method: str = "average",
         moe_vocab_chunk: Optional[int] = None,
+        moe_stability_tokens: int = 4096,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
-        self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method)
+        self.set_gate_losses(moe_gate_loss_wt, moe_gate_loss_combine_method, moe_stability_tokens)
         self.vocab_chunk = check_vocab_chunk(moe_vocab_chunk)
 
     def sample_size(self, sample: dict[str, Any]) -> int:

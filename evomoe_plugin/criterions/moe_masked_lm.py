@@ -28,7 +28,9 @@ class MoEMaskedLM(GateLossesOfFairseq, MaskedLmLoss):
 
     def __init__(self, cfg: MoEMaskedLMConfig, task: Any):
         super().__init__(cfg, task)
-        self.set_gate_losses(cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method)
+        self.set_gate_losses(
+            cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method, cfg.moe_stability_tokens
+        )
 
     def sample_size(self, sample: dict[str, Any]) -> Tensor:
         return sample["target"].ne(self.padding_idx).sum()

@@ -32,7 +32,9 @@ class MoESentencePrediction(GateLossesOfFairseq, SentencePredictionCriterion):
 
     def __init__(self, cfg: MoESentencePredictionConfig, task: Any):
         super().__init__(cfg, task)
-        self.set_gate_losses(cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method)
+        self.set_gate_losses(
+            cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method, cfg.moe_stability_tokens
+        )
 
     def sample_size(self, sample: dict[str, Any]) -> int:
         return sample["target"].numel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from evomoe_plugin.models.mixed_precision import in_matmul_dtype
 from evomoe_plugin.models.moe_stack import MoEStack
 from evomoe_plugin.models.segments import Segments, documents
 from evomoe_plugin.models.vocabulary_loss import smoothed_vocabulary_loss, vocabulary_loss
-from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import sequence_keys
 from evomoe_plugin.routing.padding import Padding, padding_of
 
@@ -157,8 +155,8 @@ class MoEDecoder(MoEStack, TransformerDecoder):
             `moe_token_routing` (name -> [L, batch, length], of `routing.stability.token_routing`),
             these four only if there are MoE layers.
         """
-        if with_token_routing and (self.training or self.in_dense_phase):
-            raise ValueError("token routing is that of gates in evaluation mode")
+        if with_token_routing:
+            self.check_routes()
         if segments is not None and (incremental_state is not None or full_context_alignment):
             raise ValueError(
                 "rows of several examples support neither incremental decoding nor "
@@ -235,12 +233,8 @@ class MoEDecoder(MoEStack, TransformerDecoder):
             self.add_to_update(stats)
         extra: dict[str, Any] = {"attn": [attn], "inner_states": inner_states}
         extra |= self.moe_outputs(list(aux.values()), moe_stats)
-        if with_token_routing and self.moe_layers:
-            length_first = x.size(1), x.size(0)
-            extra["moe_token_routing"] = {
-                name: torch.stack([row[name].view(length_first).t() for row in stats.values()])
-                for name in (st.FIRST_EXPERT_T, st.COMBINE_WEIGHT_T)
-            }
+        if with_token_routing:
+            extra |= self.token_routing(stats, x.transpose(0, 1))
         return x, extra
 
     def _documents(self, tokens_BT: Tensor, is_incremental: bool) -> Tensor | None:

@@ -66,21 +66,28 @@ class MoEEncoder(MoEStack, TransformerEncoderBase):
         src_lengths: Tensor | None = None,
         return_all_hiddens: bool = False,
         token_embeddings: Tensor | None = None,
+        with_token_routing: bool = False,
     ) -> dict[str, Any]:
         """As fairseq's encoder, whose dict has besides:
 
-        `moe`, a dict with `moe_aux` (name -> [L]), `moe_aux_coefficients` (name -> float) and
-        `moe_stats` (as `MoEDecoder.extract_features`), which is empty without MoE layers.
+        `moe`, a dict with `moe_aux` (name -> [L]), `moe_aux_coefficients` (name -> float),
+        `moe_stats` and `moe_token_routing` (as `MoEDecoder.extract_features`), which is empty
+        without MoE layers.
 
         Args:
             src_tokens: [batch, length].
             src_lengths: not used: padding is where its token id is.
             return_all_hiddens: return `encoder_states`.
             token_embeddings: [batch, length, D], in place of those of the tokens.
+            with_token_routing: as `MoEDecoder.extract_features`.
         """
+        if with_token_routing:
+            self.check_routes()
         padding_mask = src_tokens.eq(self.padding_idx)
         known_mask = padding_mask if padding_of(src_tokens, self.padding_idx).count else None
-        tokens = {"token_ids": src_tokens.t()}
+        tokens: dict[str, Any] = {"token_ids": src_tokens.t()}
+        if with_token_routing:
+            tokens["with_token_routing"] = True
         if self.training:
             tokens["token_keys"] = sequence_keys(src_tokens, ~padding_mask).t()
         x, embedded = self.forward_embedding(src_tokens, token_embeddings)
@@ -103,6 +110,9 @@ class MoEEncoder(MoEStack, TransformerEncoderBase):
         if self.training:
             self.check_finite(x, inner_states, moe_stats)
             self.add_to_update(stats)
+        moe = self.moe_outputs(list(aux.values()), moe_stats)
+        if with_token_routing:
+            moe |= self.token_routing(stats, x)
         return {
             "encoder_out": [x],
             "encoder_padding_mask": [padding_mask],
@@ -110,5 +120,5 @@ class MoEEncoder(MoEStack, TransformerEncoderBase):
             "encoder_states": inner_states if return_all_hiddens else [],
             "src_tokens": [],
             "src_lengths": [(~padding_mask).sum(1, keepdim=True).int()],
-            "moe": self.moe_outputs(list(aux.values()), moe_stats),
+            "moe": moe,
         }

@@ -40,12 +40,6 @@ class MoELanguageModel(MoEModel, TransformerLanguageModel):
         """The decoder."""
         return {"": self.decoder}
 
-    @property
-    def num_gated_layers(self) -> int:
-        """L, of the layers whose `moe_token_routing` the forward pass gives if asked to; 0 in the
-        dense phase."""
-        return 0 if self.decoder.in_dense_phase else len(self.decoder.moe_layers)
-
     @classmethod
     def complete(cls, args: Any) -> None:
         """Check the options, and set those that follow from others.

@@ -65,6 +65,16 @@ class MoEModel:
             for prefix, flops in self.forward_flops_by_stack.items()
         }
 
+    @property
+    def gated_layers(self) -> dict[str, int]:
+        """L, of the layers whose `moe_token_routing` the forward pass gives if asked to, by the
+        prefix of the stack, without stacks that have none; empty in the dense phase."""
+        return {
+            prefix: len(stack.moe_layers)
+            for prefix, stack in self.moe_stacks.items()
+            if stack.moe_layers and not stack.in_dense_phase
+        }
+
     def freeze(self) -> None:
         """Apply `--moe-train-only`, and wrap for FSDP what it left unwrapped; `build_model` calls
         it last.

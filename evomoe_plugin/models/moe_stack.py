@@ -192,6 +192,34 @@ class MoEStack:
             if st.is_logged(name, value)
         }
 
+    def check_routes(self) -> None:
+        """Raise `ValueError` unless gates route as in evaluation."""
+        assert isinstance(self, nn.Module)
+        if self.training or self.in_dense_phase:
+            raise ValueError("token routing is that of gates in evaluation mode")
+
+    def token_routing(
+        self, stats: Mapping[int, Mapping[str, Tensor]], x: Tensor
+    ) -> dict[str, dict[str, Tensor]]:
+        """`moe_token_routing`, name -> [L, batch, length], of `routing.stability.token_routing`;
+        empty without MoE layers.
+
+        Args:
+            stats: of each MoE layer.
+            x: [length, batch, D].
+        """
+        if not self.moe_layers:
+            return {}
+        rows = [
+            {name: row[name].view(x.shape[:2]).t() for name in st.OF_TOKENS}
+            for row in stats.values()
+        ]
+        return {
+            "moe_token_routing": {
+                name: torch.stack([row[name] for row in rows]) for name in st.OF_TOKENS
+            }
+        }
+
     # Statistics of an update, from which gates learn. They are summed here and not in the layers,
     # whose forward pass activation checkpointing runs twice.
 

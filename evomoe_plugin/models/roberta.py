@@ -68,6 +68,21 @@ class RobertaMoEEncoder(RobertaEncoder):
         encoder.apply(init_bert_params)
         return encoder
 
+    def forward(
+        self,
+        src_tokens: Tensor,
+        features_only: bool = False,
+        return_all_hiddens: bool = False,
+        masked_tokens: Tensor | None = None,
+        with_token_routing: bool = False,
+        **unused: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As fairseq's; `with_token_routing` as in `MoEDecoder.extract_features`."""
+        x, extra = self.extract_features(
+            src_tokens, return_all_hiddens, with_token_routing=with_token_routing
+        )
+        return x if features_only else self.output_layer(x, masked_tokens), extra
+
     def extract_features(
         self, src_tokens: Tensor, return_all_hiddens: bool = False, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -80,6 +95,7 @@ class RobertaMoEEncoder(RobertaEncoder):
             src_tokens,
             return_all_hiddens=return_all_hiddens,
             token_embeddings=kwargs.get("token_embeddings"),
+            with_token_routing=kwargs.get("with_token_routing", False),
         )
         inner_states = out["encoder_states"] if return_all_hiddens else None
         return out["encoder_out"][0].transpose(0, 1), {"inner_states": inner_states, **out["moe"]}

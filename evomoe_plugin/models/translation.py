@@ -88,20 +88,32 @@ class TransformerMoE(MoEModel, TransformerModelBase):
         src_lengths: Tensor | None,
         prev_output_tokens: Tensor,
         return_all_hiddens: bool = False,
+        with_token_routing: bool = False,
         **of_decoder: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """As fairseq's Transformer; other arguments as in `MoEDecoder.forward`.
 
-        `moe_aux`, `moe_aux_coefficients` and `moe_stats` of encoder and decoder have names with the
-        prefixes `encoder_` and `decoder_`.
+        `moe_aux`, `moe_aux_coefficients`, `moe_stats` and, `with_token_routing`,
+        `moe_token_routing` of encoder and decoder have names with the prefixes `encoder_` and
+        `decoder_`.
         """
         encoder_out = self.encoder(
-            src_tokens, src_lengths=src_lengths, return_all_hiddens=return_all_hiddens
+            src_tokens,
+            src_lengths=src_lengths,
+            return_all_hiddens=return_all_hiddens,
+            with_token_routing=with_token_routing,
         )
         x, extra = self.decoder(
-            prev_output_tokens, encoder_out=encoder_out, src_lengths=src_lengths, **of_decoder
+            prev_output_tokens,
+            encoder_out=encoder_out,
+            src_lengths=src_lengths,
+            with_token_routing=with_token_routing,
+            **of_decoder,
         )
-        for name in ("moe_aux", "moe_aux_coefficients", "moe_stats"):
+        outputs_of_layers = ["moe_aux", "moe_aux_coefficients", "moe_stats"]
+        if with_token_routing:
+            outputs_of_layers.append("moe_token_routing")
+        for name in outputs_of_layers:
             outputs = {"encoder_": encoder_out["moe"], "decoder_": extra}
             extra[name] = {
                 prefix + key: value

@@ -46,6 +46,7 @@ PER_EXPERT = (LOAD_E, WEIGHT_E)
 # Of each token, on request (`routing.stability`); these are no sums.
 FIRST_EXPERT_T = "first_expert"
 COMBINE_WEIGHT_T = "combine_weight"
+OF_TOKENS = (FIRST_EXPERT_T, COMBINE_WEIGHT_T)
 
 
 def routing_stats(

@@ -94,7 +94,7 @@ class MoETrainer(Trainer):
     """
 
     _amp_retries: int  # set by fairseq with --amp
-    _routing_sample: RoutingSample | None = None  # of the validation in progress
+    _routing: Sequence[RoutingSample] = ()  # of the validation in progress
     _has_begun = False
     has_stepped = False
     """Whether a trainer of this process has begun a step; set on the class, by the last one."""
@@ -117,7 +117,7 @@ class MoETrainer(Trainer):
         self.cfg = cfg
         with self._weights_in_fp32():
             super().__init__(cfg, task, model, criterion, *args, **kwargs)
-        self._routing_samples: dict[str, RoutingSample] = {}
+        self._routing_samples: dict[tuple[str, str], RoutingSample] = {}
 
     @property
     def is_fully_sharded(self) -> bool:
@@ -512,7 +512,7 @@ class MoETrainer(Trainer):
     ) -> EpochBatchIterating:
         """The batches of a validation subset; `valid_step` is for those of the last call."""
         batches = super().get_valid_iterator(subset, disable_iterator_cache)
-        self._routing_sample = validation.begin_routing_sample(
+        self._routing = validation.begin_routing_samples(
             self, subset, batches, self._routing_samples
         )
         most = self.cfg.dataset.max_valid_steps
@@ -536,7 +536,7 @@ class MoETrainer(Trainer):
         Returns:
             What was logged.
         """
-        return validation.valid_step(self, sample, raise_oom, self._routing_sample)
+        return validation.valid_step(self, sample, raise_oom, self._routing)
 
     @property
     def _scaler(self) -> Any:

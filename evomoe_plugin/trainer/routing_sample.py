@@ -36,17 +36,25 @@ class RoutingSample:
         dataset: whose batches have the index of each row as `id`.
         num_tokens: size of the sample; fewer if the data set is smaller.
         padding: token id of padding.
+        stack: whose tokens they are, one of `routing.stats.STACKS`; prefix of the names.
     """
 
-    def __init__(self, dataset: FairseqDataset, num_tokens: int, padding: int):
-        self._padding = padding
+    def __init__(self, dataset: FairseqDataset, num_tokens: int, padding: int, stack: str = ""):
+        self._padding, self._stack = padding, stack
         bounds = [0]  # of the rows in the sample
         while bounds[-1] < num_tokens and len(bounds) <= len(dataset):
-            bounds.append(bounds[-1] + int(dataset.num_tokens(len(bounds) - 1)))
+            bounds.append(bounds[-1] + self._length(dataset, len(bounds) - 1))
         self._bounds = torch.tensor(bounds).clamp(max=num_tokens)
         self._steps_left = 0
         self._table = torch.empty(0)
         self._earlier: Tensor | None = None  # the table of the last validation
+
+    def _length(self, dataset: FairseqDataset, index: int) -> int:
+        """Tokens of a row; of a pair, those of the stack's side."""
+        if not self._stack:
+            return int(dataset.num_tokens(index))
+        size = dataset.size(index)
+        return int(size[self._stack == "decoder_"] if isinstance(size, tuple) else size)
 
     def begin(self, num_layers: int, num_steps: int, device: torch.device) -> None:
         """Begin a validation; one that was not finished is forgotten.
@@ -68,7 +76,8 @@ class RoutingSample:
         if not found:
             return None
         rows_B, ids_B = torch.tensor(found).unbind(1)
-        tokens_BT = batch["net_input"]["src_tokens"].cpu()[rows_B]
+        name = "prev_output_tokens" if self._stack == "decoder_" else "src_tokens"
+        tokens_BT = batch["net_input"][name].cpu()[rows_B]
         is_token_BT = tokens_BT != self._padding
         indices_BT = self._bounds[ids_B].unsqueeze(1) + is_token_BT.cumsum(1) - 1
         in_sample_BT = is_token_BT & (indices_BT < self._bounds[ids_B + 1].unsqueeze(1))
@@ -81,13 +90,14 @@ class RoutingSample:
         """Add where tokens of a batch were routed.
 
         Args:
-            routing: of the whole batch, name -> [L, B, length] (`routing.stability`).
+            routing: of the whole batch, name with the stack's prefix -> [L, B, length]
+                (`routing.stability`).
         """
         device = self._table.device
         rows_T, columns_T, indices_T, token_ids_T = (part.to(device) for part in tokens)
         columns = [(token_ids_T + 1).unsqueeze(0)]
-        for name in (st.FIRST_EXPERT_T, st.COMBINE_WEIGHT_T):
-            columns.append(routing[name][:, rows_T, columns_T])
+        for name in st.OF_TOKENS:
+            columns.append(routing[self._stack + name][:, rows_T, columns_T])
         self._table[:, indices_T] = torch.cat([column.double() for column in columns])
 
     def finish_step(self, group: Any) -> None:
@@ -102,9 +112,9 @@ class RoutingSample:
         if group is not None:
             distributed_utils.all_reduce(self._table, group)
         for name, value_L in self._numbers().items():
-            metrics.log_scalar(name, float(value_L.mean()), round=4)
+            metrics.log_scalar(self._stack + name, float(value_L.mean()), round=4)
             for n, value in enumerate(value_L.tolist()):
-                metrics.log_scalar(f"{name}_{n}", value, round=4)
+                metrics.log_scalar(f"{self._stack}{name}_{n}", value, round=4)
 
     def _numbers(self) -> dict[str, Tensor]:
         """name -> [L] of this validation, which is now the last one."""

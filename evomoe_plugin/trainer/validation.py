@@ -1,9 +1,9 @@
-"""Validation of a trainer's model: a batch, the sample of routing, the metric of the best one."""
+"""Validation of a trainer's model: a batch, samples of routing, the metric of the best one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,29 +30,35 @@ class FirstBatches(EpochBatchIterating):
         return self._batches.next_epoch_itr(*args, **kwargs).take(self._most)
 
 
-def begin_routing_sample(
-    trainer: Any, subset: str, batches: EpochBatchIterating, samples: dict[str, RoutingSample]
-) -> RoutingSample | None:
-    """The sample of a subset that is validated on `batches`; None: routing is not compared.
+def begin_routing_samples(
+    trainer: Any,
+    subset: str,
+    batches: EpochBatchIterating,
+    samples: dict[tuple[str, str], RoutingSample],
+) -> list[RoutingSample]:
+    """The samples of a subset that is validated on `batches`, one of each stack of layers; none:
+    routing is not compared.
 
     Args:
-        samples: by subset, those of earlier validations; a new one is added.
+        samples: by subset and stack, those of earlier validations; new ones are added.
     """
     num_tokens = getattr(trainer.get_criterion(), "stability_tokens", 0)
-    num_layers = getattr(trainer.get_model(), "num_gated_layers", 0)
-    if not (num_tokens and num_layers and isinstance(batches, EpochBatchIterator)):
-        return None
-    if subset not in samples:
-        padding = trainer.task.source_dictionary.pad()
-        samples[subset] = RoutingSample(batches.dataset, num_tokens, padding)
+    if not (num_tokens and isinstance(batches, EpochBatchIterator)):
+        return []
     most = trainer.cfg.dataset.max_valid_steps
     steps = len(batches) if most is None else min(len(batches), most)
-    samples[subset].begin(num_layers, steps, trainer.device)
-    return samples[subset]
+    found = []
+    for stack, num_layers in getattr(trainer.get_model(), "gated_layers", {}).items():
+        if (subset, stack) not in samples:
+            padding = trainer.task.source_dictionary.pad()
+            samples[subset, stack] = RoutingSample(batches.dataset, num_tokens, padding, stack)
+        samples[subset, stack].begin(num_layers, steps, trainer.device)
+        found.append(samples[subset, stack])
+    return found
 
 
 def valid_step(
-    trainer: Any, sample: Any, raise_oom: bool = False, routing: RoutingSample | None = None
+    trainer: Any, sample: Any, raise_oom: bool = False, routing: Sequence[RoutingSample] = ()
 ) -> Any:
     """Evaluate a batch.
 
@@ -60,20 +66,24 @@ def valid_step(
         sample: the batch; empty on a rank that has none left.
         raise_oom: raise if it does not fit into memory, instead of trying once more. Where there
             are other ranks, the run ends.
-        routing: gets the routing of the batch's tokens.
+        routing: get the routing of the batch's tokens.
     Returns:
         What was logged.
     """
-    tokens = routing.tokens_of(sample) if routing and sample else None
+    tokens = [each.tokens_of(sample) if sample else None for each in routing]
+    is_asked = any(found is not None for found in tokens)
     sample, is_dummy = trainer._prepare_sample(sample)
-    if tokens is not None:
+    if is_asked:
         asking = {**sample["net_input"], "with_token_routing": True}
         sample = {**sample, "net_input": asking}
     trainer.model.eval()
     trainer.criterion.eval()
     size, logging_output = _evaluate(trainer, sample, raise_oom)
-    if routing and tokens is not None:
-        routing.add(tokens, logging_output.pop("moe_token_routing"))
+    if is_asked:
+        token_routing = logging_output.pop("moe_token_routing")
+        for each, found in zip(routing, tokens, strict=True):
+            if found is not None:
+                each.add(found, token_routing)
     logging_outputs, group = [logging_output], None
     if trainer.data_parallel_world_size > 1:
         group = trainer.data_parallel_process_group
@@ -81,8 +91,8 @@ def valid_step(
             logging_outputs, 0 * size if is_dummy else size, ignore=is_dummy
         )
     logged = trainer._reduce_and_log_stats(logging_outputs, size)
-    if routing:
-        routing.finish_step(group)
+    for each in routing:
+        each.finish_step(group)
     return logged
 
 

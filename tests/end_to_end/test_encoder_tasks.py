@@ -127,6 +127,13 @@ class Trained:
         found = re.findall(rf"(?:\| {tag} \| )?(\{{.*\"epoch\".*\}})", text)
         return [json.loads(line) for line in found if '"num_updates"' in line]
 
+    def valid(self, name):
+        """What validations logged of their samples of tokens."""
+        lines = [x for x in (self(name) / "log").read_text().splitlines() if x[:2] == '{"']
+        found = [json.loads(line) for line in lines if '"valid_num_updates"' in line]
+        named = re.compile(r"valid_(\w+_)?(stability|purity|combine_weight)(_\d)?$")
+        return [{k: float(v) for k, v in record.items() if named.match(k)} for record in found]
+
 
 @pytest.fixture(scope="module", params=TASKS)
 def trained(request, data, tmp_path_factory):
@@ -148,6 +155,17 @@ def test_every_layout_gives_the_same_model(trained, layout):
     for a, b in zip(one, other, strict=True):
         for name in numbers:
             assert float(a[name]) == pytest.approx(float(b[name]), rel=3e-3, abs=3e-3), name
+    first, second = trained.valid("one")
+    names = {
+        f"valid_{prefix}{name}{layer}"
+        for prefix in PREFIXES[trained.task]
+        for name in ("stability", "purity", "combine_weight")
+        for layer in ("", "_0")
+    }
+    assert second.keys() == names
+    assert first.keys() == {name for name in names if "stability" not in name}
+    for ours, theirs in zip((first, second), trained.valid(layout), strict=True):
+        assert theirs == pytest.approx(ours, abs=0.03)  # a few tokens
     assert one[0][f"{prefix}experts_per_token"] == "1"  # before the spawn
     assert one[2][f"{prefix}experts_per_token"] != "1"
     assert_same_weights(

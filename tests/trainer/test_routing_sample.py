@@ -118,6 +118,64 @@ def test_a_smaller_data_set_is_the_sample():
         assert logged == pytest.approx(by_loops(number, len(IDS)), abs=6e-5)
 
 
+class Pairs(Rows):
+    """Whose source sides are the first of those rows, and target sides the last, in pairs."""
+
+    def __len__(self):
+        return 3
+
+    def size(self, index):
+        return len(self.rows[index]), len(self.rows[index + 4])
+
+    def num_tokens(self, index):
+        return max(self.size(index))
+
+
+def test_each_side_of_pairs_has_its_own_tokens():
+    """Sources padded on the left, as fairseq does."""
+    sides = {"encoder_": ("src_tokens", 0), "decoder_": ("prev_output_tokens", 4)}
+    batches = [[2, 0], [1]]
+    for stack, (name, first_row) in sides.items():
+        sample, logged = RoutingSample(Pairs(), 20, PAD, stack), {}
+        rows = ROWS.rows[first_row : first_row + 3]
+        ids = sum(rows, [])[:20]
+        start = sum(map(len, ROWS.rows[:first_row]))
+        for number in range(2):
+            sample.begin(L, len(batches), torch.device("cpu"))
+            with metrics.aggregate(new_root=True) as meters:
+                for indices in batches:
+                    given = {"id": torch.tensor(indices), "net_input": {}}
+                    for other, row in sides.values():
+                        tokens = [torch.tensor(ROWS.rows[row + i]) for i in indices]
+                        left = other == "src_tokens"
+                        given["net_input"][other] = data_utils.collate_tokens(
+                            tokens, PAD, left_pad=left
+                        )
+                    places = [
+                        torch.arange(len(rows[i])) + start + sum(map(len, rows[:i]))
+                        for i in indices
+                    ]
+                    place = data_utils.collate_tokens(places, 0, left_pad=name == "src_tokens")
+                    routing = {
+                        stack + st.FIRST_EXPERT_T: FIRST[number][:, place],
+                        stack + st.COMBINE_WEIGHT_T: WEIGHT[number][:, place],
+                    }
+                    found = sample.tokens_of(given)
+                    if found is not None:
+                        sample.add(found, routing)
+                    sample.finish_step(None)
+            logged = meters.get_smoothed_values()
+        first = FIRST[:, :, start : start + 20].tolist()
+        for n in range(L):
+            kept = sum(a == b for a, b in zip(first[0][n], first[1][n], strict=True))
+            wanted = {
+                f"{stack}stability_{n}": kept / 20,
+                f"{stack}purity_{n}": purity_by_loops(ids, first[1][n]),
+                f"{stack}combine_weight_{n}": WEIGHT[1, n, start : start + 20].mean().item(),
+            }
+            assert {key: logged[key] for key in wanted} == pytest.approx(wanted, abs=6e-5)
+
+
 def test_batches_without_a_token_of_it_are_not_asked():
     sample = RoutingSample(ROWS, SIZE, PAD)
     assert [sample.tokens_of(batch([i])[0]) is None for i in range(7)] == [False] * 4 + [True] * 3
