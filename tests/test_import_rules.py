@@ -51,7 +51,7 @@ ALLOWED = {
     "evolve": MODEL | {"checkpoint", "data", "evaluation", "trainer"},
     "generation": MODEL | {"checkpoint", "data"},
     "export": MODEL | {"checkpoint", "data", "generation"},
-    "report": MODEL | {"data", "evolve", "generation", "metrics"},
+    "report": MODEL | {"checkpoint", "data", "evolve", "generation", "metrics"},
     "patches": BASE | {"checkpoint", "dispatch", "quiet_imports"},
     "quiet_imports": set(),
     "launch": BASE

@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
         import evomoe_plugin
 
         evomoe_plugin.register()
-        from evomoe_plugin.generation.loading import load_trained_model
-        from evomoe_plugin.report.routed_sample import route_sample
+        from evomoe_plugin.generation.loading import OF_TEXT, load_trained_model
+        from evomoe_plugin.report.routed_sample import route_samples
 
         for path, name in zip(args.checkpoint, names(args.checkpoint), strict=True):
-            trained = load_trained_model("checkpoint", path, args.data)
-            samples.append(route_sample(trained, name, args.gen_subset, args.tokens))
+            trained = load_trained_model("checkpoint", path, args.data, others=OF_TEXT)
+            samples += route_samples(trained, name, args.gen_subset, args.tokens)
     write_atomically(out, page.render(logs, samples, args.title))
-    print(f"{out}: {len(logs)} runs, {len(samples)} checkpoints")
+    print(f"{out}: {len(logs)} runs, {len(args.checkpoint)} checkpoints")
     return 0
 
 

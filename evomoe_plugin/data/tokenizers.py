@@ -52,9 +52,9 @@ class Tokenizer(Protocol):
         ...
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the main file of a tokenizer."""
-    names = (SENTENCEPIECE_MODEL, TOKENIZER_JSON, GPT2_ENCODER)
+def has_tokenizer(folder: Path, lang: str | None = None) -> bool:
+    """Whether a folder has the main file of a tokenizer, of one language or of all text."""
+    names = (SENTENCEPIECE_MODEL, model_name(lang), TOKENIZER_JSON, GPT2_ENCODER)
     return any((folder / name).is_file() for name in names)
 
 

@@ -34,17 +34,24 @@ class TextCodec:
             text is split at spaces, as in fairseq's own commands without `--bpe`.
         dictionary: the task's.
         chat_template: the option of fine-tuning.
+        lang: the language, where each may have a tokenizer of its own.
     Raises:
         OptionError: tokenizer and dictionary do not match.
     """
 
-    def __init__(self, folder: Path, dictionary: Dictionary, chat_template: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        dictionary: Dictionary,
+        chat_template: str | None = None,
+        lang: str | None = None,
+    ):
         self.dictionary, self._folder = dictionary, folder
         self.tokenizer: Tokenizer | None = None
         self._chat_template = chat_template
-        if not has_tokenizer(folder):
+        if not has_tokenizer(folder, lang):
             return
-        self.tokenizer = tokenizer = load_tokenizer(folder)
+        self.tokenizer = tokenizer = load_tokenizer(folder, lang)
         try:
             self._token_ids = dictionary_ids(tokenizer, dictionary).tolist()
         except ValueError as error:

@@ -7,13 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import tasks
+from fairseq.data import LanguagePairDataset, MaskTokensDataset, TokenBlockDataset
 from torch import Tensor, nn
 
+from evomoe_plugin.checkpoint.build_model import describe
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.perplexity import check_split
-from evomoe_plugin.generation.loading import TrainedModel
+from evomoe_plugin.generation.loading import OF_TEXT, TRANSLATION, TrainedModel
+from evomoe_plugin.generation.text import TextCodec
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.report.token_kinds import KINDS, kinds_of
 from evomoe_plugin.report.token_sources import TokenSources
@@ -32,7 +36,7 @@ class LayerRouting:
     number: int
     """Among the MoE layers."""
     layer: int
-    """Among the decoder's layers."""
+    """Among the layers of its encoder or decoder."""
     tokens: int
     experts: int
     """That can be selected."""
@@ -90,6 +94,8 @@ class RoutedSample:
     """Kinds of tokens and their shares of the sample."""
     sources: list[tuple[str, float]]
     """Inputs of `evomoe prepare` and their shares; empty if they are not known."""
+    has_documents: bool
+    """Whether rows are of documents, whose sources may be known."""
     layers: list[LayerRouting]
 
     @property
@@ -107,61 +113,98 @@ def _with_shares(names: Sequence[tuple[str, float]]) -> list[str]:
     return [f"{name} ({100 * share:.0f} %)" for name, share in names]
 
 
-def route_sample(trained: TrainedModel, name: str, subset: str, tokens: int) -> RoutedSample:
+@dataclass(frozen=True)
+class _Side:
+    """An encoder or decoder with MoE layers, and what it reads."""
+
+    name: str
+    """Empty for that of a model with one."""
+    inputs: str
+    """Name of its tokens in a batch."""
+    codec: TextCodec
+    layers: list[tuple[int, MoELayer]]
+    """With their numbers among all of its layers."""
+
+
+def route_samples(trained: TrainedModel, name: str, subset: str, tokens: int) -> list[RoutedSample]:
     """Route rows at even distances over a split, in evaluation mode.
 
     Args:
         name: of the checkpoint, for the page.
-        tokens: at most so many, at least one row.
+        tokens: at most so many, of the longer side of pairs; at least one row.
+    Returns:
+        one; of a translation model, one of each side that has MoE layers.
     Raises:
         OptionError: the checkpoint has no MoE layer or another task, or the split is missing.
     """
-    layers = [
-        (n, layer.moe)
-        for n, layer in enumerate(trained.model.decoder.layers)
-        if isinstance(getattr(layer, "moe", None), MoELayer)
-    ]
-    if not layers:
+    sides = _sides(trained)
+    if not sides:
         raise OptionError("checkpoint", name, "has no MoE layer: give one of an MoE model")
-    plans: list[list[RoutingPlan]] = [[] for _ in layers]
+    moes = [moe for side in sides for _, moe in side.layers]
+    plans: list[list[RoutingPlan]] = [[] for _ in moes]
     hooks = [
         moe.experts.register_forward_pre_hook(_keep_plan(kept))
-        for (_, moe), kept in zip(layers, plans, strict=True)
+        for moe, kept in zip(moes, plans, strict=True)
     ]
     dataset = _dataset(trained, subset)
-    sources = TokenSources.of(trained.folder, subset, dataset.dataset.dataset.sizes)
-    ids, of_sources = [], []
+    blocks = _blocks(dataset)
+    sources = None if blocks is None else TokenSources.of(trained.folder, subset, blocks.sizes)
+    ids: list[list[Tensor]] = [[] for _ in sides]
+    of_sources = []
     try:
         with torch.no_grad():
-            for n, row_T in _rows(dataset, tokens):
+            for n, inputs in _rows(dataset, trained, tokens):
                 # One at a time: tokens are in the same order in every layer.
-                trained.model(row_T.unsqueeze(0))
-                ids.append(row_T)
-                if sources is not None:
-                    # The model reads the token before each target.
-                    end = int(dataset.dataset.slice_indices[n][1]) - 1
-                    of_sources.append(sources.between(end - len(row_T), end))
+                trained.model(**inputs)
+                for side, rows in zip(sides, ids, strict=True):
+                    rows.append(inputs[side.inputs][0])
+                if blocks is not None and sources is not None:
+                    of_sources.append(blocks.sources(sources, n, len(ids[0][-1])))
     finally:
         for hook in hooks:
             hook.remove()
-    ids_T = torch.cat(ids)
-    kinds = kinds_of(trained.codec, ids_T.unique().tolist())
-    kinds_T = torch.tensor([kinds[token] for token in ids_T.tolist()])
-    groups = [_Groups(kinds_T, KINDS)]
-    if sources is not None:
-        groups.append(_Groups(torch.cat(of_sources), sources.names))
-    return RoutedSample(
-        name=name,
-        num_updates=trained.num_updates,
-        tokens=len(ids_T),
-        subset=subset,
-        kinds=groups[0].shares,
-        sources=groups[1].shares if groups[1:] else [],
-        layers=[
-            _counted(number, n, moe, kept, ids_T, groups, trained)
-            for number, ((n, moe), kept) in enumerate(zip(layers, plans, strict=True))
-        ],
-    )
+    source_T = torch.cat(of_sources) if of_sources else None
+    names = sources.names if sources is not None else []
+    found, plans_left = [], iter(plans)
+    for side, rows in zip(sides, ids, strict=True):
+        ids_T = torch.cat(rows)
+        kinds = kinds_of(side.codec, ids_T.unique().tolist())
+        kinds_T = torch.tensor([kinds[token] for token in ids_T.tolist()])
+        groups = [_Groups(kinds_T, KINDS)]
+        if source_T is not None:
+            groups.append(_Groups(source_T, names))
+        found.append(
+            RoutedSample(
+                name=f"{name}, {side.name}" if side.name else name,
+                num_updates=trained.num_updates,
+                tokens=len(ids_T),
+                subset=subset,
+                kinds=groups[0].shares,
+                sources=groups[1].shares if groups[1:] else [],
+                has_documents=blocks is not None,
+                layers=[
+                    _counted(number, n, moe, next(plans_left), ids_T, groups, side.codec)
+                    for number, (n, moe) in enumerate(side.layers)
+                ],
+            )
+        )
+    return found
+
+
+def _sides(trained: TrainedModel) -> list[_Side]:
+    found = []
+    for prefix, stack in getattr(trained.model, "moe_stacks", {}).items():
+        layers = [
+            (n, layer.moe)
+            for n, layer in enumerate(stack.layers)
+            if isinstance(getattr(layer, "moe", None), MoELayer)
+        ]
+        is_target = prefix == "decoder_"
+        inputs = "prev_output_tokens" if is_target else "src_tokens"
+        codec = trained.target_codec if is_target else trained.codec
+        if layers:
+            found.append(_Side(prefix.removesuffix("_"), inputs, codec or trained.codec, layers))
+    return found
 
 
 @dataclass(frozen=True)
@@ -194,26 +237,89 @@ def _dataset(trained: TrainedModel, subset: str) -> Any:
     """A split, in rows as the model was trained."""
     cfg = trained.cfg.task
     name = getattr(cfg, "_name", None)
-    if name != "language_modeling":
+    if name != "language_modeling" and name not in OF_TEXT:
         raise OptionError(
-            "checkpoint", f"of the task {name}", "give one that was trained with language_modeling"
+            "checkpoint",
+            f"of the task {name}",
+            f"give one that was trained with language_modeling, {' or '.join(OF_TEXT)}",
         )
-    check_split(str(trained.folder), subset)
+    splits = [subset]
+    if name == TRANSLATION:
+        langs = cfg.source_lang, cfg.target_lang
+        pairs = [f"{subset}.{'-'.join(pair)}" for pair in (langs, langs[::-1])]
+        known = [pair for pair in pairs if list(trained.folder.glob(f"{pair}.*.idx"))]
+        splits = [f"{(known or pairs)[0]}.{lang}" for lang in langs]
+    for split in splits:
+        check_split(str(trained.folder), split)
     task = tasks.setup_task(cfg)
-    task.load_dataset(subset)
-    return task.dataset(subset)
+    try:
+        task.load_dataset(subset)
+    except Exception as error:  # the sides of pairs do not fit each other, for example
+        raise OptionError(
+            "data", trained.folder, f"{subset} is no data of {name} ({describe(error)})"
+        ) from error
+    dataset = task.dataset(subset)
+    dataset.set_epoch(1)  # masks are those of validations
+    return dataset
 
 
-def _rows(dataset: Any, tokens: int) -> Iterator[tuple[int, Tensor]]:
-    """Numbers of rows at even distances over a split, and the model's inputs."""
-    distance = math.ceil(int(dataset.sizes.sum()) / tokens)
+@dataclass(frozen=True)
+class _Blocks:
+    """Rows that are blocks of a stream of tokens."""
+
+    blocks: TokenBlockDataset
+    reads_all: bool
+    """Whether rows begin with <s> and have all tokens of the block; else the model reads the token
+    before each of its targets."""
+
+    @property
+    def sizes(self) -> Any:
+        """Of the documents of the stream."""
+        return self.blocks.dataset.sizes
+
+    def sources(self, sources: TokenSources, n: int, length: int) -> Tensor:
+        """Where the tokens of a row are from; <s> counts as the first token."""
+        start, end = map(int, self.blocks.slice_indices[n])
+        if self.reads_all:
+            return torch.cat([sources.between(start, start + 1), sources.between(start, end)])
+        return sources.between(end - 1 - length, end - 1)
+
+
+def _blocks(dataset: Any) -> _Blocks | None:
+    """The blocks that rows are of; None for pairs of sentences."""
+    if isinstance(dataset, LanguagePairDataset):
+        return None
+    reads_all = False
+    while not isinstance(dataset, TokenBlockDataset):
+        reads_all |= isinstance(dataset, MaskTokensDataset)
+        fields = getattr(dataset, "defn", None)
+        dataset = fields["net_input.src_tokens"] if fields else dataset.dataset
+    return _Blocks(dataset, reads_all)
+
+
+def _rows(
+    dataset: Any, trained: TrainedModel, tokens: int
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Numbers of rows at even distances over a split, and the model's inputs; without pairs that it
+    has not enough positions for.
+
+    Raises:
+        OptionError: there is no row.
+    """
+    rows = np.arange(len(dataset))
+    if isinstance(dataset, LanguagePairDataset):
+        most = trained.model.max_positions()
+        rows, _ = dataset.filter_indices_by_size(rows, most)
+        if not len(rows):
+            raise OptionError("data", trained.folder, f"has no pair of at most {most} tokens")
+    sizes = [int(dataset.num_tokens(n)) for n in rows]
+    distance = math.ceil(sum(sizes) / tokens)
     found = 0
-    for n in range(0, len(dataset), distance):
-        source_T = dataset[n]["source"]
-        found += len(source_T)
-        if n and found > tokens:
+    for i in range(0, len(rows), distance):
+        found += sizes[i]
+        if i and found > tokens:
             return
-        yield n, source_T
+        yield rows[i], dataset.collater([dataset[rows[i]]])["net_input"]
 
 
 def _counted(
@@ -223,7 +329,7 @@ def _counted(
     plans: Sequence[RoutingPlan],
     ids_T: Tensor,
     groups: Sequence[_Groups],
-    trained: TrainedModel,
+    codec: TextCodec,
 ) -> LayerRouting:
     T, E = len(ids_T), moe.num_experts
     starts = torch.tensor([0, *(plan.num_tokens for plan in plans)]).cumsum(0).tolist()
@@ -261,7 +367,7 @@ def _counted(
         sources_SE=sources_SE[0] if sources_SE else [],
         together_EE=(mask_TE.t() @ mask_TE / pairs_E.unsqueeze(1)).tolist(),
         similarity_EE=similarity(moe.experts).tolist(),
-        commonest=[_commonest(ids_T[mask_TE[:, e] > 0], trained) for e in range(E)],
+        commonest=[_commonest(ids_T[mask_TE[:, e] > 0], codec) for e in range(E)],
     )
 
 
@@ -273,7 +379,7 @@ def similarity(experts: nn.Module) -> Tensor:
     return products_EE / (norm_E.unsqueeze(1) * norm_E)
 
 
-def _commonest(ids_N: Tensor, trained: TrainedModel) -> list[tuple[str, float]]:
+def _commonest(ids_N: Tensor, codec: TextCodec) -> list[tuple[str, float]]:
     ids, counts = ids_N.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:COMMONEST].tolist()
-    return [(trained.codec.name(int(ids[i])), float(counts[i]) / len(ids_N)) for i in order]
+    return [(codec.name(int(ids[i])), float(counts[i]) / len(ids_N)) for i in order]

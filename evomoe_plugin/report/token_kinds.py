@@ -16,7 +16,7 @@ _PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 def kinds_of(codec: TextCodec, tokens: Iterable[int]) -> dict[int, int]:
     """Token id -> its kind, an index of `KINDS`."""
-    silent = {*codec.without_text(), codec.dictionary.eos()}
+    silent = {*codec.without_text(), codec.dictionary.eos(), codec.dictionary.indices.get("<mask>")}
     pieces = {token: (codec.name(token), codec.decode([token])) for token in tokens}
     marked = any(_is_marked(*piece) for piece in pieces.values())
     return {

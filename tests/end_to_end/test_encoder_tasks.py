@@ -6,12 +6,19 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
+from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.tasks import setup_task
 
+from evomoe_plugin.cli import main
+from evomoe_plugin.generation.loading import OF_TEXT, load_trained_model
 from evomoe_plugin.models.freeze import trained_names
+from evomoe_plugin.report.routed_sample import route_samples
 from tests.end_to_end.runs import assert_same_weights, load
+from tests.report.test_report import save_card
 from tests.tiny_runs import ROOT, Runs
 
 SIZES = """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
@@ -224,6 +231,59 @@ def test_fairseq_validate_reports_what_training_did(trained, caplog):
     assert status == 0
     found = re.search(r'"valid_inner_loss": "([\d.]+)"', caplog.text)[1]
     assert float(found) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_a_report_routes_a_sample_through_each_side(trained, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(trained.runs.data, folder)
+    save_card(folder, [("x.txt", 10), ("y.txt", 14)])
+    checkpoint = str(trained("ep") / "checkpoint_last.pt")
+    model = load_trained_model("checkpoint", checkpoint, str(folder), others=OF_TEXT)
+    samples = route_samples(model, "moe", "valid", 10**6)
+    task, totals = setup_task(model.cfg.task), {}
+    task.load_dataset("valid")
+    batches = task.get_batch_iterator(task.dataset("valid"), max_tokens=200)
+    with torch.no_grad():
+        for batch in batches.next_epoch_itr(shuffle=False):
+            for name, value in model.model(**batch["net_input"])[1]["moe_stats"].items():
+                totals[name] = totals.get(name, 0) + value
+    for prefix, sample in zip(PREFIXES[trained.task], samples, strict=True):
+        (layer,) = sample.layers
+        (load_E,) = totals[f"{prefix}tokens_per_expert"]
+        assert layer.load_E == pytest.approx((load_E / load_E.sum()).tolist(), abs=0.01)
+        assert layer.layer == 1 and sample.tokens == totals[f"{prefix}tokens"]
+        first = "b" if prefix == "decoder_" else "a"
+        assert {name[0] for tokens in layer.commonest for name, _ in tokens} <= {first, "<"}
+        assert {name for tokens in layer.commonest for name, _ in tokens} & {"<mask>", "</s>"}
+        has_text = dict(sample.kinds)["begins a word"]
+        assert 0.6 < has_text < 1 and has_text + dict(sample.kinds)["no text"] == pytest.approx(1)
+    if trained.task == "roberta":
+        split = load_indexed_dataset(str(folder / "valid"), None)
+        sizes = split.sizes.tolist()
+        starts, length = [], 32  # of blocks of whole sentences, after <s>
+        for n, size in enumerate(sizes):
+            if length + size > 31:
+                starts, length = [*starts, n], 0
+            length += size
+        wanted = sum(sizes[:10]) + sum(n < 10 for n in starts)
+        assert dict(sample.sources)["x.txt"] == pytest.approx(wanted / sample.tokens)
+
+    def report(*given):
+        return main(["report", "--checkpoint", checkpoint, "--out", str(tmp_path / "page"), *given])
+
+    assert report("--data", str(folder), "--tokens", "60") == 0
+    page = (tmp_path / "page").read_text()
+    names = [s.name.replace("moe", "checkpoint_last") for s in samples]
+    assert re.findall(r"<h2>Routing of (.*?)</h2>", page) == names
+    other = next(str(path) for task, path in data.items() if task != trained.task)
+    for given, message in (
+        (("--data", other), "has no dict."),
+        (("--data", str(folder), "--gen-subset", "dev"), "has no dev"),
+    ):
+        capsys.readouterr()
+        assert report(*given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 @pytest.mark.slow

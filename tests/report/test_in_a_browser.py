@@ -84,7 +84,7 @@ def sample():
     kinds = [(name, 0.2) for name in KINDS]
     sources = [("texts/a-folder-of-a-long-name", 0.5), ("texts/b", 0.5)]
     return RoutedSample(
-        "run/checkpoints/checkpoint_best", 100, 100, "valid", kinds, sources, layers
+        "run/checkpoints/checkpoint_best", 100, 100, "valid", kinds, sources, True, layers
     )
 
 

@@ -19,7 +19,7 @@ from evomoe_plugin.generation.loading import load_trained_model
 from evomoe_plugin.metrics import parse_log
 from evomoe_plugin.report import charts, findings, page
 from evomoe_plugin.report.charts import Line
-from evomoe_plugin.report.routed_sample import LayerRouting, route_sample
+from evomoe_plugin.report.routed_sample import LayerRouting, route_samples
 from evomoe_plugin.report.token_kinds import BEGINS, INSIDE, NUMBER, PUNCTUATION, kind_of
 from evomoe_plugin.report.token_sources import TokenSources, grouped
 from tests.cli.checkpoints import save_checkpoint
@@ -84,7 +84,7 @@ def counted_by_loops(trained, tokens):
 @torch.no_grad()
 def test_counts_are_those_of_a_loop(checkpoint, given):
     trained = load_trained_model("checkpoint", checkpoint(**given))
-    sample = route_sample(trained, "moe", "valid", TOKENS)
+    (sample,) = route_samples(trained, "moe", "valid", TOKENS)
     stream = torch.cat([torch.tensor([2]), *_documents(trained)])
     rows = [stream[i : i + 64] for i in (0, 128)]  # every second, for 150 tokens of 252
     assert sample.tokens == 128 and [layer.layer for layer in sample.layers] == [0, 2]
@@ -122,7 +122,7 @@ def test_what_experts_share(checkpoint):
     for parameter in experts.parameters():
         parameter[1] = -2 * parameter[0]
         parameter[2] = parameter[0]
-    layer = route_sample(trained, "moe", "valid", TOKENS).layers[0]
+    layer = route_samples(trained, "moe", "valid", TOKENS)[0].layers[0]
     assert layer.similarity_EE[0][1:3] == pytest.approx([-1, 1])
     flat = [torch.cat([p[e].flatten() for p in experts.parameters()]) for e in (0, 3)]
     cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
@@ -197,7 +197,7 @@ def test_tokens_of_each_source_are_counted(checkpoint, words, tmp_path):  # noqa
     path = checkpoint(moe_gate="switch")
     save_card(words, [("a/x.txt", 5), ("b.txt", 7)])
     trained = load_trained_model("checkpoint", path)
-    sample = route_sample(trained, "moe", "valid", 1000)
+    (sample,) = route_samples(trained, "moe", "valid", 1000)
     # The model reads the end of a document before the first, and all tokens but the last.
     assert sample.tokens == 12 * 21
     of_first = 1 + 5 * 21
