@@ -138,6 +138,21 @@ def translate(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*rest, *(word for pair in ours.items() for word in pair)], lines
 
 
+def leave_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without published flags, for commands that evaluate, and a line on each.
+
+    Raises:
+        OptionError: a flag lacks its value.
+    """
+    given, rest = _divide(words)
+    return rest, [without_effect(flag, value) for flag, value in given.items()]
+
+
+def without_effect(flag: str, value: str) -> str:
+    """What is said of an option of the model that a command gives which evaluates a checkpoint."""
+    return f"{flag} {value}".strip() + " has no effect: the checkpoint says so"
+
+
 def _divide(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The published flags with their values, the last where one comes twice; all other words."""
     has_value = {row.flag: row.has_value for row in ROWS}

@@ -142,3 +142,34 @@ def test_the_parser_takes_them(caplog, capsys):
         )
     assert end.value.code == 2
     assert "contradicts --moe-gate" in capsys.readouterr().err
+
+
+def test_commands_that_evaluate_leave_options_of_the_model_out(caplog, capsys):
+    """As the checkpoint says them; the flags are those of the published WMT recipe."""
+    caplog.set_level("INFO")
+    moe = f"""--moe-expert-count 4 --moe-freq 2 --moe-gating-use-fp32 --encoder-moe-freq=2
+    --moe-gate-loss-wt 0 --moe-normalize-expert-grad world_size --moe-top1-expert --is-moe
+    --moe-eval-capacity-token-fraction -1.0 {GUMBEL} --max-temperature 2.0""".split()
+    command = ["data", *moe, *"--path x.pt --beam 4 --lenpen 0.6 --remove-bpe".split()]
+    generating = options.get_generation_parser()
+    generating.add_argument("--arch", "-a", default="wav2vec2")  # as fairseq-generate does
+    for parser in (generating, options.get_interactive_generation_parser()):
+        caplog.clear()
+        args = options.parse_args_and_arch(parser, command)
+        assert (args.data, args.path, args.beam, args.lenpen) == ("data", "x.pt", 4, 0.6)
+        assert not {name for name in vars(args) if name.startswith(("moe", "max_temp"))}
+        said = " has no effect: the checkpoint says so"
+        for line in ("--is-moe", GUMBEL, "--max-temperature 2.0", "--moe-freq 2"):
+            assert line + said in caplog.messages
+        assert len(caplog.messages) == sum(word.startswith("--") for word in moe)
+    args = options.parse_args_and_arch(
+        options.get_eval_lm_parser(), ["data", "--path", "x.pt", "--moe-expert-parallel-size", "2"]
+    )
+    assert args.moe_expert_parallel_size == 2  # the command has it
+    for given, named in (("--lr 0.3 --arch x", "--lr 0.3"), ("--lr=1", "--lr 1")):
+        parser = options.get_interactive_generation_parser()
+        with pytest.raises(SystemExit) as end:
+            options.parse_args_and_arch(parser, [*command, *given.split()])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {named}: this command has no such option")

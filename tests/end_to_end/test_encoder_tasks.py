@@ -78,6 +78,11 @@ PUBLISHED = {
         --ddp-backend fully_sharded --save-interval-updates 1 --validate-interval-updates 1
         --max-tokens 4096""",
 }
+# Repeated to evaluate.
+MOE = """--arch transformer_vaswani_wmt_en_de_big --share-all-embeddings --is-moe --moe-freq 2
+    --moe-expert-count 4 --moe-gating-use-fp32 --moe-top1-expert
+    --use-gumbel-softmax --gumbel-decay-factor 5000
+    --moe-eval-capacity-token-fraction -1.0""".split()
 SMALL = {
     "roberta": """--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
         --encoder-attention-heads 2""",
@@ -336,6 +341,6 @@ def test_published_command_lines(task, data, tmp_path):
     assert (model["moe_temperature_start"], model["moe_temperature_end"]) == (2.0, 0.5)
     evaluate, given = {
         "roberta": ("validate", ("--task", "masked_lm", "--batch-size", "4")),
-        "translation": ("generate", ("--batch-size", "128", "--beam", "5", "--remove-bpe")),
+        "translation": ("generate", ("--batch-size", "128", "--beam", "5", "--remove-bpe", *MOE)),
     }[task]
     assert runs.run(evaluate, runs.data, *plugin, "--path", last, *given) == 0
