@@ -18,9 +18,10 @@ from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates
 from evomoe_plugin.models import roberta
 from tests.test_hydra_configs import CONFIGS, DTS, resolved
 
+DTS_SOFTMAX = {**DTS, "model.moe_combine_weights": "softmax"}
 GATES = {
-    "dts": DTS,
-    "evomoe": {**DTS, "model.moe_spawn_method": "mask", "model.moe_spawn_rate": 0.3},
+    "dts": DTS_SOFTMAX,
+    "evomoe": {**DTS_SOFTMAX, "model.moe_spawn_method": "mask", "model.moe_spawn_rate": 0.3},
     "dense_moe": {"model.moe_gate": "dense", "criterion.moe_gate_loss_wt": 0.0},
     "switch": {"model.moe_gate": "switch", "criterion.moe_gate_loss_wt": 0.01},
 }
@@ -49,11 +50,14 @@ MODELS = {  # what is on record, MoE layers of each stack, experts
     "paper/wmt": (TRANSLATION, "transformer_wmt_en_de_big_moe", [3, 3], 4),
     "small/wmt": (TRANSLATION, "transformer_tiny_moe", [1, 1], 4),
     "paper/iwslt": (TRANSLATION, "transformer_iwslt_de_en_moe", [3, 3], 4),
+    "small/iwslt": (TRANSLATION, "transformer_tiny_moe", [1, 1], 4),
 }
+# Those that the study of benchmarks/study was declared with.
+STUDIED = [f"small/{model}_{gate}" for model in ("roberta", "wmt") for gate in ("dts", "evomoe")]
 RUNS = {
     f"{model}_{gate}": (model, gate)
     for model in MODELS
-    for gate in (["dts"] if model == "paper/iwslt" else GATES)
+    for gate in (["dts"] if model.endswith("iwslt") else GATES)
 }
 WMT = {
     "optimization.lr": [5e-4],
@@ -105,6 +109,8 @@ def test_values_and_models_are_those_on_record(run):
     wanted = {**on_record, **GATES[gate], "model._name": arch}
     if run.startswith("paper/wmt"):
         wanted |= WMT
+    if run in STUDIED:
+        wanted["model.moe_combine_weights"] = "gate"
     assert values(run, wanted) == wanted
     cfg = copy.deepcopy(resolved(run))
     with torch.device("meta"):
@@ -117,6 +123,8 @@ def test_values_and_models_are_those_on_record(run):
     if small in RUNS:  # equal but for size
         scaled = {"moe_expert_count", "moe_spawn_updates", "moe_hard_updates"}
         scaled |= {"moe_temperature_updates"}
+        if small in STUDIED:
+            scaled.add("moe_combine_weights")
         other = resolved(small).model
         for field, value in cfg.model.items():
             if field.startswith("moe_") and field not in scaled:
@@ -128,6 +136,11 @@ def test_annealing_and_capacities_of_translation_are_those_of_the_scripts():
         model = resolved(f"paper/{run}").model
         assert [model[f"moe_temperature_{name}"] for name in ANNEALING] == [2.0, 0.5, annealing]
         assert model.moe_hard_updates == hard
+    for size, share in (("paper", 20000), ("small", 300)):  # of the same shares of the run
+        cfg = resolved(f"{size}/iwslt_dts")
+        assert cfg.optimization.max_update == share
+        assert cfg.model.moe_temperature_updates * 20 == cfg.model.moe_hard_updates * 10 == share
+        assert cfg.model.share_decoder_input_output_embed and not cfg.model.share_all_embeddings
     assert resolved("paper/wmt_switch").model.moe_capacity_factor == 1.0
     assert resolved("paper/roberta_large_switch").model.moe_capacity_factor == 2.0
 
