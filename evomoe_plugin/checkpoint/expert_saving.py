@@ -31,7 +31,6 @@ from evomoe_plugin.checkpoint.expert_shards import (
     write_shard,
 )
 from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
-from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout, storages
 from evomoe_plugin.checkpoint.row_shards import gathered
 from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts
 from evomoe_plugin.config.errors import RunFailed
@@ -145,7 +144,7 @@ def take(trainer: Trainer, experts: ShardedExperts) -> tuple[dict[str, Any], Exp
     trainer._gathered_optim_state = {}
     state = utils.move_to_cpu(trainer.state_dict())
     state.pop("fsdp_metadata", None)
-    tensors = _own_weights(experts, fp32_masters(trainer))
+    tensors = _own_weights(experts, trainer.layout.fp32_masters(trainer))
     order: dict[str, int] = {}
     optimizer: dict[str, Entry] = {}
     if "last_optimizer_state" in state:
@@ -214,7 +213,7 @@ def _own_optimizer_state(
     named: dict[str, dict] = {}
     moments: dict[str, Tensor] = {}
     values: dict[str, dict] = {}
-    for storage in storages(trainer):
+    for storage in trainer.layout.storages(trainer):
         state = trainer.optimizer.optimizer.state.get(storage.owner)
         if not state:
             continue
@@ -252,8 +251,8 @@ def _number(key: str, value: Any) -> Any:
 def _optimizer_order(
     trainer: Trainer, experts: ShardedExperts, state: Mapping[str, Any]
 ) -> list[str]:
-    names = model_layout(trainer).names
-    if not trainer.is_fsdp:
+    names = trainer.layout.optimizer_layout(trainer).names
+    if not trainer.layout.has_fsdp_metadata:
         return list(names)
     everything = with_experts(state["model"], dict.fromkeys(experts.names()))
     trained = set(names)

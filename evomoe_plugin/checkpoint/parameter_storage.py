@@ -1,7 +1,8 @@
 """Where a run stores its parameters and the optimizer's moments of them.
 
 A parameter may be held once (fp32, memory-efficient half precision), twice (half precision with
-fp32 masters, flat or one by one), or in shards on several ranks (FSDP, flat or one by one).
+fp32 masters, flat or one by one), or in shards on several ranks (FSDP, flat or one by one):
+`trainer.layout.storages`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
-from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout
-from evomoe_plugin.checkpoint.row_shards import first_element, free_whole, own_rows, whole
+from evomoe_plugin.checkpoint.row_shards import first_element, whole
 
 
 @dataclass(frozen=True)
@@ -67,74 +66,6 @@ class Storage:
         }
 
 
-def storages(trainer: Any) -> Iterator[Storage]:
-    """All storages of what `trainer` trains, and under FSDP of what is frozen; in the same order on
-    all ranks."""
-    if trainer.is_fsdp2:
-        return _rows(trainer)
-    return _sharded(trainer) if trainer.is_fsdp else _whole(trainer)
-
-
-def _whole(trainer: Any) -> Iterator[Storage]:
-    """Without FSDP."""
-    parameters = trained_parameters(trainer)
-    masters = getattr(trainer.optimizer, "fp32_params", None)
-    if isinstance(masters, dict):  # by device
-        if len(masters) > 1:
-            raise NotImplementedError("parameters cannot be found with pipeline parallelism")
-        yield Storage(
-            next(iter(masters.values())),
-            tuple(name for name, _ in parameters),
-            tuple(p.shape for _, p in parameters),
-            copies=tuple(p for _, p in parameters),
-        )
-        return
-    if masters is None:
-        masters = [None] * len(parameters)
-    for (name, p), master in zip(parameters, masters, strict=True):
-        if master is None:
-            yield Storage(p, (name,), (p.shape,))
-        else:
-            yield Storage(master, (name,), (p.shape,), copies=(p,))
-
-
-def _rows(trainer: Any) -> Iterator[Storage]:
-    free_whole(trainer.model)
-    rows = iter(trainer.optimizer.params)
-    for name, p in trainer.get_model().named_parameters():
-        owner = next(rows) if p.requires_grad else own_rows(p)
-        yield Storage(owner, (name,), (p.shape,), parameter=p)
-
-
-def _sharded(trainer: Any) -> Iterator[Storage]:
-    from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
-
-    owners = [(p, module) for module in get_fsdp_instances(trainer.model) for p in module.params]
-    metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})
-    for (owner, module), (path, _, parameter) in zip(owners, metadata, strict=True):
-        prefix = f"{path}." if path else ""
-        yield Storage(
-            owner,
-            tuple(prefix + name for name in parameter["names"]),
-            tuple(torch.Size(shape) for shape in parameter["shapes"]),
-            module=module,
-        )
-
-
-def fp32_masters(trainer: Any) -> dict[str, Tensor]:
-    """The fp32 masters of parameters in half precision, by their names in the checkpoint; views.
-    None under FSDP, whose own shards are in fp32."""
-    found: dict[str, Tensor] = {}
-    if trainer.is_fsdp or trainer.is_fsdp2:
-        return found
-    for storage in storages(trainer):
-        if storage.copies:
-            flat = storage.owner.data.view(-1)
-            for name, shape, begin, end in storage.pieces():
-                found[name] = flat[begin:end].view(shape)
-    return found
-
-
 def trained_parameters(trainer: Any) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the optimizer that `trainer` builds without FSDP, by name, in its order."""
     parameters = [
@@ -142,23 +73,3 @@ def trained_parameters(trainer: Any) -> list[tuple[str, nn.Parameter]]:
         *((f"criterion.{n}", p) for n, p in trainer.get_criterion().named_parameters()),
     ]
     return [(name, p) for name, p in parameters if p.requires_grad]
-
-
-def model_layout(trainer: Any) -> OptimizerLayout:
-    """The layout of the optimizer that `trainer` builds."""
-    if trainer.is_fsdp:
-        kept = [storage for storage in _sharded(trainer) if storage.owner.requires_grad]
-        return OptimizerLayout(
-            tuple(name for storage in kept for name in storage.names),
-            tuple(shape for storage in kept for shape in storage.shapes),
-            tuple(n for n, storage in enumerate(kept) for _ in storage.names),
-        )
-    parameters, common = trained_parameters(trainer), trainer.cfg.common
-    return OptimizerLayout(
-        tuple(name for name, _ in parameters),
-        tuple(p.shape for _, p in parameters),
-        is_flat=common.fp16
-        and not trainer.is_fsdp2
-        and not common.memory_efficient_fp16
-        and not common.fp16_no_flatten_grads,
-    )

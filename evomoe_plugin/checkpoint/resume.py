@@ -24,7 +24,6 @@ from evomoe_plugin.checkpoint.optimizer_layout import (
     is_flat,
     plain_layout,
 )
-from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.checkpoint.sharded_experts import ShardedExperts, sharded_experts
 from evomoe_plugin.config.errors import OptionError
 
@@ -35,11 +34,6 @@ HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
 
 # Optimizers whose state is the same, by what `--optimizer` calls them.
 SAME_STATE = {"adam": "FairseqAdam", "fused_adamw": "FusedAdamW"}
-
-
-def reads_own_shard(trainer: Any) -> bool:
-    """Whether each rank saves and loads a file of its own (`--use-sharded-state`)."""
-    return trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state
 
 
 _NUMBERED = re.compile(r"checkpoint(_\d+_)?\d+(-shard\d+)?\.pt")
@@ -94,7 +88,7 @@ def file_to_read(trainer: Any, filename: str) -> str:
         raise OptionError("checkpoint", filename, "is no file, or a link to one that is missing")
     first_shard = fsdp_shards.shard_path(filename, 0)
     whole = fsdp_shards.SHARD.sub(".pt", filename)
-    if reads_own_shard(trainer):
+    if trainer.layout.reads_own_shard:
         if os.path.exists(first_shard):
             # Names the shard that is missing, unless this run only has more ranks.
             state = fsdp_shards.consolidated(filename, read_state)
@@ -195,7 +189,7 @@ def read_for(
         check: called with the whole state and the path, before anything is taken from it.
     """
     read = partial(read_state, load_on_all_ranks=on_all_ranks)
-    if reads_own_shard(trainer):
+    if trainer.layout.reads_own_shard:
         state = read(path)
         if fsdp_shards.world_size(state) != trainer.data_parallel_world_size:
             raise _other_world_size(fsdp_shards.world_size(state), trainer)
@@ -245,10 +239,10 @@ def _fit_optimizer(state: dict, trainer: Any, whole: ShardedExperts | None = Non
         return
     _rename_optimizer(state, trainer)
     was_fsdp = "param_id_map" in optimizer
-    new = model_layout(trainer)
+    new = trainer.layout.optimizer_layout(trainer)
     if (
         not was_fsdp
-        and not trainer.is_fsdp
+        and new.modules is None
         and whole is None
         and (is_flat(optimizer, new) == new.is_flat)
     ):
@@ -272,7 +266,7 @@ def _rename_optimizer(state: dict, trainer: Any) -> None:
     """Give the trainer's name to an optimizer that keeps the same state under another."""
     history = state["optimizer_history"][-1]
     if history["optimizer_name"] in HALF_PRECISION and trainer.cfg.common.fp16:
-        efficient = trainer.is_fsdp or trainer.is_fsdp2 or trainer.cfg.common.memory_efficient_fp16
+        efficient = trainer.layout.is_fully_sharded or trainer.cfg.common.memory_efficient_fp16
         history["optimizer_name"] = HALF_PRECISION[efficient]
     elif history["optimizer_name"] in SAME_STATE.values():
         history["optimizer_name"] = SAME_STATE.get(

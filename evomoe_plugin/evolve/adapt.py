@@ -17,7 +17,6 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.evolve.init_methods import seed_of
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.gates.top_any import TopAnyGate
@@ -129,7 +128,8 @@ def _edits(
         f"{name}.gate.weight": edit(lambda _: direction_D.float()),
         f"{name}.gate.threshold": edit(lambda _: 0.0),
     }
-    experts = [p for p in model_layout(trainer).names if p.startswith(f"{name}.experts.")]
+    trained = trainer.layout.optimizer_layout(trainer).names
+    experts = [p for p in trained if p.startswith(f"{name}.experts.")]
     for i, parameter in enumerate(experts):
         key = seed_of(gate.info.seed, gate.info.layer_id, num_updates, i)
         is_copy = gate.adapt_source == "most_used"

@@ -14,7 +14,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.parameter_storage import Storage, storages
+from evomoe_plugin.checkpoint.parameter_storage import Storage
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
 from evomoe_plugin.dispatch.sharded_layers import (
     all_gather_rows,
@@ -54,7 +54,7 @@ def edit_parameters(
     """
     groups = expert_groups_of(trainer.get_model())
     unknown = set(edits)
-    for storage in storages(trainer):
+    for storage in trainer.layout.storages(trainer):
         wanted = unknown.intersection(storage.names)
         if wanted:
             unknown -= wanted

@@ -12,7 +12,6 @@ from typing import Any
 
 from fairseq.trainer import Trainer
 
-from evomoe_plugin.checkpoint.optimizer_layout import fsdp_layout
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 from evomoe_plugin.experts.ffn import frozen_name
@@ -88,10 +87,7 @@ def check_trained(trainer: Trainer, state: dict[str, Any], path: str, resets: bo
     saved, now = (getattr(cfg.model, "moe_train_only", None) for cfg in (state["cfg"], trainer.cfg))
     if resets or saved == now or not state.get("last_optimizer_state"):
         return
-    if trainer.is_fsdp:
-        names = list(fsdp_layout({"fsdp_metadata": trainer.model.local_metadata_dict()}).names)
-    else:
-        names = [name for name, _ in trainer.get_model().named_parameters()]
+    names = trainer.layout.parameter_names(trainer)
 
     def trained(train_only: str | None) -> set[str]:
         return set(names) if train_only is None else trained_names(names, train_only)

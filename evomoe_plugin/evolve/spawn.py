@@ -15,7 +15,6 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.parameter_storage import model_layout
 from evomoe_plugin.config.options import ModelOptions, spawn_rate
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
@@ -48,7 +47,7 @@ def _spawn(trainer: Trainer, stack: MoEStack) -> None:
     edits = {}
     for n, layer in enumerate(stack.moe_layers):
         prefix = f"{stack.layer_name(n)}.experts."
-        for parameter in model_layout(trainer).names:
+        for parameter in trainer.layout.optimizer_layout(trainer).names:
             if parameter.startswith(prefix):
                 edits[parameter] = _edit(parameter.removeprefix(prefix), layer, options)
     copies = options.moe_spawn_moments == "copy"

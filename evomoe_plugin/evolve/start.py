@@ -10,7 +10,6 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.checkpoint.parameter_storage import storages
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, is_expert_parameter
 from evomoe_plugin.evolve.dense_checkpoint import read_dense
 from evomoe_plugin.evolve.logit_difference import measure_logit_difference
@@ -55,14 +54,14 @@ def init_from_dense(trainer: Trainer) -> None:
     upcycling = Upcycling(dense, ours.options, recipe_of(ours.options))
     trained = {
         name: shape
-        for storage in storages(trainer)
+        for storage in trainer.layout.storages(trainer)
         for name, shape, *_ in storage.pieces()
         if not name.startswith("criterion.")
     }
     frozen = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if not (parameter.requires_grad or trainer.is_fully_sharded)
+        if not (parameter.requires_grad or trainer.layout.is_fully_sharded)
     }
     groups = expert_groups_of(model)
     shapes = {**trained, **{name: tuple(p.shape) for name, p in frozen.items()}}
@@ -88,7 +87,7 @@ def init_from_dense(trainer: Trainer) -> None:
         "logits not compared with the dense model's, since no rank holds the whole "
         "model: `evomoe upcycle` with the same options compares them"
     )
-    if not trainer.is_fully_sharded and groups is None:
+    if not trainer.layout.is_fully_sharded and groups is None:
         logits = measure_logit_difference(model, dense)
     logger.info("experts made from %s by %s; %s", path, upcycling.recipe.method, logits)
 

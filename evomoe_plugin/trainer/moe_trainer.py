@@ -1,4 +1,4 @@
-"""The trainer of all runs of this plugin: fairseq's, with its steps and checkpoints written out."""
+"""The trainer of all runs of this plugin: fairseq's, with its steps written out."""
 
 from __future__ import annotations
 
@@ -8,66 +8,44 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.data.iterators import EpochBatchIterating
 from fairseq.distributed import utils as distributed_utils
-from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
-from fairseq.file_io import PathManager
-from fairseq.logging import meters, metrics
-from fairseq.optim.lr_scheduler import build_lr_scheduler
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from evomoe_plugin.checkpoint import checkpoint_files, resume
-from evomoe_plugin.checkpoint.build_model import describe
-from evomoe_plugin.checkpoint.content import check_moments
-from evomoe_plugin.checkpoint.load import check_finite, misfit
-from evomoe_plugin.checkpoint.optimizer_layout import PARAMETER_NAMES
-from evomoe_plugin.checkpoint.parameter_storage import fp32_masters, model_layout
-from evomoe_plugin.checkpoint.row_shards import (
-    free_whole,
-    own_optimizer_state,
-    whole_optimizer_state,
-    whole_state,
-)
 from evomoe_plugin.checkpoint.save import TrainerState
-from evomoe_plugin.checkpoint.sharded_experts import check_all_ranks_see
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.dispatch.sharded_layers import expert_groups_of, sharded_layers
+from evomoe_plugin.dispatch.sharded_layers import sharded_layers
 from evomoe_plugin.optim.muon import mark_matrices
 from evomoe_plugin.routing import waits
 from evomoe_plugin.routing.padding import Padding
 from evomoe_plugin.trainer import (
     data_wait,
-    early_stopping,
     expert_log,
     failed_updates,
-    fsdp2,
     hooks,
     host_padding,
     later_log,
     loss_scaler,
-    run_end,
-    sharded_gradients,
+    run_state,
     speed_log,
     validation,
 )
+from evomoe_plugin.trainer.layouts import layout_of
 from evomoe_plugin.trainer.routing_sample import RoutingSample
 from evomoe_plugin.trainer.speed_log import SpeedLog
 from evomoe_plugin.trainer.step_times import StepTimes
 from evomoe_plugin.trainer.transfers import on_device
 
 logger = logging.getLogger(__name__)
-
-# What `extra_state` holds beside fairseq's: updates since the last step of the moving average
-# (--ema-update-freq), counters of the loss scaler, validations since the best.
-_EMA_COUNTER, _SCALER, _EARLY_STOPPING = "ema_update_freq_counter", "loss_scaler", "early_stopping"
 
 
 @dataclass
@@ -98,49 +76,20 @@ class MoETrainer(Trainer):
     _has_begun = False
     has_stepped = False
     """Whether a trainer of this process has begun a step; set on the class, by the last one."""
-    is_fsdp2 = False  # --ddp-backend fsdp2; fairseq's `is_fsdp` is fairscale's
     _has_logged = False  # an update; its meters are timed from then on
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any):
         MoETrainer.has_stepped = False
-        self.is_fsdp2 = cfg.distributed_training.ddp_backend == "fsdp2"
-        if self.is_fsdp2:
-            if utils.has_parameters(criterion):
-                raise OptionError(
-                    "criterion",
-                    cfg.criterion._name,
-                    "has parameters of its own, which --ddp-backend fsdp2 does not shard: give "
-                    "legacy_ddp",
-                )
-            on_gpu = torch.cuda.is_available() and not cfg.common.cpu
-            fsdp2.shard(model, cfg, "cuda" if on_gpu else "cpu")
-        self.cfg = cfg
-        with self._weights_in_fp32():
+        self.layout = layout_of(cfg.distributed_training)
+        self.layout.prepare(cfg, model, criterion)
+        with self.layout.flags_hidden(cfg):
             super().__init__(cfg, task, model, criterion, *args, **kwargs)
         self._routing_samples: dict[tuple[str, str], RoutingSample] = {}
 
     @property
-    def is_fully_sharded(self) -> bool:
-        """Whether each rank has a part of every parameter, in whatever way."""
-        return self.is_fsdp or self.is_fsdp2
-
-    @contextlib.contextmanager
-    def _weights_in_fp32(self) -> Iterator[None]:
-        """Inside, if the model is fully sharded, fairseq sees no --bf16 (for which it would cast
-        the weights) and, unless fairscale keeps them, no --fp16."""
-        common = self.cfg.common
-        given = common.bf16, common.fp16
-        if self.is_fully_sharded:
-            common.bf16, common.fp16 = False, common.fp16 and self.is_fsdp
-        try:
-            yield
-        finally:
-            common.bf16, common.fp16 = given
-
-    @property
     def use_distributed_wrapper(self) -> bool:
-        """Whether fairseq wraps the model; `fsdp2` has changed it in place."""
-        return super().use_distributed_wrapper and not self.is_fsdp2
+        """Whether fairseq wraps the model."""
+        return self.layout.is_wrapped and super().use_distributed_wrapper
 
     # --- updates
 
@@ -230,7 +179,7 @@ class MoETrainer(Trainer):
         model = self.get_model()
         checking: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(())
         # A loss scaler would take NaN of a forward pass for an overflow.
-        waits_later = waits.waiting_costs(self.device) and self._scaler is None
+        waits_later = waits.waiting_costs(self.device) and self.scaler is None
         if waits_later and hasattr(model, "checking_later"):
             checking = model.checking_later()
         with checking as done.are_finite:
@@ -304,7 +253,7 @@ class MoETrainer(Trainer):
         if (
             accumulates
             and self.data_parallel_world_size > 1
-            and not self.is_fsdp
+            and not self.layout.is_fully_sharded
             and hasattr(self.model, "no_sync")
         ):
             return self.model.no_sync()
@@ -332,14 +281,8 @@ class MoETrainer(Trainer):
         Returns:
             Their norm before.
         """
-        groups = expert_groups_of(self.get_model())
-        if self.is_fsdp2:
-            fsdp2.pass_gradients(self._trained, self.optimizer)
         with record_function("reduce-grads"):
-            if groups is not None and not self.is_fully_sharded:
-                sharded_gradients.all_reduce_grads(self, groups)
-            else:
-                self.optimizer.all_reduce_grads(self.model)
+            self.layout.all_reduce_grads(self)
             if utils.has_parameters(self.criterion):
                 self.optimizer.all_reduce_grads(self.criterion)
         with record_function("multiply-grads"):
@@ -383,19 +326,8 @@ class MoETrainer(Trainer):
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
         """Clip by the norm of the whole model's gradients, of which each rank may hold a part."""
-        groups = expert_groups_of(self.get_model())
-
-        def over_ranks(norm_of_this_rank: Tensor) -> Tensor:
-            if groups is not None and not self.is_fully_sharded:
-                return sharded_gradients.grad_norm(self, groups)
-            # Of gradients on the CPU (--cpu-offload) too: the ranks are connected by the device's.
-            squared = norm_of_this_rank.to(self.device).float() ** 2
-            group = self.data_parallel_process_group
-            return distributed_utils.all_reduce(squared, group=group) ** 0.5
-
         return self.optimizer.clip_grad_norm(
-            clip_norm,
-            aggregate_norm_fn=over_ranks if self.is_fully_sharded or groups else None,
+            clip_norm, aggregate_norm_fn=self.layout.norm_over_ranks(self)
         )
 
     def _retries_batch(self) -> bool:
@@ -501,8 +433,8 @@ class MoETrainer(Trainer):
             meter.reset()
 
     def _log_loss_scale(self) -> None:
-        if self._scaler is not None:
-            scale = loss_scaler.scale(self._scaler)
+        if self.scaler is not None:
+            scale = loss_scaler.scale(self.scaler)
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
 
     # --- validation
@@ -539,34 +471,27 @@ class MoETrainer(Trainer):
         return validation.valid_step(self, sample, raise_oom, self._routing)
 
     @property
-    def _scaler(self) -> Any:
+    def scaler(self) -> Any:
         """The loss scaler of --fp16 or --amp; else None."""
         return getattr(self.optimizer, "scaler", None)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Set the number of completed updates, of the model too: its schedules follow it."""
         super().set_num_updates(num_updates)
-        self._set_model_updates()
+        self.set_model_updates()
 
-    def _set_model_updates(self) -> None:
+    def set_model_updates(self) -> None:
+        """Tell the model the number of completed updates."""
         model = self.get_model()  # asking for the wrapped one would build the wrapper
         if hasattr(model, "set_num_updates"):
             model.set_num_updates(self.get_num_updates())
 
     def _build_optimizer(self) -> None:
         name = self.cfg.optimizer._name
-        if self.is_fsdp2:
-            free_whole(self.model)
+        self.layout.free_gathered(self)
         if name == "muon":
             mark_matrices(self.model)
-        if self.is_fsdp2:
-            self._trained = [p for p in self.model.parameters() if p.requires_grad]
-            self._optimizer = fsdp2.build_optimizer(self.cfg, self._trained)
-            self._lr_scheduler = build_lr_scheduler(self.cfg.lr_scheduler, self._optimizer)
-            self._lr_scheduler.step_update(0)
-        else:
-            with self._weights_in_fp32():
-                super()._build_optimizer()
+        self.layout.build_optimizer(self, super()._build_optimizer)
         # fairseq's Adagrad is pointwise, though it does not say so.
         pointwise = self.optimizer.supports_flat_params or name == "adagrad"
         if sharded_layers(self.get_model()) and not pointwise:
@@ -579,61 +504,23 @@ class MoETrainer(Trainer):
     def zero_grad(self) -> None:
         """Clear all gradients."""
         super().zero_grad()
-        if self.is_fsdp2:
-            for parameter in self._trained:
-                parameter.grad = None
+        self.layout.zero_grad()
 
     # --- checkpoints
 
     @property
     def always_call_state_dict_during_save_checkpoint(self) -> bool:
         """Whether `state_dict` is a collective."""
-        return self.is_fsdp2 or super().always_call_state_dict_during_save_checkpoint
+        return self.layout.gathers_state
 
     def consolidate_optimizer(self) -> None:
         """Gather the optimizer's state, for the next `state_dict`. A collective."""
-        if not self.is_fsdp2:
-            super().consolidate_optimizer()
-        elif not self.cfg.checkpoint.no_save_optimizer_state:
-            self._gathered_optim_state = whole_optimizer_state(
-                self.optimizer.state_dict(),
-                self._trained,
-                self.should_save_checkpoint_on_current_rank,
-            )
-
-    @property
-    def _optimizer_name(self) -> str:
-        """As checkpoints have it: the same for all ways of training in half precision."""
-        kept_in_fp32 = self.is_fully_sharded and self.cfg.common.bf16
-        return "FP16Optimizer" if kept_in_fp32 else type(self.optimizer).__name__
+        self.layout.consolidate_optimizer(self, super().consolidate_optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """fairseq's state, with fp32 masters in place of half-precision weights and the names of
         the optimizer's entries."""
-        state = super().state_dict()
-        if self.is_fsdp2:
-            state["model"] = whole_state(self.model, self.should_save_checkpoint_on_current_rank)
-        state["optimizer_history"][-1]["optimizer_name"] = self._optimizer_name
-        model = state["model"]
-        # By address, since shared parameters have several names. Copies, since a file would hold
-        # all of the flat master for every view of it.
-        masters = {
-            model[name].data_ptr(): master.clone()
-            for name, master in fp32_masters(self).items()
-            if name in model and master.numel()
-        }
-        for name, value in model.items():
-            model[name] = masters.get(value.data_ptr(), value)
-        if "last_optimizer_state" in state and not self.is_fsdp:
-            state[PARAMETER_NAMES] = list(model_layout(self).names)
-        extra_state = state["extra_state"]
-        if self.cfg.ema.store_ema:
-            extra_state[_EMA_COUNTER] = self.ema.update_freq_counter
-        if self._scaler is not None:
-            extra_state[_SCALER] = loss_scaler.state_dict(self._scaler)
-        if self.cfg.checkpoint.patience > 0:
-            extra_state[_EARLY_STOPPING] = early_stopping.STATE.state_dict()
-        return state
+        return run_state.completed(self, super().state_dict())
 
     def save_checkpoint(self, filename: str, extra_state: Mapping[str, Any]) -> str | None:
         """Write the state to `filename`; on other ranks than the first, gather it with that one.
@@ -662,254 +549,4 @@ class MoETrainer(Trainer):
         Raises:
             OptionError: the checkpoint cannot be read or does not fit the run.
         """
-        try:
-            try:
-                return self._load_checkpoint(filename, *args, **kwargs)
-            except resume.TornCheckpoint as error:
-                earlier = resume.earlier_whole(self, filename)
-                if earlier is None:
-                    raise
-                logger.warning("%s; this run resumes from %s", error, earlier)
-                return self._load_checkpoint(earlier, *args, **kwargs)
-        except OptionError as error:
-            option, value, remedy = error.arguments
-            given = self.cfg.checkpoint
-            if option != "checkpoint":
-                raise
-            if filename == given.finetune_from_model:
-                option = "finetune_from_model"
-            elif given.restore_file != "checkpoint_last.pt":
-                option = "restore_file"
-            raise OptionError(option, value, remedy) from error
-
-    def _load_checkpoint(
-        self,
-        filename: str,
-        reset_optimizer: bool = False,
-        reset_lr_scheduler: bool = False,
-        optimizer_overrides: dict[str, Any] | None = None,
-        reset_meters: bool = False,
-    ) -> dict[str, Any] | None:
-        checkpoint = self.cfg.checkpoint
-        if self.data_parallel_rank == 0 and not checkpoint.no_save:
-            checkpoint_files.remove_leftovers(checkpoint.save_dir)
-        self._optim_history = []
-        logger.info("Preparing to load checkpoint %s", filename)
-        # Of an earlier run in this process, as of a Hydra sweep.
-        early_stopping.STATE.restore({})
-        vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        path = resume.file_to_read(self, filename)
-        state = self._read_checkpoint(path, reset_optimizer)
-        if state is None:
-            resume.check_begins(checkpoint, path)
-            logger.info("No existing checkpoint found %s", path)
-            self._set_model_updates()
-            for callback in hooks.TRAIN_START:
-                callback(self)
-            return None
-
-        exact = self._load_model(path, state)
-        self._optim_history = state["optimizer_history"]
-        optimizer_state = state.pop("last_optimizer_state", None)
-        if optimizer_state is not None and not reset_optimizer:
-            self._load_optimizer(path, optimizer_state, reset_lr_scheduler, optimizer_overrides)
-        elif not reset_optimizer:
-            logger.warning(
-                "%s has no optimizer state (--no-save-optimizer-state): its moments, the number of "
-                "updates and the schedules that follow it begin anew",
-                path,
-            )
-        if exact:
-            for name, master in fp32_masters(self).items():
-                if name in exact:
-                    master.copy_(exact[name])
-        extra_state = state["extra_state"]
-        if not reset_optimizer:
-            if self._scaler is not None:
-                loss_scaler.restore(self._scaler, extra_state.get(_SCALER, {}))
-            if not reset_meters:  # as fairseq does with the best score
-                early_stopping.STATE.restore(extra_state.get(_EARLY_STOPPING, {}))
-        self._load_progress(extra_state, reset_meters)
-        self._set_model_updates()  # 0 with --reset-optimizer
-        self._check_same_on_all_ranks(path, filename)
-        logger.info(
-            "Loaded checkpoint %s (epoch %d @ %d updates)",
-            path,
-            extra_state["train_iterator"]["epoch"],
-            self.get_num_updates(),
-        )
-        hours = self._previous_training_time / 3600
-        limit = run_end.limit_reached(self.cfg, self.get_num_updates(), hours, early_stopping.STATE)
-        if limit is not None:
-            logger.info(
-                "nothing to train: the checkpoint, of update %d and %.2f hours, has reached %s",
-                self.get_num_updates(),
-                hours,
-                limit,
-            )
-            # Main reads it after loading (0 would be no limit). It would look at the other limits
-            # only after one more update, and write that.
-            self.cfg.optimization.max_epoch = -1
-        return extra_state
-
-    def _read_checkpoint(self, path: str, reset_optimizer: bool) -> dict[str, Any] | None:
-        """This rank's state, fitted to the run; None where there is no file.
-
-        Rank 0 reads and sends it to the others, unless the ranks need different parts of it.
-        """
-        is_sharded = bool(sharded_layers(self.get_model()))
-        exists = PathManager.isfile(path)
-        if is_sharded:
-            check_all_ranks_see(path, exists)
-        elif resume.reads_own_shard(self):
-            resume.check_all_have_shards(self, path, exists)
-        if not exists:
-            return None
-        on_all_ranks = (
-            is_sharded
-            or self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks
-            or resume.reads_own_shard(self)
-            or getattr(self.cfg.model, "base_layers", 0) > 0  # fairseq's, with a file a rank
-        )
-
-        def check(state: dict[str, Any], path: str) -> None:
-            check_finite(state["model"], path)
-            for function in hooks.LOADING:
-                function(self, state, path, reset_optimizer)
-
-        state: Any = None
-        if on_all_ranks or self.data_parallel_rank == 0:
-            state = resume.read_for(self, path, reset_optimizer, on_all_ranks, check)
-        if self.data_parallel_world_size == 1 or on_all_ranks:
-            return state
-        kept = None
-        if state is not None and self.cfg.distributed_training.zero_sharding == "os":
-            kept = state.get("last_optimizer_state")
-            if kept is not None:  # each rank is sent its shard of it when the optimizer loads it
-                state["last_optimizer_state"] = "SHARDED"
-        state = distributed_utils.broadcast_object(
-            state, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
-        )
-        if kept is not None:
-            state["last_optimizer_state"] = kept
-        return state
-
-    def _load_model(self, path: str, state: dict[str, Any]) -> dict[str, Tensor]:
-        """Load the weights, and take them out of `state`.
-
-        Returns:
-            By name, those that the file holds in fp32 and the model in half precision.
-        """
-        history, weights = state["optimizer_history"], state.pop("model")
-        if history and "num_updates" in history[-1]:
-            self.model.set_num_updates(history[-1]["num_updates"])
-        try:
-            if self.is_fsdp and not resume.reads_own_shard(self):
-                self._add_heads(weights)
-                # fairseq's FSDP would send rank 0's weights, and so its experts, to all ranks.
-                super(FullyShardedDataParallel, self.model).load_state_dict(weights, strict=True)
-            else:
-                self.model.load_state_dict(weights, strict=True, model_cfg=self.cfg.model)
-            if utils.has_parameters(self.get_criterion()):
-                self.get_criterion().load_state_dict(state.pop("criterion"), strict=True)
-        except OptionError:
-            raise
-        except Exception as error:
-            saved = (state.get("cfg") or {}).get("model") or {}
-            raise misfit(path, error, saved, self.cfg.model) from error
-        if self.is_fully_sharded or not (self.cfg.common.fp16 or self.cfg.common.bf16):
-            return {}
-        return {  # by the names of today, which loading gave to those of an earlier fairseq
-            name: weights[name]
-            for name, p in self.get_model().named_parameters()
-            if name in weights and weights[name].dtype == torch.float32 != p.dtype
-        }
-
-    def _add_heads(self, weights: dict[str, Any]) -> None:
-        """Under FSDP, have a model with classification heads add new ones to pretrained weights.
-
-        Without FSDP its `load_state_dict` does.
-        """
-        heads = (m for m in self.model.modules() if hasattr(m, "register_classification_head"))
-        model: Any = next((m for m in heads if not isinstance(m, FullyShardedDataParallel)), None)
-        if model is not None:
-            with self.model.summon_full_params(recurse=False):
-                model.upgrade_state_dict(weights)
-
-    def _load_optimizer(
-        self, path: str, state: Any, reset_lr_scheduler: bool, overrides: dict[str, Any] | None
-    ) -> None:
-        self._build_optimizer()  # anew: the parameters may be other tensors now
-        last = self._optim_history[-1]
-        for what, saved, now in (
-            ("Criterion", last["criterion_name"], type(self.get_criterion()).__name__),
-            ("Optimizer", last["optimizer_name"], self._optimizer_name),
-        ):
-            if saved != now:
-                raise OptionError(
-                    "checkpoint",
-                    path,
-                    f"{what} does not match; please reset the "
-                    f"optimizer (--reset-optimizer). {saved} vs "
-                    f"{now}",
-                )
-        try:
-            if not reset_lr_scheduler:
-                self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
-            if self.is_fsdp and not resume.reads_own_shard(self):
-                state = self.model.get_shard_from_optim_state_dict(state)
-            elif self.is_fsdp2:
-                state = own_optimizer_state(state, self._trained)
-            elif self.cfg.distributed_training.zero_sharding == "os":
-                state = self.optimizer.broadcast_global_state_dict(state)
-            self.optimizer.load_state_dict(state, overrides)
-        except Exception as error:  # of a state of other parameters, anything
-            raise OptionError(
-                "checkpoint",
-                path,
-                f"its optimizer state does not fit the run ({describe(error)}): give its options, "
-                "or --reset-optimizer",
-            ) from error
-        check_moments(self.optimizer.optimizer, path, self.optimizer.supports_flat_params)
-        self.set_num_updates(last["num_updates"])
-
-    def _load_progress(self, extra_state: dict[str, Any], reset_meters: bool) -> None:
-        """Restore times, learning rate, meters and the moving average of weights."""
-        if "previous_training_time" in extra_state:
-            self._previous_training_time = extra_state["previous_training_time"]
-            self._start_time = time.time()
-        iterator = extra_state["train_iterator"]
-        if iterator.get("epoch", 1) < 1:
-            raise OptionError(
-                "restore_file",
-                self.cfg.checkpoint.restore_file,
-                "does not say how far the run was: take an earlier one, or give "
-                "--finetune-from-model to start from its weights",
-            )
-        self.lr_step(iterator["epoch"])
-        starts_epoch = iterator.get("version", 1) >= 2 and iterator["iterations_in_epoch"] == 0
-        if "metrics" in extra_state and not reset_meters and not starts_epoch:
-            metrics.load_state_dict(extra_state["metrics"])
-            for meter in metrics.get_meters("default"):
-                if isinstance(meter, meters.TimeMeter):
-                    meter.reset()  # its start belongs to the earlier process
-        if not self.cfg.ema.store_ema:
-            return
-        if "ema" not in extra_state:
-            logger.warning(
-                "the checkpoint has no moving average of the weights: it starts from the weights"
-            )
-            self.ema.restore(self.get_model().state_dict(), build_fp32_params=self.cfg.ema.ema_fp32)
-            return
-        self.ema.restore(extra_state["ema"], build_fp32_params=False)
-        self.ema.update_freq_counter = extra_state.get(_EMA_COUNTER, 0)
-        if self.cfg.ema.ema_fp32:
-            self.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
-
-    def _check_same_on_all_ranks(self, path: str, filename: str) -> None:
-        """Raise `OptionError` on all ranks if each read a file of its own and they differ."""
-        updates = self._optim_history[-1].get("num_updates")
-        if resume.reads_own_shard(self):
-            resume.check_same_update(self, filename, updates)
-        elif sharded_layers(self.get_model()):
-            check_all_ranks_see(path, updates)
+        return run_state.load_checkpoint(self, filename, *args, **kwargs)

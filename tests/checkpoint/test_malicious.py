@@ -11,7 +11,8 @@ from fairseq_cli import eval_lm
 
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.start import init_from_dense
-from evomoe_plugin.trainer.moe_trainer import MoETrainer
+from evomoe_plugin.trainer import run_state
+from evomoe_plugin.trainer.layouts import Replicated
 from tests.checkpoint.test_reading import Program
 from tests.evolve.conftest import make_config, make_model, task, trainer_of  # noqa: F401
 from tests.evolve.dense_models import dense_config, dictionary_of, save_dense
@@ -69,16 +70,14 @@ def test_as_the_checkpoint_that_a_run_goes_on_from(bad, tmp_path, option):
     cfg = dense_config("--save-dir", str(tmp_path / "run"))
     trainer = types.SimpleNamespace(
         cfg=cfg,
-        is_fsdp=False,
-        is_fsdp2=False,
+        layout=Replicated(),
         tpu=False,
         data_parallel_world_size=1,
         data_parallel_rank=0,
         checkpoint_suffix="",
         get_model=torch.nn.Identity,
     )
-    for name in ("load_checkpoint", "_load_checkpoint", "_read_checkpoint"):
-        setattr(trainer, name, functools.partial(getattr(MoETrainer, name), trainer))
+    trainer.load_checkpoint = functools.partial(run_state.load_checkpoint, trainer)
 
     def run(path):
         cfg.checkpoint[option] = path

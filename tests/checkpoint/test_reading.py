@@ -14,6 +14,7 @@ from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.checkpoint.reading import read_checkpoint
 from evomoe_plugin.checkpoint.resume import file_to_read
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.trainer.layouts import Replicated
 from tests.evolve.dense_models import SIZES, save_dense
 
 
@@ -149,7 +150,7 @@ def test_nan_and_inf_are_found_in_every_dtype(dtype, value):
 
 def trainer_of(restore_file="checkpoint_last.pt"):
     return types.SimpleNamespace(
-        is_fsdp=False,
+        layout=Replicated(),
         cfg=types.SimpleNamespace(checkpoint=types.SimpleNamespace(restore_file=restore_file)),
     )
 

@@ -10,6 +10,7 @@ from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optim
 from omegaconf import OmegaConf
 
 from evomoe_plugin.evolve.init_methods import spawn_tensor
+from evomoe_plugin.trainer.layouts import Replicated
 from tests.models.conftest import make_config, make_model, task  # noqa: F401
 
 
@@ -37,9 +38,7 @@ def trainer_of(model, num_updates=1, **common):
     return types.SimpleNamespace(
         cfg=cfg,
         optimizer=optimizer,
-        is_fsdp=False,
-        is_fully_sharded=False,
-        is_fsdp2=False,
+        layout=Replicated(),
         get_model=lambda: model,
         model=model,
         get_criterion=torch.nn.Module,

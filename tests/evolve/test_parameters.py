@@ -11,6 +11,7 @@ from fairseq.optim.adam import FairseqAdam
 from torch import nn
 
 from evomoe_plugin.evolve.parameters import edit_parameters
+from evomoe_plugin.trainer.layouts import FullySharded
 from tests.evolve.conftest import step, trainer_config, trainer_of
 
 LAYOUTS = {
@@ -162,7 +163,7 @@ def sharded_rank(rank, folder, flatten, mixed):
     net = FullyShardedDataParallel(net, **how)
     optimizer = FairseqAdam(trainer_config().optimizer, list(net.parameters()))
     trainer = types.SimpleNamespace(
-        model=net, get_model=lambda: net, optimizer=optimizer, is_fsdp=True, is_fsdp2=False
+        model=net, get_model=lambda: net, optimizer=optimizer, layout=FullySharded(False)
     )
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 

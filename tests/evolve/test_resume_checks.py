@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout, check_number_trained
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.evolve.resume_checks import check_spawn, check_trained
+from evomoe_plugin.trainer.layouts import Replicated
 from tests.evolve.conftest import make_config, make_model, task  # noqa: F401
 
 
@@ -25,7 +26,7 @@ def saved(done, spawn=None, **more):
 
 def run(model=None, **given):
     return types.SimpleNamespace(
-        cfg=OmegaConf.create({"model": given}), is_fsdp=False, get_model=lambda: model
+        cfg=OmegaConf.create({"model": given}), layout=Replicated(), get_model=lambda: model
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomoe_plugin.gates import LayerInfo
 from evomoe_plugin.layer import build_layer
-from evomoe_plugin.trainer import fsdp2
+from evomoe_plugin.trainer.layouts import fsdp2
 
 D, F, E, SPAWN = 8, 32, 4, 5
 

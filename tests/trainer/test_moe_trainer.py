@@ -8,7 +8,8 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 
 from evomoe_plugin.checkpoint import resume
-from evomoe_plugin.trainer import loss_scaler
+from evomoe_plugin.trainer import loss_scaler, run_state
+from evomoe_plugin.trainer.layouts import FullySharded, Replicated
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 
@@ -16,7 +17,7 @@ class Bare(MoETrainer):
     """One of two ranks, with a model and options that a test gives."""
 
     data_parallel_world_size, data_parallel_process_group = 2, None
-    data_parallel_rank, is_fsdp = 0, False
+    data_parallel_rank, layout = 0, Replicated()
     device = torch.device("cpu")
 
     def __init__(self, model=None, **cfg):
@@ -61,7 +62,7 @@ def test_zero_sharding_sends_no_optimizer_state_where_there_is_none(file, optimi
     path, content, sent = file
     content.update(optimizer)
     sharding = types.SimpleNamespace(zero_sharding="os")
-    state = Bare(distributed_training=sharding)._read_checkpoint(path, False)
+    state = run_state.read_checkpoint(Bare(distributed_training=sharding), path, False)
     assert sent == [optimizer] and state == optimizer
 
 
@@ -69,7 +70,7 @@ def test_zero_sharding_keeps_the_optimizer_state_on_the_first_rank(file):
     path, content, sent = file
     content["last_optimizer_state"] = {"state": {}}
     sharding = types.SimpleNamespace(zero_sharding="os")
-    state = Bare(distributed_training=sharding)._read_checkpoint(path, False)
+    state = run_state.read_checkpoint(Bare(distributed_training=sharding), path, False)
     assert sent == [{"last_optimizer_state": "SHARDED"}]
     assert state == {"last_optimizer_state": {"state": {}}}
 
@@ -80,7 +81,7 @@ def test_each_rank_of_base_layers_reads_its_own_file(file):
     trainer = Bare()
     trainer.cfg.model.base_layers = 1
     trainer.data_parallel_rank = 1
-    assert trainer._read_checkpoint(path, False) is content and not sent
+    assert run_state.read_checkpoint(trainer, path, False) is content and not sent
 
 
 class Renamed(torch.nn.Module):
@@ -99,7 +100,7 @@ def test_fp32_weights_under_an_earlier_name_become_masters():
     weight = torch.tensor([1.0001])
     trainer = Bare(Renamed(), common=types.SimpleNamespace(fp16=True, bf16=False))
     state = {"optimizer_history": [], "model": {"before": weight}}
-    assert trainer._load_model("file.pt", state) == {"now": weight}
+    assert run_state.load_model(trainer, "file.pt", state) == {"now": weight}
     assert trainer._model.now.item() == 1.0
 
 
@@ -107,7 +108,7 @@ def test_gradient_norms_are_summed_on_the_device_of_the_run(monkeypatch):
     """With --cpu-offload gradients are on the CPU, and NCCL sums on GPUs only."""
     monkeypatch.setattr(distributed_utils, "all_reduce", lambda value, group: value)
     trainer = Bare()
-    trainer.is_fsdp, trainer.device = True, torch.device("meta")
+    trainer.layout, trainer.device = FullySharded(False), torch.device("meta")
     trainer._optimizer = types.SimpleNamespace(
         clip_grad_norm=lambda _clip, aggregate_norm_fn: aggregate_norm_fn(torch.ones(()))
     )

@@ -8,6 +8,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
+from evomoe_plugin.trainer.layouts import Replicated
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 
 OUT_OF_MEMORY = "CUDA out of memory"
@@ -17,7 +18,7 @@ class OutOfMemory(MoETrainer):
     """The trainer of one of some ranks, whose batches do not fit into memory."""
 
     model = criterion = torch.nn.Identity()
-    optimizer, data_parallel_world_size, is_fsdp = None, 2, False
+    optimizer, data_parallel_world_size, layout = None, 2, Replicated()
     device = torch.device("cpu")
 
     def __init__(self, ranks, error=None):
@@ -92,7 +93,7 @@ def trainer_with(monkeypatch, name, pointwise):
     model = torch.nn.Identity()
     model.groups, model.expert_names = object(), ()
     trainer = MoETrainer.__new__(MoETrainer)
-    trainer._model = model
+    trainer._model, trainer.layout = model, Replicated()
     trainer._optimizer = types.SimpleNamespace(supports_flat_params=pointwise)
     trainer.cfg = OmegaConf.create(
         {

@@ -9,19 +9,93 @@ updates the weights that the next pass gathers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairseq import optim
+from fairseq import optim, utils
+from fairseq.optim.lr_scheduler import build_lr_scheduler
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from evomoe_plugin.checkpoint.row_shards import distributed, own_rows, rows_of, take_rows, whole
+from evomoe_plugin.checkpoint.parameter_storage import Storage
+from evomoe_plugin.checkpoint.row_shards import (
+    distributed,
+    free_whole,
+    own_optimizer_state,
+    own_rows,
+    rows_of,
+    take_rows,
+    whole,
+    whole_optimizer_state,
+    whole_state,
+)
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.dispatch.sharded_layers import sharded_layers
+from evomoe_plugin.trainer.layouts.sharded import Sharded
+
+
+class Fsdp2(Sharded):
+    """Each rank has its rows of every parameter."""
+
+    is_wrapped = False  # changed in place
+    hidden_flags = ("bf16", "fp16")
+    gathers_state = True
+
+    def __init__(self) -> None:
+        self._trained: list[nn.Parameter] = []
+
+    def prepare(self, cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
+        if utils.has_parameters(criterion):
+            raise OptionError(
+                "criterion",
+                cfg.criterion._name,
+                "has parameters of its own, which --ddp-backend fsdp2 does not shard: give "
+                "legacy_ddp",
+            )
+        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+        shard(model, cfg, "cuda" if on_gpu else "cpu")
+
+    def free_gathered(self, trainer: Any) -> None:
+        free_whole(trainer.model)
+
+    def build_optimizer(self, trainer: Any, build: Callable[[], None]) -> None:
+        self._trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        trainer._optimizer = build_optimizer(trainer.cfg, self._trained)
+        trainer._lr_scheduler = build_lr_scheduler(trainer.cfg.lr_scheduler, trainer._optimizer)
+        trainer._lr_scheduler.step_update(0)
+
+    def zero_grad(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def all_reduce_grads(self, trainer: Any) -> None:
+        pass_gradients(self._trained, trainer.optimizer)
+        super().all_reduce_grads(trainer)
+
+    def storages(self, trainer: Any) -> Iterator[Storage]:
+        free_whole(trainer.model)
+        rows = iter(trainer.optimizer.params)
+        for name, p in trainer.get_model().named_parameters():
+            owner = next(rows) if p.requires_grad else own_rows(p)
+            yield Storage(owner, (name,), (p.shape,), parameter=p)
+
+    def model_state(self, trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return whole_state(trainer.model, trainer.should_save_checkpoint_on_current_rank)
+
+    def consolidate_optimizer(self, trainer: Any, consolidate: Callable[[], None]) -> None:
+        if not trainer.cfg.checkpoint.no_save_optimizer_state:
+            trainer._gathered_optim_state = whole_optimizer_state(
+                trainer.optimizer.state_dict(),
+                self._trained,
+                trainer.should_save_checkpoint_on_current_rank,
+            )
+
+    def own_optimizer_state(self, trainer: Any, state: Any) -> Any:
+        return own_optimizer_state(state, self._trained)
 
 
 def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
