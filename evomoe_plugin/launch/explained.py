@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.trainer.moe_trainer import MoETrainer
+from evomoe_plugin.trainer import first_step
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _refusal(error: Exception) -> RunFailed | None:
     step; not of an error of this package, or of a program of the user's."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     in_a_model = any(frame.f_code is nn.Module._call_impl.__code__ for frame in frames)
-    if MoETrainer.has_stepped or in_a_model:
+    if first_step.has_begun() or in_a_model:
         return None
     libraries = {*sys.stdlib_module_names, *packages_distributions()} - {*_FAIRSEQ, "evomoe_plugin"}
     lines = dict(traceback.walk_tb(error.__traceback__))

@@ -31,6 +31,7 @@ from evomoe_plugin.trainer import (
     data_wait,
     expert_log,
     failed_updates,
+    first_step,
     hooks,
     host_padding,
     later_log,
@@ -74,12 +75,10 @@ class MoETrainer(Trainer):
     _amp_retries: int  # set by fairseq with --amp
     _routing: Sequence[RoutingSample] = ()  # of the validation in progress
     _has_begun = False
-    has_stepped = False
-    """Whether a trainer of this process has begun a step; set on the class, by the last one."""
     _has_logged = False  # an update; its meters are timed from then on
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any):
-        MoETrainer.has_stepped = False
+        first_step.begin_run()
         self.layout = layout_of(cfg.distributed_training)
         self.layout.prepare(cfg, model, criterion)
         with self.layout.flags_hidden(cfg):
@@ -103,7 +102,7 @@ class MoETrainer(Trainer):
             What was logged, on a GPU an empty dict after the first update; None where no update was
             made (overflow, out of memory).
         """
-        MoETrainer.has_stepped = True
+        first_step.begin_step()
         self._set_seed()
         self.model.train()
         self.criterion.train()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.launch import explained as module
 from evomoe_plugin.launch.explained import explained
-from evomoe_plugin.trainer.moe_trainer import MoETrainer
+from evomoe_plugin.trainer import first_step
 
 
 def of(*modules, error=None):
@@ -29,8 +29,8 @@ def raise_in(modules, error):
 
 
 @pytest.fixture(autouse=True)
-def before_the_first_step(monkeypatch):
-    monkeypatch.setattr(MoETrainer, "has_stepped", False)
+def before_the_first_step():
+    first_step.begin_run()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_fairseq_refuses_what_its_own_code_raises(modules, refused):
         assert str(reason).startswith("fairseq does not accept these options: ValueError: no such")
 
 
-def test_errors_of_steps_keep_their_traceback(monkeypatch):
+def test_errors_of_steps_keep_their_traceback():
     class Model(torch.nn.Module):
         def forward(self):
             raise_in(["fairseq.modules"], ValueError("in a forward pass"))
@@ -60,7 +60,7 @@ def test_errors_of_steps_keep_their_traceback(monkeypatch):
     with pytest.raises(ValueError) as caught:
         Model()()
     assert explained(caught.value) is None
-    monkeypatch.setattr(MoETrainer, "has_stepped", True)
+    first_step.begin_step()
     assert explained(of("fairseq.data.iterators")) is None
 
 
