@@ -167,5 +167,6 @@ def pretend_a_gpu(monkeypatch) -> Counter[str]:
             return run(function, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
-    monkeypatch.setattr(routing_kernels, "usable", lambda _: knobs.runtime.interpret)
+    interpreted = knobs.runtime.interpret
+    monkeypatch.setattr(routing_kernels, "usable", lambda _: interpreted)
     return kernels.launched

@@ -97,14 +97,10 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         tau = self.temperature(context.num_updates)
         hard = self.is_hard(context.num_updates)
         noisy_TC = logits_TC
-        if (
-            self.training
-            and self.noise == "gumbel"
-            and not hard
-            and (context.noise_keys_T is not None)
-        ):
-            noise_TC = gumbel(context.noise_keys_T, logits_TC.size(1)).to(logits_TC.dtype)
-            noisy_TC = logits_TC + noise_TC
+        draws = self.training and self.noise == "gumbel" and not hard
+        keys_T = context.noise_keys_T if draws else None
+        if keys_T is not None:
+            noisy_TC = logits_TC + gumbel(keys_T, logits_TC.size(1)).to(logits_TC.dtype)
         gates_TC = torch.softmax(noisy_TC / tau, dim=1)
         selecting_TC = gates_TC
         if self.bias_update_rate:

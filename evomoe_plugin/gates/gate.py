@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -71,10 +70,9 @@ class GateContext:
     noise_key: tuple[int, ...] = ()
     """What noise depends on beside the tokens: seed, update, layer."""
 
-    @functools.cached_property
+    @property
     def noise_keys_T(self) -> Tensor | None:
-        """int64 noise keys of the tokens (`routing.noise`), made for gates that ask; None: no
-        randomness."""
+        """int64 noise keys of the tokens (`routing.noise`), made each time; None: no randomness."""
         if self.token_keys_T is None:
             return None
         return noise.fold_all(self.token_keys_T, *self.noise_key)

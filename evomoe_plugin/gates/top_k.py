@@ -129,10 +129,11 @@ class TopKGate(Gate[TopKOptions]):
 
     def _select(self, ranked_TC: Tensor, log_scores_TC: Tensor, context: GateContext) -> Tensor:
         """Selected candidates of each token, bool [T, C]."""
-        if not (self.training and self.sampled and context.noise_keys_T is not None):
+        keys_T = context.noise_keys_T if self.training and self.sampled else None
+        if keys_T is None:
             return best(ranked_TC, self.top_k)
         best_TC = best(ranked_TC, self.top_k - self.sampled)
-        noise_TC = gumbel(context.noise_keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
+        noise_TC = gumbel(keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
         drawn_TC = (log_scores_TC + noise_TC).masked_fill(best_TC, float("-inf"))
         return best_TC | best(drawn_TC, self.sampled)
 

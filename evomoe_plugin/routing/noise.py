@@ -73,7 +73,7 @@ def uniform(keys_T: Tensor, columns: int) -> Tensor:
     if kernels.usable(keys_T.device):
         from evomoe_plugin.routing.kernels import noise
 
-        return noise.draw(keys_T, columns, is_gumbel=False)
+        return noise.draw(keys_T, columns, False)
     column = torch.arange(columns, dtype=torch.int64, device=keys_T.device)
     bits = _shift_right(fold(keys_T.unsqueeze(1), column), 41)  # 23 bits: adding 0.5 is exact
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
@@ -84,5 +84,5 @@ def gumbel(keys_T: Tensor, columns: int) -> Tensor:
     if kernels.usable(keys_T.device):
         from evomoe_plugin.routing.kernels import noise
 
-        return noise.draw(keys_T, columns, is_gumbel=True)
+        return noise.draw(keys_T, columns, True)
     return -torch.log(-torch.log(uniform(keys_T, columns)))

@@ -168,7 +168,7 @@ def test_dropped_values_are_dropped_in_both_passes(gated):
     seed = torch.randint(1 << 62, (1,), device=DEVICE)
     # Hidden rows of ones show what is dropped.
     ones = torch.ones(3, 64, 16, device=DEVICE)
-    call = Call(12, find_activation(RELU), p, 1.0, FP32, True)
+    call = fused.Numbers(12, "relu", p, 1.0, FP32, True)
     ffn = fused._FFN(call, ones.new_ones(12, 16), None, [ones, None, None, ones, None])
     kept = ffn.up(Schedule.of(torch.tensor(counts, device=DEVICE), 16, 4), seed)[2] != 0
     assert 0.5 < kept.float().mean() < 0.7

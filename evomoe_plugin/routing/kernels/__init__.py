@@ -6,11 +6,22 @@ import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which takes a second to import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 @functools.cache
+@constant
 def why_not(device: torch.device) -> str:
     """Why Triton's kernels cannot be used on `device`, a GPU; '' if they can."""
     if torch.cuda.get_device_capability(device) < (8, 0):

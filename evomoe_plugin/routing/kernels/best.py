@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from evomoe_plugin.routing.kernels.operators import operator
 from evomoe_plugin.routing.kernels.tiles import Tiles
 
 
@@ -44,6 +45,7 @@ def _best(
         tl.store(out + tokens[:, None] * C + columns[None, :], chosen.to(tl.int8), mask=inside)
 
 
+@operator(lambda scores_TC, k: scores_TC.new_empty(scores_TC.shape, dtype=torch.bool))
 def best_mask(scores_TC: Tensor, k: int) -> Tensor:
     """bool [T, C]: the k largest of each row; the first on ties; NaN is the largest."""
     (T, C), tiles = scores_TC.shape, Tiles.of(*scores_TC.shape)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from evomoe_plugin.routing.kernels.operators import operator
 
 _BLOCK = 1024
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -60,7 +64,8 @@ def _draw(keys, out, size, columns, IS_GUMBEL: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out + index, value, mask=index < size)
 
 
-def fold(keys: Tensor, mixed: tuple[int, ...]) -> Tensor:
+@operator(lambda keys, mixed: torch.empty_like(keys, memory_format=torch.contiguous_format))
+def fold(keys: Tensor, mixed: Sequence[int]) -> Tensor:
     """`routing.noise.fold` with values in turn, each given as its product with the first constant,
     as a signed integer of 64 bits."""
     keys = keys.contiguous()
@@ -74,6 +79,11 @@ def fold(keys: Tensor, mixed: tuple[int, ...]) -> Tensor:
     return keys
 
 
+@operator(
+    lambda keys_T, columns, is_gumbel: keys_T.new_empty(
+        keys_T.size(0), columns, dtype=torch.float32
+    )
+)
 def draw(keys_T: Tensor, columns: int, is_gumbel: bool) -> Tensor:
     """`routing.noise.uniform` or `routing.noise.gumbel`."""
     out = torch.empty(keys_T.size(0), columns, dtype=torch.float32, device=keys_T.device)

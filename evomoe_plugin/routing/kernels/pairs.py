@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from evomoe_plugin.routing.kernels.operators import operator
 from evomoe_plugin.routing.kernels.tiles import Tiles
 
 _BLOCK = 512
@@ -149,46 +150,84 @@ def sorted_pairs(mask_TE: Tensor, weights_TE: Tensor, most_pairs: int | None) ->
         weights_TE: combine weights.
         most_pairs: N; None: as many as there are, for which the host waits.
     """
-    return Pairs(*_SortedPairs.apply(weights_TE, mask_TE, most_pairs))
+    counts = _counts(mask_TE)
+    N = int(counts.sum()) if most_pairs is None else most_pairs
+    return Pairs(*_SortedPairs.apply(weights_TE, mask_TE, counts, N))
+
+
+def _no_counts(mask_TE: Tensor) -> Tensor:
+    T, E = mask_TE.shape
+    return mask_TE.new_empty(Tiles.of(T, E).programs, E, dtype=torch.int32)
+
+
+@operator(_no_counts)
+def _counts(mask_TE: Tensor) -> Tensor:
+    """The pairs of each expert in the tokens of each program, [programs, E]."""
+    (T, E), tiles = mask_TE.shape, Tiles.of(*mask_TE.shape)
+    out = _no_counts(mask_TE)
+    _count[(tiles.programs,)](
+        mask_TE.view(torch.uint8),
+        out,
+        T,
+        E,
+        *mask_TE.stride(),
+        tiles.rows_of_program,
+        ROWS=tiles.rows,
+        WIDTH=tiles.width,
+    )
+    return out
+
+
+def _no_pairs(weights_TE: Tensor, mask_TE: Tensor, counts: Tensor, N: int) -> list[Tensor]:
+    T, E = mask_TE.shape
+    ids = [mask_TE.new_empty(size, dtype=torch.int64) for size in (N, N, E, N, T + 1)]
+    return [weights_TE.new_empty(N), *ids, mask_TE.new_empty(T, E, dtype=torch.int32)]
+
+
+@operator(_no_pairs)
+def _written(weights_TE: Tensor, mask_TE: Tensor, counts: Tensor, N: int) -> list[Tensor]:
+    """`Pairs`, and the place of each pair or -1, [T, E]."""
+    (T, E), tiles = mask_TE.shape, Tiles.of(*mask_TE.shape)
+    out = _no_pairs(weights_TE, mask_TE, counts, N)
+    pairs, places = Pairs(*out[:-1]), out[-1]
+    _write[(tiles.programs,)](
+        mask_TE.view(torch.uint8),
+        weights_TE,
+        counts,
+        pairs.token_ids_N,
+        pairs.expert_ids_N,
+        pairs.weights_N,
+        pairs.tokens_per_expert_E,
+        pairs.order_N,
+        pairs.starts,
+        places,
+        T,
+        E,
+        N,
+        tiles.programs,
+        *mask_TE.stride(),
+        *weights_TE.stride(),
+        tiles.rows_of_program,
+        ROWS=tiles.rows,
+        WIDTH=tiles.width,
+        BLOCK=_BLOCK,
+    )
+    return out
+
+
+@operator(lambda grad_N, places: grad_N.new_empty(places.shape))
+def _spread_out(grad_N: Tensor, places: Tensor) -> Tensor:
+    """The gradient of the weights, [T, E]."""
+    out = grad_N.new_empty(places.shape)
+    grid = (triton.cdiv(max(out.numel(), 1), _BLOCK),)
+    _spread[grid](grad_N.contiguous(), places, out, out.numel(), _BLOCK)
+    return out
 
 
 class _SortedPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights_TE: Tensor, mask_TE: Tensor, most_pairs: int | None):
-        T, E = mask_TE.shape
-        mask = mask_TE.view(torch.uint8)
-        tiles = Tiles.of(T, E)
-        counts = mask.new_empty(tiles.programs, E, dtype=torch.int32)
-        sizes = {"ROWS": tiles.rows, "WIDTH": tiles.width}
-        grid = (tiles.programs,)
-        _count[grid](mask, counts, T, E, *mask.stride(), tiles.rows_of_program, **sizes)
-        N = int(counts.sum()) if most_pairs is None else most_pairs
-        pairs = Pairs(
-            weights_TE.new_empty(N),
-            *(mask.new_empty(size, dtype=torch.int64) for size in (N, N, E, N, T + 1)),
-        )
-        places = mask.new_empty(T, E, dtype=torch.int32)
-        _write[grid](
-            mask,
-            weights_TE,
-            counts,
-            pairs.token_ids_N,
-            pairs.expert_ids_N,
-            pairs.weights_N,
-            pairs.tokens_per_expert_E,
-            pairs.order_N,
-            pairs.starts,
-            places,
-            T,
-            E,
-            N,
-            tiles.programs,
-            *mask.stride(),
-            *weights_TE.stride(),
-            tiles.rows_of_program,
-            **sizes,
-            BLOCK=_BLOCK,
-        )
+    def forward(ctx: Any, weights_TE: Tensor, mask_TE: Tensor, counts: Tensor, N: int):
+        *pairs, places = _written(weights_TE, mask_TE, counts, N)
         ctx.save_for_backward(places)
         ctx.mark_non_differentiable(*pairs[1:])
         ctx.set_materialize_grads(False)  # of those zeros would be made
@@ -196,11 +235,8 @@ class _SortedPairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
-        if grad_N is None:
-            return None, None, None
+    def backward(
+        ctx: Any, grad_N: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, None, None, None]:
         (places,) = ctx.saved_tensors
-        out = grad_N.new_empty(places.shape)
-        grid = (triton.cdiv(max(out.numel(), 1), _BLOCK),)
-        _spread[grid](grad_N.contiguous(), places, out, out.numel(), _BLOCK)
-        return out, None, None
+        return None if grad_N is None else _spread_out(grad_N, places), None, None, None

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from evomoe_plugin.routing.kernels.operators import operator
 from evomoe_plugin.routing.kernels.tiles import Tiles
 
 SCALARS = 6
@@ -92,8 +93,27 @@ def sums(
         the pairs of each candidate [C]; tokens, pairs of experts, pairs of null experts, E times
         the tokens, the entropy, and the tokens with NaN/Inf.
     """
+    found = _of_programs(mask_TC, probs_TC, checked_TC, token_mask_T, num_experts).sum(0)
+    C = mask_TC.size(1)
+    return found[:C], *found[C:].unbind()
+
+
+def _empty(mask_TC: Tensor, *_: object) -> Tensor:
+    T, C = mask_TC.shape
+    shape = Tiles.of(T, C).programs, C + SCALARS
+    return mask_TC.new_empty(shape, dtype=torch.float64)
+
+
+@operator(_empty)
+def _of_programs(
+    mask_TC: Tensor,
+    probs_TC: Tensor,
+    checked_TC: Tensor,
+    token_mask_T: Tensor | None,
+    num_experts: int,
+) -> Tensor:
     (T, C), tiles = mask_TC.shape, Tiles.of(*mask_TC.shape)
-    out = torch.empty(tiles.programs, C + SCALARS, dtype=torch.float64, device=mask_TC.device)
+    out = _empty(mask_TC)
     _sum[(tiles.programs,)](
         mask_TC.view(torch.uint8),
         probs_TC,
@@ -113,5 +133,4 @@ def sums(
         ROWS=tiles.rows,
         WIDTH=tiles.width,
     )
-    found = out.sum(0)
-    return found[:C], *found[C:].unbind()
+    return out

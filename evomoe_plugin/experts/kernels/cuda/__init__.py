@@ -8,7 +8,7 @@ import logging
 import torch
 
 from evomoe_plugin.experts.kernels import Call
-from evomoe_plugin.routing.kernels import why_not
+from evomoe_plugin.routing.kernels import constant, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def function_for(
 
 
 @functools.cache
+@constant
 def why_not_fused(device: torch.device, dtype: torch.dtype, kernel: str | None) -> str:
     """Why the Triton kernels cannot be used; '' if they can.
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evomoe_plugin.experts.kernels import Call
 from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
 from evomoe_plugin.experts.kernels.cuda.combine import combine, sort_by_token
+from evomoe_plugin.routing.kernels.operators import operator
 
 MOST_ROWS = 128
 _LEAST_ROWS = 16
@@ -89,61 +90,155 @@ class FusedFFN(torch.autograd.Function):
         counts_E, token_ids, row_weights = (
             None if t is None else t.contiguous() for t in (counts_E, token_ids, row_weights)
         )
-        ffn = _FFN(call, x, token_ids, stacks)
-        most = tile_rows(call.num_rows, ffn.E)
-        schedule = Schedule.of(counts_E, most, triton.cdiv(call.num_rows, most) + ffn.E)
-        seed = torch.randint(1 << 62, (1,), device=x.device) if call.dropout else None
-        h, h3, active = ffn.up(schedule, seed)
-        *_, matrix2, bias2 = ffn.operands
-        rows = ffn.down(schedule, active, matrix2, bias=bias2, weights=row_weights)
         order, starts = by_token or sort_by_token(token_ids, x.size(0))
-        kept = h, h3, seed, order, starts, schedule.table, schedule.tile_starts
-        ctx.save_for_backward(token_ids, x, row_weights, counts_E, *stacks, *kept)
-        ctx.call, ctx.most = call, schedule.most
-        return ffn.combined(rows, order, starts)
+        given = counts_E, token_ids, order, starts, x, row_weights, list(stacks)
+        kind = call.activation.kernel
+        numbers = call.num_rows, kind, call.dropout, call.grad_scale, call.dtype, call.keeps
+        y, *kept = _forward(*given, *numbers)
+        ctx.save_for_backward(*given[:-1], *stacks, *kept)
+        ctx.numbers = numbers
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        token_ids, x, row_weights, counts_E, *others = ctx.saved_tensors
-        stacks, (h, h3, seed, order, starts, *tables) = others[:5], others[5:]
-        call, schedule = ctx.call, Schedule(ctx.most, *tables)
-        need_x, need_row_weights, *need_stacks = ctx.needs_input_grad[4:]
-        ffn = _FFN(call, x, token_ids, stacks)
-        matrix1, _, matrix3, _, bias2 = ffn.operands
-        grad = _by_rows(grad_out)
-        active, grad_h, grad_h3, dots, bias1_sums = ffn.down_backward(
-            schedule, grad, row_weights, h, h3, seed, need_stacks[1]
+        given, stacks, kept = (
+            ctx.saved_tensors[i] for i in (slice(6), slice(6, 11), slice(11, None))
         )
-        bias2_sums = None
-        if bias2 is not None and (need_row_weights or need_stacks[4]):
-            bias2_sums = ffn.output_bias_backward(schedule, grad, row_weights, dots)
-        gradient = ffn.weight_gradients(schedule, counts_E)
-        need1, need_bias1, need3, need2, need_bias2 = need_stacks
-        grad2 = gradient(active, grad, stacks[3]) if need2 else None
-        del active
-        grad1 = gradient(grad_h, ffn.x, stacks[0]) if need1 else None
-        grad3 = gradient(grad_h3, ffn.x, stacks[2]) if need3 else None
-        grad_bias1 = ffn.sums(schedule, bias1_sums, stacks[1]) if need_bias1 else None
-        grad_bias2 = ffn.sums(schedule, bias2_sums, stacks[4]) if need_bias2 else None
-        grad_x = None
-        if need_x:
-            rows = ffn.down(schedule, grad_h, matrix1, grad_h3, matrix3)
-            grad_x = ffn.combined(rows, order, starts)
-        grad_weights = dots.sum(0).to(row_weights.dtype) if need_row_weights else None
-        return (
-            None,
-            None,
-            None,
-            None,
-            grad_x,
-            grad_weights,
-            grad1,
-            grad_bias1,
-            grad3,
-            grad2,
-            grad_bias2,
+        need = ctx.needs_input_grad[4:]
+        found = iter(
+            _backward(grad_out, list(kept), list(need), *given, list(stacks), *ctx.numbers)
         )
+        return None, None, None, None, *(next(found) if needed else None for needed in need)
+
+
+class Numbers(NamedTuple):
+    """What `Call` has, without functions."""
+
+    num_rows: int
+    kind: str
+    dropout: float
+    grad_scale: float
+    dtype: torch.dtype
+    keeps: bool
+
+
+def _schedule(counts_E: Tensor, num_rows: int) -> tuple[int, int]:
+    """Rows of a tile, and how many tiles there are at most."""
+    most, E = tile_rows(num_rows, counts_E.numel()), counts_E.numel()
+    return most, triton.cdiv(num_rows, most) + E
+
+
+def _no_rows(
+    counts_E, token_ids, order, starts, x, row_weights, stacks, num_rows, kind, dropout, *others
+) -> list[Tensor]:
+    _, dtype, keeps = others
+    E, F, D = stacks[0].shape
+    y = x.new_empty(num_rows if token_ids is None else x.size(0), D)
+    if not keeps:
+        return [y]
+    of_hidden = num_rows, F
+    return [
+        y,
+        x.new_empty(of_hidden, dtype=dtype),
+        x.new_empty(of_hidden if stacks[2] is not None else (0,), dtype=dtype),
+        counts_E.new_empty(1 if dropout else 0),
+        counts_E.new_empty((_schedule(counts_E, num_rows)[1] + E, 3), dtype=torch.int32),
+        counts_E.new_empty(E + 1, dtype=torch.int32),
+    ]
+
+
+@operator(_no_rows)
+def _forward(
+    counts_E: Tensor,
+    token_ids: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    x: Tensor,
+    row_weights: Tensor | None,
+    stacks: Sequence[Tensor | None],
+    num_rows: int,
+    kind: str,
+    dropout: float,
+    grad_scale: float,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> list[Tensor]:
+    """The output; if it is kept for a backward pass, the hidden rows before the activation, those
+    of fc3, the seed of dropout (each empty where there is none), and the tables of the schedule."""
+    ffn = _FFN(Numbers(num_rows, kind, dropout, grad_scale, dtype, keeps), x, token_ids, stacks)
+    schedule = Schedule.of(counts_E, *_schedule(counts_E, num_rows))
+    seed = torch.randint(1 << 62, (1,), device=x.device) if dropout else None
+    h, h3, active = ffn.up(schedule, seed)
+    *_, matrix2, bias2 = ffn.operands
+    y = ffn.combined(
+        ffn.down(schedule, active, matrix2, bias=bias2, weights=row_weights), order, starts
+    )
+    if not keeps:
+        return [y]
+    h3 = x.new_empty(0, dtype=dtype) if h3 is None else h3
+    seed = counts_E.new_empty(0) if seed is None else seed
+    return [y, h, h3, seed, schedule.table, schedule.tile_starts]
+
+
+def _no_gradients(grad_out, kept, need, counts_E, token_ids, order, starts, x, weights, stacks, *_):
+    leaves = zip((x, weights, *stacks), need, strict=True)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in leaves if n]
+
+
+@operator(_no_gradients)
+def _backward(
+    grad_out: Tensor,
+    kept: Sequence[Tensor],
+    need: Sequence[bool],
+    counts_E: Tensor,
+    token_ids: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    x: Tensor,
+    row_weights: Tensor | None,
+    stacks: Sequence[Tensor | None],
+    num_rows: int,
+    kind: str,
+    dropout: float,
+    grad_scale: float,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> list[Tensor]:
+    """The gradients of x, the row weights and the stacks: of those that `need` names, in order."""
+    most, _ = _schedule(counts_E, num_rows)
+    numbers = Numbers(num_rows, kind, dropout, grad_scale, dtype, keeps)
+    ffn = _FFN(numbers, x, token_ids, stacks)
+    given = stacks, row_weights, counts_E, order, starts
+    return _gradients(ffn, most, _by_rows(grad_out), kept, need, *given)
+
+
+def _gradients(ffn, most, grad, kept, need, stacks, row_weights, counts_E, order, starts):
+    h, h3, seed, *tables = kept
+    h3, seed = (t if t.numel() else None for t in (h3, seed))
+    need_x, need_row_weights, need1, need_bias1, need3, need2, need_bias2 = need
+    schedule = Schedule(most, *tables)
+    matrix1, _, matrix3, _, bias2 = ffn.operands
+    active, grad_h, grad_h3, dots, bias1_sums = ffn.down_backward(
+        schedule, grad, row_weights, h, h3, seed, need_bias1
+    )
+    bias2_sums = None
+    if bias2 is not None and (need_row_weights or need_bias2):
+        bias2_sums = ffn.output_bias_backward(schedule, grad, row_weights, dots)
+    gradient = ffn.weight_gradients(schedule, counts_E)
+    grad2 = gradient(active, grad, stacks[3]) if need2 else None
+    del active
+    grad1 = gradient(grad_h, ffn.x, stacks[0]) if need1 else None
+    grad3 = gradient(grad_h3, ffn.x, stacks[2]) if need3 else None
+    grad_bias1 = ffn.sums(schedule, bias1_sums, stacks[1]) if need_bias1 else None
+    grad_bias2 = ffn.sums(schedule, bias2_sums, stacks[4]) if need_bias2 else None
+    grad_x = None
+    if need_x:
+        rows = ffn.down(schedule, grad_h, matrix1, grad_h3, matrix3)
+        grad_x = ffn.combined(rows, order, starts)
+    grad_weights = dots.sum(0).to(row_weights.dtype) if need_row_weights else None
+    found = grad_x, grad_weights, grad1, grad_bias1, grad3, grad2, grad_bias2
+    return [grad for grad in found if grad is not None]
 
 
 class _FFN:
@@ -152,9 +247,11 @@ class _FFN:
     In place of a tensor that is not used, kernels get any other: a pointer must be one.
     """
 
-    def __init__(self, call: Call, x: Tensor, token_ids: Tensor | None, stacks: Sequence):
+    def __init__(self, call: Numbers, x: Tensor, token_ids: Tensor | None, stacks: Sequence[Any]):
         self.call, self.token_ids, self.x = call, token_ids, _by_rows(x)
-        self.operands = [None if s is None else s.to(call.dtype).contiguous() for s in stacks]
+        self.operands: list[Any] = [
+            None if s is None else s.to(call.dtype).contiguous() for s in stacks
+        ]
         self.E, self.F, self.D = stacks[0].shape
         self.is_gated = self.operands[2] is not None
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -193,7 +290,7 @@ class _FFN:
             E=self.E,
             ROWS=schedule.most,
             GROUP=kernels.GROUP,
-            KIND=call.activation.kernel,
+            KIND=call.kind,
             HAS_IDS=self.token_ids is not None,
             HAS_BIAS=bias1 is not None,
             IS_GATED=self.is_gated,
@@ -287,7 +384,7 @@ class _FFN:
             E=self.E,
             ROWS=schedule.most,
             GROUP=kernels.GROUP,
-            KIND=self.call.activation.kernel,
+            KIND=self.call.kind,
             HAS_IDS=self.token_ids is not None,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=sums_bias,

@@ -1,0 +1,31 @@
+"""Launches of Triton kernels as operators that torch.compile need not look into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operator(fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """Decorator: inside of torch.compile, a function of tensors is one operator of the namespace
+    `evomoe`; elsewhere, it is called as it is, without what a dispatch costs.
+
+    Args:
+        fake: of the same arguments, gives results of the right shapes and dtypes.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"evomoe::{function.__module__.rsplit('.', 1)[-1]}_{function.__name__.strip('_')}"
+        made = torch.library.custom_op(name, function, mutates_args=())
+        made.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return made(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return decorate
