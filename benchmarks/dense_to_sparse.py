@@ -23,7 +23,7 @@ from torch.nn.functional import gelu
 
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates import LayerInfo
-from evomoe_plugin.gates.gate import option_fields
+from evomoe_plugin.gates.registry import option_fields
 from evomoe_plugin.layer import MoELayer, build_layer
 from evomoe_plugin.routing import stats as st
 

@@ -21,8 +21,10 @@ from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups
 from evomoe_plugin.experts import ExpertFFN, ExpertStack, SharedExperts
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, gate_class
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.gradients import attach_zero_grads
+from evomoe_plugin.gates.registry import gate_class
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.capacity import UNLIMITED, CapacityRule, apply_capacity
 from evomoe_plugin.routing.plan import RoutingPlan, first_expert_plan

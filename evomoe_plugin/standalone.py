@@ -18,7 +18,7 @@ from evomoe_plugin import gates
 from evomoe_plugin import layer_keywords as kw
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.gates.gate import own_options
+from evomoe_plugin.gates.registry import own_options
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st

@@ -10,7 +10,7 @@ import torch
 
 import evomoe_plugin
 from evomoe_plugin.config.options import MoEOptions
-from evomoe_plugin.gates.gate import option_fields
+from evomoe_plugin.gates.registry import option_fields
 from evomoe_plugin.launch import ranks
 from tests.rank_server import new_context
 from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixtures

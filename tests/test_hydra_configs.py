@@ -29,8 +29,8 @@ from omegaconf import OmegaConf
 
 import evomoe_plugin  # noqa: F401  registers what the files name
 from evomoe_plugin.config.run_checks import check_run
+from evomoe_plugin.gates.context import GateContext
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates
-from evomoe_plugin.gates.gate import GateContext
 from evomoe_plugin.models.accounting import count_parameters
 
 ROOT = Path(__file__).parents[1]

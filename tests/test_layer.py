@@ -11,8 +11,9 @@ from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.experts.reference import loop_moe
 from evomoe_plugin.gates.capabilities import Capabilities
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.layer import MoELayer
 from evomoe_plugin.routing import noise
 from evomoe_plugin.routing import stats as st

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.gates import LayerInfo
-from evomoe_plugin.gates.gate import GateContext, option_fields
+from evomoe_plugin.gates.context import GateContext
+from evomoe_plugin.gates.registry import option_fields
 from evomoe_plugin.layer import MoELayer, build_layer
 from speed.inputs import Inputs
 

@@ -36,7 +36,9 @@ from evomoe_plugin.config.options import (
 )
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
-from evomoe_plugin.gates.gate import Gate, gate_class, validate_gate
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.option_checks import validate_gate
+from evomoe_plugin.gates.registry import gate_class
 from evomoe_plugin.gates.weight_scale import WEIGHT_SCALES
 
 logger = logging.getLogger(__name__)

@@ -4,14 +4,9 @@ import importlib
 import pkgutil
 
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import (
-    Gate,
-    GateContext,
-    LayerInfo,
-    gate_class,
-    gate_names,
-    register_gate,
-)
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import gate_class, gate_names, register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.routing.choice import Choice
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.options import ModelOptions, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.scorers import LinearScorer
 from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.assignment import balanced_assignment

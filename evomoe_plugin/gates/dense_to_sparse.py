@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.gates.capabilities import Capabilities
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.dense_to_sparse_options import (
     DenseToSparseOptions,
     annealing_updates,
@@ -15,7 +16,8 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
     validate_dense_to_sparse,
 )
 from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.topk_common import balance_, best
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice

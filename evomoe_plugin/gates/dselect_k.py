@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.options import check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.topk_common import TopKCountOptions, validate_top_k
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.losses import entropy_loss, weighted_mean

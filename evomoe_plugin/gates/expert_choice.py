@@ -10,7 +10,9 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import check_number, flag, is_causal
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing.choice import Choice

@@ -1,23 +1,22 @@
-"""The abstract gate, and the registry of gates."""
+"""The abstract gate."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, parse_bool
 from evomoe_plugin.gates import auxiliary
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.centred_input import CentredInput
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.lexical import LexicalPrior, initial_table
 from evomoe_plugin.gates.logit_options import lexical_init
-from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions, validate_scorer
+from evomoe_plugin.gates.scorers import SCORERS, Scorer, ScorerOptions
 from evomoe_plugin.gates.shared_weights import SharedWeights
 from evomoe_plugin.gates.weight_scale import WeightScale, sum_of_weights
 from evomoe_plugin.routing import noise
@@ -25,71 +24,6 @@ from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.plan import RoutingPlan, plan_from_mask
 from evomoe_plugin.routing.stats import routing_stats
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """The layer that a gate is for."""
-
-    model_dim: int
-    """D, width of the tokens."""
-    num_experts: int
-    """E, number of routed experts."""
-    num_null: int = 0
-    """Number of null experts: candidates whose output is zero, without computation."""
-    layer_id: int = 0
-    """Index of the MoE layer in the model, from 0."""
-    seed: int = 1
-    """Seed of the run."""
-    token_counts_V: tuple[int, ...] = ()
-    """Frequency of each token id in the training data, from the dictionary; empty if there is no
-    vocabulary."""
-    start_experts: int = 0
-    """Number of routed experts, the first ones, that can be selected at the start; 0: all."""
-
-    @property
-    def num_candidates(self) -> int:
-        """C."""
-        return self.num_experts + self.num_null
-
-
-@dataclass(frozen=True)
-class GateContext:
-    """Inputs of a gate besides the tokens."""
-
-    num_updates: int = 0
-    """Completed updates with gates: of the run, or since the spawn."""
-    token_mask_T: Tensor | None = None
-    """bool, False for padding; None: no padding."""
-    token_keys_T: Tensor | None = None
-    """int64 keys of the tokens, from which noise is made; None: no randomness."""
-    token_ids_T: Tensor | None = None
-    """int64 token ids."""
-    token_weights_T: Tensor | None = None
-    """Weight of each token in the auxiliary losses; None: 1."""
-    noise_key: tuple[int, ...] = ()
-    """What noise depends on beside the tokens: seed, update, layer."""
-
-    @property
-    def noise_keys_T(self) -> Tensor | None:
-        """int64 noise keys of the tokens (`routing.noise`), made each time; None: no randomness."""
-        if self.token_keys_T is None:
-            return None
-        return noise.fold_all(self.token_keys_T, *self.noise_key)
-
-    def num_tokens(self, x_TD: Tensor) -> Tensor:
-        """Tokens that are not padding, a scalar in fp64."""
-        if self.token_mask_T is None:
-            return x_TD.new_full((), x_TD.size(0), dtype=torch.float64)
-        return self.token_mask_T.sum().double()
-
-    @property
-    def loss_weights_T(self) -> Tensor | None:
-        """Weight of each token in the losses, 0 for padding; None: 1 for all."""
-        if self.token_mask_T is None or self.token_weights_T is None:
-            return self.token_weights_T if self.token_mask_T is None else self.token_mask_T
-        return self.token_weights_T * self.token_mask_T
-
 
 OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 
@@ -384,132 +318,3 @@ class Gate(nn.Module, Generic[OptionsT]):
 
 
 _DROP_STREAM = 0xD809  # separates these random numbers from those of gates
-
-_GATES: dict[str, type[Gate]] = {}
-_listeners: list[Callable[[type[Gate]], None]] = []
-
-
-_FORMER_FLAGS = (
-    "SCORERS LOSSES DEFAULT_AUX STATS HAS_LOGITS TAKES_NULL TAKES_CAPACITY "
-    "HAS_WEIGHTS LEARNS_FROM_ZERO KEEPS_ALIKE"
-).split()
-
-
-def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
-    """Class decorator: register a gate as `--moe-gate NAME`, and its options as flags.
-
-    Raises:
-        ValueError: the name is taken, an option cannot become a flag, or the class declares what
-            it supports by the class attributes of before `Capabilities`.
-    """
-
-    def register(cls: type[Gate]) -> type[Gate]:
-        if _GATES.get(name, cls) is not cls:
-            raise ValueError(f"a gate named {name} is already registered: {_GATES[name]}")
-        if flags := [name for name in _FORMER_FLAGS if hasattr(cls, name)]:
-            raise ValueError(
-                f"{cls.__name__}: {', '.join(flags)} have no effect any more: give "
-                "capabilities = Capabilities(…)"
-            )
-        for option in own_options(cls):
-            _check_option(cls, option)
-        for listener in _listeners:
-            listener(cls)
-        _GATES[name] = cls
-        return cls
-
-    return register
-
-
-def _check_option(cls: type[Gate], option: dataclasses.Field) -> None:
-    wanted = {
-        "must be named moe_…, like all options of gates": option.name.startswith("moe_"),
-        "needs a default value (no default_factory)": option.default is not dataclasses.MISSING,
-        'needs a help text: field(default=…, metadata={"help": "…"})': "help" in option.metadata,
-    }
-    for rule, holds in wanted.items():
-        if not holds:
-            raise ValueError(f"{cls.__name__}: the option {option.name} {rule}")
-
-
-def on_registration(listener: Callable[[type[Gate]], None]) -> None:
-    """Call `listener(gate)` for every gate that is registered from now on."""
-    _listeners.append(listener)
-
-
-def gate_names() -> list[str]:
-    """Names of the registered gates, sorted."""
-    return sorted(_GATES)
-
-
-def gate_class(name: str) -> type[Gate]:
-    """The gate registered as `name`; raises `OptionError` if there is none."""
-    if name not in _GATES:
-        raise OptionError("moe_gate", name, f"unknown gate; one of: {', '.join(gate_names())}")
-    return _GATES[name]
-
-
-def own_options(cls: type[Gate]) -> list[dataclasses.Field]:
-    """The options of a gate, without those of every model."""
-    of_models = ModelOptions.__dataclass_fields__
-    return [
-        field for field in dataclasses.fields(cls.Options) if of_models.get(field.name) is not field
-    ]
-
-
-def option_fields() -> dict[str, dataclasses.Field]:
-    """The options of all registered gates, by name."""
-    return {field.name: field for name in gate_names() for field in own_options(_GATES[name])}
-
-
-def validate_gate(options: ModelOptions, expert_counts: Sequence[int]) -> list[str]:
-    """Check the options of the selected gate, and that it uses all gate options given.
-
-    Returns:
-        warnings.
-    Raises:
-        OptionError: with the option, its value and the remedy.
-    """
-    cls = gate_class(options.moe_gate)
-    used = {field.name for field in own_options(cls)}
-    for name, field in option_fields().items():
-        if name not in used and getattr(options, name, field.default) != field.default:
-            users = [gate for gate in gate_names() if hasattr(_GATES[gate].Options, name)]
-            raise OptionError(
-                name,
-                getattr(options, name),
-                f"the gate {options.moe_gate} does not use it: leave it out, or "
-                f"use a gate that does ({', '.join(users)})",
-            )
-    if options.moe_null_experts and not cls.capabilities.null_experts:
-        raise OptionError(
-            "moe_null_experts",
-            options.moe_null_experts,
-            f"the gate {options.moe_gate} cannot select null experts: give 0",
-        )
-    warnings = _weight_scale_warnings(cls, options)
-    if "moe_scorer" in used:
-        warnings += validate_scorer(cast(ScorerOptions, options), cls.capabilities.scorers)
-    if (
-        options.moe_shared_experts
-        and options.moe_shared_combine == "softmax"
-        and (not cls.capabilities.logits)
-    ):
-        raise OptionError(
-            "moe_shared_combine",
-            "softmax",
-            f"the gate {options.moe_gate} has no logits: give add or mix",
-        )
-    cls.aux_coefficients(options)
-    return warnings + cls.validate(options, expert_counts)
-
-
-def _weight_scale_warnings(cls: type[Gate], options: ModelOptions) -> list[str]:
-    scale = options.moe_weight_scale
-    has_effect = scale not in ("unit", "mean") or options.moe_weight_total != 1.0
-    if has_effect or not cls.weights_sum_to_one(options):
-        return []
-    return [
-        f"--moe-weight-scale {scale}: a token's weights already sum to 1 with the gate "
-        f"{options.moe_gate} and these options; this changes nothing"
-    ]

@@ -8,8 +8,10 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, check_choice, flag
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.hash_tables import balanced_table, clustered_table, random_table
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.topk_common import selection_mask
 from evomoe_plugin.routing.choice import Choice
 

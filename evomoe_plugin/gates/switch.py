@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, register_gate
+from evomoe_plugin.gates.context import GateContext
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.scorers import ScorerOptions
 from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing.choice import Choice

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, check_choice, check_number, flag
 from evomoe_plugin.gates.capabilities import Capabilities
-from evomoe_plugin.gates.gate import Gate, GateContext, LayerInfo, register_gate
+from evomoe_plugin.gates.context import GateContext, LayerInfo
+from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.record import RoutingRecord
+from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import losses
 from evomoe_plugin.routing import stats as st

@@ -9,7 +9,8 @@ from typing import Any
 from fairseq.models import register_model
 
 from evomoe_plugin.config.dataclass_fields import add_field
-from evomoe_plugin.gates.gate import Gate, on_registration, own_options
+from evomoe_plugin.gates.gate import Gate
+from evomoe_plugin.gates.registry import on_registration, own_options
 from evomoe_plugin.models import config, encoder_config
 from evomoe_plugin.models.causal_lm import CausalLM
 from evomoe_plugin.models.language_model import MoELanguageModel

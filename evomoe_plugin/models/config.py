@@ -16,7 +16,7 @@ from evomoe_plugin.config.options import (
     MoEOptions,
     flag,
 )
-from evomoe_plugin.gates.gate import option_fields
+from evomoe_plugin.gates.registry import option_fields
 
 GateOptions: Any = dataclasses.make_dataclass(
     "GateOptions",

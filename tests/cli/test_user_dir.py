@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 
 from evomoe_plugin.cli import TAKE_USER_DIR, VERBS, main
 from evomoe_plugin.cli.user_dir import import_user_dir
-from evomoe_plugin.gates import gate as gate_module
+from evomoe_plugin.gates import registry
 from tests.evolve.dense_models import dictionary_of, save_dense
 
 PACKAGE = '''
@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
 
 def forget() -> None:
     """Undo what the package registers: other tests' ranks do not import it."""
-    gate_module._GATES.pop("user_first", None)
+    registry._GATES.pop("user_first", None)
     for options in set(MODEL_DATACLASS_REGISTRY.values()):
         for owner in options.__mro__:
             vars(owner).get("__dataclass_fields__", {}).pop("moe_user_experts", None)

@@ -10,7 +10,7 @@ from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import read_hf_config, resolve_hf_config
 from evomoe_plugin.config.options import CausalLMModelOptions
-from evomoe_plugin.gates.gate import option_fields
+from evomoe_plugin.gates.registry import option_fields
 
 SIZES = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ import torch
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.gates.base_layers import BASELayersGate
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 
 T, D, E = 30, 8, 4
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.dense_to_sparse import DenseToSparseGate
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.noise import gumbel, sequence_keys
 

@@ -5,8 +5,8 @@ import torch
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.dselect_k import LEAST_VALID_MASS, DSelectKGate
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
 
 T, D = 17, 8
 

@@ -3,7 +3,7 @@ import torch
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.hash import HASHES, HashGate, balanced_table, clustered_table, random_table
 
 D, E, V = 8, 4, 50

@@ -5,7 +5,7 @@ from fairseq.logging import metrics
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.criterions.moe_cross_entropy import MoECrossEntropyCriterion
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.relu import COEFFICIENT_RANGE, ReluGate
 from evomoe_plugin.routing import stats as st
 

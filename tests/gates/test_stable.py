@@ -7,7 +7,7 @@ import torch.utils.checkpoint
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.experts import ExpertFFN
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gradients import attach_zero_grads
 from evomoe_plugin.gates.stable import StableGate, greedy_balance_loss, stable_updates
 from evomoe_plugin.layer import MoELayer

@@ -5,7 +5,7 @@ import torch
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.gates.gate import GateContext, LayerInfo
+from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import build_layer
 from evomoe_plugin.routing import losses

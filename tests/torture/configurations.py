@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from evomoe_plugin.gates import gate_names
-from evomoe_plugin.gates.gate import gate_class, option_fields, own_options
+from evomoe_plugin.gates.registry import gate_class, option_fields, own_options
 from evomoe_plugin.trainer.peak_flops import peak_flops
 from tests.end_to_end.conftest import write_text
 from tests.torture import disks, forked, tiny

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
-from evomoe_plugin.gates.gate import gate_names
+from evomoe_plugin.gates.registry import gate_names
 from evomoe_plugin.routing import waits
 from evomoe_plugin.trainer import moe_trainer
 from tests.host_waits import HostWaits, pretend_a_gpu
