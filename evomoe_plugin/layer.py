@@ -14,9 +14,9 @@ from evomoe_plugin.config.options import (
     ModelOptions,
     expert_ffn_dim,
     has_gated_experts,
-    parse_bool,
     shared_ffn_dim,
 )
+from evomoe_plugin.config.values import parse_bool
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES, Exchange, Meter
 from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import ExpertGroups, expert_groups

@@ -13,16 +13,27 @@ REMOTE = PACKAGE / "export/remote"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # The options themselves and the errors lie below all, their checks above the gates.
-BASE = {"config.errors", "config.options", "config.stacks", "config.hf_config"}
+BASE = {
+    "config.errors",
+    "config.options",
+    "config.values",
+    "config.rates",
+    "config.moe_layers",
+    "config.stacks",
+    "config.hf_config",
+}
 LAYER = BASE | {"routing", "gates", "experts", "dispatch", "layer"}
 MODEL = LAYER | {"models", "config.checks", "config.dataclass_fields"}
 
 # What each package may import of ours, beside itself.
 ALLOWED = {
     "config.errors": set(),
-    "config.options": {"config.errors"},
-    "config.stacks": {"config.options"},
-    "config.hf_config": {"config.errors", "config.options"},
+    "config.options": set(),
+    "config.values": {"config.errors"},
+    "config.rates": {"config.errors", "config.options", "config.values"},
+    "config.moe_layers": {"config.errors", "config.options"},
+    "config.stacks": {"config.options", "config.moe_layers"},
+    "config.hf_config": {"config.errors", "config.options", "config.moe_layers"},
     "config.dataclass_fields": set(),
     "config.terminal": set(),
     "config.checks": BASE | {"gates", "dispatch"},
@@ -69,6 +80,9 @@ ALLOWED = {
 KNOW_NOTHING_OF_FAIRSEQ = {
     "config.errors",
     "config.options",
+    "config.values",
+    "config.rates",
+    "config.moe_layers",
     "config.stacks",
     "config.hf_config",
     "config.checks",

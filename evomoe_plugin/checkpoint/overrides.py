@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from evomoe_plugin.checkpoint import fsdp_shards
 from evomoe_plugin.checkpoint.load import load_file
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import parse_model_overrides
+from evomoe_plugin.config.values import parse_model_overrides
 
 
 def check_model_overrides(text: str, paths: str | None) -> None:

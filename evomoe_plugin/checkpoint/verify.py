@@ -16,13 +16,8 @@ from evomoe_plugin.checkpoint.expert_shards import (
 )
 from evomoe_plugin.checkpoint.load import nan_or_inf
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import (
-    ModelOptions,
-    MoEOptions,
-    expert_slots,
-    moe_layer_indices,
-    stack_kind,
-)
+from evomoe_plugin.config.moe_layers import expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import ModelOptions, MoEOptions, stack_kind
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.dispatch.sharded_layers import is_expert_parameter
 

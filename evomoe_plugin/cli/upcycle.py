@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from evomoe_plugin.checkpoint.output import check_output
-    from evomoe_plugin.config.options import check_number
+    from evomoe_plugin.config.values import check_number
     from evomoe_plugin.evolve.convert import convert, write
     from evomoe_plugin.evolve.perplexity import perplexity
     from evomoe_plugin.evolve.upcycle import Recipe

@@ -8,33 +8,23 @@ from dataclasses import fields
 from typing import Any
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.config.moe_layers import expert_counts, expert_slots
 from evomoe_plugin.config.options import (
     ACTIVATIONS,
-    ATTENTIONS,
-    DROP_POLICIES,
-    FFNS,
     MATMUL_DTYPES,
-    NORMS,
-    QK_NORMS,
-    SHARED_COMBINE,
-    SPAWN_METHODS,
     UNSUPPORTED,
     CausalLMModelOptions,
     ModelOptions,
     MoEOptions,
-    check_choice,
-    check_number,
-    check_rate,
-    expert_counts,
-    expert_slots,
     head_dim,
     is_causal,
     is_causal_lm,
     kv_heads,
     option_name,
-    parse_bool,
 )
+from evomoe_plugin.config.rates import SPAWN_METHODS, check_rate
 from evomoe_plugin.config.stacks import stacks
+from evomoe_plugin.config.values import check_choice, check_number, parse_bool
 from evomoe_plugin.dispatch.all_to_all import TRANSPORT_DTYPES
 from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.option_checks import validate_gate
@@ -48,12 +38,12 @@ _PROBABILITIES = (
 ).split()
 _CHOICES = {
     "activation_fn": ACTIVATIONS,
-    "moe_attention": ATTENTIONS,
+    "moe_attention": ("sdpa", "stock"),
     "moe_matmul_dtype": MATMUL_DTYPES,
-    "moe_shared_combine": SHARED_COMBINE,
+    "moe_shared_combine": ("add", "softmax", "mix", "sigmoid"),
     "moe_ep_wire_dtype": tuple(TRANSPORT_DTYPES),
     "moe_ep_checkpoint": ("auto", "consolidated", "sharded"),
-    "moe_drop_policy": (None, *DROP_POLICIES),
+    "moe_drop_policy": (None, "position", "probs", "random"),
     "moe_weight_scale": WEIGHT_SCALES,
 }
 _MINIMA = (
@@ -185,9 +175,9 @@ _OF_GPTS = {
 def _check_causal_lm(options: CausalLMModelOptions) -> None:
     """Check the options that only `causal_lm` architectures have, and that those have no others."""
     for option, allowed in {
-        "decoder_norm": NORMS,
-        "decoder_qk_norm": QK_NORMS,
-        "decoder_ffn": FFNS,
+        "decoder_norm": ("rms", "layer"),
+        "decoder_qk_norm": ("none", "shared", "separate", "joint"),
+        "decoder_ffn": ("gated", "plain"),
     }.items():
         check_choice(options, option, allowed)
     for option, default in _OF_GPTS.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import parse_model_overrides
+from evomoe_plugin.config.values import parse_model_overrides
 
 
 def model_overrides(cfg: Any) -> dict[str, Any]:

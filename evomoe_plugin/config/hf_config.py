@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import open_dict
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import NO_LAYERS, CausalLMModelOptions
+from evomoe_plugin.config.moe_layers import NO_LAYERS
+from evomoe_plugin.config.options import CausalLMModelOptions
 
 CONFIG = "config.json"
 # transformers' name -> fairseq's; gelu_accurate is the tanh approximation.

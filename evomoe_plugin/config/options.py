@@ -5,17 +5,8 @@ fields. They do not depend on fairseq.
 """
 
 import argparse
-import ast
-import logging
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, TypeGuard
-
-from evomoe_plugin.config.errors import OptionError
-
-logger = logging.getLogger(__name__)
+from typing import Any, Optional, TypeGuard
 
 
 def flag(default: Any, help: str, **metadata: str) -> Any:
@@ -332,31 +323,6 @@ def has_gated_experts(options: ModelOptions) -> bool:
     return options.moe_expert_gated or (is_causal_lm(options) and options.decoder_ffn == "gated")
 
 
-def parse_model_overrides(text: str) -> dict[str, Any]:
-    """The value of `--model-overrides`: option -> value, or an `OptionError`."""
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise OptionError(
-            "model_overrides", text, "is no dictionary of Python: give \"{'OPTION': value}\""
-        )
-    return overrides
-
-
-def parse_bool(option: str, value: Any) -> bool:
-    """`value` (bool, or true/false in any case) as a bool, or an `OptionError`."""
-    text = str(value).strip().lower()
-    if text not in ("true", "false"):
-        raise OptionError(option, value, "give true or false")
-    return text == "true"
-
-
-NO_LAYERS = "none"  # Value of `--moe-layers` for a dense model
-PLACEMENT = ("moe_freq", "moe_start_layer", "moe_layers")
-
-
 def stack_kind(options: ModelOptions) -> str:
     """Whether the options are of an encoder or a decoder (`config.stacks`)."""
     return getattr(options, "kind", "decoder")
@@ -370,103 +336,6 @@ def is_causal(options: ModelOptions) -> bool:
 def option_name(options: ModelOptions, name: str) -> str:
     """The option that the user knows `name` by: an encoder's has another name."""
     return getattr(options, "name_of", str)(name)
-
-
-def moe_layer_indices(options: ModelOptions, num_layers: int) -> list[int]:
-    """Indices, from 0, of the layers of a stack that are MoE layers; none with `--moe-layers none`.
-
-    Raises:
-        OptionError: there would be no MoE layer otherwise, or a given index does not exist.
-    """
-    last, kind = num_layers - 1, stack_kind(options)
-    if options.moe_layers is not None:
-        return _listed_layers(options, last)
-    freq, start = options.moe_freq, options.moe_start_layer
-    if freq < 1:
-        name = option_name(options, "moe_freq")
-        none = name.replace("moe_freq", "moe_layers").replace("_", "-")
-        without = "a model" if name == "moe_freq" else f"an {kind}".replace("an d", "a d")
-        raise OptionError(
-            name, freq, f"give 1 or more; for {without} without MoE layers, --{none} none"
-        )
-    if start is None and freq > num_layers:
-        raise OptionError(
-            option_name(options, "moe_freq"),
-            freq,
-            f"gives no MoE layer in {num_layers} {kind} layers; give at most {num_layers}",
-        )
-    if start is not None and not 0 <= start <= last:
-        raise OptionError(
-            option_name(options, "moe_start_layer"),
-            start,
-            f"the {num_layers} {kind} layers are 0 to {last}",
-        )
-    return list(range(freq - 1 if start is None else start, num_layers, freq))
-
-
-def _listed_layers(options: ModelOptions, last: int) -> list[int]:
-    text = str(options.moe_layers).replace(" ", "")
-    name = option_name(options, "moe_layers")
-    for option in ("moe_freq", "moe_start_layer"):
-        if getattr(options, option) != getattr(MoEOptions, option):
-            raise OptionError(
-                option_name(options, option),
-                getattr(options, option),
-                f"--{name.replace('_', '-')} {text} lists the layers: leave one of them out",
-            )
-    if text == NO_LAYERS:
-        return []
-    try:
-        indices = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError(name, text, "give layer numbers from 0: 5,8,11") from None
-    if indices != sorted(set(indices)) or not (0 <= indices[0] and indices[-1] <= last):
-        raise OptionError(name, text, f"give layer numbers from 0 to {last}, ascending, each once")
-    return indices
-
-
-def expert_counts(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
-    """Routed experts of each MoE layer, `num_moe_layers` numbers; None: of the whole model.
-
-    Raises:
-        OptionError: not a number, list or range of counts, or one that does not fit the layers.
-    """
-    if num_moe_layers is None:
-        num_moe_layers = len(moe_layer_indices(options, options.decoder_layers))
-    text = str(options.moe_expert_count).replace(" ", "")
-    wanted = "give one number of at least 1, one per MoE layer (4,4,8,16), or FIRST:LAST"
-    try:
-        numbers = [int(part) for part in re.split("[,:]", text)]
-    except ValueError:
-        raise OptionError("moe_expert_count", text, wanted) from None
-    if min(numbers) < 1:
-        raise OptionError("moe_expert_count", text, wanted)
-    if ":" in text:
-        if len(numbers) != 2 or "," in text:
-            raise OptionError("moe_expert_count", text, wanted)
-        first, last = numbers
-        steps = max(num_moe_layers - 1, 1)
-        return [round(first + (last - first) * i / steps) for i in range(num_moe_layers)]
-    if len(numbers) == 1:
-        return numbers * num_moe_layers
-    if len(numbers) != num_moe_layers:
-        raise OptionError(
-            "moe_expert_count",
-            text,
-            f"{len(numbers)} counts for {num_moe_layers} MoE layers; "
-            f"give one number or {num_moe_layers}",
-        )
-    return numbers
-
-
-def expert_slots(options: ModelOptions, num_moe_layers: int | None = None) -> list[int]:
-    """E of each MoE layer: its expert slots, not all of which may be used at the start.
-
-    Raises:
-        OptionError: as `expert_counts`.
-    """
-    most = getattr(options, "moe_max_experts", 0)
-    return [max(count, most) for count in expert_counts(options, num_moe_layers)]
 
 
 def expert_ffn_dim(options: ModelOptions) -> int:
@@ -483,6 +352,11 @@ def shared_ffn_dim(options: ModelOptions) -> int:
     return options.moe_shared_ffn_dim or expert_ffn_dim(options)
 
 
+def gated_updates(options: ModelOptions) -> int:
+    """Updates of the run with gates: all, or those after the spawn; 0: unknown."""
+    return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
+
+
 # Names of fairseq's activations.
 ACTIVATIONS = tuple("relu relu_squared gelu gelu_fast gelu_accurate tanh linear swish".split())
 # Options of fairseq's transformer_lm that change FFNs or the vocabulary, and NormFormer's scales,
@@ -493,89 +367,3 @@ UNSUPPORTED = tuple(
     "scale_fc scale_attn scale_heads scale_resids".split()
 )
 MATMUL_DTYPES = ("same", "bf16")
-NORMS = ("rms", "layer")
-QK_NORMS = ("none", "shared", "separate", "joint")
-FFNS = ("gated", "plain")
-SHARED_COMBINE = ("add", "softmax", "mix", "sigmoid")
-ATTENTIONS = ("sdpa", "stock")
-DROP_POLICIES = ("position", "probs", "random")
-SPAWN_METHODS = ("copy", "mask", "noise", "reinit")
-
-
-class Rate(NamedTuple):
-    """Valid rates of a method that changes experts; 0 would equal `copy`."""
-
-    default: float
-    interval: str
-    remedy: str
-
-
-# The defaults of mask and noise are ours; that of reinit is Drop-Upcycling's (arXiv 2502.19261).
-SPAWN_RATES = {
-    "mask": Rate(0.3, "(0, 1)", "it is a share of the weights: give more than 0 and less than 1"),
-    "noise": Rate(
-        0.1, "(0, inf)", "give a number above 0, relative to the weights' standard deviation"
-    ),
-    "reinit": Rate(
-        0.5, "(0, 1]", "it is a share of the hidden units: give more than 0 and at most 1"
-    ),
-}
-
-
-def resolved_rate(method: str, rate: float | None) -> float:
-    """`rate`, or the default of `method`; 0 for methods without one."""
-    if rate is not None:
-        return rate
-    return SPAWN_RATES[method].default if method in SPAWN_RATES else 0.0
-
-
-def check_rate(option: str, method: str, rate: float | None) -> None:
-    """Raise `OptionError` unless `rate` is valid for `method`; None, the default, always is."""
-    if rate is None:
-        return
-    if method not in SPAWN_RATES:
-        raise OptionError(
-            option,
-            rate,
-            f"the method {method} has no rate: leave it out, or give "
-            f"one of the methods {', '.join(SPAWN_RATES)}",
-        )
-    if not in_interval(rate, SPAWN_RATES[method].interval):
-        raise OptionError(option, rate, SPAWN_RATES[method].remedy)
-
-
-def spawn_rate(options: ModelOptions) -> float:
-    """The rate of the spawn method, with the default resolved."""
-    return resolved_rate(options.moe_spawn_method, options.moe_spawn_rate)
-
-
-def gated_updates(options: ModelOptions) -> int:
-    """Updates of the run with gates: all, or those after the spawn; 0: unknown."""
-    return max(0, (options.max_update or 0) - (options.moe_spawn_updates or 0))
-
-
-def check_choice(options: ModelOptions, option: str, allowed: Sequence[str | None]) -> None:
-    """Raise `OptionError` unless the option's value is one of `allowed`."""
-    if getattr(options, option) not in allowed:
-        names = ", ".join(filter(None, allowed))
-        raise OptionError(option, getattr(options, option), f"one of: {names}")
-
-
-def check_number(options: object, option: str, interval: str, remedy: str) -> None:
-    """Raise `OptionError` with `remedy` unless the option's value is finite and in `interval`.
-
-    None, the value of an option that was not given, passes.
-
-    Args:
-        interval: such as "[0, 1)" for at least 0 and less than 1, or "(0, inf)".
-    """
-    value = getattr(options, option)
-    if value is not None and not in_interval(value, interval):
-        raise OptionError(option, value, remedy)
-
-
-def in_interval(value: float, interval: str) -> bool:
-    """Whether a number is finite and in an interval such as "[0, 1)"."""
-    low, high = map(float, interval[1:-1].split(","))
-    bounds = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-    return math.isfinite(value) and (low < value < high or bounds)

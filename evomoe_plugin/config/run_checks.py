@@ -21,7 +21,8 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.evaluation_checks import check_evaluation, check_ranks_of_experts
 from evomoe_plugin.config.fairseq_checks import check_fairseq
 from evomoe_plugin.config.hf_config import resolve_hf_config
-from evomoe_plugin.config.options import MoEOptions, parse_bool
+from evomoe_plugin.config.options import MoEOptions
+from evomoe_plugin.config.values import parse_bool
 from evomoe_plugin.gates.registry import gate_class
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from evomoe_plugin.config.options import NO_LAYERS, PLACEMENT, ModelOptions, MoEOptions
+from evomoe_plugin.config.moe_layers import NO_LAYERS, PLACEMENT
+from evomoe_plugin.config.options import ModelOptions, MoEOptions
 
 
 class StackOptions:

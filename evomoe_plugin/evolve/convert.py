@@ -30,7 +30,8 @@ from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.output import check_output
 from evomoe_plugin.checkpoint.reading import plain_config
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import NO_LAYERS, MoEOptions
+from evomoe_plugin.config.moe_layers import NO_LAYERS
+from evomoe_plugin.config.options import MoEOptions
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.evolve.dense_checkpoint import (
     DEFAULT_ARCHS,

@@ -29,7 +29,8 @@ from evomoe_plugin.checkpoint.hf_weights import HFWeights
 from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.hf_config import model_type
-from evomoe_plugin.config.options import NO_LAYERS, UNSUPPORTED, CausalLMOptions, is_causal_lm
+from evomoe_plugin.config.moe_layers import NO_LAYERS
+from evomoe_plugin.config.options import UNSUPPORTED, CausalLMOptions, is_causal_lm
 from evomoe_plugin.evolve.import_hf import placeholder_dictionary, run_config
 from evomoe_plugin.models.causal_lm import CausalLM
 from evomoe_plugin.models.encoder_config import RobertaMoEConfig, TransformerMoEConfig

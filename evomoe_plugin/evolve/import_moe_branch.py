@@ -21,7 +21,8 @@ from evomoe_plugin.checkpoint.build_model import report_config_faults
 from evomoe_plugin.checkpoint.initial_state import initial_checkpoint
 from evomoe_plugin.checkpoint.reading import plain_config, read_checkpoint
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import UNSUPPORTED, moe_layer_indices
+from evomoe_plugin.config.moe_layers import moe_layer_indices
+from evomoe_plugin.config.options import UNSUPPORTED
 from evomoe_plugin.evolve.dense_checkpoint import transformer_options
 from evomoe_plugin.evolve.import_hf import placeholder_dictionary
 from evomoe_plugin.evolve.initial_values import build_without_memory, initial_gates

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import SPAWN_METHODS as METHODS
-from evomoe_plugin.config.options import SPAWN_RATES, in_interval
+from evomoe_plugin.config.rates import SPAWN_METHODS as METHODS
+from evomoe_plugin.config.rates import SPAWN_RATES
+from evomoe_plugin.config.values import in_interval
 from evomoe_plugin.routing.noise import fold
 
 _PART = 2**18  # numbers drawn at a time

@@ -15,7 +15,8 @@ import torch
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from evomoe_plugin.config.options import ModelOptions, spawn_rate
+from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.config.rates import spawn_rate
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor
 from evomoe_plugin.evolve.parameters import Edit, edit_parameters
 from evomoe_plugin.experts.ffn import frozen_name

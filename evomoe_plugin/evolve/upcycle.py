@@ -20,17 +20,9 @@ from torch import Tensor
 from evomoe_plugin.checkpoint.hf_weights import with_rows
 from evomoe_plugin.config.checks import check_spawned_from
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import (
-    SPAWN_METHODS,
-    ModelOptions,
-    check_rate,
-    expert_counts,
-    expert_ffn_dim,
-    expert_slots,
-    moe_layer_indices,
-    resolved_rate,
-    shared_ffn_dim,
-)
+from evomoe_plugin.config.moe_layers import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import ModelOptions, expert_ffn_dim, shared_ffn_dim
+from evomoe_plugin.config.rates import SPAWN_METHODS, check_rate, resolved_rate
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.evolve.dense_checkpoint import DEFAULT_ARCHS, DenseCheckpoint, family_of
 from evomoe_plugin.evolve.init_methods import seed_of, spawn_tensor

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from evomoe_plugin.checkpoint.hf_weights import sources
 from evomoe_plugin.config.hf_config import ACTIVATIONS, KINDS, HFConfig, parse_hf_config, short
+from evomoe_plugin.config.moe_layers import NO_LAYERS
 from evomoe_plugin.config.options import (
-    NO_LAYERS,
     CausalLMModelOptions,
     CausalLMOptions,
     head_dim,

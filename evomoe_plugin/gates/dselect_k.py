@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gate import Gate

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, flag, is_causal
+from evomoe_plugin.config.options import flag, is_causal
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gate import Gate

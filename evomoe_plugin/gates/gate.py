@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import ModelOptions, parse_bool
+from evomoe_plugin.config.options import ModelOptions
+from evomoe_plugin.config.values import parse_bool
 from evomoe_plugin.gates import auxiliary
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.centred_input import CentredInput

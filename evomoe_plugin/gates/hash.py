@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice, flag
+from evomoe_plugin.config.options import ModelOptions, flag
+from evomoe_plugin.config.values import check_choice
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gate import Gate

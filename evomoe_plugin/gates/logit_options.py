@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated_updates
+from evomoe_plugin.config.options import ModelOptions, flag, gated_updates
+from evomoe_plugin.config.values import check_number
 
 # Scorers whose logits are linear in the parameters that a factor scales.
 LINEAR_SCORERS = ("linear", "sigmoid")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.gates.logit_options import LogitOptions, validate_logits
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag, gated_updates
+from evomoe_plugin.config.options import ModelOptions, flag, gated_updates
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.gates.base_layers import centroids
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_choice, check_number, flag
+from evomoe_plugin.config.options import ModelOptions, flag
+from evomoe_plugin.config.values import check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gate import Gate

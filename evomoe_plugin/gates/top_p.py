@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evomoe_plugin.config.options import check_choice, check_number, flag
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.config.values import check_choice, check_number
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.gate import Gate

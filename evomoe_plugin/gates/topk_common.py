@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, check_number, flag, is_causal
+from evomoe_plugin.config.options import ModelOptions, flag, is_causal
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.routing import kernels
 
 

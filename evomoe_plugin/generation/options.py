@@ -27,7 +27,7 @@ class GenerationOptions:
 
     def validate(self, vocabulary: int) -> None:
         """Raise `OptionError` for invalid values, with a dictionary of this size."""
-        from evomoe_plugin.config.options import check_number
+        from evomoe_plugin.config.values import check_number
 
         for option in ("max_new_tokens", "beam", "batch_size", "top_k"):
             check_number(self, option, "[1, inf)", "give 1 or more")

@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 
+from evomoe_plugin.config.moe_layers import expert_slots, moe_layer_indices
 from evomoe_plugin.config.options import (
     CausalLMModelOptions,
     ModelOptions,
     expert_ffn_dim,
-    expert_slots,
     has_gated_experts,
     head_dim,
     is_causal_lm,
     kv_heads,
-    moe_layer_indices,
-    parse_bool,
     shared_ffn_dim,
     stack_kind,
 )
 from evomoe_plugin.config.stacks import stacks
+from evomoe_plugin.config.values import parse_bool
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.gates import Gate, LayerInfo, gate_class
 

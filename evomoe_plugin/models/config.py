@@ -9,13 +9,8 @@ from typing import Any, Optional
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
-from evomoe_plugin.config.options import (
-    ACTIVATIONS,
-    NO_LAYERS,
-    CausalLMOptions,
-    MoEOptions,
-    flag,
-)
+from evomoe_plugin.config.moe_layers import NO_LAYERS
+from evomoe_plugin.config.options import ACTIVATIONS, CausalLMOptions, MoEOptions, flag
 from evomoe_plugin.gates.registry import option_fields
 
 GateOptions: Any = dataclasses.make_dataclass(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import ModelOptions, expert_counts, expert_slots, stack_kind
+from evomoe_plugin.config.moe_layers import expert_counts, expert_slots
+from evomoe_plugin.config.options import ModelOptions, stack_kind
 from evomoe_plugin.config.stacks import stacks
 from evomoe_plugin.models.accounting import ForwardFlops, count_parameters
 from evomoe_plugin.models.freeze import freeze, give_gradients, wrap_apart

@@ -15,12 +15,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.config.options import (
-    ModelOptions,
-    expert_counts,
-    expert_slots,
-    moe_layer_indices,
-)
+from evomoe_plugin.config.moe_layers import expert_counts, expert_slots, moe_layer_indices
+from evomoe_plugin.config.options import ModelOptions
 from evomoe_plugin.gates import LayerInfo, gate_class
 from evomoe_plugin.gates.top_any import TopAnyGate
 from evomoe_plugin.layer import MoELayer

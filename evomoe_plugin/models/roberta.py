@@ -12,8 +12,8 @@ from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from omegaconf import open_dict
 from torch import Tensor, nn
 
-from evomoe_plugin.config.options import parse_bool
 from evomoe_plugin.config.stacks import stacks
+from evomoe_plugin.config.values import parse_bool
 from evomoe_plugin.models.accounting import ForwardFlops, count_flops
 from evomoe_plugin.models.encoder import MoEEncoder
 from evomoe_plugin.models.freeze import freeze_part, wrap_apart

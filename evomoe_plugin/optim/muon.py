@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, muon
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number, flag
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.experts import ExpertStack
 from evomoe_plugin.gates import Gate
 from evomoe_plugin.models.decoder_block import DecoderBlock

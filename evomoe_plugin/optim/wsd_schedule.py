@@ -12,7 +12,8 @@ from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_choice, check_number, flag
+from evomoe_plugin.config.options import flag
+from evomoe_plugin.config.values import check_choice, check_number
 
 # Share of the decay that is over -> what is left of the rate above --min-lr.
 DECAYS = {

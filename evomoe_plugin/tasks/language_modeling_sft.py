@@ -14,7 +14,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import check_number
+from evomoe_plugin.config.values import check_number
 from evomoe_plugin.data.chat_template import ChatTemplate, chat_template_of
 from evomoe_plugin.data.dictionary import load_dictionary
 from evomoe_plugin.data.sft_dataset import SFTDataset, scoring_examples

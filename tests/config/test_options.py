@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import expert_counts, moe_layer_indices, parse_bool
+from evomoe_plugin.config.moe_layers import expert_counts, moe_layer_indices
 from evomoe_plugin.config.run_checks import validate_run
+from evomoe_plugin.config.values import parse_bool
 
 
 @pytest.mark.parametrize(

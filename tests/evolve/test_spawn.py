@@ -12,7 +12,7 @@ from fairseq.optim.adam import Adam
 from fairseq.optim.sgd import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.config.rates import spawn_rate
 from evomoe_plugin.config.run_checks import largest_step
 from evomoe_plugin.evolve.adapt import adapt_experts
 from evomoe_plugin.evolve.init_methods import kept_mask, seed_of

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from evomoe_plugin.config.checks import validate
 from evomoe_plugin.config.errors import OptionError
-from evomoe_plugin.config.options import spawn_rate
+from evomoe_plugin.config.rates import spawn_rate
 from evomoe_plugin.config.run_checks import validate_run
 from evomoe_plugin.gates.dense_to_sparse_options import annealing_updates, hard_updates
 from evomoe_plugin.gates.stable import stable_updates
