@@ -120,17 +120,33 @@ def test_a_decay_resumes_in_its_middle_and_the_time_left_begins_anew(runs, monke
     assert logged(resumed, "hours_left") == [None, "2", "1", "0"]
 
 
-@pytest.mark.parametrize("size, batches", [(2, 88), (4, 44), (16, 12)])
-def test_another_batch_size_resumes_at_the_same_share_of_the_epoch(runs, size, batches, caplog):
-    run = runs.train("run", updates=30)
-    state = run.checkpoint()["extra_state"]["train_iterator"]
-    assert state["batches"] == 44 and state["iterations_in_epoch"] == 30
-    again = runs.train("run", "--batch-size", size, updates=31)
+@pytest.mark.parametrize(
+    "option, value, batches",
+    [
+        ("--batch-size", 2, 88),
+        ("--batch-size", 4, 44),
+        ("--batch-size", 16, 12),
+        ("--max-tokens", 64, 88),
+        ("--tokens-per-sample", 16, 88),
+    ],
+)
+def test_another_batch_resumes_at_the_same_share_of_the_epoch(
+    runs, option, value, batches, caplog
+):
+    run = runs.train("run", *EMA, updates=30)
+    state = run.checkpoint()["extra_state"]
+    place = state["train_iterator"]
+    assert place["batches"] == 44 and place["iterations_in_epoch"] == 30
+    again = runs.train("run", *EMA, option, value, updates=31)
     assert again.status == 0 and len(again.losses()) == 1
-    state = again.checkpoint()["extra_state"]["train_iterator"]
-    assert state["batches"] == batches
-    assert state["iterations_in_epoch"] == 30 * batches // 44 + 1
-    assert ("is the same share of it" in caplog.text) is (size != 4)
+    checkpoint = again.checkpoint()
+    place = checkpoint["extra_state"]["train_iterator"]
+    assert place["batches"] == batches
+    assert place["iterations_in_epoch"] == 30 * batches // 44 + 1
+    assert ("is the same share of it" in caplog.text) is (batches != 44)
+    name = "decoder.layers.0.fc1.weight"
+    average = (state["ema"][name] + checkpoint["model"][name]) / 2
+    torch.testing.assert_close(checkpoint["extra_state"]["ema"][name], average)
 
 
 def test_a_place_that_earlier_checkpoints_cannot_scale_is_refused(runs, capsys):
