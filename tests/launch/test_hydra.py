@@ -144,16 +144,26 @@ def test_a_sweep_over_models_by_name(runs, tmp_path, hydra_path):
 
 
 @pytest.mark.slow
-def test_a_bad_option_is_one_line(runs, tmp_path, hydra_path):
-    status, _, err = hydra_train(
-        runs, hydra_path, tmp_path, "distributed_training.use_sharded_state=true"
-    )
-    assert status == 2
-    assert [line for line in err.splitlines() if line.startswith("error:")] == [
-        "error: --use-sharded-state with --ddp-backend legacy_ddp: needs --ddp-backend "
-        "fully_sharded"
-    ]
-    assert "Traceback" not in err
+@pytest.mark.parametrize(
+    "option, status, message",
+    [
+        (
+            "distributed_training.use_sharded_state=true",
+            2,
+            "--use-sharded-state with --ddp-backend legacy_ddp: needs --ddp-backend fully_sharded",
+        ),
+        (
+            "model.moe_gatee=top_k",
+            1,
+            "model.moe_gatee: Key 'moe_gatee' not in 'GPTTinyMoEConfig'; did you mean moe_gate?",
+        ),
+    ],
+)
+def test_a_bad_option_is_one_line(runs, tmp_path, hydra_path, option, status, message):
+    ended, _, err = hydra_train(runs, hydra_path, tmp_path, option)
+    assert ended == status
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: {message}"] and "Traceback" not in err
 
 
 def test_a_checkpoint_is_recognised_without_unpickling_it(tmp_path):

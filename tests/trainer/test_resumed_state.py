@@ -130,9 +130,7 @@ def test_a_decay_resumes_in_its_middle_and_the_time_left_begins_anew(runs, monke
         ("--tokens-per-sample", 16, 88),
     ],
 )
-def test_another_batch_resumes_at_the_same_share_of_the_epoch(
-    runs, option, value, batches, caplog
-):
+def test_another_batch_resumes_at_the_same_share_of_the_epoch(runs, option, value, batches, caplog):
     run = runs.train("run", *EMA, updates=30)
     state = run.checkpoint()["extra_state"]
     place = state["train_iterator"]

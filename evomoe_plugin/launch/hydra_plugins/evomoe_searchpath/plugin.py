@@ -30,6 +30,7 @@ class EvoMoESearchPath(SearchPathPlugin):
         if "fairseq" not in sys.modules or not is_wanted(sys.argv[1:]):
             return
         importlib.import_module(PACKAGE)
+        importlib.import_module(f"{PACKAGE}.launch.hydra_errors").explain()
         import_user_dir(sys.argv[1:])
         folder = own_configs()
         if folder is not None:
@@ -40,7 +41,8 @@ def is_wanted(arguments: list[str]) -> bool:
     """Whether the command line is one of this package.
 
     It is if the package is imported, if the user_dir or a configuration in the given folder names
-    it, if the configuration is one of its own, or if `--path` names a checkpoint of an MoE model.
+    it, if the configuration or its folder is one of its own, or if `--path` names a checkpoint of
+    an MoE model.
     """
     if PACKAGE in sys.modules:
         return True
@@ -58,7 +60,9 @@ def is_wanted(arguments: list[str]) -> bool:
     if any((folder / name).is_file() for folder in folders):
         return any(PACKAGE in file.read_text() for f in folders for file in f.rglob("*.yaml"))
     own = own_configs()
-    return own is not None and (own / name).is_file()
+    if own is None:
+        return False
+    return (own / name).is_file() or own.resolve() in (folder.resolve() for folder in folders)
 
 
 def is_moe_checkpoint(path: str) -> bool:
