@@ -14,8 +14,10 @@ from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-import evomoe_plugin  # noqa: F401  registers the models
+import evomoe_plugin
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
+
+evomoe_plugin.register()  # whichever of the two was imported first
 
 
 @dataclass(frozen=True)
