@@ -4,6 +4,11 @@ fairseq's meters are read by functions of `fairseq.logging.metrics`; `install` h
 first, which takes the numbers of all updates since the last time from the device in one transfer
 and logs them as the updates would have: under the same names, in the same order, with the same
 arithmetic.
+
+A run that ends by an exception loses nothing by it. What waits then is of updates since the last
+line of the log, and fairseq prints no line of part of an interval, on a CPU neither; crash.pt has
+the meters of those updates, since saving it reads them. Nothing is flushed at exit: after an error
+of the device nothing on it can be read, and another error would hide the first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A whole update as on a GPU: what the host waits for, and that what is logged stays the same."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -86,6 +87,24 @@ def test_what_is_logged_later_is_the_same(runs, monkeypatch):
         logs.append(json.dumps([numbers, sorted(meters), len(meters["default"])]))
         assert len(numbers) >= 3 and "loss" in numbers[0] and "load_cv2" in numbers[0]
     assert logs[0] == logs[1]
+
+
+def test_a_run_that_fails_loses_no_numbers(runs, monkeypatch):
+    """Those since the last line of the log are in the meters of crash.pt."""
+    clip = moe_trainer.MoETrainer.clip_grad_norm
+
+    def clip_grad_norm(trainer, clip_norm):
+        norm = clip(trainer, clip_norm)
+        return norm * math.nan if trainer.get_num_updates() == 5 else norm
+
+    monkeypatch.setattr(moe_trainer.MoETrainer, "clip_grad_norm", clip_grad_norm)
+    monkeypatch.setattr(waits, "waiting_costs", lambda _: True)
+    run = runs.train("a", *MODEL, "--moe-gate", "top_k", "--log-interval", 3, updates=7)
+    assert run.status != 0 and sorted(run.losses()) == [3]
+    meters = run.checkpoint("crash.pt")["extra_state"]["metrics"]["train_inner"]
+    states = {name: state for _, name, _, state in meters}
+    assert states["clip"]["count"] == 2  # updates 4 and 5
+    assert states["loss"]["count"] > 0 and states["load_cv2"]["count"] > 0
 
 
 def _is_compared(name: str) -> bool:
