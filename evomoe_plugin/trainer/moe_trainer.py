@@ -208,6 +208,8 @@ class MoETrainer(Trainer):
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:
                     torch.cuda.empty_cache()  # what the first step allocated is not typical
+            except RunFailed as error:
+                raise failed_updates.on_rank(self, error) from error
             except (RuntimeError, MemoryError) as error:
                 if not failed_updates.is_out_of_memory(error):
                     raise
@@ -222,10 +224,8 @@ class MoETrainer(Trainer):
                     torch.cuda.empty_cache()
                 self._discard_update()
                 return None
-            except Exception as error:
+            except Exception:
                 failed_updates.save_crash_checkpoint(self)
-                if isinstance(error, RunFailed):
-                    raise failed_updates.on_rank(self, error) from error
                 raise
         size = 0.0 * done.sample_size if done.is_dummy else done.sample_size
         done.sample_size = size.float() if torch.is_tensor(size) else float(size)

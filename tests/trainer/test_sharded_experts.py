@@ -87,6 +87,13 @@ def test_a_rank_without_memory_ends_the_run_that_others_are_part_of(error):
     assert not trainer.left_out
 
 
+@pytest.mark.parametrize(("ranks", "said"), [(1, "^gate logits"), (2, "^rank 0: gate logits")])
+def test_what_ends_a_run_names_the_rank(ranks, said):
+    trainer = OutOfMemory(ranks, RunFailed("gate logits are NaN/Inf"))
+    with pytest.raises(RunFailed, match=said):
+        trainer._forward_backward([{}], False)
+
+
 def trainer_with(monkeypatch, name, pointwise):
     """A trainer with sharded experts, whose optimizer, `--optimizer NAME`, is pointwise or not."""
     monkeypatch.setattr(Trainer, "_build_optimizer", lambda _trainer: None)
