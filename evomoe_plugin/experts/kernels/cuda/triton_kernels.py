@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from evomoe_plugin.experts.kernels.cuda.triton_math import activate, derive, dot, drop, place
+from evomoe_plugin.experts.kernels.cuda.triton_math import (
+    activate,
+    derive,
+    dot,
+    drop,
+    place,
+    tile_of,
+    tokens_of,
+)
 
 GROUP = 8
 """Tiles of rows that share blocks of columns, in `place`."""
@@ -144,18 +152,13 @@ def _up(
     """h = x[token_ids] W^T + bias and active = dropout(f(h)), [N, F]; with IS_GATED also
     h3 = x[token_ids] W3^T, and active = dropout(f(h) h3). Without KEEPS only active."""
     tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), GROUP)
-    expert = tl.load(tiles + 3 * tile)
+    expert, begin, rows, is_row = tile_of(tiles, tile, ROWS)
     if expert >= E:
         return
-    begin = tl.load(tiles + 3 * tile + 1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    is_row = rows < tl.load(tiles + 3 * tile + 2) - begin
     cols = block * BN + tl.arange(0, BN)
     is_col = cols < F
     ks = tl.arange(0, BK)
-    ids = begin + rows
-    if HAS_IDS:
-        ids = tl.load(token_ids + ids, mask=is_row, other=0)
+    ids = tokens_of(token_ids, begin + rows, is_row, HAS_IDS)
     xs = x + ids[:, None] * stride_x + ks[None, :]
     matrix += expert.to(tl.int64) * F * D
     matrix3 += expert.to(tl.int64) * F * D
@@ -221,12 +224,9 @@ def down(
 ):
     """out = weights (rows W + bias), [N, D]; with IS_SUM also + rows3 W3."""
     tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(D, BN), GROUP)
-    expert = tl.load(tiles + 3 * tile)
+    expert, begin, rows, is_row = tile_of(tiles, tile, ROWS)
     if expert >= E:
         return
-    begin = tl.load(tiles + 3 * tile + 1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    is_row = rows < tl.load(tiles + 3 * tile + 2) - begin
     cols = block * BN + tl.arange(0, BN)
     is_col = cols < D
     ks = tl.arange(0, BK)
@@ -299,18 +299,13 @@ def down_backward(
     [num_tiles, F], the sums of grad_h over a tile's rows. a: the hidden rows after f and dropout.
     """
     tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), GROUP)
-    expert = tl.load(tiles + 3 * tile)
+    expert, begin, rows, is_row = tile_of(tiles, tile, ROWS)
     if expert >= E:
         return
-    begin = tl.load(tiles + 3 * tile + 1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    is_row = rows < tl.load(tiles + 3 * tile + 2) - begin
     cols = block * BN + tl.arange(0, BN)
     is_col = cols < F
     ks = tl.arange(0, BK)
-    ids = begin + rows
-    if HAS_IDS:
-        ids = tl.load(token_ids + ids, mask=is_row, other=0)
+    ids = tokens_of(token_ids, begin + rows, is_row, HAS_IDS)
     gs = grad + ids[:, None] * stride_grad + ks[None, :]
     ws = matrix + expert.to(tl.int64) * F * D + (cols[None, :] * D + ks[:, None])
     g = tl.zeros([ROWS, BN], tl.float32)
@@ -371,15 +366,10 @@ def output_bias_backward(
     """dots = <grad[token_ids], bias>, [N], and bias_sums [num_tiles, D], the sums of
     weights grad[token_ids] over a tile's rows."""
     tile = tl.program_id(0)
-    expert = tl.load(tiles + 3 * tile)
+    expert, begin, rows, is_row = tile_of(tiles, tile, ROWS)
     if expert >= E:
         return
-    begin = tl.load(tiles + 3 * tile + 1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    is_row = rows < tl.load(tiles + 3 * tile + 2) - begin
-    ids = begin + rows
-    if HAS_IDS:
-        ids = tl.load(token_ids + ids, mask=is_row, other=0)
+    ids = tokens_of(token_ids, begin + rows, is_row, HAS_IDS)
     if HAS_WEIGHTS:
         weight = tl.load(weights + begin + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
     total = tl.zeros([ROWS], tl.float32)

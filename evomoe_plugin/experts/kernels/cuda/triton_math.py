@@ -1,4 +1,4 @@
-"""What the Triton kernels share: activations, products, dropout and the place of a program."""
+"""What the Triton kernels share: activations, products, dropout, a program's place and rows."""
 
 from __future__ import annotations
 
@@ -71,3 +71,20 @@ def place(index, tiles, blocks, GROUP: tl.constexpr):
     height = tl.minimum(tiles - first, GROUP)
     inside = index % (GROUP * blocks)
     return first + inside % height, inside // height
+
+
+@triton.jit
+def tile_of(tiles, tile, ROWS: tl.constexpr):
+    """Expert of a tile, its first row (int64), ROWS offsets from there, and which it has."""
+    begin = tl.load(tiles + 3 * tile + 1).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    is_row = rows < tl.load(tiles + 3 * tile + 2) - begin
+    return tl.load(tiles + 3 * tile), begin, rows, is_row
+
+
+@triton.jit
+def tokens_of(token_ids, rows, is_row, HAS_IDS: tl.constexpr):
+    """The token of each row; without ids the row itself."""
+    if HAS_IDS:
+        rows = tl.load(token_ids + rows, mask=is_row, other=0)
+    return rows
