@@ -292,9 +292,10 @@ def test_a_report_routes_a_sample_through_each_side(trained, data, tmp_path, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-fp16"])
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16", "--memory-efficient-fp16"])
 def test_experts_adapt_in_half_precision(trained, precision, caplog):
-    """At update 3, on the experts that tokens of updates 2 and 3 chose (DynMoE)."""
+    """At update 3, on the experts that tokens of updates 2 and 3 chose (DynMoE); from there on with
+    masters and moments as a run that resumes reads them."""
     given = (*ADAPTIVE, precision, *(("--fp16-init-scale", "4") if "fp16" in precision else ()))
     name = precision.strip("-")
     trained(name, *given)
@@ -304,6 +305,9 @@ def test_experts_adapt_in_half_precision(trained, precision, caplog):
         assert all(0 < float(line[f"{prefix}experts_per_token"]) <= 6 for line in logged)
         stack = prefix.replace("_", ".") or "encoder."
         assert re.search(rf"{re.escape(stack)}\S*\.moe, update 3: (added|removed) ", caplog.text)
+    (path,) = trained(name).glob("checkpoint_*_4.pt")
+    resumed = trained(f"resumed {name}", *given, "--restore-file", path)
+    assert_same_weights(trained(name) / "checkpoint_last.pt", resumed / "checkpoint_last.pt")
 
 
 @pytest.mark.parametrize("trained", ["translation"], indirect=True)
