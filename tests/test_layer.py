@@ -180,3 +180,15 @@ def test_weights_of_experts_are_summed_up_on_request(moe_options, routing):
         expected_E[expert] += weight
     assert layer(x)[2][st.WEIGHT_E].tolist() == pytest.approx(expected_E)
     assert layer.zero_stats()[st.WEIGHT_E].tolist() == [0.0] * E
+
+
+def test_the_gate_has_gradients_of_zero_in_the_dense_phase(moe_options):
+    """Also where FSDP put a view of its flat parameter in place of a parameter."""
+    layer = make_layer(moe_options)
+    layer.spawn_updates = 5
+    scorer = layer.gate.scorer
+    flat = nn.Parameter(scorer.weight.detach().flatten())
+    del scorer.weight
+    scorer.weight = flat.view(E, D)
+    layer(torch.randn(T, D, dtype=torch.float64))[0].sum().backward()
+    assert torch.equal(flat.grad, torch.zeros_like(flat))
