@@ -187,7 +187,7 @@ def test_published_settings_of_glue(run):
         assert cfg.optimization.lr[0] in (2e-5, 3e-5, 5e-5)
 
 
-@pytest.mark.parametrize("run", ["paper/glue_dynmoe", "small/glue_dts", "small/wmt_switch"])
+@pytest.mark.parametrize("run", ["paper/glue_dynmoe", "small/glue_dts", "small/iwslt_dts"])
 def test_no_run_is_refused(run, tmp_path):
     cfg = copy.deepcopy(resolved(run))
     cfg.task.data = str(tmp_path)

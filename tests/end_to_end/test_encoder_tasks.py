@@ -218,9 +218,12 @@ def test_chosen_parts_are_trained_and_resumed_exactly(trained):
 
 
 @pytest.mark.slow
-def test_chosen_parts_fully_sharded(trained):
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS["fsdp"], LAYOUTS["ep"], (*TWO, "--ddp-backend", "fsdp2")]
+)
+def test_chosen_parts_in_every_layout(trained, layout):
     one = trained("one of parts", *PARTS, *LAYOUTS["one"])
-    other = trained("fully sharded parts", *PARTS, *LAYOUTS["fsdp"])
+    other = trained(f"parts {' '.join(layout)}", *PARTS, *layout)
     assert_same_weights(one / "checkpoint_last.pt", other / "checkpoint_last.pt", atol=3e-3)
 
 
