@@ -352,7 +352,7 @@ def test_what_cannot_be_sharded_apart_is_trained_by_pytorch_ddp(dense, train, tm
     assert refused.status == 2
     (error,) = [line for line in refused.output.splitlines() if line.startswith("error:")]
     assert "--moe-train-only gate: --ddp-backend fully_sharded cannot shard the gate" in error
-    assert error.endswith("or take another --ddp-backend")
+    assert error.endswith("or use another --ddp-backend")
     assert not (tmp_path / "two/checkpoint_last.pt").exists()
     one = train(tmp_path / "one", *given, "--update-freq", "2")
     two = train(
