@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from evomoe_plugin.gates.balance_bias import BiasBalancedGate
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
 from evomoe_plugin.gates.dense_to_sparse_options import (
@@ -15,10 +16,8 @@ from evomoe_plugin.gates.dense_to_sparse_options import (
     hard_updates,
     validate_dense_to_sparse,
 )
-from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
-from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.registry import register_gate
-from evomoe_plugin.gates.topk_common import balance_, best
+from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
@@ -26,7 +25,7 @@ from evomoe_plugin.routing.schedules import temperature
 
 
 @register_gate("dense_to_sparse")
-class DenseToSparseGate(Gate[DenseToSparseOptions]):
+class DenseToSparseGate(BiasBalancedGate[DenseToSparseOptions]):
     """A (Gumbel-)softmax gate whose temperature is annealed until routing becomes hard top-k.
 
     With the scorer's logits z, noise ζ ~ Gumbel(0, 1) and temperature τ:
@@ -49,6 +48,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
 
     Options = DenseToSparseOptions
     capabilities = Capabilities(stats=(st.TEMPERATURE,))
+    balanced = st.BEST_C
 
     def __init__(self, info: LayerInfo, options: DenseToSparseOptions):
         super().__init__(info, options)
@@ -65,12 +65,7 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         self.standardized = options.moe_temperature_scope == "token"
         self.bias_update_rate = options.moe_bias_update_rate
         if self.bias_update_rate:
-            register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
-
-    @property
-    def bias_C(self) -> Tensor:
-        """b, fp64, if there is a rate; a view."""
-        return fp64_buffer(self, "bias_C")
+            self.make_bias()
 
     @classmethod
     def validate(cls, options: DenseToSparseOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -151,15 +146,6 @@ class DenseToSparseGate(Gate[DenseToSparseOptions]):
         if self.bias_update_rate:
             stats[st.BEST_C] = torch.zeros_like(self.bias_C)
         return stats
-
-    @property
-    def learns_after_updates(self) -> bool:
-        return self.bias_update_rate > 0
-
-    def after_update(
-        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
-    ) -> None:
-        balance_(self.bias_C, own[st.BEST_C], self.bias_update_rate)
 
 
 def standardized(logits_TC: Tensor) -> Tensor:

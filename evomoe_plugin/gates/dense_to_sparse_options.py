@@ -9,8 +9,8 @@ from typing import Optional
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import flag, gated_updates
 from evomoe_plugin.config.values import check_choice, check_number
+from evomoe_plugin.gates.balance_bias import BalanceBiasOptions
 from evomoe_plugin.gates.scorers import ScorerOptions
-from evomoe_plugin.gates.topk_common import BalanceBiasOptions
 from evomoe_plugin.routing.schedules import TEMPERATURE_SCHEDULES
 
 TEMPERATURE_SCOPES = ("global", "token")

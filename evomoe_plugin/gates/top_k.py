@@ -1,6 +1,6 @@
 """The top-k gate: each token goes to its k best candidates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +9,18 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import flag
 from evomoe_plugin.config.values import check_choice, check_number
+from evomoe_plugin.gates.balance_bias import BalanceBiasOptions, BiasBalancedGate
 from evomoe_plugin.gates.capabilities import Capabilities
 from evomoe_plugin.gates.context import GateContext, LayerInfo
-from evomoe_plugin.gates.fp64_buffers import fp64_buffer, register_fp64_buffer
-from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.registry import register_gate
 from evomoe_plugin.gates.scorers import SCORERS, ScorerOptions
 from evomoe_plugin.gates.topk_common import (
-    BalanceBiasOptions,
     PriorityOptions,
     TopKCountOptions,
-    balance_,
     best,
     validate_priority,
     validate_top_k,
 )
-from evomoe_plugin.routing import stats as st
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.noise import gumbel
 
@@ -44,7 +40,7 @@ class TopKOptions(TopKCountOptions, PriorityOptions, BalanceBiasOptions, ScorerO
 
 
 @register_gate("top_k")
-class TopKGate(Gate[TopKOptions]):
+class TopKGate(BiasBalancedGate[TopKOptions]):
     """y = Σ s_e E_e(x) over the k candidates of largest score s (+ bias).
 
     s is the softmax of the scorer's logits, or their sigmoid with the scorer `sigmoid`
@@ -65,7 +61,7 @@ class TopKGate(Gate[TopKOptions]):
         self.sampled = options.moe_sample_top_k
         self.bias_update_rate = options.moe_bias_update_rate
         self.prioritized = options.moe_batch_prioritized_routing
-        register_fp64_buffer(self, "bias_C", torch.zeros(info.num_candidates))
+        self.make_bias()
 
     @classmethod
     def validate(cls, options: TopKOptions, expert_counts: Sequence[int]) -> list[str]:
@@ -102,11 +98,6 @@ class TopKGate(Gate[TopKOptions]):
     def weights_sum_to_one(cls, options: TopKOptions) -> bool:
         return options.moe_top_k_weights == "renormalized"
 
-    @property
-    def bias_C(self) -> Tensor:
-        """Added to the scores for selection, fp64."""
-        return fp64_buffer(self, "bias_C")
-
     def route(self, x_TD: Tensor, context: GateContext) -> Choice:
         logits_TC = self.score(x_TD, context)
         scores_TC = self.scorer.scores(logits_TC)
@@ -139,12 +130,3 @@ class TopKGate(Gate[TopKOptions]):
         noise_TC = gumbel(keys_T, ranked_TC.size(1)).to(log_scores_TC.dtype)
         drawn_TC = (log_scores_TC + noise_TC).masked_fill(best_TC, float("-inf"))
         return best_TC | best(drawn_TC, self.sampled)
-
-    @property
-    def learns_after_updates(self) -> bool:
-        return self.bias_update_rate > 0
-
-    def after_update(
-        self, num_updates: int, own: Mapping[str, Tensor], layers: Mapping[str, Tensor]
-    ) -> None:
-        balance_(self.bias_C, own[st.REQUESTED_C], self.bias_update_rate)

@@ -32,22 +32,6 @@ class PriorityOptions(ModelOptions):
     )
 
 
-@dataclass
-class BalanceBiasOptions(ModelOptions):
-    """For gates that can balance the load by a bias."""
-
-    moe_bias_update_rate: float = flag(
-        0.0,
-        "loss-free balancing: step per update of each expert's bias towards an even load; it is "
-        "added for selection only, to the score (top_k) or the logit (dense_to_sparse)",
-    )
-
-
-def balance_(bias_C: Tensor, load_C: Tensor, rate: float) -> None:
-    """b += rate * sign(mean load - load), in place (loss-free balancing, arXiv 2408.15664)."""
-    bias_C.add_(torch.sign(load_C.mean() - load_C), alpha=rate)
-
-
 def validate_top_k(options: TopKCountOptions, expert_counts: Sequence[int]) -> None:
     """Raise `OptionError` unless every layer has at least `moe_top_k` candidates."""
     check_number(options, "moe_top_k", "[1, inf)", "give 1 or more")
