@@ -12,6 +12,7 @@ from evomoe_plugin.layer import build_layer
 from evomoe_plugin.models.attention import AttentionMask
 from evomoe_plugin.models.grouped_attention import GroupedQueryAttention, build_norm
 from evomoe_plugin.models.mixed_precision import Linear
+from evomoe_plugin.models.moe_ffn import apply_moe
 
 
 class DecoderBlock(nn.Module):
@@ -86,19 +87,16 @@ class DecoderBlock(nn.Module):
             normed = self.final_layer_norm(x)
         if self.moe is None:
             return (x + self.dropout_module(self._ffn(normed)),)
-        token_mask_T = None
-        if self_attn_padding_mask is not None:
-            token_mask_T = ~self_attn_padding_mask.t().reshape(-1)
-        y_TD, aux, stats = self.moe(
-            normed.reshape(-1, normed.size(-1)),
-            token_mask_T,
-            *(
-                None if known is None else known.reshape(-1)
-                for known in (token_keys, token_ids, token_weights)
-            ),
-            with_token_routing=with_token_routing,
+        y, aux, stats = apply_moe(
+            self.moe,
+            normed,
+            self_attn_padding_mask,
+            token_keys,
+            token_ids,
+            token_weights,
+            with_token_routing,
         )
-        return x + self.dropout_module(y_TD.view_as(x)), aux, stats
+        return x + self.dropout_module(y), aux, stats
 
     def _ffn(self, x: Tensor) -> Tensor:
         hidden = self.activation_fn(self.fc1(x))

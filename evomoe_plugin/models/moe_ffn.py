@@ -27,6 +27,40 @@ class DenseFeedForward:
         return Linear.of(super().build_fc2(*args, **kwargs))  # type: ignore[misc]
 
 
+def apply_moe(
+    moe: MoELayer,
+    x: Tensor,
+    padding_mask: Tensor | None,
+    token_keys: Tensor | None,
+    token_ids: Tensor | None,
+    token_weights: Tensor | None,
+    with_token_routing: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Apply an MoE layer to tokens in fairseq's order.
+
+    Args:
+        x: [length, batch, D].
+        padding_mask: bool [batch, length or more], True for padding; of the last positions.
+        token_keys, token_ids, token_weights: [length, batch], as in `MoELayer.forward`.
+        with_token_routing: as `MoELayer.forward`.
+    Returns:
+        the output [length, batch, D], the auxiliary losses and statistics.
+    """
+    token_mask_T = None
+    if padding_mask is not None:
+        token_mask_T = ~padding_mask[:, -x.size(0) :].t().reshape(-1)
+    y_TD, aux, stats = moe(
+        x.reshape(-1, x.size(-1)),
+        token_mask_T,
+        *(
+            None if known is None else known.reshape(-1)
+            for known in (token_keys, token_ids, token_weights)
+        ),
+        with_token_routing=with_token_routing,
+    )
+    return y_TD.view_as(x), aux, stats
+
+
 class MoEFeedForward:
     """Layers of encoders and decoders inherit this before fairseq's class."""
 
@@ -84,19 +118,10 @@ class MoEFeedForward:
         residual = x
         if self.normalize_before:
             x = self.final_layer_norm(x)
-        token_mask_T = None
-        if padding_mask is not None:
-            token_mask_T = ~padding_mask[:, -x.size(0) :].t().reshape(-1)
-        y_TD, aux, stats = self.moe(
-            x.reshape(-1, x.size(-1)),
-            token_mask_T,
-            *(
-                None if known is None else known.reshape(-1)
-                for known in (token_keys, token_ids, token_weights)
-            ),
-            with_token_routing=with_token_routing,
+        y, aux, stats = apply_moe(
+            self.moe, x, padding_mask, token_keys, token_ids, token_weights, with_token_routing
         )
-        x = self.residual_connection(self.dropout_module(y_TD.view_as(x)), residual)
+        x = self.residual_connection(self.dropout_module(y), residual)
         if not self.normalize_before:
             x = self.final_layer_norm(x)
         return x, aux, stats
