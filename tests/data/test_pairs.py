@@ -11,6 +11,7 @@ from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.data.pair_options import PairOptions
 from evomoe_plugin.data.pairs import prepare_pairs
 from evomoe_plugin.data.tokenizers import SentencePieceTokenizer, load_tokenizer
+from evomoe_plugin.generation.text import TextCodec
 
 
 @pytest.fixture
@@ -66,6 +67,8 @@ def test_the_text_is_kept_in_parallel(tmp_path, files, separate):
     for lang, model in zip(("de", "en"), models, strict=True):
         wanted = SentencePieceTokenizer(folder / model).encode("c D 1")
         assert load_tokenizer(folder, lang).encode("c D 1") == wanted
+        codec = TextCodec(folder, Dictionary.load(str(folder / f"dict.{lang}.txt")), lang=lang)
+        assert codec.decode(codec.encode("c D 1")) == "c D 1" and codec.tokenizer is not None
     if separate:
         with pytest.raises(OptionError, match="has a tokenizer each of de, en"):
             load_tokenizer(folder)
