@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evomoe_plugin.experts.precision import native_matmul_dtype, operand_dtype
+from evomoe_plugin.routing import kernels
 
 CHUNKS = {"cpu": 512, "cuda": 4096}
 """Tokens of a chunk, measured: on a CPU its logits stay in cache, on a GPU matmuls of fewer rows
@@ -130,9 +131,8 @@ class _Chunks:
         self._smoothing = smoothing
         self._of_others = smoothing / max(len(weight_VD) - 1, 1)
 
-    def log_probs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their log-probabilities [rows, V], and the buffer of the logits, to overwrite; the
-        next chunk reuses both."""
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their logits [rows, V], to overwrite; the next chunk reuses their memory."""
         N, V = len(self.x_ND), len(self.weight_VD)
         buffer = self.x_ND.new_empty(min(self._size, N), V)
         for start in range(0, N, self._size):
@@ -142,6 +142,12 @@ class _Chunks:
                 logits += self.bias_V
             if self._rounded is not None:
                 logits.copy_(logits.to(self._rounded))
+            yield rows, logits
+
+    def log_probs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their log-probabilities [rows, V], and the buffer of the logits, to overwrite; the
+        next chunk reuses both."""
+        for rows, logits in self.logits():
             if logits.dtype == self.wide:
                 yield rows, torch.log_softmax(logits, 1, out=logits), logits
             else:
@@ -162,6 +168,36 @@ class _Chunks:
         of_target = 1 - self._smoothing - self._of_others
         return of_target * plain_n - self._of_others * log_probs.sum(1)
 
+    def _in_one_pass(self, grad_N: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Rows, their losses, smoothed and not, and the gradient of logits, in their memory."""
+        from evomoe_plugin.models.vocabulary_kernel import differentiate_
+
+        for rows, logits in self.logits():
+            targets_N = self.targets_N1[rows].squeeze(1)
+            scales_N = None if grad_N is None else grad_N[rows]
+            losses = differentiate_(logits, targets_N, self._smoothing, self._of_others, scales_N)
+            yield rows, *losses, logits
+
+    def _by_operators(
+        self, grad_N: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """As `_in_one_pass`."""
+        for rows, log_probs, dlogits in self.log_probs():
+            targets_N1 = self.targets_N1[rows]
+            at_targets = log_probs.gather(1, targets_N1)
+            plain_n = -at_targets.squeeze(1)
+            smoothed_n = self._smoothed(plain_n, log_probs)
+            # expm1, not dlogits - 1: half precision cannot represent the difference near 1.
+            of_targets = at_targets.expm1() + self._smoothing
+            if grad_N is None and not self._smoothing:
+                torch.exp(log_probs, out=dlogits)
+                dlogits.scatter_(1, targets_N1, of_targets.to(dlogits.dtype))
+            else:
+                wide = log_probs.exp_().sub_(self._of_others).scatter_(1, targets_N1, of_targets)
+                scale = 1 if grad_N is None else grad_N[rows].unsqueeze(1)
+                torch.mul(wide, scale, out=dlogits)
+            yield rows, smoothed_n, plain_n, dlogits
+
     def gradients(
         self, of_x: bool, of_weight: bool, of_bias: bool, grad_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -174,20 +210,11 @@ class _Chunks:
         )
         loss = self.x_ND.new_zeros((), dtype=self.wide)
         plain = torch.zeros_like(loss)
-        for rows, log_probs, dlogits in self.log_probs():
-            targets_N1 = self.targets_N1[rows]
-            at_targets = log_probs.gather(1, targets_N1)
-            plain -= at_targets.sum()
-            loss += self._smoothed(-at_targets.squeeze(1), log_probs).sum()
-            # expm1, not dlogits - 1: half precision cannot represent the difference near 1.
-            of_targets = at_targets.expm1() + self._smoothing
-            if grad_N is None and not self._smoothing:
-                torch.exp(log_probs, out=dlogits)
-                dlogits.scatter_(1, targets_N1, of_targets.to(dlogits.dtype))
-            else:
-                wide = log_probs.exp_().sub_(self._of_others).scatter_(1, targets_N1, of_targets)
-                scale = 1 if grad_N is None else grad_N[rows].unsqueeze(1)
-                torch.mul(wide, scale, out=dlogits)
+        in_one_pass = kernels.usable(self.x_ND.device) and self.wide == torch.float32
+        differentiated = self._in_one_pass if in_one_pass else self._by_operators
+        for rows, smoothed_n, plain_n, dlogits in differentiated(grad_N):
+            loss += smoothed_n.sum()
+            plain += plain_n.sum()
             if dx_ND is not None:
                 dx_ND[rows] = dlogits @ self.weight_VD
             if dbias_V is not None:

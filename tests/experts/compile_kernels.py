@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
 from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
+from evomoe_plugin.models import vocabulary_kernel
 from evomoe_plugin.routing.kernels import best, noise, pairs, sums, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -58,11 +59,11 @@ OTHERS = [
     ("output_bias_backward", {"BN": 64}),
     ("sum_tiles", {"BN": 128, "SKIPS_EMPTY": False}),
 ]
-# Of routing: types of pointers and numbers, where they are not int32; and constants.
+# Of routing and the vocabulary's loss: types of arguments, where not int32, and constants.
 _TILE = {"ROWS": tiles.ELEMENTS // 64, "WIDTH": 64}
 _LONG = dict.fromkeys("token_ids expert_ids tokens_per_expert order starts".split(), "*i64")
 _INT = {"counts": "*i32", "places": "*i32"}
-ROUTING = [
+FURTHER = [
     (
         noise._fold_all,
         {
@@ -90,10 +91,20 @@ ROUTING = [
         },
         {**_TILE, "SCALARS": sums.SCALARS, "HAS_TOKEN_MASK": True},
     ),
+    (
+        vocabulary_kernel._differentiate,
+        {
+            "logits": "*bf16",
+            "targets": "*i64",
+            **dict.fromkeys(("scales", "smoothed", "plain"), "*fp32"),
+            **dict.fromkeys(("smoothing", "of_others"), "fp32"),
+        },
+        {"IS_SMOOTHED": True, "IS_SCALED": True, "BLOCK": 4096},
+    ),
 ]
 
 
-def compiled_routing(function, types: dict, constants: dict, capability: int):
+def compiled_further(function, types: dict, constants: dict, capability: int):
     names = function.arg_names
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in names
@@ -169,7 +180,7 @@ if __name__ == "__main__":
         kernel = compiled(name, options, config, args.dtype, args.capability)
         case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": False}
         print(json.dumps({**case, **facts(kernel)}), flush=True)
-    for function, types, constants in ROUTING if args.dtype == "bf16" and not args.first else []:
-        kernel = compiled_routing(function, types, constants, args.capability)
+    for function, types, constants in FURTHER if args.dtype == "bf16" and not args.first else []:
+        kernel = compiled_further(function, types, constants, args.capability)
         case = {"kernel": function.__name__, "config": str(constants), "multiplies": False}
         print(json.dumps({**case, **facts(kernel)}), flush=True)
