@@ -23,7 +23,7 @@ from evomoe_plugin.metrics import read_log
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "examples/quickstart/run.py"
-UPDATES = 60
+UPDATES = 40
 TEXT = Path(email.__file__).parent  # more than the run sees once
 
 
@@ -88,7 +88,7 @@ def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
     for line in process.stdout:
         output += line
         # Annealing has started, and there is a checkpoint.
-        if line.split()[:1] == ["30"]:
+        if line.split()[:1] == ["20"]:
             process.send_signal(signal.SIGINT)
     return folder, process.wait(), output
 

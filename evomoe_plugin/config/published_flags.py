@@ -86,7 +86,7 @@ ROWS = (
     Row("--record-a2a-perf-stats", reason="ep_wait_ms is always in the log"),
     Row("--dummy-a2a", reason="rows are always exchanged"),
     Row("--save-trace", reason="the published code ignores it too"),
-    Row("--is-moe", reason="the checkpoint says so"),
+    Row("--is-moe", reason="the architecture says so"),
     _off("--moe-gate-loss-transform", "none"),
     _off("--alternate-ffn-embed-dim", "0"),
     _off("--alternate-decoder-ffn-embed-dim", "0"),
@@ -150,7 +150,7 @@ def leave_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def without_effect(flag: str, value: str) -> str:
     """What is said of an option of the model that a command gives which evaluates a checkpoint."""
-    return f"{flag} {value}".strip() + " has no effect: the checkpoint says so"
+    return f"{flag} {value}".strip() + " is ignored here: the model is built as its checkpoint says"
 
 
 def _divide(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

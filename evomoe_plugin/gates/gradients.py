@@ -28,11 +28,13 @@ def attach_zero_grads(y: Tensor, module: nn.Module) -> Tensor:
     Data-parallel ranks wait for a gradient of every parameter, whether or not the module was used,
     and optimizers hold state for all of them. Gradients from other paths are added.
     """
-    parameters = [
+    found = [
         tensor
         for part in module.modules()
         # FSDP puts views of its flat parameter in place of parameters.
         for tensor in (*part._parameters.values(), *vars(part).values())
         if isinstance(tensor, Tensor) and tensor.requires_grad
+        if tensor.is_leaf or tensor._is_view()
     ]
+    parameters = {id(tensor): tensor for tensor in found}.values()
     return _AttachZeroGrads.apply(y, *parameters) if parameters else y

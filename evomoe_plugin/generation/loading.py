@@ -110,15 +110,15 @@ def load_trained_model(
         # user imports and runs.
         model = state["cfg"].model
         arch, gate = model.get("_name") or model.get("arch"), model.get("moe_gate")
-        for kind, name, registered in (
+        for kind, needed, registered in (
             ("architecture", arch, ARCH_MODEL_REGISTRY),
             ("gate", gate, (None, *gate_names())),
         ):
-            if name not in registered:
+            if needed not in registered:
                 raise OptionError(
                     option,
                     path,
-                    f"has the {kind} {name}: give --user-dir, the package that registers it",
+                    f"has the {kind} {needed}: give --user-dir, the package that registers it",
                 )
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [existing_file(option, path)], state=state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import sys
@@ -56,6 +57,7 @@ def _without_model_options(
     for action in of_models._actions:
         name = action.option_strings[0]
         if "-moe-" in name and name not in parser._option_string_actions:
+            action.type = action.choices = None
             left_out._add_action(action)
     given, rest = left_out.parse_known_args(rest)
     for name, value in vars(given).items():
@@ -72,11 +74,14 @@ def _refuse_in_one_line(parser: ArgumentParser) -> None:
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown.startswith("--"):
             option, _, value = unknown.partition(" --")[0].replace("=", " ", 1).partition(" ")
+            similar = difflib.get_close_matches(option, parser._option_string_actions, 1, 0.8)
             raise OptionError(
                 option,
                 value or "(given)",
-                "this command has no such option, and how the model is built and trained is in its "
-                "checkpoint: leave it out",
+                f"this command has no such option; did you mean {similar[0]}?"
+                if similar
+                else "this command has no such option, and how the model is built and trained is "
+                "in its checkpoint: leave it out",
             )
         return upstream(message)
 

@@ -31,10 +31,14 @@ def _differentiate(
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     summed = tl.zeros([BLOCK], tl.float32)
+    chosen = tl.zeros([BLOCK], tl.float32)
+    target = tl.load(targets + row)
     for start in range(0, V, BLOCK):
         inside = start + columns < V
         x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         summed += tl.where(inside, x, 0.0)
+        # Not loaded apart: another thread may have written its gradient there by then.
+        chosen = tl.where(start + columns == target, x, chosen)
         before = largest
         largest = tl.maximum(before, x)
         finite = tl.where(largest == float("-inf"), 0.0, largest)
@@ -42,8 +46,7 @@ def _differentiate(
     most = tl.max(largest, 0)
     # Apart from the largest: the sum of both would lose the digits of small losses.
     log_sum = tl.log(tl.sum(total * tl.exp(largest - most), 0))
-    target = tl.load(targets + row)
-    at_target = tl.load(logits + target).to(tl.float32) - most - log_sum
+    at_target = tl.sum(chosen, 0) - most - log_sum
     loss = -at_target
     tl.store(plain + row, loss)
     if IS_SMOOTHED:
@@ -84,18 +87,19 @@ def differentiate_(
     N, V = logits_NV.shape
     losses = logits_NV.new_empty(2, N, dtype=torch.float32)
     if N:
-        _differentiate[(N,)](
-            logits_NV,
-            targets_N.contiguous(),
-            logits_NV if scales_N is None else scales_N.contiguous(),
-            *losses,
-            V,
-            smoothing,
-            of_others,
-            smoothing > 0,
-            scales_N is not None,
-            min(_BLOCK, triton.next_power_of_2(V)),
-            num_warps=8,
-        )
+        with torch.cuda.device_of(logits_NV):
+            _differentiate[(N,)](
+                logits_NV,
+                targets_N.contiguous(),
+                logits_NV if scales_N is None else scales_N.contiguous(),
+                *losses,
+                V,
+                smoothing,
+                of_others,
+                smoothing > 0,
+                scales_N is not None,
+                min(_BLOCK, triton.next_power_of_2(V)),
+                num_warps=8,
+            )
     smoothed_N, plain_N = losses
     return smoothed_N, plain_N

@@ -241,7 +241,7 @@ def _dataset(trained: TrainedModel, subset: str) -> Any:
         raise OptionError(
             "checkpoint",
             f"of the task {name}",
-            f"give one that was trained with language_modeling, {' or '.join(OF_TEXT)}",
+            f"give one that was trained with one of: {', '.join(('language_modeling', *OF_TEXT))}",
         )
     splits = [subset]
     if name == TRANSLATION:

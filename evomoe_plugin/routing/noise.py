@@ -43,7 +43,7 @@ def fold_all(key: Tensor, *values: int) -> Tensor:
     """`fold` with each of the values in turn."""
     # Wraps like int64 tensors.
     mixed = tuple((value * _MIX_1 + 2**63) % 2**64 - 2**63 for value in values)
-    if kernels.usable(key.device):
+    if mixed and kernels.usable(key.device):
         from evomoe_plugin.routing.kernels import noise
 
         return noise.fold(key, mixed)

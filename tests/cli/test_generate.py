@@ -243,13 +243,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher, search",
-    [
-        pytest.param("its own", ["--beam", "3"], marks=pytest.mark.distributed),
-        pytest.param("torchrun", [], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, search", [("its own", ["--beam", "3"]), ("torchrun", [])])
 def test_experts_sharded_over_processes(
     make_trained,  # noqa: F811
     tmp_path,

@@ -61,7 +61,7 @@ CASES = [
     ("--record-a2a-perf-stats", "", "has no effect: ep_wait_ms is always in the log"),
     ("--dummy-a2a", "", "has no effect: rows are always exchanged"),
     ("--save-trace", "", "has no effect: the published code ignores it too"),
-    ("--is-moe", "", "has no effect: the checkpoint says so"),
+    ("--is-moe", "", "has no effect: the architecture says so"),
     ("--moe-gate-loss-transform none", "", "has no effect: none turns it off"),
     ("--alternate-ffn-embed-dim 0", "", "has no effect: 0 turns it off"),
     ("--alternate-decoder-ffn-embed-dim 0", "", "has no effect: 0 turns it off"),
@@ -158,7 +158,7 @@ def test_commands_that_evaluate_leave_options_of_the_model_out(caplog, capsys):
         args = options.parse_args_and_arch(parser, command)
         assert (args.data, args.path, args.beam, args.lenpen) == ("data", "x.pt", 4, 0.6)
         assert not {name for name in vars(args) if name.startswith(("moe", "max_temp"))}
-        said = " has no effect: the checkpoint says so"
+        said = " is ignored here: the model is built as its checkpoint says"
         for line in ("--is-moe", GUMBEL, "--max-temperature 2.0", "--moe-freq 2"):
             assert line + said in caplog.messages
         assert len(caplog.messages) == sum(word.startswith("--") for word in moe)

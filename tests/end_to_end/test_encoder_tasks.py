@@ -247,6 +247,7 @@ def test_a_report_routes_a_sample_through_each_side(trained, data, tmp_path, cap
     save_card(folder, [("x.txt", 10), ("y.txt", 14)])
     checkpoint = str(trained("ep") / "checkpoint_last.pt")
     model = load_trained_model("checkpoint", checkpoint, str(folder), others=OF_TEXT)
+    assert (model.target_codec is None) == (trained.task == "roberta")
     samples = route_samples(model, "moe", "valid", 10**6)
     task, totals = setup_task(model.cfg.task), {}
     task.load_dataset("valid")

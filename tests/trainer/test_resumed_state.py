@@ -125,7 +125,6 @@ def test_a_decay_resumes_in_its_middle_and_the_time_left_begins_anew(runs, monke
     [
         ("--batch-size", 2, 88),
         ("--batch-size", 4, 44),
-        ("--batch-size", 16, 12),
         ("--max-tokens", 64, 88),
         ("--tokens-per-sample", 16, 88),
     ],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -24,6 +27,8 @@ def constant(function: _Function) -> _Function:
 @constant
 def why_not(device: torch.device) -> str:
     """Why Triton's kernels cannot be used on `device`, a GPU; '' if they can."""
+    if os.environ.get("EVOMOE_TRITON") == "0":
+        return "EVOMOE_TRITON is 0"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     if importlib.util.find_spec("triton") is None:
@@ -34,5 +39,15 @@ def why_not(device: torch.device) -> str:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the kernels compute on `device`; otherwise torch's operators do the same."""
-    return device.type == "cuda" and not why_not(device)
+    """Whether the kernels compute on `device`; otherwise torch's operators do the same, which the
+    log says once of a GPU."""
+    return device.type == "cuda" and _of_gpu(device)
+
+
+@functools.cache
+@constant
+def _of_gpu(device: torch.device) -> bool:
+    reason = why_not(device)
+    if reason:
+        logger.info("torch's operators take the place of the kernels of routing: %s", reason)
+    return not reason

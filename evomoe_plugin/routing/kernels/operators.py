@@ -11,7 +11,8 @@ import torch
 
 def operator(fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
     """Decorator: inside of torch.compile, a function of tensors is one operator of the namespace
-    `evomoe`; elsewhere, it is called as it is, without what a dispatch costs.
+    `evomoe`; elsewhere, it is called as it is, without what a dispatch costs. Its first argument
+    is a tensor of the GPU to launch on.
 
     Args:
         fake: of the same arguments, gives results of the right shapes and dtypes.
@@ -24,7 +25,10 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            return made(*args) if torch.compiler.is_compiling() else function(*args)
+            if torch.compiler.is_compiling():
+                return made(*args)
+            with torch.cuda.device_of(args[0]):
+                return function(*args)
 
         return call
 

@@ -114,6 +114,8 @@ def _of_programs(
 ) -> Tensor:
     (T, C), tiles = mask_TC.shape, Tiles.of(*mask_TC.shape)
     out = _empty(mask_TC)
+    if probs_TC.element_size() < 4:  # Triton has no logarithm of half precision
+        probs_TC = probs_TC.float()
     _sum[(tiles.programs,)](
         mask_TC.view(torch.uint8),
         probs_TC,
@@ -126,7 +128,7 @@ def _of_programs(
         *mask_TC.stride(),
         *probs_TC.stride(),
         *checked_TC.stride(),
-        torch.finfo(probs_TC.dtype).tiny,
+        torch.finfo(torch.float32).tiny,  # Triton takes numbers as fp32
         tiles.rows_of_program,
         SCALARS=SCALARS,
         HAS_TOKEN_MASK=token_mask_T is not None,

@@ -85,7 +85,7 @@ class Layout:
 
     def fp32_masters(self, trainer: Any) -> dict[str, Tensor]:
         """The fp32 masters of parameters in half precision, by their names in the checkpoint;
-        views. None where this rank's own shards are in fp32."""
+        views. Empty where this rank's own shards are in fp32."""
         return {}
 
     def optimizer_layout(self, trainer: Any) -> OptimizerLayout:
