@@ -55,6 +55,9 @@ def _line(loader: ConfigLoaderImpl, error: CompactHydraException) -> str:
 def _missing(loader: ConfigLoaderImpl, name: str) -> str:
     group, _, own = name.rpartition("/")
     options = loader.repository.get_group_options(group, ObjectType.CONFIG)
+    while not options and "/" in group:  # Hydra sought `gate` beside a run in `small`
+        group = group.partition("/")[2]
+        options = loader.repository.get_group_options(group, ObjectType.CONFIG)
     known = f"; one of: {', '.join(sorted(options))}" if options else ""
     return f"{name}: there is no such configuration{_similar(own, options)}{known}"
 

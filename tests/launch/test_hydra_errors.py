@@ -20,7 +20,11 @@ CASES = {
     "a value": (RUN, "optimization.lr=0.1", r"optimization\.lr: .* float is not a ListConfig"),
     "a number": (RUN, "optimization.max_update=x", r"optimization\.max_update: Value 'x' .* Int"),
     "a choice": (RUN, "optimizer=adan", r"optimizer/adan: .* did you mean adam\?; one of: .*, nag"),
-    "a file": (RUN, "+gate=switsh", r"small/gate/switsh: there is no such configuration$"),
+    "a file": (
+        RUN,
+        "+gate=switsh",
+        r"small/gate/switsh: .* did you mean switch\?; one of: base_layers",
+    ),
     "the run": ("small/evomoedts", "", r"small/evomoedts: .* did you mean evomoe_dts\?; one of"),
     "syntax": (
         RUN,

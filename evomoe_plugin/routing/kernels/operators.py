@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
-def operator(fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
+def operator(
+    fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable], Callable]:
     """Decorator: inside of torch.compile, a function of tensors is one operator of the namespace
     `evomoe`; elsewhere, it is called as it is, without what a dispatch costs. Its first argument
     is a tensor of the GPU to launch on.
 
     Args:
         fake: of the same arguments, gives results of the right shapes and dtypes.
+        tags: what the compiler must know of it, as that it draws random numbers.
     """
 
     def decorate(function: Callable) -> Callable:
         name = f"evomoe::{function.__module__.rsplit('.', 1)[-1]}_{function.__name__.strip('_')}"
-        made = torch.library.custom_op(name, function, mutates_args=())
+        made = torch.library.custom_op(name, function, mutates_args=(), tags=tags)
         made.register_fake(fake)
 
         @functools.wraps(function)

@@ -148,7 +148,7 @@ def _no_rows(
     ]
 
 
-@operator(_no_rows)
+@operator(_no_rows, tags=(torch.Tag.nondeterministic_seeded,))
 def _forward(
     counts_E: Tensor,
     token_ids: Tensor | None,
