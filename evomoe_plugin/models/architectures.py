@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq.models import register_model
 
-from evomoe_plugin.config.dataclass_fields import add_field
+from evomoe_plugin.config.dataclass_fields import add_field, store_schemas
 from evomoe_plugin.gates.gate import Gate
 from evomoe_plugin.gates.registry import on_registration, own_options
 from evomoe_plugin.models import config, encoder_config
@@ -63,6 +63,8 @@ def _add_options(gate: type[Gate]) -> None:
             )
         for options in ARCHITECTURES.values():
             add_field(options, option.name, option.type, option.default, option.metadata["help"])
+    if own_options(gate):
+        store_schemas(set(ARCHITECTURES.values()))
 
 
 on_registration(_add_options)

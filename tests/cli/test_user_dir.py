@@ -104,7 +104,6 @@ def upcycle(folder, *given) -> dict:
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.slow
 def test_a_users_gate_from_upcycling_to_generation(folder, capsys):
     state = upcycle(
         folder, "--moe-gate", "user_first", "--moe-user-experts", "2", "--moe-expert-count", "4"

@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from evomoe_plugin import patches
-from evomoe_plugin.config.dataclass_fields import add_field
+from evomoe_plugin.config.dataclass_fields import add_field, store_schemas
 from evomoe_plugin.patches.patch import wrap
 from tests.conftest import ROOT
 
@@ -88,6 +88,7 @@ def test_lists_are_gathered_without_a_gpu_and_whatever_their_size():
 def test_an_added_field_is_an_option_and_a_hydra_field():
     add_field(CommonConfig, "test_only_field", int, default=3, help="for this test")
     add_field(CommonConfig, "test_only_field", int, default=4, help="ignored")
+    store_schemas([CommonConfig])
     try:
         assert CommonConfig()._get_default("test_only_field") == 3
         kept = ConfigStore.instance().load("config.yaml").node
