@@ -172,4 +172,7 @@ def test_commands_that_evaluate_leave_options_of_the_model_out(caplog, capsys):
             options.parse_args_and_arch(parser, [*command, *given.split()])
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {named}: this command has no such option")
+        assert line.startswith(f"error: {named}: this command has no such option, and")
+    with pytest.raises(SystemExit):
+        options.parse_args_and_arch(parser, [*command, "--beem", "5"])
+    assert "no such option; did you mean --beam?" in capsys.readouterr().err

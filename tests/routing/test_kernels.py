@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
+from evomoe_plugin.experts.kernels.cuda import why_not_fused
 from evomoe_plugin.experts.kernels.cuda.combine import sort_by_token
 from evomoe_plugin.gates.topk_common import best
 from evomoe_plugin.routing import kernels, noise, stats, waits
@@ -28,6 +29,22 @@ def both(monkeypatch):
         return results
 
     return call
+
+
+def test_they_can_be_turned_off_and_the_log_says_so_once(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("EVOMOE_TRITON", "0")
+    cached = kernels.why_not, kernels._usable_on_gpu
+    for function in cached:
+        function.cache_clear()
+    try:
+        assert [kernels.usable(torch.device("cuda")) for _ in range(2)] == [False, False]
+        assert why_not_fused(torch.device("cuda"), torch.bfloat16, "gelu") == "EVOMOE_TRITON is 0"
+    finally:
+        for function in cached:
+            function.cache_clear()
+    (line,) = caplog.messages
+    assert line.endswith("the kernels of routing: EVOMOE_TRITON is 0")
 
 
 def test_noise_has_the_same_bits(both):

@@ -41,12 +41,12 @@ def why_not(device: torch.device) -> str:
 def usable(device: torch.device) -> bool:
     """Whether the kernels compute on `device`; otherwise torch's operators do the same, which the
     log says once of a GPU."""
-    return device.type == "cuda" and _of_gpu(device)
+    return device.type == "cuda" and _usable_on_gpu(device)
 
 
 @functools.cache
 @constant
-def _of_gpu(device: torch.device) -> bool:
+def _usable_on_gpu(device: torch.device) -> bool:
     reason = why_not(device)
     if reason:
         logger.info("torch's operators take the place of the kernels of routing: %s", reason)
