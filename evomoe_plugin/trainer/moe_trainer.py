@@ -249,9 +249,10 @@ class MoETrainer(Trainer):
 
     def _no_sync(self, accumulates: bool) -> contextlib.AbstractContextManager[Any]:
         """Inside, DDP leaves gradients local. FSDP would hold unsharded ones, and reduces."""
+        if not accumulates:
+            return self.layout.reducing(self)
         if (
-            accumulates
-            and self.data_parallel_world_size > 1
+            self.data_parallel_world_size > 1
             and not self.layout.is_fully_sharded
             and hasattr(self.model, "no_sync")
         ):

@@ -8,6 +8,7 @@ together from both kinds.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,53 @@ def sharded_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in sharded_layers(model) for p in layer.experts.parameters()]
 
 
-def all_reduce_grads(trainer: Any, groups: ExpertGroups) -> None:
+class ReplicaMeans:
+    """The means of an update's gradients of sharded experts, over the ranks that hold the same ones
+    (`legacy_ddp`); each in flight while the backward pass goes on.
+
+    Args:
+        parameters: of sharded experts; the same on all ranks of the group.
+        group: the ranks.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup):
+        self._parameters, self._group = parameters, group
+        self._in_flight: dict[nn.Parameter, Any] = {}
+
+    @contextlib.contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """Inside, the mean of a gradient is begun once the backward pass has made it: for the last
+        one of an update, which adds to a parameter's gradient once."""
+        if self._group.size() == 1:
+            yield
+            return
+        trained = [p for p in self._parameters if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(self._begin) for p in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        parameter.grad.div_(self._group.size())
+        self._in_flight[parameter] = dist.all_reduce(
+            parameter.grad, group=self._group, async_op=True
+        )
+
+    def finish(self) -> None:
+        """Begin what was not, and wait for all; on a GPU its stream waits."""
+        if self._group.size() == 1:
+            return
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter not in self._in_flight:
+                self._begin(parameter)
+        for work in self._in_flight.values():
+            work.wait()
+
+
+def all_reduce_grads(trainer: Any, replicas: ReplicaMeans) -> None:
     """Average gradients over the ranks that hold the same parameters (`legacy_ddp`)."""
     parameters: list[Any] = sharded_parameters(trainer.get_model())
     for p in parameters:
@@ -35,12 +82,7 @@ def all_reduce_grads(trainer: Any, groups: ExpertGroups) -> None:
     finally:
         for p in parameters:
             del p.expert
-    if groups.replicas.size() == 1:
-        return
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.div_(groups.replicas.size())
-            dist.all_reduce(p.grad, group=groups.replicas)
+    replicas.finish()
 
 
 def grad_norm(trainer: Any, groups: ExpertGroups) -> Tensor:

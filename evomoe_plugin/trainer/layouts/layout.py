@@ -67,6 +67,10 @@ class Layout:
     def zero_grad(self) -> None:
         """Clear gradients that the optimizer does not see."""
 
+    def reducing(self, trainer: Any) -> contextlib.AbstractContextManager[Any]:
+        """Around the last micro-batch of an update: gradients may be reduced as they are made."""
+        return contextlib.nullcontext()
+
     def all_reduce_grads(self, trainer: Any) -> None:
         """Average the optimizer's gradients of the model over ranks. A collective."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from evomoe_plugin.checkpoint.parameter_storage import Storage, trained_paramete
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of
 from evomoe_plugin.trainer import sharded_gradients
 from evomoe_plugin.trainer.layouts.layout import Layout
+from evomoe_plugin.trainer.sharded_gradients import ReplicaMeans
 
 
 class Replicated(Layout):
@@ -20,12 +22,24 @@ class Replicated(Layout):
 
     is_fully_sharded = False
 
-    def all_reduce_grads(self, trainer: Any) -> None:
-        groups = expert_groups_of(trainer.get_model())
+    _replicas: ReplicaMeans  # of this update, with sharded experts
+
+    def reducing(self, trainer: Any) -> contextlib.AbstractContextManager[Any]:
+        model = trainer.get_model()
+        groups = expert_groups_of(model)
         if groups is None:
+            return contextlib.nullcontext()
+        parameters = sharded_gradients.sharded_parameters(model)
+        self._replicas = ReplicaMeans(parameters, groups.replicas)
+        if getattr(trainer.cfg.model, "checkpoint_activations", False):
+            return contextlib.nullcontext()  # a layer may add to its gradients more than once
+        return self._replicas.during_backward()
+
+    def all_reduce_grads(self, trainer: Any) -> None:
+        if expert_groups_of(trainer.get_model()) is None:
             trainer.optimizer.all_reduce_grads(trainer.model)
         else:
-            sharded_gradients.all_reduce_grads(trainer, groups)
+            sharded_gradients.all_reduce_grads(trainer, self._replicas)
 
     def norm_over_ranks(self, trainer: Any) -> Callable[[Tensor], Tensor] | None:
         groups = expert_groups_of(trainer.get_model())
