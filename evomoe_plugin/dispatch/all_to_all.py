@@ -34,6 +34,11 @@ class Meter:
 class Exchange:
     """One all-to-all of rows in the forward pass, and of their gradients in the backward pass.
 
+    It is in flight from `begin` to `finish`, and from the backward pass of `finish` to that of
+    `begin`. With NCCL it runs on a stream that the process group keeps for it, behind what the
+    current stream was given before `begin`; `finish` makes the current stream wait for it, not the
+    host. What computes in between therefore overlaps it.
+
     Args:
         group: the ranks.
         send: number of rows for each of them.
@@ -118,19 +123,29 @@ class _Finish(torch.autograd.Function):
         return grad, None
 
 
-def exchange_counts(
-    counts: Sequence[int], groups: ExpertGroups, device: torch.device
-) -> list[list[int]]:
-    """Exchange how many rows each rank has for each expert.
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows each of R ranks sends to each of E experts."""
+
+    sent_E: list[int]
+    """By this rank."""
+    received_RH: list[list[int]]
+    """To this rank, for each of the H = E / R experts that it holds."""
+    on_device_RH: Tensor
+    """The same as a tensor, int64."""
+
+
+def exchange_counts(sent_E: Tensor, groups: ExpertGroups) -> RowCounts:
+    """Exchange how many rows each rank has for each expert. The host waits once, for both.
 
     Args:
-        counts: rows of this rank for each of E experts.
+        sent_E: int64, rows of this rank for each expert.
         groups: the ranks that shard them.
-        device: where the backend finds tensors.
-    Returns:
-        Rows from each rank (R lists) for each expert that is held here.
     """
-    own = torch.tensor(counts, dtype=torch.int64, device=device)
-    others = torch.empty_like(own)
-    dist.all_to_all_single(others, own, group=groups.exchange)
-    return others.view(groups.size, -1).tolist()
+    received_E = torch.empty_like(sent_E)
+    dist.all_to_all_single(received_E, sent_E, group=groups.exchange)
+    received_RH = received_E.view(groups.size, -1)
+    sent, received = torch.stack([sent_E, received_E]).tolist()
+    held = received_RH.size(1)
+    by_rank = [received[i : i + held] for i in range(0, len(received), held)]
+    return RowCounts(sent, by_rank, received_RH)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomoe_plugin.dispatch.all_to_all import Exchange, exchange_counts
+from evomoe_plugin.dispatch.all_to_all import Exchange, RowCounts, exchange_counts
 from evomoe_plugin.dispatch.process_groups import ExpertGroups
+from evomoe_plugin.dispatch.token_rows import TokenRows
 from evomoe_plugin.experts.ffn import ExpertStack
 from evomoe_plugin.routing.plan import RoutingPlan
 
@@ -49,11 +50,10 @@ class ParallelExpertFFN(ExpertStack):
         self._exchange = exchange
         self._held = held = num_experts // groups.size
         self._chunks = [range(i * held // chunks, (i + 1) * held // chunks) for i in range(chunks)]
-        # Experts sorted by chunk, then rank; and the inverse permutation.
+        # Experts sorted by chunk, then rank.
         self._order = [
             r * held + e for chunk in self._chunks for r in range(groups.size) for e in chunk
         ]
-        self._inverse = sorted(range(num_experts), key=self._order.__getitem__)
 
     def _new_parameter(self, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         """This rank's rows of what a single rank would draw for all experts. Rows of the others are
@@ -76,37 +76,39 @@ class ParallelExpertFFN(ExpertStack):
         Returns:
             [T, D]; with `overlap_fn`, a pair of that and its result.
         """
-        counts = plan.tokens_per_expert_E.tolist()
-        plan = plan.first(sum(counts))
-        incoming = exchange_counts(counts, self.groups, x_TD.device)
-        outgoing = [counts[i : i + self._held] for i in range(0, len(counts), self._held)]
-        rows_ND = _reorder(x_TD.index_select(0, plan.token_ids_N), counts, self._order)
-        exchanges = [
-            self._exchange(
-                [sum(row[e] for e in chunk) for row in outgoing],
-                [sum(row[e] for e in chunk) for row in incoming],
-            )
-            for chunk in self._chunks
-        ]
-        parts = rows_ND.split([sum(exchange.send) for exchange in exchanges])
+        counts = exchange_counts(plan.tokens_per_expert_E, self.groups)
+        plan = plan.first(sum(counts.sent_E))
+        pairs, weights_N = self._by_chunk(plan, counts.sent_E)
+        exchanges = [self._exchange(*self._sizes(counts, chunk)) for chunk in self._chunks]
+        parts = pairs.take(x_TD).split([sum(exchange.send) for exchange in exchanges])
         in_flight = [exchange.begin(rows) for exchange, rows in zip(exchanges, parts, strict=True)]
         overlap_out = overlap_fn() if overlap_fn else None
         returning = []
         for chunk, exchange, begun, weights in zip(
             self._chunks, exchanges, in_flight, self._weights_by_chunk(), strict=True
         ):
-            output = self._forward_received(exchange.finish(begun), incoming, chunk, weights)
+            output = self._forward_received(exchange.finish(begun), counts, chunk, weights)
             back = self._exchange(exchange.receive, exchange.send)
             returning.append((back, back.begin(output)))
         received = [back.finish(begun) for back, begun in returning]
         rows_ND = torch.cat(received) if len(received) > 1 else received[0]
-        rows_ND = _reorder(rows_ND, [counts[e] for e in self._order], self._inverse)
-
-        wide = torch.promote_types(rows_ND.dtype, torch.float32)  # as the whole stack sums
-        weighted_ND = rows_ND.to(wide) * plan.weights_N.to(wide).unsqueeze(1)
-        y_TD = weighted_ND.new_zeros(x_TD.shape).index_add(0, plan.token_ids_N, weighted_ND)
-        y_TD = y_TD.to(x_TD.dtype)
+        y_TD = pairs.sum(rows_ND, weights_N, x_TD.dtype)
         return (y_TD, overlap_out) if overlap_fn else y_TD
+
+    def _by_chunk(self, plan: RoutingPlan, counts: Sequence[int]) -> tuple[TokenRows, Tensor]:
+        """The pairs and their weights, sorted by chunk, then rank and expert."""
+        if len(self._chunks) == 1:
+            return TokenRows(plan.token_ids_N, plan.num_tokens, plan.by_token), plan.weights_N
+        token_ids_N, weights_N = (
+            _reorder(values, counts, self._order) for values in (plan.token_ids_N, plan.weights_N)
+        )
+        return TokenRows(token_ids_N, plan.num_tokens), weights_N
+
+    def _sizes(self, counts: RowCounts, chunk: range) -> tuple[list[int], list[int]]:
+        """Rows of a chunk for each rank, and from each."""
+        held = self._held
+        sent = [sum(counts.sent_E[r * held + e] for e in chunk) for r in range(self.groups.size)]
+        return sent, [sum(row[e] for e in chunk) for row in counts.received_RH]
 
     def _weights_by_chunk(self) -> list[dict[str, Tensor]]:
         weights = self._weights()
@@ -116,21 +118,30 @@ class ParallelExpertFFN(ExpertStack):
         return [dict(zip(weights, part, strict=True)) for part in zip(*parts, strict=True)]
 
     def _forward_received(
-        self, rows: Tensor, incoming: list[list[int]], chunk: range, weights: dict[str, Tensor]
+        self, rows_ND: Tensor, counts: RowCounts, chunk: range, weights: dict[str, Tensor]
     ) -> Tensor:
         """Outputs for received rows, sorted by rank, then expert; in the same order."""
-        size, width = len(incoming), len(chunk)
-        counts = [incoming[r][e] for r in range(size) for e in chunk]
+        size, width = len(counts.received_RH), len(chunk)
+        segments = [row[e] for row in counts.received_RH for e in chunk]
         by_expert = [r * width + e for e in range(width) for r in range(size)]
-        rows = _reorder(rows, counts, by_expert)
-        rows = self._grouped(rows, [sum(counts[e::width]) for e in range(width)], weights)
+        places_N = torch.arange(len(rows_ND), device=rows_ND.device)
+        rows_by_expert_N = _reorder(places_N, segments, by_expert)
         by_rank = [e * size + r for r in range(size) for e in range(width)]
-        return _reorder(rows, [counts[i] for i in by_expert], by_rank)
+        place_of_row_N = _reorder(places_N, [segments[i] for i in by_expert], by_rank)
+        # Each row is a token of one expert.
+        starts = torch.arange(len(rows_ND) + 1, device=rows_ND.device)
+        return self._grouped(
+            rows_ND,
+            counts.on_device_RH[:, chunk.start : chunk.stop].sum(0),
+            weights,
+            rows_by_expert_N,
+            by_token=(place_of_row_N, starts),
+        )
 
 
-def _reorder(rows: Tensor, counts: Sequence[int], order: Sequence[int]) -> Tensor:
-    """Segments of `counts` rows in another order, as one tensor."""
+def _reorder(values: Tensor, counts: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Segments of `counts` values in another order, as one tensor."""
     if list(order) == list(range(len(order))):
-        return rows
-    segments = rows.split(list(counts))
+        return values
+    segments = values.split(list(counts))
     return torch.cat([segments[i] for i in order])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import traceback
 from datetime import timedelta
@@ -16,6 +18,7 @@ from evomoe_plugin.dispatch.parallel_ffn import ParallelExpertFFN
 from evomoe_plugin.dispatch.process_groups import expert_groups
 from evomoe_plugin.experts import ExpertFFN
 from evomoe_plugin.routing.plan import RoutingPlan
+from evomoe_plugin.trainer.sharded_gradients import ReplicaMeans
 from tests.rank_server import new_context
 
 E, D, F, T = 8, 6, 10, 5
@@ -131,6 +134,44 @@ def check_transport_dtype(rank: int) -> None:
         assert 0 < error < tolerance, (dtype, error)
 
 
+def check_as_on_a_gpu(rank: int) -> None:
+    """With the kernels of GPUs: the same numbers, and one wait of the host in both passes."""
+    from evomoe_plugin.experts.kernels import cuda
+    from evomoe_plugin.experts.kernels.cuda.fused import FusedFFN
+    from evomoe_plugin.routing import kernels
+    from tests.host_waits import HostWaits, pretend_a_gpu
+
+    groups = expert_groups(2)
+    plan = plan_of(LOADS["uneven"](rank))
+    plan = dataclasses.replace(plan, weights_N=plan.weights_N.float())
+    x = torch.randn(T, D, requires_grad=True)
+    whole = make(ExpertFFN, torch.float32)
+    wanted = whole(x, plan)
+    wanted.square().sum().backward()
+    exact, x.grad = x.grad, None
+    for chunks in (1, 2):
+        sharded = make(parallel(groups, chunks=chunks), torch.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "function_for", lambda *_: FusedFFN)
+            patch.setattr(kernels, "usable", lambda _: True)
+            y = sharded(x, plan)
+            y.square().sum().backward()
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(x.grad, exact)
+        x.grad = None
+        with pytest.MonkeyPatch.context() as patch:
+            pretend_a_gpu(patch)
+            with HostWaits(allowed=None) as waits:
+                sharded(x, plan, overlap_fn=lambda: 2 * x)[0].sum().backward()
+        assert waits.found == ["tolist at dispatch/all_to_all.py"]
+        x.grad = None
+
+
+def test_sharded_experts_with_the_kernels_of_gpus():
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    on_ranks(2, check_as_on_a_gpu)
+
+
 @pytest.mark.parametrize(
     "world, size",
     [
@@ -151,3 +192,40 @@ def test_rows_are_sent_in_the_transport_dtype():
 def test_one_rank_has_all_experts():
     assert expert_groups(1) is None
     assert expert_groups(4) is None  # no process group here
+
+
+def check_means_of_replicas(rank: int) -> None:
+    """Each is begun within the backward pass, and is the mean of what the ranks made."""
+    layers = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Linear(D, D)).double()
+    for parameter in layers.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    layers[0].bias.requires_grad_(False)
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    x = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    x.requires_grad_()
+
+    (layers(x).square().sum() + layers(3 * x).sum()).backward()
+    wanted = [p.grad for p in trained]
+    for grad in wanted:
+        dist.all_reduce(grad)
+
+    for overlaps in (True, False):
+        layers.zero_grad()
+        layers(x).square().sum().backward()  # an earlier micro-batch
+        means = ReplicaMeans(list(layers.parameters()), dist.group.WORLD)
+        inputs = 3 * x
+        begun = []
+        inputs.register_hook(
+            lambda _, means=means, begun=begun: begun.append(len(means._in_flight))
+        )
+        with means.during_backward() if overlaps else contextlib.nullcontext():
+            layers(inputs).sum().backward()
+        assert begun[0] >= 2 if overlaps else begun == [0]  # those of the second layer
+        means.finish()
+        for parameter, total in zip(trained, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, total / 2)
+        assert layers[0].bias.grad is None
+
+
+def test_gradients_of_replicas_are_averaged_during_the_backward_pass():
+    on_ranks(2, check_means_of_replicas)
