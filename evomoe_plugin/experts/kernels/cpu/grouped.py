@@ -107,10 +107,10 @@ class _GroupedFFN(torch.autograd.Function):
             if small is not None:
                 for scaled in (rows, grad):
                     scaled[: chunk.size].mul_(small[chunk.start : chunk.stop, None])
+            if grad_bias2 is not None:  # sums first, while the rows are in the cache
+                grad_bias2.add_sums(chunk, rows)
             if grad2 is not None:
                 grad2.add_matmul(chunk, active, rows)
-            if grad_bias2 is not None:
-                grad_bias2.add_sums(chunk, rows)
 
             _drop(grad, drop, call.dropout)
             if linear is not None:
@@ -118,11 +118,11 @@ class _GroupedFFN(torch.autograd.Function):
                 active *= grad  # from here on the gradient of h3
                 grad *= h3
             call.activation.backward(grad, h)
+            if grad_bias1 is not None:
+                grad_bias1.add_sums(chunk, grad)
             work.fetch(x, chunk, rows)
             if grad1 is not None:
                 grad1.add_matmul(chunk, grad, rows)
-            if grad_bias1 is not None:
-                grad_bias1.add_sums(chunk, grad)
             if grad3 is not None:
                 grad3.add_matmul(chunk, active, rows)
             if need_x:
