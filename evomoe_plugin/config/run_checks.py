@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from evomoe_plugin.config.checks import resolve_renamed, validate
 from evomoe_plugin.config.errors import OptionError
@@ -46,6 +47,10 @@ def check_run(cfg: Any, num_ranks: int) -> None:
         OptionError: invalid combinations of options, and missing data.
     """
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+    if OmegaConf.is_missing(cfg, "model"):
+        raise OptionError(
+            "model", "(not given)", "give an architecture, or a --config-name that has one"
+        )
     if cfg.model is not None:
         resolve_renamed(cfg.model, warn=True)
         resolve_hf_config(cfg.model)

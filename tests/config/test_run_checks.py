@@ -173,3 +173,10 @@ def test_processes_are_counted_whoever_starts_them(divided, monkeypatch, environ
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert refused_for in refused(copy.deepcopy(divided))
+
+
+def test_a_configuration_without_a_model(divided):
+    cfg = copy.deepcopy(divided)
+    OmegaConf.update(cfg, "model", "???", merge=False)
+    with pytest.raises(OptionError, match="--model .not given.: give an architecture"):
+        check_run(cfg, 1)

@@ -88,6 +88,28 @@ def test_runs_of_fairseq_that_do_not_name_the_package_are_left_alone(
     assert plugin.is_wanted(arguments.format(**folders).split()) is is_ours
 
 
+def test_files_that_cannot_be_read_do_not_stop_the_search_for_the_name(tmp_path, monkeypatch):
+    plugin = load_plugin()
+    monkeypatch.delitem(sys.modules, plugin.PACKAGE)
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "link.yaml").symlink_to("none")
+    (tmp_path / "latin.yaml").write_bytes(b"# \xe9")
+    (tmp_path / "plain.yaml").write_text("common:\n  log_interval: 2")
+    arguments = ["--config-dir", str(tmp_path), "--config-name", "plain"]
+    assert not plugin.is_wanted(arguments)
+    (tmp_path / "plain.yaml").write_text("common:\n  user_dir: evomoe_plugin")
+    assert plugin.is_wanted(arguments)
+
+
+def test_a_user_dir_from_the_environment(monkeypatch):
+    plugin = load_plugin()
+    arguments = ["common.user_dir=${oc.env:GATES}"]
+    monkeypatch.delenv("GATES", raising=False)
+    assert plugin.user_dir_of(arguments) is None
+    monkeypatch.setenv("GATES", "/my/gates")
+    assert plugin.user_dir_of(arguments) == "/my/gates"
+
+
 def test_a_plain_run_through_hydra_is_not_patched(tmp_path, hydra_path):
     code = """
 import sys
@@ -154,7 +176,7 @@ def test_a_sweep_over_models_by_name(runs, tmp_path, hydra_path):
         ),
         (
             "model.moe_gatee=top_k",
-            1,
+            2,
             "model.moe_gatee: Key 'moe_gatee' not in 'GPTTinyMoEConfig'; did you mean moe_gate?",
         ),
     ],

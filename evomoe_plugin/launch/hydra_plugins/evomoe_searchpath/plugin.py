@@ -18,6 +18,8 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser  # fairseq_cli.hydra_train reads its name so too
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = "evomoe_plugin"
 _MOST = 1 << 24  # bytes of a checkpoint's pickle
@@ -58,7 +60,7 @@ def is_wanted(arguments: list[str]) -> bool:
     name = f"{(given.config_name or '').removesuffix('.yaml')}.yaml"
     folders = [Path(folder) for folder in (given.config_dir, given.config_path) if folder]
     if any((folder / name).is_file() for folder in folders):
-        return any(PACKAGE in file.read_text() for f in folders for file in f.rglob("*.yaml"))
+        return any(_names(file) for f in folders for file in f.rglob("*.yaml"))
     own = own_configs()
     if own is None:
         return False
@@ -86,9 +88,15 @@ def _beginning(file: zipfile.ZipFile, name: str) -> bytes:
 
 def names_package(user_dir: Path) -> bool:
     """Whether a user_dir is this package, or imports it."""
-    return user_dir.name == PACKAGE or any(
-        PACKAGE in file.read_text() for file in user_dir.rglob("*.py")
-    )
+    return user_dir.name == PACKAGE or any(_names(file) for file in user_dir.rglob("*.py"))
+
+
+def _names(file: Path) -> bool:
+    """Whether a file has the package's name; one that cannot be read is not ours to complain of."""
+    try:
+        return PACKAGE.encode() in file.read_bytes()
+    except OSError:
+        return False
 
 
 def own_configs() -> Path | None:
@@ -102,11 +110,14 @@ def own_configs() -> Path | None:
 
 
 def user_dir_of(arguments: list[str]) -> str | None:
-    """The value of an override `common.user_dir=…`."""
+    """The value of an override `common.user_dir=…`; None where it refers to what is not set."""
     for argument in arguments:
         name, _, value = argument.lstrip("+").partition("=")
         if name == "common.user_dir":
-            return value.strip("'\"")
+            try:
+                return OmegaConf.create({name: value.strip("'\"")})[name]
+            except OmegaConfBaseException:  # the command reports it
+                return None
     return None
 
 
