@@ -116,6 +116,7 @@ def save_crash_checkpoint(trainer: Any) -> None:
             "no crash.pt: with several ranks it would need them all; the last checkpoint is intact"
         )
         return
+    trainer.layout.abandon_pass(trainer)
     try:
         trainer.save_checkpoint(os.path.join(trainer.cfg.checkpoint.save_dir, "crash.pt"), {})
     except RunFailed as error:  # must not hide the exception that is being handled

@@ -208,7 +208,8 @@ class MoETrainer(Trainer):
                 done.sample_size += size
                 if self.cuda and self.get_num_updates() == 0:
                     torch.cuda.empty_cache()  # what the first step allocated is not typical
-            except RunFailed as error:
+            except RunFailed as error:  # NaN in a forward pass
+                failed_updates.save_crash_checkpoint(self)
                 raise failed_updates.on_rank(self, error) from error
             except (RuntimeError, MemoryError) as error:
                 if not failed_updates.is_out_of_memory(error):

@@ -1,9 +1,11 @@
-"""NaN ends a run in one line that names the module in which it begins."""
+"""NaN ends a run in one line that names the module in which it begins, and leaves crash.pt."""
 
+import pytest
 import torch
 from torch import nn
 
 from evomoe_plugin.experts.ffn import ExpertFFN
+from evomoe_plugin.routing import waits
 from evomoe_plugin.trainer.find_nan import first_not_finite
 from tests.patches.test_commands import MOE
 
@@ -38,15 +40,36 @@ def test_the_first_module_is_named_then_the_first_gradient():
     assert first_not_finite(model, lambda: backward(1.0)) is None
 
 
-def test_a_run_of_a_moe_model_ends_in_one_line(runs, monkeypatch, capsys):
+def in_the_forward_pass(output):
+    return output * NAN
+
+
+def in_the_backward_pass(output):
+    output.register_hook(lambda gradient: gradient * NAN)
+    return output
+
+
+IN_GRADIENT = "update 1: gradients are Nan/Inf, first in the gradient of "
+IN_FORWARD = "the output of decoder.layers.1 is NaN/Inf; stopped before the optimizer step"
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded", "fsdp2"])
+@pytest.mark.parametrize("waits_later", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(in_the_forward_pass, IN_FORWARD), (in_the_backward_pass, IN_GRADIENT)]
+)
+def test_a_run_ends_in_one_line_and_leaves_what_it_was_at(
+    runs, monkeypatch, capsys, spoil, message, waits_later, backend
+):
+    """Wherever NaN begins, and whether the host waits for the forward pass or, as on GPUs, not."""
     forward = ExpertFFN.forward
-
-    def broken(experts, *args, **kwargs):
-        output = forward(experts, *args, **kwargs)
-        output.register_hook(lambda gradient: gradient * NAN)
-        return output
-
-    monkeypatch.setattr(ExpertFFN, "forward", broken)
-    assert runs.train("run", *MOE, updates=1).status == 1
+    monkeypatch.setattr(ExpertFFN, "forward", lambda *args, **kw: spoil(forward(*args, **kw)))
+    monkeypatch.setattr(waits, "waiting_costs", lambda _: waits_later)
+    options = "--ddp-backend", backend, "--no-save"
+    run = runs.train("run", *MOE, *options, updates=1)
+    assert run.status == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert "update 1: gradients are Nan/Inf, first in the gradient of decoder." in line
+    assert message in line
+    weights = run.checkpoint("crash.pt")["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert weights["decoder.embed_tokens.weight"].shape[1] == 32

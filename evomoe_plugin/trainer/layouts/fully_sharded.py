@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fairscale.nn.data_parallel.fully_sharded_data_parallel import (
+    TrainingState,
+    get_fsdp_instances,
+)
 from fairseq.distributed import FullyShardedDataParallel
 
 from evomoe_plugin.checkpoint.fsdp_shards import flat_parameters
@@ -28,9 +32,11 @@ class FullySharded(Sharded):
         self.reads_own_shard = reads_own_shard
         self.gathers_state = not reads_own_shard
 
-    def storages(self, trainer: Any) -> Iterator[Storage]:
-        from fairscale.nn.data_parallel.fully_sharded_data_parallel import get_fsdp_instances
+    def abandon_pass(self, trainer: Any) -> None:
+        for module in get_fsdp_instances(trainer.model):
+            module.training_state = TrainingState.IDLE
 
+    def storages(self, trainer: Any) -> Iterator[Storage]:
         modules = get_fsdp_instances(trainer.model)
         owners = [(p, module) for module in modules for p in module.params]
         metadata = flat_parameters({"fsdp_metadata": trainer.model.local_metadata_dict()})

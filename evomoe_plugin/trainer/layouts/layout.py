@@ -55,6 +55,9 @@ class Layout:
     def free_gathered(self, trainer: Any) -> None:
         """Free what forward passes gathered, so that the model has the parameters to train."""
 
+    def abandon_pass(self, trainer: Any) -> None:
+        """After an error in a pass of one process: let the state be saved."""
+
     def build_optimizer(self, trainer: Any, build: Callable[[], None]) -> None:
         """Build the trainer's optimizer and schedule of the learning rate.
 
