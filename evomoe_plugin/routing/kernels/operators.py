@@ -22,16 +22,19 @@ def operator(
     """
 
     def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def launch(*args: Any) -> Any:
+            with torch.cuda.device_of(args[0]):
+                return function(*args)
+
         name = f"evomoe::{function.__module__.rsplit('.', 1)[-1]}_{function.__name__.strip('_')}"
-        made = torch.library.custom_op(name, function, mutates_args=(), tags=tags)
+        schema = torch.library.infer_schema(function, mutates_args=())
+        made = torch.library.custom_op(name, launch, mutates_args=(), schema=schema, tags=tags)
         made.register_fake(fake)
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return made(*args)
-            with torch.cuda.device_of(args[0]):
-                return function(*args)
+            return (made if torch.compiler.is_compiling() else launch)(*args)
 
         return call
 

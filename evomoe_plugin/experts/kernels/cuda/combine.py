@@ -54,14 +54,15 @@ def combine(
     out = torch.empty(tokens, width, dtype=dtype, device=rows_ND.device)
     if tokens:
         block = min(_WIDTH, triton.next_power_of_2(width))
-        _kernel[tokens, triton.cdiv(width, block)](
-            rows_ND,
-            rows_ND if weights_N is None else weights_N,
-            order_N,
-            starts,
-            out,
-            width,
-            weights_N is not None,
-            block,
-        )
+        with torch.cuda.device_of(rows_ND):
+            _kernel[tokens, triton.cdiv(width, block)](
+                rows_ND,
+                rows_ND if weights_N is None else weights_N,
+                order_N,
+                starts,
+                out,
+                width,
+                weights_N is not None,
+                block,
+            )
     return out
