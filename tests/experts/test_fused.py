@@ -141,6 +141,17 @@ def test_rows_and_gradients_with_strides():
     case.check(case.run(), *case.exact(), 1e-6)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it takes the memory")
+def test_rows_farther_apart_than_2_31_elements():
+    def far_apart(rows):
+        memory = torch.empty(2 * 2**30 + 16, dtype=FP16)  # what lies between rows is not touched
+        return memory.as_strided((3, 16), (2**30, 1)).copy_(rows)
+
+    case = Case([2, 0, 3], FP16, width=16, ffn=16, tokens=3)
+    case.x = far_apart(case.x.detach()).requires_grad_()
+    case.check(case.run(), *case.exact(), TOLERANCE[FP16], far_apart(torch.randn(3, 16)))
+
+
 @pytest.mark.parametrize("kernels", [FusedFFN, grouped_mm.GroupedMMFFN])
 def test_rows_of_no_expert_count_for_nothing(kernels):
     case = Case(UNEVEN)

@@ -12,6 +12,8 @@ from evomoe_plugin.routing import kernels, noise, stats, waits
 from evomoe_plugin.routing.choice import Choice
 from evomoe_plugin.routing.kernels import tiles
 from evomoe_plugin.routing.kernels.best import best_mask
+from evomoe_plugin.routing.kernels.pairs import sorted_pairs
+from evomoe_plugin.routing.kernels.sums import sums
 from evomoe_plugin.routing.plan import plan_from_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,3 +123,22 @@ def test_statistics_are_the_same_sums(both, divided, padded, dtype):
         rtol = 5e-3 if name == stats.ENTROPY and dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(got, value, rtol=rtol, atol=0, equal_nan=True)
     assert without[stats.ENTROPY].isnan() != padded
+
+
+def far_apart(values: torch.Tensor) -> torch.Tensor:
+    """The values, in columns 2^30 elements apart; what lies between takes no memory."""
+    T, C = values.shape
+    memory = torch.empty((C - 1) * 2**30 + T, dtype=values.dtype, device=DEVICE)
+    return memory.as_strided((T, C), (1, 2**30)).copy_(values)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it takes the memory")
+def test_tables_of_more_than_2_31_elements():
+    scores, mask = torch.randn(2, 3).bfloat16(), torch.rand(2, 3) < 0.7
+    far, far_mask, N = far_apart(scores), far_apart(mask), int(mask.sum())
+    assert torch.equal(best_mask(far, 2), best_mask(scores, 2))
+    for given, wanted in [
+        (sorted_pairs(far_mask, far, N), sorted_pairs(mask, scores, N)),
+        (sums(far_mask, scores, far, None, 2), sums(mask, scores, scores, None, 2)),
+    ]:
+        assert all(map(torch.equal, given, wanted))

@@ -30,7 +30,7 @@ def _best(
     for start in range(first, first + rows_of_program, ROWS):
         tokens = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (tokens < T)[:, None] & (columns < C)[None, :]
-        at = tokens[:, None] * stride_t + columns[None, :] * stride_c
+        at = tokens[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_c
         score = tl.load(scores + at, mask=inside, other=0.0).to(tl.float64)
         # Integers in the same order, by which NaN is the largest, and 0 and -0 are equal.
         bits = (score + 0.0).to(tl.int64, bitcast=True)

@@ -23,7 +23,8 @@ _BLOCK = 512
 
 @triton.jit
 def _load(mask, tokens, experts, T, E, stride_t, stride_e):
-    at = tokens.to(tl.int64)[:, None] * stride_t + experts[None, :] * stride_e
+    tokens, experts = tokens.to(tl.int64), experts.to(tl.int64)
+    at = tokens[:, None] * stride_t + experts[None, :] * stride_e
     inside = (tokens < T)[:, None] & (experts < E)[None, :]
     return tl.load(mask + at, mask=inside, other=0).to(tl.int32)
 
@@ -101,7 +102,7 @@ def _write(
         wide = tokens.to(tl.int64)[:, None]
         tl.store(token_ids + place, wide + tl.zeros_like(place), mask=is_pair)
         tl.store(expert_ids + place, (experts[None, :] + 0 * place).to(tl.int64), mask=is_pair)
-        at = wide * stride_weights_t + experts[None, :] * stride_weights_e
+        at = wide * stride_weights_t + experts.to(tl.int64)[None, :] * stride_weights_e
         weight = tl.load(weights + at, mask=is_pair, other=0.0)
         tl.store(weights_of_pairs + place, weight, mask=is_pair)
         tl.store(order + by_token, place.to(tl.int64), mask=is_pair)

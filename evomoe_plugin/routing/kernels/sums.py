@@ -50,7 +50,7 @@ def _sum(
         if HAS_TOKEN_MASK:
             is_token &= tl.load(token_mask + rows, mask=is_token, other=0) != 0
         inside = is_token[:, None] & is_column[None, :]
-        rows, cols = rows[:, None], columns[None, :]
+        rows, cols = rows[:, None], columns.to(tl.int64)[None, :]
         to_mask = mask + rows * stride_mask_t + cols * stride_mask_c
         to_probs = probs + rows * stride_probs_t + cols * stride_probs_c
         to_checked = checked + rows * stride_checked_t + cols * stride_checked_c
