@@ -9,7 +9,7 @@ from torch import Tensor
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.config.options import ModelOptions, flag, is_causal
 from evomoe_plugin.config.values import check_number
-from evomoe_plugin.routing import kernels
+from evomoe_plugin.routing import kernels, waits
 
 
 @dataclass
@@ -76,13 +76,33 @@ def selection_mask(ids_TK: Tensor, num_candidates: int) -> Tensor:
 
 
 def best(scores_TC: Tensor, k: int = 1) -> Tensor:
-    """bool [T, C]: the k largest scores of each row; of one, the first on ties."""
+    """bool [T, C]: the k largest scores of each row; the first on ties; NaN is the largest."""
     if kernels.usable(scores_TC.device):
         from evomoe_plugin.routing.kernels.best import best_mask
 
         return best_mask(scores_TC, k)
-    ids_TK = scores_TC.argmax(1, keepdim=True) if k == 1 else scores_TC.topk(k, dim=1).indices
-    return selection_mask(ids_TK, scores_TC.size(1))
+    return selection_mask(_ids_of_best(scores_TC.detach(), k), scores_TC.size(1))
+
+
+def _ids_of_best(scores_TC: Tensor, k: int) -> Tensor:
+    """int64 [T, K]."""
+    if k == 1:
+        return scores_TC.argmax(1, keepdim=True)
+    if waits.waiting_costs(scores_TC.device) or torch.compiler.is_compiling():
+        return _sorted(scores_TC)[:, :k]
+    # On a CPU topk is many times faster than sorting, but takes any of those that tie.
+    values, ids = scores_TC.topk(min(k + 1, scores_TC.size(1)), dim=1)
+    ids = ids[:, :k]
+    is_clear = values[:, k - 1 : -1] > values[:, k:]
+    if k and not is_clear.all():
+        is_tied = ~is_clear.squeeze(1)
+        ids[is_tied] = _sorted(scores_TC[is_tied])[:, :k]
+    return ids
+
+
+def _sorted(scores_TC: Tensor) -> Tensor:
+    """Candidates, the largest score first."""
+    return scores_TC.argsort(dim=1, descending=True, stable=True)
 
 
 def normalized(values_TC: Tensor, mask_TC: Tensor) -> Tensor:

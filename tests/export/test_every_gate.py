@@ -165,6 +165,16 @@ def test_logits_of_a_gate_in_the_hundreds(make_trained, exported, given):
     assert torch.allclose(model(x).logits, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", ["top_k", "dense_to_sparse"])
+@torch.no_grad()
+def test_of_equal_scores_the_first_are_taken(make_trained, exported, gate):
+    trained = make_trained(moe_gate=gate, moe_top_k=2)
+    for layer in trained.model.decoder.moe_layers:
+        layer.gate.scorer.weight[1:] = layer.gate.scorer.weight[0]
+    model, x = exported(trained), tokens(8, 16)
+    assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+
+
 @torch.no_grad()
 def test_experts_that_cannot_be_reached_are_left_out(make_trained, exported):
     trained = make_trained(

@@ -94,11 +94,23 @@ def test_the_best_are_the_same(both, divided, dtype):
     got = best_mask(scores, 3)
     assert got.sum(1).eq(3).all()
     assert got[0, :3].all() and got[1, :3].all() and got[2, 1:4].all() and got[3, 2]
-    rows = slice(4, None)
-    assert torch.equal(*both(lambda: best(scores[rows], 3)))
-    assert torch.equal(*both(lambda: best(scores, 1)))
+    for k in (0, 1, 3, 7):
+        assert torch.equal(*both(lambda k=k: best(scores, k)))
     zeros = torch.tensor([[-0.0, 0.0], [0.0, -0.0]], dtype=dtype, device=DEVICE)
     assert best_mask(zeros, 1)[:, 0].all() and not best_mask(zeros, 0).any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_the_first_of_equal_scores_are_taken_everywhere(both, monkeypatch, k):
+    scores = torch.randint(-1, 3, (300, 6), device=DEVICE).double()
+    scores[scores < 0] = torch.nan
+    scores[0] = 0.0
+    with_kernels, with_topk = both(lambda: best(scores, k))
+    monkeypatch.setattr(waits, "waiting_costs", lambda _: True)
+    for mask in with_kernels, with_topk, best(scores, k):
+        for row, is_best in zip(scores.tolist(), mask.tolist(), strict=True):
+            order = sorted(range(6), key=lambda c: -row[c] if row[c] == row[c] else -torch.inf)
+            assert [c for c in range(6) if is_best[c]] == sorted(order[:k])
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,7 @@ class Gate(nn.Module):
             ranked_TC = self._scores(ranked_TC.double(), self.routing.get("temperature", 1.0))
         if self.routing.get("bias"):
             ranked_TC = ranked_TC + self.selection_bias
-        experts_TK = ranked_TC.topk(self.routing["top_k"], dim=1).indices
-        mask_TC = _where(experts_TK, ranked_TC)
+        mask_TC = _where(_best(ranked_TC, self.routing["top_k"]), ranked_TC)
         temperature = self.routing.get("weight_temperature", 1.0)
         if not self.routing["normalized"]:
             return mask_TC, self._scores(logits_TC, temperature)
@@ -146,7 +145,7 @@ class Gate(nn.Module):
     def _threshold(self, logits_TC, ids_T):
         """All candidates above a threshold, and the k best."""
         gates_TC = self._scores(self._biased(logits_TC), self.routing["temperature"])
-        mask_TC = _where(gates_TC.topk(self.routing["top_k"], dim=1).indices, gates_TC)
+        mask_TC = _where(_best(gates_TC, self.routing["top_k"]), gates_TC)
         mask_TC = mask_TC | (gates_TC > self.routing["threshold"])
         return mask_TC, self._scores(logits_TC, self.routing["weight_temperature"])
 
@@ -212,6 +211,17 @@ class Gate(nn.Module):
             chosen_TKE = chosen_TKE + F.pad(spare, (first, E - first - spare.size(-1)))
         weights_TE = (alpha_TK.unsqueeze(2) * chosen_TKE).sum(1)
         return weights_TE > 0, weights_TE
+
+
+def _best(scores_TC, k):
+    """The k candidates with the largest scores; the first on ties, of which topk takes any."""
+    values, ids = scores_TC.topk(min(k + 1, scores_TC.size(1)), dim=1)
+    ids = ids[:, :k]
+    is_clear = values[:, k - 1 : -1] > values[:, k:]
+    if not is_clear.all():
+        is_tied = ~is_clear.squeeze(1)
+        ids[is_tied] = scores_TC[is_tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids
 
 
 def _where(experts_TK, like_TC):
