@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import os
 import signal
 import types
@@ -14,6 +15,7 @@ from evomoe_plugin.gates.registry import option_fields
 from evomoe_plugin.launch import ranks
 from tests.rank_server import new_context
 from tests.tiny_runs import module_runs, runs, tiny_data  # noqa: F401 - fixtures
+from tests.torture.forked import remember_parsing
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 evomoe_plugin.register()
 ranks.new_context = new_context
+remember_parsing()
 # Workers of pytest-xdist share few cores; tiny_runs has set this for what they start.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -53,6 +56,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
             item.add_marker("distributed" if distributed else "unit")
     config.stash[TIERS] = {item.nodeid: tiers_of(item) for item in items}
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage pass over torch, fairseq and the tests, a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Ranks and commands that need not import torch and fairseq, which takes longer than most tests.
 
-They are forked from a process that has imported both and done nothing else. Runs in a process of
-their own (`Runs.start`) start, and start their ranks, as users' do.
+They are forked from a process that has imported both and `tests/warm.py`, and done nothing else.
+Runs in a process of their own (`Runs.start`) start, and start their ranks, as users' do.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ IMPORTS = [
     "fairscale.nn.data_parallel",
     "torch._dynamo",  # by torch's optimizers
     "pytest",
+    "tests.warm",
 ]
 
 
