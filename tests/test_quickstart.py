@@ -20,6 +20,7 @@ import torch
 
 from evomoe_plugin.data import PrepareOptions, prepare
 from evomoe_plugin.metrics import read_log
+from tests.end_to_end.forks import Forked
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "examples/quickstart/run.py"
@@ -58,25 +59,69 @@ def modules(environment):
         yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
+class Popen(subprocess.Popen):
+    """The quickstart's commands; those of fairseq are forked, not started."""
+
+    def __new__(cls, command, **given):
+        name = Path(command[0]).name
+        if not name.startswith("fairseq-"):
+            return super().__new__(cls)
+        assert given["stderr"] == subprocess.STDOUT and given["start_new_session"]
+        return Forked(
+            name.removeprefix("fairseq-").replace("-", "_"),
+            command[1:],
+            given["cwd"],
+            given["env"],
+            Path(given["stdout"].name),
+        )
+
+
 @pytest.fixture(scope="module")
 def quickstart(modules):
-    """Run the quickstart here; returns exit status, stdout and stderr."""
+    """Run the quickstart here; returns exit status, stdout and stderr. It writes to what is
+    `given` for stdout."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
-    def run(*argv: str) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
+    def run(*argv: str, given: io.StringIO | None = None) -> tuple[int, str, str]:
+        out, err = given or io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = modules.run.main(list(argv))
         return status, out.getvalue(), err.getvalue()
 
-    yield run
+    with pytest.MonkeyPatch.context() as patch:
+        names = {**vars(subprocess), "Popen": Popen}
+        patch.setattr(modules.commands, "subprocess", types.SimpleNamespace(**names))
+        yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
+def is_interrupted_at(line: str) -> bool:
+    """Annealing has started, and there is a checkpoint."""
+    return line.split()[:1] == ["20"]
+
+
+class CtrlC(io.StringIO):
+    """Interrupts who writes the line."""
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if is_interrupted_at(text):
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
+def interrupted(tmp_path_factory, quickstart) -> tuple[Path, int, str]:
     """Folder, exit status and output of a run interrupted by Ctrl-C during training."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    status, out, err = quickstart(*arguments(folder), given=CtrlC())
+    return folder, status, out + err
+
+
+@pytest.fixture(scope="module")
+def interrupted_process(tmp_path_factory, environment) -> tuple[Path, int, str]:
+    """As `interrupted`, all in processes of their own."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     process = subprocess.Popen(
         [sys.executable, str(RUN), *arguments(folder)],
@@ -87,8 +132,7 @@ def interrupted(tmp_path_factory, environment) -> tuple[Path, int, str]:
     output = ""
     for line in process.stdout:
         output += line
-        # Annealing has started, and there is a checkpoint.
-        if line.split()[:1] == ["20"]:
+        if is_interrupted_at(line):
             process.send_signal(signal.SIGINT)
     return folder, process.wait(), output
 
@@ -108,8 +152,11 @@ def saved_updates(folder: Path) -> int:
     return state["optimizer_history"][-1]["num_updates"]
 
 
-def test_ctrl_c_says_that_the_run_can_go_on(interrupted):
-    folder, status, output = interrupted
+@pytest.mark.parametrize(
+    "how", ["interrupted", pytest.param("interrupted_process", marks=pytest.mark.slow)]
+)
+def test_ctrl_c_says_that_the_run_can_go_on(request, how):
+    folder, status, output = request.getfixturevalue(how)
     assert status == 130, output
     assert output.endswith("interrupted: run it again to continue\n")
     assert "Traceback" not in output
@@ -201,9 +248,13 @@ def test_a_failed_step_shows_the_end_of_its_log(modules, quickstart, tmp_path, m
     ]
 
 
-def test_a_refusal_is_one_line(quickstart, tmp_path):
+def test_a_refusal_is_one_line(environment, tmp_path):
+    """In a process of its own, as users start it."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert quickstart(*arguments(tmp_path)) == (
+    done = subprocess.run(
+        [sys.executable, str(RUN), *arguments(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",
         f"error: --dir {tmp_path} has files that are not of a quickstart; give another folder\n",

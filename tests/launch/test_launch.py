@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.end_to_end.forks import Forked
+from tests.tiny_runs import ROOT
+
 FSDP = ("--ddp-backend", "fully_sharded")
 LONG = 100_000
 
@@ -51,7 +54,7 @@ def wait_for(condition, seconds=90):
 
 def is_rank(pid):
     try:
-        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        return "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()
     except FileNotFoundError:
         return False
 
@@ -71,29 +74,32 @@ def ignore_interrupts():
 def training(request, runs, tmp_path):
     """A run of two ranks in the midst of training, with a checkpoint; and its ranks' ids.
 
-    Address and rank are given as in the published command. With a true parameter it ignores
-    SIGINT, as the background jobs of a shell do.
+    Address and rank are given as in the published command. The parameter is how it starts:
+    `forked` as its ranks are, in a `background` where SIGINT is ignored, as the background jobs of
+    a shell do; otherwise as users' do.
     """
+    how = getattr(request, "param", "")
     folder = tmp_path / "run"
     folder.mkdir()
-    process = runs.start(
-        "train",
-        *runs.arguments(
-            folder,
-            *FSDP,
-            "--save-interval-updates",
-            "2",
-            "--keep-interval-updates",
-            "2",
-            "--distributed-rank",
-            "0",
-            "--distributed-init-method",
-            f"tcp://127.0.0.1:{free_port()}",
-            world=2,
-            updates=LONG,
-        ),
-        preexec_fn=ignore_interrupts if getattr(request, "param", False) else None,
+    arguments = runs.arguments(
+        folder,
+        *FSDP,
+        "--save-interval-updates",
+        "2",
+        "--keep-interval-updates",
+        "2",
+        "--distributed-rank",
+        "0",
+        "--distributed-init-method",
+        f"tcp://127.0.0.1:{free_port()}",
+        world=2,
+        updates=LONG,
     )
+    if how == "forked":
+        process = Forked("train", arguments, ROOT, dict(os.environ), tmp_path / "output")
+    else:
+        ignoring = ignore_interrupts if how == "background" else None
+        process = runs.start("train", *arguments, preexec_fn=ignoring)
     try:
         wait_for(lambda: process.poll() is not None or list(folder.glob("checkpoint_last.pt")))
         assert process.poll() is None, process.communicate()
@@ -127,6 +133,9 @@ def test_torchrun(runs, tmp_path):
     assert state["optimizer_history"][-1]["num_updates"] == 2
 
 
+@pytest.mark.parametrize(
+    "training", ["forked", pytest.param("started", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_killed_rank_ends_the_run(training):
     process, ranks, folder = training
     assert len(ranks) == 2
@@ -148,6 +157,7 @@ def test_a_killed_rank_ends_the_run(training):
 )
 def test_a_signal_to_the_parent_ends_all(training, number, status):
     process, ranks, folder = training
+    assert len(ranks) == 2
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
@@ -157,7 +167,7 @@ def test_a_signal_to_the_parent_ends_all(training, number, status):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["", "in the background"], indirect=True)
+@pytest.mark.parametrize("training", ["started", "background"], indirect=True)
 def test_the_ranks_follow_a_killed_parent(training):
     process, ranks, _ = training
     process.kill()
