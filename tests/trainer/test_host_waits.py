@@ -55,7 +55,17 @@ def steps(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", sorted({*gate_names(), *OPTIONS}))
+# They do nothing after a layer's passes, of which tests/gates/test_host_waits.py tells.
+LIKE_TOP_K = {"dense", "dselect_k", "gshard", "hash", "switch", "top_p"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_TOP_K else [])
+        for name in sorted({*gate_names(), *OPTIONS})
+    ],
+)
 def test_an_update_waits_once(runs, steps, monkeypatch, name):
     pretend_a_gpu(monkeypatch)
     options = OPTIONS.get(name, ("--moe-gate", name))
