@@ -9,10 +9,12 @@ import torch
 
 from evomoe_plugin.trainer import speed_log
 from tests.end_to_end.runs import assert_same_weights
+from tests.tiny_runs import Result
 
 MOE = """--arch transformer_lm_gpttiny_moe --moe-expert-count 4 --moe-gate top_k
 --moe-bias-update-rate 0.01 --criterion moe_cross_entropy""".split()
 EMA = ("--store-ema", "--ema-decay", "0.5")
+SHARDS = ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--save-interval-updates", "1")
 
 
 def restore(result, name="checkpoint_1_3.pt"):
@@ -55,11 +57,27 @@ def files(run):
     return {path.name: path.read_bytes() for path in run.folder.glob("*.pt")}
 
 
+@pytest.fixture(scope="module")
+def once(module_runs):
+    """Runs, each made once: a maker of a copy of one in a folder of its own."""
+    made = {}
+
+    def copied(folder, *given, **more):
+        key = (given, *more.items())
+        if key not in made:
+            made[key] = module_runs.train(str(len(made)), *given, **more)
+        run = made[key]
+        shutil.copytree(run.folder, folder)
+        return Result(run.status, run.log, folder)
+
+    return copied
+
+
 @pytest.mark.parametrize(
     "more", [("--max-update", "5"), ("--max-update", "3"), ("--stop-time-hours", "1e-9")]
 )
-def test_a_run_that_has_ended_trains_no_further(runs, more, caplog):
-    run = runs.train("run", updates=5)
+def test_a_run_that_has_ended_trains_no_further(runs, once, more, caplog):
+    run = once(runs.folder / "run", updates=5)
     before = files(run)
     again = runs.train("run", "--max-update", 9, *more)
     assert again.status == 0 and again.losses() == {} and files(again) == before
@@ -129,8 +147,10 @@ def test_a_decay_resumes_in_its_middle_and_the_time_left_begins_anew(runs, monke
         ("--tokens-per-sample", 16, 88),
     ],
 )
-def test_another_batch_resumes_at_the_same_share_of_the_epoch(runs, option, value, batches, caplog):
-    run = runs.train("run", *EMA, updates=30)
+def test_another_batch_resumes_at_the_same_share_of_the_epoch(
+    runs, once, option, value, batches, caplog
+):
+    run = once(runs.folder / "run", *EMA, updates=30)
     state = run.checkpoint()["extra_state"]
     place = state["train_iterator"]
     assert place["batches"] == 44 and place["iterations_in_epoch"] == 30
@@ -146,12 +166,12 @@ def test_another_batch_resumes_at_the_same_share_of_the_epoch(runs, option, valu
     torch.testing.assert_close(checkpoint["extra_state"]["ema"][name], average)
 
 
-def test_a_place_that_earlier_checkpoints_cannot_scale_is_refused(runs, capsys):
-    run = runs.train("run", updates=30)
+def test_a_place_that_earlier_checkpoints_cannot_scale_is_refused(runs, once, capsys):
+    run = once(runs.folder / "run", *EMA, updates=30)
     state = run.checkpoint()
     del state["extra_state"]["train_iterator"]["batches"]
     torch.save(state, run.folder / "checkpoint_last.pt")
-    again = runs.train("run", "--batch-size", 64, updates=31)
+    again = runs.train("run", *EMA, "--batch-size", 64, updates=31)
     assert again.status == 2
     assert (
         "error: --reset-dataloader is missing: the checkpoint is 30 batches"
@@ -168,36 +188,44 @@ def test_a_misspelt_metric_is_refused_before_the_first_step(runs, metric, status
         assert "error: --best-checkpoint-metric pppl: validation logs loss, ppl" in err
 
 
+@pytest.fixture(scope="module")
+def shards(module_runs):
+    """Shards of two ranks after each of four updates."""
+    run = module_runs.train("shards", *SHARDS, world=2, updates=4)
+    assert run.status == 0
+    return run.folder
+
+
+def save(shards, folder, **updates_of):
+    """Checkpoints of two ranks by name, with their shards of these updates; None: there is none."""
+    folder.mkdir()
+    for name, updates in updates_of.items():
+        for rank, update in enumerate(updates):
+            if update is not None:
+                of_rank = f"-shard{rank}.pt"
+                shutil.copy(shards / f"checkpoint_1_{update}{of_rank}", folder / f"{name}{of_rank}")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_missing_shard_ends_every_rank(runs, rank, capsys):
-    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state")
-    run = runs.train("run", *options, world=2, updates=2)
-    (run.folder / f"checkpoint_last-shard{rank}.pt").unlink()
-    again = runs.train("run", *options, world=2, updates=3)
+def test_one_missing_shard_ends_every_rank(runs, shards, rank, capsys):
+    save(shards, runs.folder / "run", checkpoint_last=(None, 2) if rank == 0 else (2, None))
+    again = runs.train("run", *SHARDS, world=2, updates=3)
     assert again.status == 2
     assert f"checkpoint_last.pt: shard {rank} of 2 is missing" in capsys.readouterr().err
 
 
-def test_an_interrupted_save_of_shards_goes_on_from_the_one_before(runs, caplog):
-    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--save-interval-updates")
-    whole = runs.train("whole", *options, 1, world=2, updates=4)
-    torn = runs.train("torn", *options, 1, world=2, updates=3)
-    for name in ("checkpoint_last", "checkpoint_1_3"):  # as rank 1 had them before the third
-        (torn.folder / f"{name}-shard1.pt").unlink()
-    shutil.copy(torn.folder / "checkpoint_1_2-shard1.pt", torn.folder / "checkpoint_last-shard1.pt")
-    again = runs.train("torn", *options, 1, world=2, updates=4)
+def test_an_interrupted_save_of_shards_goes_on_from_the_one_before(runs, shards, caplog):
+    before = {"checkpoint_1_1": (1, 1), "checkpoint_1_2": (2, 2)}
+    # As the ranks had them before the third of rank 1.
+    save(shards, runs.folder / "torn", **before, checkpoint_1_3=(3, None), checkpoint_last=(3, 2))
+    again = runs.train("torn", *SHARDS, world=2, updates=4)
     assert again.status == 0 and sorted(again.losses()) == [3, 4]
     for rank in range(2):
         name = f"checkpoint_last-shard{rank}.pt"
-        assert_same_weights(again.folder / name, whole.folder / name)
+        assert_same_weights(again.folder / name, shards / name)
 
 
-def test_an_interrupted_save_without_one_before_is_refused(runs, capsys):
-    options = ("--ddp-backend", "fully_sharded", "--use-sharded-state", "--save-interval-updates")
-    one = runs.train("one", *options, 1, world=2, updates=1)
-    two = runs.train("two", *options, 1, world=2, updates=2)
-    shutil.copy(one.folder / "checkpoint_last-shard1.pt", two.folder)
-    for path in two.folder.glob("checkpoint_1_*"):
-        path.unlink()
-    assert runs.train("two", *options, 1, world=2, updates=3).status == 2
+def test_an_interrupted_save_without_one_before_is_refused(runs, shards, capsys):
+    save(shards, runs.folder / "two", checkpoint_last=(2, 1))
+    assert runs.train("two", *SHARDS, world=2, updates=3).status == 2
     assert "its shards are of different updates (2, 1)" in capsys.readouterr().err
