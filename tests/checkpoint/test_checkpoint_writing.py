@@ -14,6 +14,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from tests.end_to_end.forks import Forked
+from tests.tiny_runs import ROOT
+
 FSDP = ("--ddp-backend", "fully_sharded")
 ASYNC = ("--write-checkpoints-asynchronously",)
 EVERY_2 = ("--save-interval-updates", "2", "--keep-interval-updates", "1")
@@ -116,7 +119,7 @@ def test_killed_while_saving(runs, tmp_path, options):
         "3",
         updates=100_000,
     )
-    process = runs.start("train", *arguments)
+    process = Forked("train", arguments, ROOT, dict(os.environ), tmp_path / "output")
     try:
         while process.poll() is None and not list(folder.glob("checkpoint_1_9.pt")):
             time.sleep(0.02)
