@@ -97,12 +97,20 @@ class OutputFolder:
         self.data.mkdir()
 
     def publish(self) -> None:
-        """Rename the finished data set to its final name, then remove an older one."""
-        for entry in [*self.data.iterdir(), self.data]:
+        """Rename the finished data set to its final name, then remove an older one.
+
+        An older one that cannot be replaced stays what it was.
+        """
+        for entry in [*self.data.rglob("*"), self.data]:
             sync(entry)
         if self.path.exists():
             self.path.rename(self._replaced)
-        self.data.rename(self.path)
+        try:
+            self.data.rename(self.path)
+        except OSError:
+            if self._replaced.exists():
+                self._replaced.rename(self.path)
+            raise
         sync(self.path.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
