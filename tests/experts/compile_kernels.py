@@ -6,6 +6,7 @@ Apart from pytest: there, Triton's own functions are the interpreter's.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
+from evomoe_plugin.experts.kernels.cuda import combine
 from evomoe_plugin.experts.kernels.cuda import triton_kernels as kernels
 from evomoe_plugin.models import vocabulary_kernel
 from evomoe_plugin.routing.kernels import best, noise, pairs, sums, tiles
@@ -59,61 +61,95 @@ OTHERS = [
     ("output_bias_backward", {"BN": 64}),
     ("sum_tiles", {"BN": 128, "SKIPS_EMPTY": False}),
 ]
-# Of routing and the vocabulary's loss: types of arguments, where not int32, and constants.
-_TILE = {"ROWS": tiles.ELEMENTS // 64, "WIDTH": 64}
-_LONG = dict.fromkeys("token_ids expert_ids tokens_per_expert order starts".split(), "*i64")
-_INT = {"counts": "*i32", "places": "*i32"}
+# The others: constants of every launch, in all combinations, and types of arguments that are not
+# int32 (None: the dtype that is asked for).
+TILES = [
+    {"ROWS": tile.rows, "WIDTH": tile.width}
+    for tile in (tiles.Tiles.of(4096, 64), tiles.Tiles.of(4096, 1000))
+]
+TYPES = {
+    **dict.fromkeys(
+        "keys token_ids expert_ids tokens_per_expert order starts targets".split(), "*i64"
+    ),
+    **dict.fromkeys(("counts", "places"), "*i32"),
+    **dict.fromkeys(("mask", "token_mask"), "*u8"),
+    **dict.fromkeys(("scales", "smoothed", "plain"), "*fp32"),
+    **dict.fromkeys(
+        "weights weights_of_pairs grad_of_pairs scores probs checked logits rows".split()
+    ),
+    **dict.fromkeys(("first", "second", "third"), "i64"),
+    **dict.fromkeys(("tiny", "smoothing", "of_others"), "fp32"),
+}
+BOTH = (True, False)
 FURTHER = [
-    (
-        noise._fold_all,
-        {
-            **dict.fromkeys(("keys", "out"), "*i64"),
-            **dict.fromkeys(("first second third".split()), "i64"),
-        },
-        {"PARTS": 3, "BLOCK": 1024},
-    ),
-    (noise._draw, {"keys": "*i64", "out": "*fp32"}, {"IS_GUMBEL": True, "BLOCK": 1024}),
-    (pairs._count, {"mask": "*u8", **_INT}, _TILE),
-    (
-        pairs._write,
-        {"mask": "*u8", "weights": "*fp32", "weights_of_pairs": "*fp32", **_LONG, **_INT},
-        {**_TILE, "BLOCK": 512},
-    ),
-    (pairs._spread, {"grad_of_pairs": "*fp32", "out": "*fp32", **_INT}, {"BLOCK": 512}),
-    (best._best, {"scores": "*fp64", "out": "*i8"}, {**_TILE, "K": 8}),
-    (
-        sums._sum,
-        {
-            **dict.fromkeys(("mask", "token_mask"), "*u8"),
-            **dict.fromkeys(("probs", "checked"), "*fp32"),
-            "out": "*fp64",
-            "tiny": "fp32",
-        },
-        {**_TILE, "SCALARS": sums.SCALARS, "HAS_TOKEN_MASK": True},
-    ),
+    (noise._fold_all, "*i64", {"PARTS": (1, 2, 3), "BLOCK": (noise._BLOCK,)}),
+    (noise._draw, "*fp32", {"IS_GUMBEL": BOTH, "BLOCK": (noise._BLOCK,)}),
+    (pairs._count, None, {"TILE": TILES}),
+    (pairs._write, None, {"TILE": TILES, "BLOCK": (pairs._BLOCK,)}),
+    (pairs._spread, None, {"BLOCK": (pairs._BLOCK,)}),
+    (best._best, "*i8", {"TILE": TILES, "K": (1, 8)}),
+    (sums._sum, "*fp64", {"TILE": TILES, "HAS_TOKEN_MASK": BOTH, "SCALARS": (sums.SCALARS,)}),
+    (combine._kernel, None, {"has_weights": BOTH, "block": (combine._WIDTH,)}),
     (
         vocabulary_kernel._differentiate,
-        {
-            "logits": "*bf16",
-            "targets": "*i64",
-            **dict.fromkeys(("scales", "smoothed", "plain"), "*fp32"),
-            **dict.fromkeys(("smoothing", "of_others"), "fp32"),
-        },
-        {"IS_SMOOTHED": True, "IS_SCALED": True, "BLOCK": 4096},
+        None,
+        {"IS_SMOOTHED": BOTH, "IS_SCALED": BOTH, "BLOCK": (vocabulary_kernel._BLOCK,)},
     ),
 ]
 
 
-def compiled_further(function, types: dict, constants: dict, capability: int):
-    names = function.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
-    }
+def further(values: dict) -> list[dict]:
+    """The constants of all launches."""
+    chosen = (dict(zip(values, one, strict=True)) for one in itertools.product(*values.values()))
+    return [{**constants.pop("TILE", {}), **constants} for constants in chosen]
+
+
+def types_of(function, out: str | None, dtype: str) -> dict[str, str]:
+    """The type of every argument, were it no constant."""
+    kinds = {name: {**TYPES, "out": out}.get(name, "i32") for name in function.arg_names}
+    if "probs" in kinds:  # there is no logarithm of half precision
+        kinds["probs"] = "*fp64" if dtype == "fp64" else "*fp32"
+    return {name: kind or f"*{dtype}" for name, kind in kinds.items()}
+
+
+def compiled_further(function, out, constants: dict, dtype: str, size: int | None, capability: int):
+    """A launch as Triton compiles it where sizes and strides are 1, multiples of 16 or any."""
+    names, types, attributes = function.arg_names, types_of(function, out, dtype), {}
+    if size == 1:  # as of a single token: Triton takes them for constants
+        ones = [name for name in names if types[name] == "i32" and name not in constants]
+        ones += constants.keys() & {"ROWS", "WIDTH", "BLOCK", "block"}
+        constants = {**constants, **dict.fromkeys(ones, 1)}
+    if size == 16:
+        variable = [name for name in names if name not in constants]
+        of_16 = [name for name in variable if types[name] == "i32" or types[name][0] == "*"]
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in of_16}
     return triton.compile(
-        ASTSource(function, signature, {(names.index(a),): v for a, v in constants.items()}, {}),
+        ASTSource(
+            function,
+            {**types, **dict.fromkeys(constants, "constexpr")},
+            {(names.index(name),): value for name, value in constants.items()},
+            attributes,
+        ),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4},
+        options={"num_warps": 8 if function is vocabulary_kernel._differentiate else 4},
     )
+
+
+def launches_further(dtype: str, only_one: bool):
+    """Arguments of `compiled_further`; with `only_one`, one of each function, of a single token."""
+    for i, (function, out, values) in enumerate(FURTHER):
+        constants = further(values)
+        if only_one:
+            yield function, out, constants[0], ("bf16", "fp16", "fp32")[i % 3], 1
+            continue
+        dtypes = [dtype]
+        if types_of(function, out, "fp16") == types_of(function, out, "bf16"):
+            dtypes = ["bf16"] if dtype == "bf16" else []
+        elif dtype == "fp32" and function in (pairs._write, pairs._spread, best._best, sums._sum):
+            dtypes.append("fp64")
+        for each in dtypes:
+            yield from ((function, out, chosen, each, 16) for chosen in constants)
+            yield from ((function, out, constants[0], each, size) for size in (1, None))
 
 
 def compiled(name: str, options: dict, config: triton.Config, dtype: str, capability: int):
@@ -142,8 +178,8 @@ def compiled(name: str, options: dict, config: triton.Config, dtype: str, capabi
     )
 
 
-def facts(kernel) -> dict[str, int]:
-    """Resources and instructions of a compiled kernel."""
+def facts(kernel, multiplies: bool) -> dict[str, int | bool]:
+    """Resources of a compiled kernel and, if it multiplies matrices, its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
 
@@ -152,10 +188,11 @@ def facts(kernel) -> dict[str, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output("cuobjdump", "-res-usage")))
-        code = output("nvdisasm", "-c")
+        code = output("nvdisasm", "-c") if multiplies else ""
     return {
+        "multiplies": multiplies,
         "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),  # of spilled registers too
         "shared": kernel.metadata.shared,
         "matrix_instructions": len(re.findall(r"\bHG?MMA\b", code)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
@@ -163,24 +200,25 @@ def facts(kernel) -> dict[str, int]:
     }
 
 
+def tell(name: str, config: object, kernel, multiplies: bool = False) -> None:
+    case = {"kernel": name, "config": str(config), **facts(kernel, multiplies)}
+    print(json.dumps(case), flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("capability", type=int)
     parser.add_argument("dtype", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--first", action="store_true", help="one configuration of one kernel")
+    parser.add_argument("--first", action="store_true", help="of kernels with products only one")
     args = parser.parse_args()
+    for function, out, *config in launches_further(args.dtype, args.first):
+        kernel = compiled_further(function, out, *config, args.capability)
+        tell(f"{function.__module__}.{function.__name__}", config, kernel)
     for name, options in CASES[: 1 if args.first else None]:
-        configs = getattr(kernels, name).configs[: 1 if args.first else None]
-        for config in configs:
+        for config in getattr(kernels, name).configs[: 1 if args.first else None]:
             kernel = compiled(name, options, config, args.dtype, args.capability)
-            case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": True}
-            print(json.dumps({**case, **facts(kernel)}), flush=True)
+            tell(f"{name} {options}", config, kernel, multiplies=True)
     for name, options in [] if args.first else OTHERS:
         config = triton.Config({}, num_warps=8 if name == "schedule" else 4)
         kernel = compiled(name, options, config, args.dtype, args.capability)
-        case = {"kernel": f"{name} {options}", "config": str(config), "multiplies": False}
-        print(json.dumps({**case, **facts(kernel)}), flush=True)
-    for function, types, constants in FURTHER if args.dtype == "bf16" and not args.first else []:
-        kernel = compiled_further(function, types, constants, args.capability)
-        case = {"kernel": function.__name__, "config": str(constants), "multiplies": False}
-        print(json.dumps({**case, **facts(kernel)}), flush=True)
+        tell(f"{name} {options}", config, kernel)
