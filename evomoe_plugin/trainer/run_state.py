@@ -148,7 +148,8 @@ def _load_checkpoint(
             loss_scaler.restore(trainer.scaler, extra_state.get(_SCALER, {}))
         if not reset_meters:  # as fairseq does with the best score
             early_stopping.STATE.restore(extra_state.get(_EARLY_STOPPING, {}))
-    _load_progress(trainer, extra_state, reset_meters)
+    starts_anew = checkpoint.reset_dataloader or filename == checkpoint.finetune_from_model
+    _load_progress(trainer, extra_state, reset_meters, starts_anew)
     trainer.set_model_updates()  # 0 with --reset-optimizer
     _check_same_on_all_ranks(trainer, path, filename)
     logger.info(
@@ -277,20 +278,27 @@ def _load_optimizer(
     trainer.set_num_updates(last["num_updates"])
 
 
-def _load_progress(trainer: Any, extra_state: dict[str, Any], reset_meters: bool) -> None:
-    """Restore times, learning rate, meters and the moving average of weights."""
+def _load_progress(
+    trainer: Any, extra_state: dict[str, Any], reset_meters: bool, starts_anew: bool
+) -> None:
+    """Restore times, learning rate, meters and the moving average of weights.
+
+    Args:
+        starts_anew: whether the run begins at the first batch, as with a crash.pt it must.
+    """
     if "previous_training_time" in extra_state:
         trainer._previous_training_time = extra_state["previous_training_time"]
         trainer._start_time = time.time()
     iterator = extra_state["train_iterator"]
-    if iterator.get("epoch", 1) < 1:
+    epoch = iterator.get("epoch", 1)
+    if epoch < 1 and not starts_anew:
         raise OptionError(
             "restore_file",
             trainer.cfg.checkpoint.restore_file,
             "does not say how far the run was: take an earlier one, or give "
             "--finetune-from-model to start from its weights",
         )
-    trainer.lr_step(iterator["epoch"])
+    trainer.lr_step(max(epoch, 1))
     starts_epoch = iterator.get("version", 1) >= 2 and iterator["iterations_in_epoch"] == 0
     if "metrics" in extra_state and not reset_meters and not starts_epoch:
         metrics.load_state_dict(extra_state["metrics"])

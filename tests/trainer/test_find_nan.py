@@ -73,3 +73,20 @@ def test_a_run_ends_in_one_line_and_leaves_what_it_was_at(
     weights = run.checkpoint("crash.pt")["model"]
     assert all(value.isfinite().all() for value in weights.values())
     assert weights["decoder.embed_tokens.weight"].shape[1] == 32
+
+
+def test_a_run_begins_with_the_weights_of_crash_pt(runs, monkeypatch, capsys):
+    forward = ExpertFFN.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ExpertFFN, "forward", lambda *args, **kw: in_the_backward_pass(forward(*args, **kw))
+        )
+        run = runs.train("failed", *MOE, updates=1)
+    crashed = run.folder / "crash.pt"
+    assert runs.train("on", *MOE, "--restore-file", crashed, updates=1).status == 2
+    assert f"--restore-file {crashed}: does not say how far the run was" in capsys.readouterr().err
+    anew = runs.train("anew", *MOE, "--finetune-from-model", crashed, "--lr", "1e-30", updates=1)
+    assert anew.status == 0
+    weights, began = anew.checkpoint()["model"], run.checkpoint("crash.pt")["model"]
+    name = "decoder.embed_tokens.weight"
+    torch.testing.assert_close(weights[name], began[name])
