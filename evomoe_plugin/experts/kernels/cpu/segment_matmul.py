@@ -72,7 +72,7 @@ class Gradient:
         for expert, is_first, rows in parts:
             to = self._each[expert]
             if is_first and self._scale == 1 and to.dtype == rows.dtype:
-                torch.mm(rows.new_ones(1, len(rows)), rows, out=to.unsqueeze(0))
+                torch.mv(rows.t(), rows.new_ones(len(rows)), out=to)
             else:
                 self._add(to, is_first, rows.sum(0))
 
