@@ -56,6 +56,11 @@ class ReplicaMeans:
 
     def _begin(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        if parameter in self._in_flight:
+            raise RuntimeError(
+                "a gradient of sharded experts was added to while its mean is computed: the task "
+                "makes several backward passes for a batch; give --ddp-backend fully_sharded"
+            )
         parameter.grad.div_(self._group.size())
         self._in_flight[parameter] = dist.all_reduce(
             parameter.grad, group=self._group, async_op=True
@@ -70,6 +75,7 @@ class ReplicaMeans:
                 self._begin(parameter)
         for work in self._in_flight.values():
             work.wait()
+        self._in_flight.clear()  # they hold the gradients
 
 
 def all_reduce_grads(trainer: Any, replicas: ReplicaMeans) -> None:

@@ -35,6 +35,7 @@ class FullySharded(Sharded):
     def abandon_pass(self, trainer: Any) -> None:
         for module in get_fsdp_instances(trainer.model):
             module.training_state = TrainingState.IDLE
+            module._use_fp32_param_shard()  # a pass has put half precision in its place
 
     def storages(self, trainer: Any) -> Iterator[Storage]:
         modules = get_fsdp_instances(trainer.model)
