@@ -7,21 +7,22 @@ HYDRA_FULL_ERROR=1 has Hydra's tracebacks, as ever.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from types import FrameType
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra._internal import utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
-from hydra.core.utils import run_job
+from hydra.core.utils import JobReturn, _save_config
 from hydra.errors import (
     CompactHydraException,
     ConfigCompositionException,
@@ -30,13 +31,11 @@ from hydra.errors import (
     OverrideParseException,
     SearchPathException,
 )
-from hydra.plugins.launcher import Launcher
-from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from evomoe_plugin.config.errors import OptionError, one_line_errors
+from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.launch import call_main
 from evomoe_plugin.launch.interpolations import similar, unresolved
 from evomoe_plugin.patches.patch import wrap
@@ -107,14 +106,26 @@ def _joined(text: str) -> str:
 # --- running
 
 
-def _run(upstream: Callable, self: Hydra, *args: Any, task_function: Callable, **kw: Any) -> Any:
+def _compose(upstream: Callable, self: Any, *args: Any, **kw: Any) -> Any:
+    self.composed = upstream(self, *args, **kw)
+    return self.composed
+
+
+def _run(upstream: Callable, self: Any, *args: Any, task_function: Callable, **kw: Any) -> Any:
     """Of `Hydra.run` and `Hydra.multirun`."""
 
     @functools.wraps(task_function)
     def task(cfg: Any) -> Any:
         return _run_task(task_function, cfg)
 
-    return upstream(self, *args, task_function=task, **kw)
+    try:
+        return upstream(self, *args, task_function=task, **kw)
+    except (OSError, ValueError) as error:
+        key = "hydra.run.dir" if upstream.__name__ == "run" else "hydra.sweep.dir"
+        line = None if _is_of_a_job(error) else _unwritable(error, self.composed, key)
+        if line is None:
+            raise
+        raise HydraException(line) from error
 
 
 def _run_task(task_function: Callable, cfg: Any) -> Any:
@@ -122,10 +133,48 @@ def _run_task(task_function: Callable, cfg: Any) -> Any:
     try:
         return task_function(cfg)
     except InterpolationResolutionError as error:
-        if _wants_traceback() or _passes(error, call_main._call_main):  # not of the configuration
+        is_of_the_run = _passes(error, call_main._call_main)
+        line = None if is_of_the_run or _wants_traceback() else unresolved(error)
+        if line is None:
             raise
-        with one_line_errors():
-            raise unresolved(error) from error
+        _end(line)
+
+
+# What says that a file cannot be written, and not that a program is wrong.
+_REFUSED = frozenset(
+    (
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
+
+
+def _unwritable(error: OSError | ValueError, config: Any, key: str) -> str | None:
+    """What to say if the folder of the key cannot be written; None if the error is another."""
+    refused = error if isinstance(error, OSError) else error.__cause__  # logging hides it
+    if not isinstance(refused, OSError) or refused.errno not in _REFUSED:
+        return None
+    folder = OmegaConf.select(config, key)
+    file = refused.filename
+    if file is None and any(_passes(error, saving) for saving in (_save_config, OmegaConf.save)):
+        file = folder  # a full disk is met while an open file is written
+    if file is None or not _is_in(file, folder):
+        return None
+    remedy = f"cannot write {file}: {refused.strerror}; give a folder that can be written"
+    return f"{key} {folder}: {remedy}"
+
+
+def _is_in(file: Any, folder: Any) -> bool:
+    """Whether it is of the folder, or one in which the folder would be."""
+    file, folder = Path(os.path.abspath(file)), Path(os.path.abspath(folder))
+    return file.is_relative_to(folder) or folder.is_relative_to(file)
 
 
 def _run_and_report(upstream: Callable, function: Callable[[], Any]) -> Any:
@@ -136,62 +185,48 @@ def _run_and_report(upstream: Callable, function: Callable[[], Any]) -> Any:
             line = None if _wants_traceback() else _line_of(error)
             if line is None:
                 raise
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(OptionError.exit_status)
+            _end(line)
 
     return upstream(explained)
 
 
+def _end(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(OptionError.exit_status)
+
+
 def _wants_traceback() -> bool:
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+    """As Hydra decides it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" or utils.is_under_debugger()
 
 
 def _line_of(error: Exception) -> str | None:
     """What to say of an error of Hydra's own; None for those of the run, and of programs."""
-    if _passes(error, _run_task):
+    if _is_of_a_job(error):
         return None
     if isinstance(error, SearchPathException):
         found = re.fullmatch("Additional config directory '(.*)' not found", str(error))
         return f"--config-dir {found[1]}: there is no such folder" if found else str(error)
     if isinstance(error, HydraException):
         return _joined(str(error))
-    if isinstance(error, InterpolationResolutionError):
-        return str(unresolved(error))
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__  # logging hides it in a ValueError
-    return None if cause is None else _unwritable(cause, _frames(error))
+    return unresolved(error) if isinstance(error, InterpolationResolutionError) else None
 
 
-def _unwritable(error: OSError, frames: list[FrameType]) -> str | None:
-    """Of a folder of Hydra's; None if it is of no such folder."""
-    for frame in reversed(frames):
-        given = frame.f_locals
-        if frame.f_code is run_job.__code__:
-            key, config = given["job_dir_key"], given["config"]
-        elif isinstance(given.get("self"), (Sweeper, Launcher)):
-            key, config = "hydra.sweep.dir", given["self"].config
-        else:
-            continue
-        value = OmegaConf.select(config, key)
-        where = error.filename or given.get("output_dir") or value
-        remedy = f"cannot write {where}: {error.strerror}; give a folder that can be written"
-        return str(OptionError(key, value, remedy))
-    return None
+def _is_of_a_job(error: BaseException) -> bool:
+    """Whether a run raised it, here or where a launcher has started it."""
+    return _passes(error, _run_task) or _passes(error, JobReturn.return_value.fget)  # type: ignore[attr-defined]
 
 
 def _passes(error: BaseException, function: Callable) -> bool:
     """Whether it was raised in a call of the function."""
-    return any(frame.f_code is function.__code__ for frame in _frames(error))
-
-
-def _frames(error: BaseException) -> list[FrameType]:
-    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is function.__code__ for frame, _ in frames)
 
 
 WRAPPED: tuple[tuple[Any, str, Callable], ...] = (
     (ConfigLoaderImpl, "load_configuration", _load_configuration),
     (ConfigRepository, "load_config", _load_config),
+    (Hydra, "compose_config", _compose),
     (Hydra, "run", _run),
     (Hydra, "multirun", _run),
     (utils, "run_and_report", _run_and_report),

@@ -11,8 +11,10 @@ import re
 import pytest
 from fairseq.dataclass.initialize import hydra_init
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import setup_globals
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
@@ -112,7 +114,7 @@ def refuse(monkeypatch, path, error):
         ("${xyzzy}", "there is no xyzzy"),
         ("${a.b}", "it refers to itself, maybe by way of others; give one of them a value"),
         ("${b.none}", "MissingMandatoryValue while resolving interpolation: .* b.none"),
-        ("${nonsense:1}", "Unsupported interpolation type nonsense; one of: .*oc.env.*, or a key"),
+        ("${nonsense:1}", "Unsupported interpolation type nonsense; give a key, or a resolver .*"),
         ("${oc.env:}", "TypeError raised while resolving interpolation: .* argument: 'key'"),
     ],
 )
@@ -125,11 +127,33 @@ def test_a_value_that_refers_to_what_is_not_there(value, remedy, is_listed):
         cfg.a.b = ["${a.b[0]}"]
     with pytest.raises(InterpolationResolutionError) as raised:
         OmegaConf.to_container(cfg, resolve=True)
-    line = str(unresolved(raised.value))
+    line = unresolved(raised.value)
     given = cfg.a._get_node("b")
     given = given._get_node(0)._value() if is_listed else given._value()
     wanted = re.escape(f"a.b{'[0]' * is_listed} {given}: ")
     assert re.fullmatch(wanted + remedy.replace("$", "\\$").replace("{", "\\{"), line), line
+
+
+@pytest.mark.parametrize("content", [{1: {"b": "${c}"}}, {"a.b": "${c}"}, {True: "${c}"}])
+def test_any_key_is_named(content):
+    with pytest.raises(InterpolationResolutionError) as raised:
+        OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    line = unresolved(raised.value)
+    assert line == f"{raised.value.full_key} ${{c}}: there is no c"
+
+
+def test_an_error_without_a_container_is_joined():
+    assert unresolved(InterpolationResolutionError("not\n\there")) == "not here"
+
+
+def test_a_resolver_of_the_user_keeps_its_traceback():
+    OmegaConf.register_new_resolver("mine", lambda _: OmegaConf.create("{"), replace=True)
+    try:
+        with pytest.raises(InterpolationResolutionError) as raised:
+            OmegaConf.to_container(OmegaConf.create({"a": "${mine:x}"}), resolve=True)
+    finally:
+        OmegaConf.clear_resolver("mine")
+    assert unresolved(raised.value) is None
 
 
 def hydra_train(runs, *arguments):
@@ -183,12 +207,48 @@ def test_a_command_ends_in_one_line(runs, tmp_path, monkeypatch, capsys, argumen
 @pytest.mark.filterwarnings("ignore")
 def test_a_log_that_cannot_be_written(runs, tmp_path, monkeypatch, capsys):
     def configure_log(*_):
-        cause = OSError(errno.EROFS, os.strerror(errno.EROFS), "/log")
+        cause = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "log"))
         raise ValueError("Unable to configure handler 'file'") from cause
 
     monkeypatch.setattr("hydra.core.utils.configure_log", configure_log)
     assert hydra_train(runs, f"hydra.run.dir={tmp_path}") == 2
-    line = f"error: hydra.run.dir {tmp_path}: cannot write /log: Read-only file system; give a "
+    line = f"error: hydra.run.dir {tmp_path}: cannot write {tmp_path}/log: Read-only file system; "
+    assert capsys.readouterr().err.startswith(line)
+
+
+class OwnSweeper(BasicSweeper):
+    """One that reads a file of its own."""
+
+    def sweep(self, arguments):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "/own")
+
+
+class OwnLauncher(BasicLauncher):
+    """One whose job fails elsewhere, and comes back without its traceback."""
+
+    def launch(self, job_overrides, initial_job_idx):
+        job = JobReturn(status=JobStatus.FAILED)
+        job.return_value = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return [job]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", [OwnSweeper, OwnLauncher])
+def test_errors_of_other_files_keep_their_traceback(runs, tmp_path, capsys, own):
+    plugin = own.__name__.removeprefix("Own").lower()
+    target = f"hydra.{plugin}._target_={own.__module__}.{own.__name__}"
+    folder = f"hydra.sweep.dir={tmp_path}"
+    assert hydra_train(runs, "hydra.mode=MULTIRUN", target, folder, "common.seed=1,2") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_whose_disk_is_full_while_it_is_written(runs, tmp_path, monkeypatch, capsys):
+    def to_yaml(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hydra.core.utils.OmegaConf.to_yaml", to_yaml)
+    assert hydra_train(runs, f"hydra.run.dir={tmp_path}") == 2
+    line = f"error: hydra.run.dir {tmp_path}: cannot write {tmp_path}: No space left on device; "
     assert capsys.readouterr().err.startswith(line)
 
 
