@@ -105,9 +105,14 @@ def test_a_full_disk_ends_the_run_in_one_line(runs, capsys, options):
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param((), marks=pytest.mark.slow), ASYNC], ids=["", "async"]
+    ("options", "how"),
+    [
+        pytest.param((), "started", marks=pytest.mark.slow),
+        (ASYNC, "forked"),
+        pytest.param(ASYNC, "started", marks=pytest.mark.slow),
+    ],
 )
-def test_killed_while_saving(runs, tmp_path, options):
+def test_killed_while_saving(runs, tmp_path, options, how):
     folder = tmp_path / "run"
     folder.mkdir()
     arguments = runs.arguments(
@@ -119,7 +124,10 @@ def test_killed_while_saving(runs, tmp_path, options):
         "3",
         updates=100_000,
     )
-    process = Forked("train", arguments, ROOT, dict(os.environ), tmp_path / "output")
+    if how == "forked":
+        process = Forked("train", arguments, ROOT, dict(os.environ), tmp_path / "output")
+    else:
+        process = runs.start("train", *arguments)
     try:
         while process.poll() is None and not list(folder.glob("checkpoint_1_9.pt")):
             time.sleep(0.02)

@@ -4,6 +4,7 @@ not there, and for folders that Hydra cannot write."""
 from __future__ import annotations
 
 import builtins
+import copy
 import errno
 import os
 import re
@@ -11,9 +12,11 @@ import re
 import pytest
 from fairseq.dataclass.initialize import hydra_init
 from hydra import compose, initialize_config_dir
+from hydra._internal import config_repository
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
@@ -50,6 +53,13 @@ def explained(monkeypatch):
     for owner, name, _ in hydra_errors.WRAPPED:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
     hydra_errors.explain()
+
+
+@pytest.fixture(autouse=True)
+def hydra_as_users_have_it(monkeypatch):
+    """Without what `remember_parsing` has done for all tests."""
+    monkeypatch.setattr(config_repository, "copy", copy)
+    monkeypatch.setattr(OverridesParser, "parse_rule", OverridesParser.parse_rule.__wrapped__)
 
 
 def composed(folder, run, *overrides):

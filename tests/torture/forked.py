@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import os
 import pickle
@@ -197,6 +198,7 @@ def remember_parsing() -> None:
     config_repository.copy = types.SimpleNamespace(deepcopy=lambda delegate: delegate)
     parse, parsed = OverridesParser.parse_rule, {}
 
+    @functools.wraps(parse)
     def parse_rule(self: Any, text: str, rule: str) -> Any:
         if (text, rule) not in parsed:
             parsed[text, rule] = parse(self, text, rule)
