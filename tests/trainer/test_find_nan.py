@@ -85,10 +85,15 @@ def test_a_run_begins_with_the_weights_of_crash_pt(runs, monkeypatch, capsys):
     crashed = run.folder / "crash.pt"
     assert runs.train("on", *MOE, "--restore-file", crashed, updates=1).status == 2
     assert f"--restore-file {crashed}: does not say how far the run was" in capsys.readouterr().err
-    # Another seed: its own initial weights differ.
-    given = ("--finetune-from-model", crashed, "--lr", "1e-30", "--seed", 5)
-    anew = runs.train("anew", *MOE, *given, updates=1)
-    assert anew.status == 0
-    weights, began = anew.checkpoint()["model"], run.checkpoint("crash.pt")["model"]
-    name = "decoder.embed_tokens.weight"
-    torch.testing.assert_close(weights[name], began[name])
+    began = run.checkpoint("crash.pt")["model"]
+    for given in (
+        ("--finetune-from-model", crashed),
+        ("--restore-file", crashed, "--reset-dataloader"),
+    ):
+        # Another seed: its own initial weights differ.
+        given = (*given, "--lr", "1e-30", "--seed", 5)
+        anew = runs.train(given[0], *MOE, *given, updates=1)
+        assert anew.status == 0
+        weights = anew.checkpoint()["model"]
+        name = "decoder.embed_tokens.weight"
+        torch.testing.assert_close(weights[name], began[name])
