@@ -76,7 +76,8 @@ def selection_mask(ids_TK: Tensor, num_candidates: int) -> Tensor:
 
 
 def best(scores_TC: Tensor, k: int = 1) -> Tensor:
-    """bool [T, C]: the k largest scores of each row; the first on ties; NaN is the largest."""
+    """bool [T, C]: the k largest scores of each row (all, if there are fewer); the first on ties;
+    NaN is the largest."""
     if kernels.usable(scores_TC.device):
         from evomoe_plugin.routing.kernels.best import best_mask
 

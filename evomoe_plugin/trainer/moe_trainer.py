@@ -249,7 +249,9 @@ class MoETrainer(Trainer):
         return {"ema_model": self.ema.get_model()} if wanted else {}
 
     def _no_sync(self, accumulates: bool) -> contextlib.AbstractContextManager[Any]:
-        """Inside, DDP leaves gradients local. FSDP would hold unsharded ones, and reduces."""
+        """Around a micro-batch. DDP leaves gradients local in all but the last one of an update
+        (FSDP would hold unsharded ones, and reduces); in that one the layout may reduce them as
+        they are made."""
         if not accumulates:
             return self.layout.reducing(self)
         if (

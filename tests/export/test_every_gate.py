@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evomoe_plugin.config.errors import OptionError
+from evomoe_plugin.export.remote.gate_evomoe import _best
 from evomoe_plugin.gates import gate_class
 from tests.gates.test_every_gate import cases, label
 
@@ -173,6 +174,13 @@ def test_of_equal_scores_the_first_are_taken(make_trained, exported, gate):
         layer.gate.scorer.weight[1:] = layer.gate.scorer.weight[0]
     model, x = exported(trained), tokens(8, 16)
     assert torch.allclose(model(x).logits, trained.model(x)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_compiled_the_same_are_taken_without_a_look_at_ties(k):
+    scores = torch.randint(3, (50, 6)).float()
+    compiled = torch.compile(_best, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(scores, k).sort(1).values, _best(scores, k).sort(1).values)
 
 
 @torch.no_grad()

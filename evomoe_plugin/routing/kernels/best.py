@@ -47,7 +47,8 @@ def _best(
 
 @operator(lambda scores_TC, k: scores_TC.new_empty(scores_TC.shape, dtype=torch.bool))
 def best_mask(scores_TC: Tensor, k: int) -> Tensor:
-    """bool [T, C]: the k largest of each row; the first on ties; NaN is the largest."""
+    """bool [T, C]: the k largest of each row (all, if there are fewer); the first on ties; NaN is
+    the largest."""
     (T, C), tiles = scores_TC.shape, Tiles.of(*scores_TC.shape)
     out = torch.empty(T, C, dtype=torch.bool, device=scores_TC.device)
     _best[(tiles.programs,)](
