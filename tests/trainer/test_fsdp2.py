@@ -100,6 +100,8 @@ def test_the_optimizer_updates_the_weights_that_are_gathered_next(two_ranks, moe
     sgd = {"_name": "sgd", "lr": [1.0], "momentum": 0.0, "weight_decay": 0.0}
     cfg = OmegaConf.create({"common": {"fp16": False}, "optimizer": sgd})
     optimizer = fsdp2.build_optimizer(cfg, parameters)
+    with pytest.raises(RuntimeError, match="are not the parameters that it was built with"):
+        fsdp2.pass_gradients(parameters[::-1], optimizer)
     for _ in range(2):  # the second forward pass comes after FSDP has set itself up
         before = [p.to_local().clone() for p in parameters]
         made(torch.randn(6, D)).sum().backward()

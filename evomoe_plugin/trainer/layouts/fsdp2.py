@@ -78,7 +78,7 @@ class Fsdp2(Sharded):
 
     def storages(self, trainer: Any) -> Iterator[Storage]:
         free_whole(trainer.model)
-        rows = iter(trainer.optimizer.params)
+        rows = iter(optimized_rows(self._trained, trainer.optimizer))
         for name, p in trainer.get_model().named_parameters():
             owner = next(rows) if p.requires_grad else own_rows(p)
             yield Storage(owner, (name,), (p.shape,), parameter=p)
@@ -208,14 +208,30 @@ def build_optimizer(cfg: Any, parameters: list[Any]) -> Any:
 def _own(parameter: Any) -> nn.Parameter:
     """This rank's rows, with what optimizers of whole matrices ask for."""
     rows: Any = nn.Parameter(own_rows(parameter))
+    rows.parameter = parameter
     rows.is_matrix = getattr(parameter, "is_matrix", False)
     rows.all_rows = functools.partial(whole, parameter=parameter)
     rows.own_rows = functools.partial(rows_of, parameter=parameter)
     return rows
 
 
+def optimized_rows(parameters: list[Any], optimizer: Any) -> list[Any]:
+    """The optimizer's tensors: this rank's rows of each of the parameters, in their order.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    rows = list(optimizer.params)
+    if [id(getattr(r, "parameter", None)) for r in rows] != [id(p) for p in parameters]:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.params are not the parameters that it was built with, in "
+            "their order: --ddp-backend fsdp2 cannot tell their gradients and states apart"
+        )
+    return rows
+
+
 def pass_gradients(parameters: list[Any], optimizer: Any) -> None:
     """Give the optimizer's tensors the gradients of the parameters that they are rows of."""
-    for parameter, rows in zip(parameters, optimizer.params, strict=True):
+    for parameter, rows in zip(parameters, optimized_rows(parameters, optimizer), strict=True):
         grad = parameter.grad
         rows.grad = grad.to_local() if isinstance(grad, DTensor) else grad
