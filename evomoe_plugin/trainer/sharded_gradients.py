@@ -36,16 +36,14 @@ class ReplicaMeans:
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup):
-        self._parameters, self._group = parameters, group
+        self._parameters = parameters if group.size() > 1 else []
+        self._group = group
         self._in_flight: dict[nn.Parameter, Any] = {}
 
     @contextlib.contextmanager
     def during_backward(self) -> Iterator[None]:
         """Inside, the mean of a gradient is begun once the backward pass has made it: for the last
         one of an update, which adds to a parameter's gradient once."""
-        if self._group.size() == 1:
-            yield
-            return
         trained = [p for p in self._parameters if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(self._begin) for p in trained]
         try:
@@ -68,8 +66,6 @@ class ReplicaMeans:
 
     def finish(self) -> None:
         """Begin what was not, and wait for all; on a GPU its stream waits."""
-        if self._group.size() == 1:
-            return
         for parameter in self._parameters:
             if parameter.grad is not None and parameter not in self._in_flight:
                 self._begin(parameter)

@@ -195,7 +195,8 @@ def test_one_rank_has_all_experts():
 
 
 def check_means_of_replicas(rank: int) -> None:
-    """Each is begun within the backward pass, and is the mean of what the ranks made."""
+    """Each is begun within the backward pass, is the mean of what the ranks made, and refuses to be
+    added to on its way."""
     layers = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Linear(D, D)).double()
     for parameter in layers.parameters():
         dist.broadcast(parameter.detach(), 0)
@@ -225,6 +226,13 @@ def check_means_of_replicas(rank: int) -> None:
         for parameter, total in zip(trained, wanted, strict=True):
             torch.testing.assert_close(parameter.grad, total / 2)
         assert layers[0].bias.grad is None
+
+    means = ReplicaMeans(list(layers.parameters()), dist.group.WORLD)
+    with means.during_backward():
+        layers(x).sum().backward()
+        with pytest.raises(RuntimeError, match="several backward passes for a batch; give --ddp-b"):
+            layers(x).sum().backward()
+    means.finish()
 
 
 def test_gradients_of_replicas_are_averaged_during_the_backward_pass():

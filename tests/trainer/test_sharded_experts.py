@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from evomoe_plugin.config.errors import OptionError, RunFailed
 from evomoe_plugin.trainer.layouts import Replicated
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
+from tests.end_to_end.runs import assert_same_weights
+from tests.patches.test_commands import MOE
 
 OUT_OF_MEMORY = "CUDA out of memory"
 
@@ -125,3 +127,19 @@ def test_any_other_is_refused(monkeypatch):
 def test_one_rank_cannot_save_alone(monkeypatch):
     with pytest.raises(RunFailed, match="cannot write mine.pt: with --moe-expert-parallel-size"):
         trainer_with(monkeypatch, "mine", True).save_checkpoint("mine.pt", {})
+
+
+@pytest.mark.parametrize("precision", [(), ("--fp16", "--fp16-init-scale", 4)])
+def test_ranks_with_the_same_experts_train_as_one_process(runs, precision):
+    def train(ranks, experts_over):  # updates of the same eight batches
+        divided = ("--update-freq", 8 // ranks, "--moe-expert-parallel-size", experts_over)
+        options = (*MOE, "--attention-dropout", 0, "--batch-size", 1, "--ddp-backend", "legacy_ddp")
+        return runs.train(str(ranks), *options, *divided, *precision, world=ranks, updates=2)
+
+    one, four = train(1, 1), train(4, 2)
+    assert one.status == four.status == 0 and len(one.losses()) == 2
+    for update, numbers in one.losses().items():
+        wanted = pytest.approx([float(x) for x in numbers], rel=1e-3)
+        assert [float(x) for x in four.losses()[update]] == wanted
+    files = (run.folder / "checkpoint_last.pt" for run in (one, four))
+    assert_same_weights(*files, atol=1e-3 if precision else 1e-4)
