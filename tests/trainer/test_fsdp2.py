@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,9 +43,9 @@ def two_ranks():
 
 
 class Model(nn.Module):
-    def __init__(self, moe):
+    def __init__(self, *layers):
         super().__init__()
-        self.layers = nn.ModuleList([moe])
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x):
         return self.layers[0](x)[0]
@@ -61,15 +63,24 @@ def model(moe_options, bf16=False, fp32_reduce_scatter=False):
         token_counts_V=(),
     )
     made = Model(build_layer(info, options, nn.functional.gelu))
+    fsdp2.shard(made, config(bf16, fp32_reduce_scatter), "cpu")
+    return made
+
+
+def config(bf16=False, fp32_reduce_scatter=False, min_params_to_wrap=0):
     parallel = SimpleNamespace(
         fp32_reduce_scatter=fp32_reduce_scatter, no_reshard_after_forward=False
     )
     common = SimpleNamespace(bf16=bf16, fp16=False)
-    cfg = SimpleNamespace(
-        common=common, distributed_training=parallel, model=SimpleNamespace(min_params_to_wrap=0)
-    )
-    fsdp2.shard(made, cfg, "cpu")
-    return made
+    options = SimpleNamespace(min_params_to_wrap=min_params_to_wrap)
+    return SimpleNamespace(common=common, distributed_training=parallel, model=options)
+
+
+def test_layers_that_compute_their_activations_again_are_gathered_one_at_a_time(two_ranks):
+    for wrap, apart in ((lambda layer: layer, False), (checkpoint_wrapper, True)):
+        made = Model(*(wrap(nn.Linear(D, D)) for _ in range(2)))
+        fsdp2.shard(made, config(min_params_to_wrap=10**6), "cpu")
+        assert [isinstance(layer, FSDPModule) for layer in made.layers] == [apart, apart]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -1,5 +1,6 @@
 """Ranks that wait for each other: out of memory, and what sharded experts do not support."""
 
+import contextlib
 import types
 
 import pytest
@@ -8,7 +9,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from evomoe_plugin.config.errors import OptionError, RunFailed
-from evomoe_plugin.trainer.layouts import Replicated
+from evomoe_plugin.trainer.layouts import Replicated, replicated
 from evomoe_plugin.trainer.moe_trainer import MoETrainer
 from tests.end_to_end.runs import assert_same_weights
 from tests.patches.test_commands import MOE
@@ -143,3 +144,23 @@ def test_ranks_with_the_same_experts_train_as_one_process(runs, precision):
         assert [float(x) for x in four.losses()[update]] == wanted
     files = (run.folder / "checkpoint_last.pt" for run in (one, four))
     assert_same_weights(*files, atol=1e-3 if precision else 1e-4)
+
+
+@pytest.mark.parametrize("option", ["--offload-activations", "--log-interval=1"])
+def test_layers_that_compute_their_activations_again_are_averaged_at_the_end(
+    runs, monkeypatch, option
+):
+    """Their gradients may be added to more than once in a backward pass."""
+    begun = []
+
+    def reducing(layout, trainer):
+        with monkeypatch.context() as patch:  # with more than one rank
+            groups = types.SimpleNamespace(replicas=types.SimpleNamespace(size=lambda: 2))
+            patch.setattr(replicated, "expert_groups_of", lambda _model: groups)
+            begun.append(isinstance(reduce(layout, trainer), contextlib.nullcontext))
+        return contextlib.nullcontext()
+
+    reduce = Replicated.reducing
+    monkeypatch.setattr(Replicated, "reducing", reducing)
+    assert runs.train("run", *MOE, option, updates=1).status == 0
+    assert begun == [option == "--offload-activations"]

@@ -35,6 +35,7 @@ from evomoe_plugin.checkpoint.row_shards import (
 )
 from evomoe_plugin.config.errors import OptionError
 from evomoe_plugin.dispatch.sharded_layers import sharded_layers
+from evomoe_plugin.trainer.layouts.layout import is_checkpointed
 from evomoe_plugin.trainer.layouts.sharded import Sharded
 
 
@@ -109,7 +110,7 @@ def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
         cfg: fairseq's configuration.
         device_type: that the ranks train on.
     """
-    parallel, options = cfg.distributed_training, cfg.model
+    parallel = cfg.distributed_training
 
     def mesh(group: Any) -> DeviceMesh:
         return DeviceMesh.from_group(group, device_type)
@@ -131,11 +132,7 @@ def shard(model: nn.Module, cfg: Any, device_type: str) -> None:
         moe.first_row = functools.partial(
             _FirstRow.apply, compute_dtype(cfg), parallel.fp32_reduce_scatter
         )
-    least = (
-        0
-        if getattr(options, "checkpoint_activations", False)
-        else getattr(options, "min_params_to_wrap", 0)
-    )
+    least = 0 if is_checkpointed(model) else getattr(cfg.model, "min_params_to_wrap", 0)
     for layer in _layers(model):
         if sum(p.numel() for p in layer.parameters()) >= least:
             fully_shard(layer, mesh=everyone, **given)

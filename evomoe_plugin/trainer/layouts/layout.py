@@ -131,3 +131,9 @@ class Layout:
     def own_optimizer_state(self, trainer: Any, state: Any) -> Any:
         """This rank's part of an optimizer's state as `run_state` has read it."""
         return state
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether a layer's backward pass is one of its own, after another forward pass: with fairseq's
+    `--checkpoint-activations` or `--offload-activations`."""
+    return any(hasattr(module, "precheckpoint_forward") for module in model.modules())

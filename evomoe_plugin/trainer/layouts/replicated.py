@@ -13,7 +13,7 @@ from evomoe_plugin.checkpoint.optimizer_layout import OptimizerLayout
 from evomoe_plugin.checkpoint.parameter_storage import Storage, trained_parameters
 from evomoe_plugin.dispatch.sharded_layers import expert_groups_of
 from evomoe_plugin.trainer import sharded_gradients
-from evomoe_plugin.trainer.layouts.layout import Layout
+from evomoe_plugin.trainer.layouts.layout import Layout, is_checkpointed
 from evomoe_plugin.trainer.sharded_gradients import ReplicaMeans
 
 
@@ -31,7 +31,7 @@ class Replicated(Layout):
             return contextlib.nullcontext()
         parameters = sharded_gradients.sharded_parameters(model)
         self._replicas = ReplicaMeans(parameters, groups.replicas)
-        if getattr(trainer.cfg.model, "checkpoint_activations", False):
+        if is_checkpointed(model):
             return contextlib.nullcontext()  # a layer may add to its gradients more than once
         return self._replicas.during_backward()
 
