@@ -75,6 +75,18 @@ def test_a_run_ends_in_one_line_and_leaves_what_it_was_at(
     assert weights["decoder.embed_tokens.weight"].shape[1] == 32
 
 
+def test_crash_pt_of_half_precision_has_the_weights_that_are_trained(runs, monkeypatch):
+    forward = ExpertFFN.forward
+    monkeypatch.setattr(ExpertFFN, "forward", lambda *args, **kw: forward(*args, **kw) * NAN)
+    options = *MOE, "--ddp-backend", "fully_sharded", "--no-save"
+    exact, *others = (
+        runs.train(name, *options, *precision, updates=1).checkpoint("crash.pt")["model"]
+        for name, *precision in (["fp32"], ["bf16", "--bf16"], ["fp16", "--fp16"])
+    )
+    for weights in others:
+        torch.testing.assert_close(weights, exact, rtol=0, atol=0)
+
+
 def test_a_run_begins_with_the_weights_of_crash_pt(runs, monkeypatch, capsys):
     forward = ExpertFFN.forward
     with monkeypatch.context() as patch:
