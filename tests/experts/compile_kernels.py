@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs without one, and print what came out: a JSON object a line.
 
-    python -m tests.experts.compile_kernels 90 bf16 [--first]
+    python -m tests.experts.compile_kernels 90 bf16 [--first | --smaller]
 
 Apart from pytest: there, Triton's own functions are the interpreter's.
 """
@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,9 @@ CASES = [
     ("down_backward", GATED),
     ("weight_gradient", {}),
 ]
+# As launched for few rows an expert and, in fp32, where TF32 is not allowed.
+SMALLER = [{"ROWS": 16}, {"ROWS": 64}]
+EXACT = [{"ROWS": rows, "PRECISION": "ieee"} for rows in (16, 128)]
 # Without products, and not tuned.
 OTHERS = [
     ("schedule", {"E": 64, "BE": 64, "BLOCK": 16, "ONLY_LONG": False}),
@@ -156,8 +160,8 @@ def compiled(name: str, options: dict, config: triton.Config, dtype: str, capabi
     """The kernel as Triton compiles it for rows of 16 bytes."""
     kernel = getattr(kernels, name)
     function = kernel.fn if isinstance(kernel, Autotuner) else kernel
-    precision = "tf32" if dtype == "fp32" else "ieee"
-    constants = {**OPTIONS, **options, "PRECISION": precision, **config.kwargs}
+    precision = {"PRECISION": "tf32" if dtype == "fp32" else "ieee"}
+    constants = {**OPTIONS, **precision, **options, **config.kwargs}
     signature, attributes = {}, {}
     for i, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -200,9 +204,10 @@ def facts(kernel, multiplies: bool) -> dict[str, int | bool]:
     }
 
 
-def tell(name: str, config: object, kernel, multiplies: bool = False) -> None:
+def tell(name: str, config: object, kernel, multiplies: bool = False) -> dict:
     case = {"kernel": name, "config": str(config), **facts(kernel, multiplies)}
     print(json.dumps(case), flush=True)
+    return case
 
 
 if __name__ == "__main__":
@@ -210,7 +215,16 @@ if __name__ == "__main__":
     parser.add_argument("capability", type=int)
     parser.add_argument("dtype", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--first", action="store_true", help="of kernels with products only one")
+    parser.add_argument("--smaller", action="store_true", help="products of other launches")
     args = parser.parse_args()
+    if args.smaller:
+        given = [*SMALLER, *(EXACT if args.dtype == "fp32" else [])]
+        for (name, options), launch in itertools.product(CASES, given):
+            for config in getattr(kernels, name).configs:
+                kernel = compiled(name, {**options, **launch}, config, args.dtype, args.capability)
+                if not tell(f"{name} {options} {launch}", config, kernel, multiplies=True)["stack"]:
+                    break
+        sys.exit()
     for function, out, *config in launches_further(args.dtype, args.first):
         kernel = compiled_further(function, out, *config, args.capability)
         tell(f"{function.__module__}.{function.__name__}", config, kernel)

@@ -1,5 +1,6 @@
 """What Triton makes of the kernels for GPUs: its compiler needs none."""
 
+import collections
 import json
 import os
 import subprocess
@@ -28,18 +29,21 @@ def check(tmp_path, capability, dtype, *options):
     )
     assert not done.returncode, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    spilling = [kernel for kernel in found if kernel["stack"] or kernel["spills"]]
-    if dtype == "fp32":  # in TF32; of each kernel some configurations do not
-        assert {kernel["kernel"] for kernel in found} == {
-            kernel["kernel"] for kernel in found if kernel not in spilling
-        }
+    spilled = collections.defaultdict(list)  # bytes a thread, in each configuration of a launch
+    for kernel in found:
+        spilled[kernel["kernel"]].append(kernel["stack"])
+    smaller = "--smaller" in options
+    if dtype == "fp32" or smaller:  # in some configuration of each launch none, or next to none
+        most = 24 if dtype == "fp32" and smaller else 0
+        assert all(min(sizes) <= most for sizes in spilled.values()), spilled
     else:
-        assert not spilling
+        assert not any(map(any, spilled.values())), spilled
     for kernel in found:
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
         if kernel["multiplies"]:
-            assert kernel["matrix_instructions"] and kernel["asynchronous_loads"], kernel
+            assert kernel["asynchronous_loads"], kernel
+            assert kernel["matrix_instructions"] or "'ieee'" in kernel["kernel"], kernel
     return found
 
 
@@ -53,3 +57,12 @@ def test_kernels_for_hopper_have_tensor_core_instructions_and_no_spills(tmp_path
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration_has_tensor_core_instructions_and_fits(tmp_path, capability, dtype):
     assert len(check(tmp_path, capability, dtype)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "capability, dtype", [(80, "fp32"), (90, "fp32"), (80, "bf16"), (90, "fp16")]
+)
+def test_tiles_of_fewer_rows_and_products_in_fp32(tmp_path, capability, dtype):
+    found = check(tmp_path, capability, dtype, "--smaller")
+    assert len({kernel["kernel"] for kernel in found}) == 7 * (4 if dtype == "fp32" else 2)
