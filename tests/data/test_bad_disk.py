@@ -115,31 +115,6 @@ def test_one_line_and_nothing_is_changed(commands, tmp_path, monkeypatch, capsys
         assert {path.name for path in out.parent.iterdir()} == {"data"}
 
 
-@pytest.mark.parametrize("more", [[], ["--overwrite"]])
-def test_a_folder_that_is_whole_is_used_although_its_name_was_not_flushed(
-    commands, monkeypatch, capsys, more
-):
-    out = Path(commands["glue"][-1])
-    if more:
-        assert main(commands["glue"]) == 0
-        (out / "data_card.json").write_text("{}")  # of the older one
-
-    def sync(path):
-        if Path(path) == out.parent:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "sync", sync)
-        assert main([*commands["glue"], *more]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {out.parent}: Input/output error"
-    before = content(out)
-    assert main(commands["glue"]) == 0
-    assert "already prepared" in capsys.readouterr().err
-    assert content(out) == before
-    assert {path.name for path in out.parent.iterdir()} == {"data"}
-
-
 def test_every_file_is_flushed_before_the_folder_has_its_name(commands, monkeypatch):
     flushed = []
     monkeypatch.setattr(folder_module, "sync", lambda path: flushed.append(Path(path)))
