@@ -294,11 +294,15 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
 
 
 def check_batch_size(cfg: Any) -> None:
-    """Raise `OptionError` if neither limit of a batch is given."""
-    if cfg.dataset.batch_size is None and cfg.dataset.max_tokens is None:
-        raise OptionError(
-            "batch_size", "(not given)", "give it, in samples, or --max-tokens, in tokens"
-        )
+    """Raise `OptionError` if nothing limits a batch, of training or validation: to fairseq, 0 and
+    less are no limit."""
+    for of in ("", "_valid"):
+        given = [getattr(cfg.dataset, name + of) for name in ("batch_size", "max_tokens")]
+        if not any(limit is not None and limit > 0 for limit in given):
+            value = "(not given)" if given[0] is None else given[0]
+            other = f"--max-tokens{of.replace('_', '-')}"
+            remedy = f"give it, in samples, or {other}, in tokens: 1 or more"
+            raise OptionError(f"batch_size{of}", value, remedy)
 
 
 def _check_validation(cfg: Any) -> None:

@@ -85,6 +85,11 @@ BAD = [
         {"dataset.batch_size": None},
         "--batch-size (not given): give it, in samples, or --max-tokens",
     ),
+    ({"dataset.batch_size": 0}, "--batch-size 0: give it, in samples, or --max-tokens"),
+    (
+        {"dataset.batch_size_valid": -1},
+        "--batch-size-valid -1: give it, in samples, or --max-tokens-valid",
+    ),
     (
         {"dataset.max_valid_steps": 0},
         "--max-valid-steps 0: give 1 or more, or --disable-validation",
