@@ -295,8 +295,8 @@ def _load_progress(
         raise OptionError(
             "restore_file",
             trainer.cfg.checkpoint.restore_file,
-            "does not say how far the run was: take an earlier one, or give "
-            "--finetune-from-model to start from its weights",
+            "does not say how far the run was: take an earlier one, or give --reset-dataloader to "
+            "go on with the first batch, or --finetune-from-model to start from its weights",
         )
     trainer.lr_step(max(epoch, 1))
     starts_epoch = iterator.get("version", 1) >= 2 and iterator["iterations_in_epoch"] == 0

@@ -7,6 +7,7 @@ from torch import nn
 from evomoe_plugin.experts.ffn import ExpertFFN
 from evomoe_plugin.routing import waits
 from evomoe_plugin.trainer.find_nan import first_not_finite
+from evomoe_plugin.trainer.moe_trainer import MoETrainer
 from tests.patches.test_commands import MOE
 
 NAN = float("nan")
@@ -87,25 +88,35 @@ def test_crash_pt_of_half_precision_has_the_weights_that_are_trained(runs, monke
         torch.testing.assert_close(weights, exact, rtol=0, atol=0)
 
 
-def test_a_run_begins_with_the_weights_of_crash_pt(runs, monkeypatch, capsys):
-    forward = ExpertFFN.forward
+def test_a_run_begins_from_crash_pt(runs, monkeypatch, capsys):
+    clip = MoETrainer.clip_grad_norm
+
+    def clip_grad_norm(trainer, clip_norm):
+        return clip(trainer, clip_norm) * (NAN if trainer.get_num_updates() == 1 else 1)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ExpertFFN, "forward", lambda *args, **kw: in_the_backward_pass(forward(*args, **kw))
-        )
-        run = runs.train("failed", *MOE, updates=1)
+        patch.setattr(MoETrainer, "clip_grad_norm", clip_grad_norm)
+        run = runs.train("failed", *MOE, updates=2)
     crashed = run.folder / "crash.pt"
-    assert runs.train("on", *MOE, "--restore-file", crashed, updates=1).status == 2
-    assert f"--restore-file {crashed}: does not say how far the run was" in capsys.readouterr().err
     began = run.checkpoint("crash.pt")["model"]
-    for given in (
-        ("--finetune-from-model", crashed),
-        ("--restore-file", crashed, "--reset-dataloader"),
-    ):
-        # Another seed: its own initial weights differ.
-        given = (*given, "--lr", "1e-30", "--seed", 5)
-        anew = runs.train(given[0], *MOE, *given, updates=1)
-        assert anew.status == 0
-        weights = anew.checkpoint()["model"]
-        name = "decoder.embed_tokens.weight"
-        torch.testing.assert_close(weights[name], began[name])
+    restored = *MOE, "--restore-file", crashed
+    assert runs.train("on", *restored, updates=2).status == 2
+    assert f"--restore-file {crashed}: does not say how far the run was" in capsys.readouterr().err
+
+    first = *restored, "--reset-dataloader", "--lr", "1e-30"
+    anew = runs.train("first batch", *first, updates=2)
+    assert anew.status == 0 and sorted(anew.losses()) == [2]
+    assert is_same(anew.checkpoint()["model"], began)
+    moments = anew.checkpoint()["last_optimizer_state"]["state"]
+    assert {entry["step"] for entry in moments.values()} == {2}
+
+    # Another seed: its own initial weights differ.
+    given = ("--finetune-from-model", crashed, "--lr", "1e-30", "--seed", 5)
+    anew = runs.train("anew", *MOE, *given, updates=1)
+    assert anew.status == 0 and sorted(anew.losses()) == [1]
+    assert is_same(anew.checkpoint()["model"], began)
+
+
+def is_same(weights, began):
+    name = "decoder.embed_tokens.weight"
+    return torch.allclose(weights[name], began[name], rtol=1e-6)
