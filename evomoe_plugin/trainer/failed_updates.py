@@ -59,8 +59,10 @@ def out_of_memory(
 
 
 def on_rank(trainer: Any, error: RunFailed) -> RunFailed:
-    """`error`, with the rank where there are others."""
-    return RunFailed(f"{_rank()}: {error}") if others_wait(trainer) else error
+    """`error` of NaN/Inf, with the rank where there are others, and that there is no crash.pt."""
+    if not others_wait(trainer):
+        return error
+    return RunFailed(f"{_rank()}: {error}; several ranks write no crash.pt")
 
 
 def _rank() -> str:
@@ -112,9 +114,6 @@ def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) 
 def save_crash_checkpoint(trainer: Any) -> None:
     """Write crash.pt, if this rank can alone: the others may not have met the exception."""
     if trainer.data_parallel_world_size > 1:
-        logger.error(
-            "no crash.pt: with several ranks it would need them all; the last checkpoint is intact"
-        )
         return
     trainer.layout.abandon_pass(trainer)
     try:

@@ -54,3 +54,4 @@ def test_the_rank_on_which_nan_begins_is_the_one_to_say_so(
     )
     error = failed_updates.not_finite(trainer, FloatingPointError("NaN"), [])
     assert str(error).startswith(message) and len(waited) == waits
+    assert str(error).count("; several ranks write no crash.pt") == ranks - 1
