@@ -107,11 +107,13 @@ class OutputFolder:
             self.path.rename(self._replaced)
         try:
             self.data.rename(self.path)
+            sync(self.path.parent)
         except OSError:
+            if self.path.exists():
+                self.path.rename(self.data)
             if self._replaced.exists():
                 self._replaced.rename(self.path)
             raise
-        sync(self.path.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
         self.discard()

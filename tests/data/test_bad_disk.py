@@ -83,6 +83,10 @@ FAULTS = {
         (Path, "rename", only_of("built", errno.EIO, Path.rename)),
         "{out.parent}/.data.preparing/built: Input/output error",
     ),
+    "last fsync": (
+        (folder_module, "sync", only_of("made", errno.EIO, folder_module.sync)),
+        "{out.parent}: Input/output error",
+    ),
 }
 
 
