@@ -48,7 +48,7 @@ def _how_lost(message: str) -> str | None:
     if _SILENT.search(message):
         return (
             "has waited for another rank until the time was up: that one is stopped, or does not "
-            "get on; the last checkpoint is intact"
+            "get on; the last checkpoint, if any, is intact"
         )
     return None
 

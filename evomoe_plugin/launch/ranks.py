@@ -123,7 +123,7 @@ def _first_failure(ranks: list, reports: Any) -> BaseException:
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return RunFailed(
                 f"rank {i} was ended by {name}{hint}; the other ranks were stopped, "
-                "the last checkpoint is intact"
+                "the last checkpoint, if any, is intact"
             )
     if any(rank.exitcode == 128 + signal.SIGINT for rank in ranks):
         return KeyboardInterrupt()

@@ -54,7 +54,7 @@ def out_of_memory(
     rank = f"{_rank()} " if others_wait(trainer) else ""
     return RunFailed(
         f"{rank}ran out of memory {where} after update {trainer.get_num_updates()}: give a smaller "
-        f"{smaller}; the last checkpoint is intact"
+        f"{smaller}; the last checkpoint, if any, is intact"
     )
 
 
@@ -105,8 +105,8 @@ def not_finite(trainer: Any, error: FloatingPointError, samples: Sequence[Any]) 
     return on_rank(
         trainer,
         RunFailed(
-            f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint is "
-            "intact: go on with a smaller --lr, or with --clip-norm"
+            f"update {trainer.get_num_updates() + 1}: {message}, {where}; the last checkpoint, if "
+            "any, is intact: go on with a smaller --lr, or with --clip-norm"
         ),
     )
 
