@@ -122,7 +122,8 @@ def _run(upstream: Callable, self: Any, *args: Any, task_function: Callable, **k
         return upstream(self, *args, task_function=task, **kw)
     except (OSError, ValueError) as error:
         key = "hydra.run.dir" if upstream.__name__ == "run" else "hydra.sweep.dir"
-        line = None if _is_of_a_job(error) else _unwritable(error, self.composed, key)
+        is_composed = hasattr(self, "composed") and not _is_of_a_job(error)
+        line = _unwritable(error, self.composed, key) if is_composed else None
         if line is None:
             raise
         raise HydraException(line) from error

@@ -252,6 +252,18 @@ def test_errors_of_other_files_keep_their_traceback(runs, tmp_path, capsys, own)
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_of_a_program_while_composing_keeps_its_traceback(runs, monkeypatch, capsys):
+    def load(*_, **__):
+        raise ValueError("of a plugin")
+
+    monkeypatch.setattr(
+        "hydra._internal.config_loader_impl.ConfigLoaderImpl._load_configuration_impl", load
+    )
+    assert hydra_train(runs) == 1
+    assert "ValueError: of a plugin" in capsys.readouterr().err
+
+
 def test_a_folder_whose_disk_is_full_while_it_is_written(runs, tmp_path, monkeypatch, capsys):
     def to_yaml(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
