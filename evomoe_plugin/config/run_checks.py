@@ -296,7 +296,7 @@ def _check_training(cfg: Any, num_ranks: int, on_gpu: bool) -> None:
 def check_batch_size(cfg: Any) -> None:
     """Raise `OptionError` if nothing limits a batch, of training or validation: to fairseq, 0 and
     less are no limit."""
-    for of in ("", "_valid"):
+    for of in [""] if cfg.dataset.disable_validation else ["", "_valid"]:
         given = [getattr(cfg.dataset, name + of) for name in ("batch_size", "max_tokens")]
         if not any(limit is not None and limit > 0 for limit in given):
             value = "(not given)" if given[0] is None else given[0]

@@ -21,6 +21,7 @@ from hydra._internal import utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.utils import JobReturn, _save_config
 from hydra.errors import (
@@ -162,7 +163,11 @@ def _unwritable(error: OSError | ValueError, config: Any, key: str) -> str | Non
     refused = error if isinstance(error, OSError) else error.__cause__  # logging hides it
     if not isinstance(refused, OSError) or refused.errno not in _REFUSED:
         return None
-    folder = OmegaConf.select(config, key)
+    HydraConfig.instance().set_config(config)  # for `${hydra:…}`; the run has put it back
+    try:
+        folder = OmegaConf.select(config, key)
+    except InterpolationResolutionError:
+        return None
     file = refused.filename
     if file is None and any(_passes(error, saving) for saving in (_save_config, OmegaConf.save)):
         file = folder  # a full disk is met while an open file is written

@@ -180,9 +180,12 @@ def test_a_resume_does_not_need_the_dense_model(begun, dense, train, tmp_path):
     assert_same_weights(saved / "checkpoint_last.pt", folder / "checkpoint_last.pt")
 
 
-@pytest.mark.slow
-def test_fully_sharded_begins_with_the_dense_model(begun, dense, train, tmp_path):
-    sharded = train(tmp_path, *GATE, *SAME, *TWO, "--moe-init-from-dense", dense)
+@pytest.mark.parametrize(
+    "backend", [pytest.param("fully_sharded", marks=pytest.mark.slow), "fsdp2"]
+)
+def test_two_ranks_begin_with_the_dense_model(begun, dense, train, tmp_path, backend):
+    given = (*GATE, *SAME, *TWO, "--ddp-backend", backend)
+    sharded = train(tmp_path, *given, "--moe-init-from-dense", dense)
     assert "logits not compared with the dense model's" in sharded.output
     for a, b in zip(sharded.logged("train_inner"), begun[1].logged("train_inner"), strict=True):
         assert a["inner_loss"] == pytest.approx(b["inner_loss"], abs=2e-3)

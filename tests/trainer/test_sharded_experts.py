@@ -60,7 +60,7 @@ class OutOfMemory(MoETrainer):
         self.left_out = True
 
 
-ONE_LINE = r"^rank 0 ran out of memory on a batch after update 1: .* the last checkpoint, if any, is intact$"
+ONE_LINE = r"^rank 0 ran out of memory on a batch after update 1: .* if any, is intact$"
 IN_VALIDATION = r"^rank 0 ran out of memory in validation after update 1: .* --batch-size-valid or"
 ALONE = r"^ran out of memory in validation after update 1"
 

@@ -79,7 +79,7 @@ class Fsdp2(Sharded):
 
     def storages(self, trainer: Any) -> Iterator[Storage]:
         free_whole(trainer.model)
-        rows = iter(optimized_rows(self._trained, trainer.optimizer))
+        rows = iter(trainer.optimizer.params)
         for name, p in trainer.get_model().named_parameters():
             owner = next(rows) if p.requires_grad else own_rows(p)
             yield Storage(owner, (name,), (p.shape,), parameter=p)
@@ -195,40 +195,38 @@ def compute_dtype(cfg: Any) -> torch.dtype | None:
 
 
 def build_optimizer(cfg: Any, parameters: list[Any]) -> Any:
-    """The optimizer of this rank's rows of trained parameters, with a loss scaler for --fp16."""
+    """The optimizer of this rank's rows of trained parameters, with a loss scaler for --fp16.
+
+    Raises:
+        OptionError: it has not these tensors in this order, by which they get their gradients.
+    """
     rows = [_own(p) for p in parameters]
     if cfg.common.fp16:
-        return optim.MemoryEfficientFP16Optimizer.build_optimizer(cfg, rows, allow_unsupported=True)
-    return optim.build_optimizer(cfg.optimizer, rows)
+        of_fp16 = optim.MemoryEfficientFP16Optimizer
+        optimizer = of_fp16.build_optimizer(cfg, rows, allow_unsupported=True)
+    else:
+        optimizer = optim.build_optimizer(cfg.optimizer, rows)
+    if [*map(id, optimizer.params)] != [*map(id, rows)]:
+        raise OptionError(
+            "optimizer",
+            cfg.optimizer._name,
+            "changes the parameters that it is given, or their order, with which --ddp-backend "
+            "fsdp2 does not work: give another, or legacy_ddp",
+        )
+    return optimizer
 
 
 def _own(parameter: Any) -> nn.Parameter:
     """This rank's rows, with what optimizers of whole matrices ask for."""
     rows: Any = nn.Parameter(own_rows(parameter))
-    rows.parameter = parameter
     rows.is_matrix = getattr(parameter, "is_matrix", False)
     rows.all_rows = functools.partial(whole, parameter=parameter)
     rows.own_rows = functools.partial(rows_of, parameter=parameter)
     return rows
 
 
-def optimized_rows(parameters: list[Any], optimizer: Any) -> list[Any]:
-    """The optimizer's tensors: this rank's rows of each of the parameters, in their order.
-
-    Raises:
-        RuntimeError: they are not.
-    """
-    rows = list(optimizer.params)
-    if [id(getattr(r, "parameter", None)) for r in rows] != [id(p) for p in parameters]:
-        raise RuntimeError(
-            f"{type(optimizer).__name__}.params are not the parameters that it was built with, in "
-            "their order: --ddp-backend fsdp2 cannot tell their gradients and states apart"
-        )
-    return rows
-
-
 def pass_gradients(parameters: list[Any], optimizer: Any) -> None:
     """Give the optimizer's tensors the gradients of the parameters that they are rows of."""
-    for parameter, rows in zip(parameters, optimized_rows(parameters, optimizer), strict=True):
+    for parameter, rows in zip(parameters, optimizer.params, strict=True):
         grad = parameter.grad
         rows.grad = grad.to_local() if isinstance(grad, DTensor) else grad
