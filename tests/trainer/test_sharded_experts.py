@@ -137,7 +137,9 @@ def test_one_rank_cannot_save_alone(monkeypatch):
         trainer_with(monkeypatch, "mine", True).save_checkpoint("mine.pt", {})
 
 
-@pytest.mark.parametrize("precision", [(), ("--fp16", "--fp16-init-scale", 4)])
+@pytest.mark.parametrize(
+    "precision", [(), pytest.param(("--fp16", "--fp16-init-scale", 4), marks=pytest.mark.slow)]
+)
 def test_ranks_with_the_same_experts_train_as_one_process(runs, precision):
     def train(ranks, experts_over):  # updates of the same eight batches
         divided = ("--update-freq", 8 // ranks, "--moe-expert-parallel-size", experts_over)
@@ -169,5 +171,5 @@ def test_layers_that_compute_their_activations_again_are_averaged_at_the_end(
 
     reduce = Replicated.reducing
     monkeypatch.setattr(Replicated, "reducing", reducing)
-    assert runs.train("run", *MOE, option, updates=1).status == 0
+    assert runs.train("run", *MOE, option, "--update-freq", 2, updates=1).status == 0
     assert begun == [option == "--offload-activations"]
