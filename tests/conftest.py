@@ -25,8 +25,6 @@ if not torch.cuda.is_available():
 evomoe_plugin.register()
 ranks.new_context = new_context
 remember_parsing()
-# No test cuts the power, and disks that are slow to flush would take a sixth of the suite's time.
-os.fsync = os.fstat
 # Workers of pytest-xdist share few cores; tiny_runs has set this for what they start.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -123,8 +123,8 @@ def _run(upstream: Callable, self: Any, *args: Any, task_function: Callable, **k
         return upstream(self, *args, task_function=task, **kw)
     except (OSError, ValueError) as error:
         key = "hydra.run.dir" if upstream.__name__ == "run" else "hydra.sweep.dir"
-        is_composed = hasattr(self, "composed") and not _is_of_a_job(error)
-        line = _unwritable(error, self.composed, key) if is_composed else None
+        config = None if _is_of_a_job(error) else getattr(self, "composed", None)
+        line = None if config is None else _unwritable(error, config, key)
         if line is None:
             raise
         raise HydraException(line) from error
@@ -143,19 +143,17 @@ def _run_task(task_function: Callable, cfg: Any) -> Any:
 
 
 # What says that a file cannot be written, and not that a program is wrong.
-_REFUSED = frozenset(
-    (
-        errno.EACCES,
-        errno.EDQUOT,
-        errno.EEXIST,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-        errno.ENOSPC,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    )
-)
+_REFUSED = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 def _unwritable(error: OSError | ValueError, config: Any, key: str) -> str | None:
@@ -163,11 +161,15 @@ def _unwritable(error: OSError | ValueError, config: Any, key: str) -> str | Non
     refused = error if isinstance(error, OSError) else error.__cause__  # logging hides it
     if not isinstance(refused, OSError) or refused.errno not in _REFUSED:
         return None
-    HydraConfig.instance().set_config(config)  # for `${hydra:…}`; the run has put it back
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)  # for `${hydra:…}`: the run has put back what was before
     try:
         folder = OmegaConf.select(config, key)
     except InterpolationResolutionError:
         return None
+    finally:
+        hydra.cfg = before
     file = refused.filename
     if file is None and any(_passes(error, saving) for saving in (_save_config, OmegaConf.save)):
         file = folder  # a full disk is met while an open file is written

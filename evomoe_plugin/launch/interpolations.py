@@ -28,7 +28,7 @@ def unresolved(error: InterpolationResolutionError) -> str | None:
         return " ".join(str(error).split())
     key = error.full_key or error.key
     written = _written(container, error.key)
-    return f"{key}{written}: {_remedy(error, container, '${.' in written)}"
+    return f"{key}{written}: {_remedy(error, container, written)}"
 
 
 def similar(name: str, names: Iterable[str]) -> str:
@@ -63,7 +63,7 @@ def _is_of_a_program(error: InterpolationResolutionError) -> bool:
     return any(name not in _RESOLVERS for name in packages[packages.index("omegaconf") :])
 
 
-def _remedy(error: InterpolationResolutionError, container: Any, is_relative: bool) -> str:
+def _remedy(error: InterpolationResolutionError, container: Any, written: str) -> str:
     message = str(error).partition("\n")[0]
     if message == "Recursive interpolation detected":
         return "it refers to itself, maybe by way of others; give one of them a value"
@@ -74,8 +74,8 @@ def _remedy(error: InterpolationResolutionError, container: Any, is_relative: bo
             f"${{oc.env:{name},DEFAULT}}"
         )
     if isinstance(error, InterpolationKeyError) and (found := re.search("key '(.*)'", message)):
-        if is_relative:
-            return f"there is no {found[1]} where its dots lead"
+        if f"${{{found[1]}" not in written:  # relative: sought elsewhere than from the root
+            return f"there is no {found[1]}"
         group, _, name = found[1].rpartition(".")
         root = container._get_root()
         beside = OmegaConf.select(root, group) if group else root

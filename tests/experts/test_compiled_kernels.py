@@ -31,7 +31,7 @@ def check(tmp_path, capability, dtype, *options):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     spilled = collections.defaultdict(list)  # bytes a thread, in each configuration of a launch
     for kernel in found:
-        spilled[kernel["kernel"]].append(kernel["stack"])
+        spilled[kernel["kernel"]].append(kernel["stack"] or kernel["spills"])
     smaller = "--smaller" in options
     if dtype == "fp32" or smaller:  # in some configuration of each launch none, or next to none
         most = 24 if dtype == "fp32" and smaller else 0

@@ -122,7 +122,7 @@ def refuse(monkeypatch, path, error):
         ),
         ("${b.nam}", r"there is no b.nam; did you mean name\?"),
         ("${xyzzy}", "there is no xyzzy"),
-        ("${..nam}", "there is no nam where its dots lead"),
+        ("${..bb}", "there is no bb"),  # not "did you mean b": that is of the root
         ("${a.b}", "it refers to itself, maybe by way of others; give one of them a value"),
         ("${b.none}", "MissingMandatoryValue while resolving interpolation: .* b.none"),
         ("${nonsense:1}", "Unsupported interpolation type nonsense; give a key, or a resolver .*"),
@@ -188,7 +188,10 @@ def hydra_train(runs, *arguments):
         ),
         (["hydra.run.dir=${oc.env:MISSING}"], "hydra.run.dir ${oc.env:MISSING}: the environment "),
         (["hydra.run.dir={file}"], "hydra.run.dir {file}: cannot write {file}: File exists; give"),
-        (["hydra.run.dir={file}/${hydra:job.num}x"], "hydra.run.dir {file}/"),
+        (
+            ["hydra.run.dir={file}/${hydra:mode}"],
+            "hydra.run.dir {file}/RunMode.RUN: cannot write {file}/RunMode.RUN: Not a directory; ",
+        ),
         (
             ["hydra.run.dir={folder}", "hydra.output_subdir=a", "hydra.job.chdir=true"],
             "hydra.run.dir {folder}: cannot write {folder}/a/config.yaml: No space left on device",
